@@ -1,0 +1,42 @@
+# Everything starts here: `make train`, `make test`. Each makes .venv first when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+.DELETE_ON_ERROR:
+.PHONY: train test check format lock clean
+
+train: $(READY)
+	$(BIN)/python train.py --config yaml_files/sudoku_mini_puma.yaml
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The stamp is written last, so that an interrupted install is tried again.
+$(READY): requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "PUMA needs Python 3.10 or newer; set PYTHON=/path/to/python3")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -r requirements.txt
+	touch $@
+
+# Pins anew from pyproject.toml. The CUDA libraries are left out: torch pins its own.
+lock: $(READY)
+	$(BIN)/python -m pip install -q uv
+	@{ echo '# Every package that `make train` and `make test` install, pinned (made by `make lock` from pyproject.toml).'; \
+	   echo '# The CUDA libraries are left out: torch pins its own.'; \
+	   echo 'torch==2.13.0' > $(VENV)/torch-pin.txt; \
+	   $(BIN)/uv pip compile -q --universal --python-version 3.10 --extra dev --no-header --no-annotate \
+	     -c $(VENV)/torch-pin.txt pyproject.toml | grep -Ev '^(nvidia|cuda|triton|setuptools|colorama)|== .emscripten.'; \
+	 } > requirements.new && mv requirements.new requirements.txt
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The network: a Qwen2 backbone and its chunked output head."""

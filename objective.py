@@ -1,0 +1,206 @@
+"""What a training step learns from: an objective turns drawn sequences into (xt, x0, weight).
+
+One loss serves every objective: the sum over positions of weight * -log p(x0 | xt). An objective only chooses what is
+masked and how much each position weighs. Weights are for the mean over the rank's rows; data-parallel training averages
+over ranks, which makes it the mean over the whole batch.
+
+Shapes: B rows of this rank, L positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from config import PumaSettings, TrainingSettings, UniformSettings
+from data.stream import SequenceStream
+from progressive import PumaPool
+from unmasking import mask_uniformly, row_weights
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Rows for one forward pass."""
+
+    xt: Tensor  # int64 [b, L], partly masked
+    x0: Tensor  # int64 [b, L], clean
+    weight: Tensor  # float32 [b, L], 0 where no loss is taken
+    rows: slice  # which of the rank's B rows these are
+
+
+class Objective(Protocol):
+    """Everything the training loop knows about an objective."""
+
+    def microbatches(self, step: int) -> Iterator[Microbatch]:
+        """Batches of one update; as many and of the same shapes on every rank."""
+        ...
+
+    def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
+        """Take the max log-probabilities (float32 [b, L]) that the forward pass found where weight is not 0."""
+        ...
+
+    def end_step(self) -> None:
+        """The update is done: retire and admit rows."""
+        ...
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Figures of this rank. Those named `sequences_...` add up over ranks, all others are averaged."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a restart needs on this rank."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo `state_dict`."""
+        ...
+
+
+def split_rows(xt: Tensor, x0: Tensor, weight: Tensor, n_rows: int) -> Iterator[Microbatch]:
+    """Cut a batch into microbatches of `n_rows` rows (the last may be smaller)."""
+    for start in range(0, len(xt), n_rows):
+        rows = slice(start, min(start + n_rows, len(xt)))
+        yield Microbatch(xt[rows], x0[rows], weight[rows], rows)
+
+
+class UniformObjective:
+    """The baseline: fresh sequences at every step, masks drawn uniformly."""
+
+    def __init__(
+        self, stream: SequenceStream, mask_id: int, n_rows: int, micro_rows: int, generator: torch.Generator
+    ) -> None:
+        self.stream, self.mask_id, self.generator = stream, mask_id, generator
+        self.n_rows, self.micro_rows = n_rows, micro_rows
+        self.masked_fraction = torch.zeros(())
+
+    def microbatches(self, step: int) -> Iterator[Microbatch]:
+        """See `Objective`."""
+        x0, maskable = draw_rows(self.stream, self.n_rows, self.generator.device)
+        masked = mask_uniformly(maskable, self.generator)
+        self.masked_fraction = (masked.sum(1) / maskable.sum(1)).mean()
+        xt = x0.masked_fill(masked, self.mask_id)
+        return split_rows(xt, x0, row_weights(masked, self.n_rows), self.micro_rows)
+
+    def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
+        """The baseline learns nothing from confidences."""
+
+    def end_step(self) -> None:
+        """Each step draws its own rows."""
+
+    def metrics(self) -> dict[str, Tensor]:
+        """See `Objective`."""
+        return {
+            "masked_fraction": self.masked_fraction,
+            "sequences_drawn": torch.tensor(self.stream.n_drawn),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Objective`."""
+        return {"stream": self.stream.state_dict(), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Objective`."""
+        self.stream.load_state_dict(state["stream"])
+        self.generator.set_state(state["generator"])
+
+
+class PumaObjective:
+    """The pool of `progressive.py`, with a share of ordinary uniformly masked rows behind it if asked for."""
+
+    def __init__(
+        self,
+        settings: PumaSettings,
+        stream: SequenceStream,
+        mask_id: int,
+        n_rows: int,
+        micro_rows: int,
+        generator: torch.Generator,
+    ) -> None:
+        self.settings, self.stream, self.mask_id, self.generator = settings, stream, mask_id, generator
+        self.n_rows, self.micro_rows = n_rows, micro_rows
+        # At least one row each way: a share that is asked for is never rounded away, nor is the pool.
+        n_uniform = round(settings.uniform_fraction * n_rows)
+        self.n_uniform = min(max(n_uniform, 1), n_rows - 1) if settings.uniform_fraction else 0
+        if self.n_uniform == 0 and settings.uniform_fraction:
+            raise ValueError(f"objective.uniform_fraction needs at least 2 rows per rank, got {n_rows}")
+        self.pool = PumaPool(
+            stream, n_rows - self.n_uniform, settings.n_stages_at(0), settings.collapse_threshold, generator
+        )
+        self._confidence: list[Tensor] = []
+
+    def microbatches(self, step: int) -> Iterator[Microbatch]:
+        """See `Objective`."""
+        pool = self.pool
+        pool.set_n_stages(self.settings.n_stages_at(step))
+        x0, masked = pool.x0, pool.masked
+        if self.n_uniform:
+            fresh, maskable = draw_rows(self.stream, self.n_uniform, self.generator.device)
+            x0 = torch.cat([x0, fresh])  # [B, L]
+            masked = torch.cat([masked, mask_uniformly(maskable, self.generator)])
+        xt = x0.masked_fill(masked, self.mask_id)
+        return split_rows(xt, x0, row_weights(masked, self.n_rows), self.micro_rows)
+
+    def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
+        """See `Objective`."""
+        self._confidence.append(confidence)
+
+    def end_step(self) -> None:
+        """See `Objective`."""
+        confidence = torch.cat(self._confidence)  # [B, L]
+        self._confidence.clear()
+        self.pool.advance(confidence[: self.n_rows - self.n_uniform])
+
+    def metrics(self) -> dict[str, Tensor]:
+        """See `Objective`."""
+        return self.pool.metrics() | {"sequences_drawn": torch.tensor(self.stream.n_drawn)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Objective`."""
+        return {
+            "stream": self.stream.state_dict(),
+            "generator": self.generator.get_state(),
+            "pool": self.pool.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Objective`."""
+        self.stream.load_state_dict(state["stream"])
+        self.generator.set_state(state["generator"])
+        self.pool.load_state_dict(state["pool"])
+
+
+def draw_rows(stream: SequenceStream, n_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Fresh rows on `device`: x0 int64 [n, L] and maskable bool [n, L]."""
+    x0, prompt_mask = stream.draw(n_rows)
+    return x0.to(device), ~prompt_mask.to(device)
+
+
+def build_objective(
+    settings: UniformSettings | PumaSettings,
+    training: TrainingSettings,
+    stream: SequenceStream,
+    mask_id: int,
+    device: torch.device,
+) -> Objective:
+    """The objective that the settings name, on the rank that `stream` belongs to.
+
+    Raises:
+        ValueError: the batch does not divide over the ranks or into microbatches.
+    """
+    n_rows, rest = divmod(training.batch_size, stream.n_ranks)
+    if rest:
+        raise ValueError(f"training.batch_size {training.batch_size} does not divide over {stream.n_ranks} processes")
+    micro_rows = min(training.micro_batch_size or n_rows, n_rows)
+    if n_rows % micro_rows:
+        raise ValueError(
+            f"training.micro_batch_size {micro_rows} does not divide the {n_rows} rows that each process has"
+        )
+    # Masks differ between ranks, and from the weights' seed.
+    generator = torch.Generator(device).manual_seed(training.seed * 1_000_003 + stream.rank + 1)
+    if isinstance(settings, PumaSettings):
+        return PumaObjective(settings, stream, mask_id, n_rows, micro_rows, generator)
+    return UniformObjective(stream, mask_id, n_rows, micro_rows, generator)

@@ -1,0 +1,1 @@
+"""Plumbing that a newcomer may skip: settings files, processes, checkpoints, records, optimizer."""

@@ -1,0 +1,204 @@
+"""Checkpoints that a kill at any moment cannot harm.
+
+A checkpoint is a folder `checkpoints/step_00001000` of the run directory: the weights (and their average) as safetensors,
+the settings, the state of optimizer and schedule, one file per rank for objective, stream and random numbers, and last a
+manifest with size and SHA-256 of every file. It is written under a temporary name, synced to disk and renamed, so that
+either all of it is there or none. Nothing that is read back can execute code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from config import Config
+from runtime.config_file import dump_config, read_config
+from runtime.distributed import World, barrier, gather
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, its files compared with its manifest."""
+
+    path: Path
+    step: int
+    n_ranks: int
+    score: float | None  # higher is better; None where nothing had been evaluated
+
+    def weights(self, name: str) -> dict[str, Tensor] | None:
+        """Tensors of `model` or `ema`; None where the run keeps no average."""
+        file = self.path / f"{name}.safetensors"
+        return load_file(file) if file.exists() else None
+
+    def state(self, name: str) -> dict[str, Any]:
+        """State saved as `train` or `rank_<r>`."""
+        return torch.load(self.path / f"{name}.pt", map_location="cpu", weights_only=True)
+
+    def config(self) -> Config:
+        """Settings of the run when it was saved."""
+        return read_config(self.path / "config.yaml")
+
+
+def save_checkpoint(
+    run_dir: Path,
+    world: World,
+    config: Config,
+    step: int,
+    *,
+    weights: dict[str, dict[str, Tensor]],
+    train_state: dict[str, Any],
+    rank_state: dict[str, Any],
+    score: float | None,
+) -> None:
+    """Write a checkpoint; every rank calls this.
+
+    Args:
+        weights: `{"model": tensors, "ema": tensors}`, `ema` only where there is one; the same on all ranks.
+        train_state: what the ranks share, saved once.
+        rank_state: what is this rank's own.
+        score: figure to choose the best checkpoint by, higher is better.
+    """
+    folder = run_dir / "checkpoints"
+    target, scratch = folder / f"step_{step:08d}", folder / f".step_{step:08d}.incomplete"
+    if world.is_main:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    barrier()
+    files = [_save_state(scratch / f"rank_{world.rank}.pt", rank_state)]
+    if world.is_main:
+        for name, tensors in weights.items():
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, scratch / f"{name}.safetensors")
+            files.append(_seal(scratch / f"{name}.safetensors"))
+        files.append(_save_state(scratch / "train.pt", train_state))
+        (scratch / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        files.append(_seal(scratch / "config.yaml"))
+    sealed = {name: facts for part in gather(files) for name, facts in part}
+    if world.is_main:
+        manifest = {"format": FORMAT, "step": step, "n_ranks": world.n_ranks, "score": score, "files": sealed}
+        write_text(scratch / MANIFEST, json.dumps(manifest, indent=1))
+        shutil.rmtree(target, ignore_errors=True)
+        scratch.rename(target)
+        _sync_folder(folder)
+        _prune(folder, config.training.keep_checkpoints)
+    barrier()
+
+
+def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint whose files are what its manifest says; damaged ones are skipped with a warning."""
+    for path in sorted((run_dir / "checkpoints").glob("step_*"), reverse=True):
+        try:
+            return open_checkpoint(path)
+        except ValueError as error:
+            warnings.warn(f"{error}; trying the one before it", RuntimeWarning, stacklevel=2)
+    return None
+
+
+def find_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint at `path`, a run directory (its newest) or a checkpoint folder.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    path = Path(path)
+    if (path / MANIFEST).exists():
+        return open_checkpoint(path)
+    found = latest_checkpoint(path)
+    if found is None:
+        raise ValueError(f"{path} holds no usable checkpoint: name a run directory or a checkpoint folder")
+    return found
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Compare a checkpoint's files with its manifest.
+
+    Raises:
+        ValueError: a file is missing, has another size or other content; the message names it.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files, n_ranks = dict(manifest["files"]), int(manifest["n_ranks"])
+        step, score = int(manifest["step"]), manifest["score"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {path}: {MANIFEST} cannot be read ({error})") from None
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"checkpoint {path} has format {manifest.get('format')!r}, this code reads {FORMAT}")
+    for name, facts in files.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise ValueError(f"checkpoint {path}: {name} is missing")
+        if file.stat().st_size != facts["bytes"]:
+            raise ValueError(f"checkpoint {path}: {name} has {file.stat().st_size} bytes, not {facts['bytes']}")
+        if _sha256(file) != facts["sha256"]:
+            raise ValueError(f"checkpoint {path}: the content of {name} has changed since it was written")
+    return Checkpoint(path, step, n_ranks, None if score is None else float(score))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file at once and for good: temporary name, sync, rename."""
+    scratch = path.with_name(f".{path.name}.incomplete")
+    with open(scratch, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+    _sync_folder(path.parent)
+
+
+def _save_state(path: Path, state: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    torch.save(state, path)
+    return _seal(path)
+
+
+def _seal(path: Path) -> tuple[str, dict[str, Any]]:
+    """Sync a written file to disk; its name and manifest entry."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return path.name, {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prune(folder: Path, n_newest: int) -> None:
+    """Delete all but the newest and the best checkpoints, and what interrupted saves left behind."""
+    for leftover in folder.glob(".step_*.incomplete"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    paths = sorted(folder.glob("step_*"))
+    scores = {path: score for path in paths if (score := _score(path)) is not None}
+    kept = set(paths[-n_newest:]) | ({max(scores, key=lambda path: (scores[path], path))} if scores else set())
+    for path in paths:
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _score(path: Path) -> float | None:
+    try:
+        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))["score"]
+    except (OSError, ValueError, KeyError):
+        return None

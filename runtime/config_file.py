@@ -1,0 +1,167 @@
+"""Read one YAML file into a `Config`, and say everything that is wrong with it at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from config import FREE_ON_RESUME, Config
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML reads `3e-4` as text, since YAML 1.1 wants `3.0e-4`; everybody writes the former."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read `path`, apply `section.key=value` overrides, check.
+
+    Raises:
+        ValueError: the file is missing, is no YAML mapping, or a setting is wrong; the message names all problems.
+    """
+    try:
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path}: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"config {path} must be a mapping with sections {', '.join(Config.model_fields)}, got {raw!r}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict[str, Any], source: str) -> Config:
+    """Check a mapping read from `source` (a file name, for the message); raises ValueError naming all problems."""
+    try:
+        # Through JSON, since pydantic's strict mode then takes lists for tuples but still no text for numbers.
+        return Config.model_validate_json(json.dumps(raw, default=str))
+    except ValidationError as error:
+        problems = [_explain(details) for details in error.errors(include_url=False)]
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        raise ValueError(f"config {source}: {count}\n" + "\n".join(f"  {problem}" for problem in problems)) from None
+    except ValueError as error:
+        raise ValueError(f"config {source} holds what settings cannot: {error}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The complete settings as YAML text, defaults included."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Settings by dotted name, e.g. `{"model.vocab_size": 11, ...}`."""
+    return {
+        f"{section}.{key}": value
+        for section, settings in config.model_dump(mode="json").items()
+        for key, value in settings.items()
+    }
+
+
+def changed_settings(old: Config, new: Config) -> list[str]:
+    """Differences that would change the result of a resumed run, one readable line each."""
+    before, after = flatten(old), flatten(new)
+    absent = "(absent)"
+    return [
+        f"{key}: {before.get(key, absent)} -> {after.get(key, absent)}"
+        for key in sorted(before | after)
+        if before.get(key, absent) != after.get(key, absent) and not FREE_ON_RESUME.fullmatch(key)
+    ]
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
+    *sections, last = key.split(".")
+    target = raw
+    for section in sections:
+        if not isinstance(target.setdefault(section, {}), dict):
+            raise ValueError(f"override {override!r}: {section!r} is not a section")
+        target = target[section]
+    target[last] = value
+
+
+def _explain(details: ErrorDetails) -> str:
+    """One line for one problem: the key, the value, what is allowed."""
+    location = [part for part in details["loc"] if part not in _union_tags()]
+    key = ".".join(str(part) for part in location)
+    value, kind = details["input"], details["type"]
+    if kind == "extra_forbidden":
+        known = list(_known_keys([str(part) for part in details["loc"][:-1]]))
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{key} = {value!r}: unknown key; {hint}"
+    if kind == "missing":
+        return f"{key}: missing"
+    message = details["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if isinstance(value, dict):  # a check over several keys; the message names them
+        return f"{key}: {message}" if key else message
+    return f"{key} = {value!r}: {message}"
+
+
+def _union_tags() -> set[str]:
+    """Names that pydantic puts into a location to tell the members of a union apart."""
+    tags: set[str] = set()
+    for _, models in _sections():
+        if len(models) > 1:
+            for model in models:
+                tags.update(tag for field in ("name", "dataset") for tag in _literal(model, field))
+    return tags
+
+
+def _literal(model: type[BaseModel], field: str) -> tuple[str, ...]:
+    return get_args(model.model_fields[field].annotation) if field in model.model_fields else ()
+
+
+def _sections() -> Iterator[tuple[str, list[type[BaseModel]]]]:
+    """Section names, each with the settings classes it may hold."""
+    for name, field in Config.model_fields.items():
+        members = get_args(field.annotation) or (field.annotation,)
+        yield name, [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
+
+
+def _known_keys(location: list[str]) -> Iterator[str]:
+    """Keys allowed at a location of an unknown key: sections at the top, else those of the section's class."""
+    if not location:
+        yield from Config.model_fields
+        return
+    for name, models in _sections():
+        if name == location[0]:
+            for model in models:
+                tags = (*_literal(model, "name"), *_literal(model, "dataset"))
+                if len(location) == 1 or location[1] in tags:
+                    yield from model.model_fields
+
+
+def settings_table() -> str:
+    """Markdown table of every setting, as README shows it."""
+    lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
+    for section, models in _sections():
+        for model in models:
+            tag = (*_literal(model, "name"), *_literal(model, "dataset"))
+            label = f"{section} ({tag[0]})" if tag else section
+            for key, field in model.model_fields.items():
+                if field.description is None:  # the tag itself
+                    continue
+                default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+                lines.append(f"| `{label}` `{key}` | {default} | {field.description} |")
+    return "\n".join(lines)

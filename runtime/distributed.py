@@ -1,0 +1,114 @@
+"""The processes of a run and the device of each. One process without torchrun, as many as torchrun starts with it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# A collective that waits longer than this means that a rank is gone; hanging for ever helps nobody.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    n_ranks: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints, logs and writes what there is one of."""
+        return self.rank == 0
+
+
+def start_world(device: str) -> World:
+    """Join the processes that torchrun started, if it did.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ValueError: `cuda` was asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("training.device = 'cuda': this machine has no CUDA GPU; use auto or cpu")
+    n_ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if device == "cpu" or not torch.cuda.is_available():
+        own = torch.device("cpu")
+    else:
+        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(own)
+    if "RANK" in os.environ:
+        backend = "nccl" if own.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, timeout=COLLECTIVE_TIMEOUT, device_id=own if own.type == "cuda" else None
+        )
+    return World(rank, n_ranks, own)
+
+
+def stop_world() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of every rank's `values`, on every rank; the argument is left alone."""
+    if not dist.is_initialized():
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """The main process's `value` (plain data), on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's `value` (plain data) in the order of ranks, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The type for autocast, None for plain float32.
+
+    Args:
+        precision: `float32`, `bfloat16`, or `auto`: bfloat16 on GPUs and on CPUs with instructions for it.
+    """
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that is supported
+            fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+        precision = "bfloat16" if fast else "float32"
+    return torch.bfloat16 if precision == "bfloat16" else None
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast context of `dtype`; None switches it off."""
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

@@ -1,0 +1,35 @@
+"""Optimizer, learning-rate schedule and weight average."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from config import TrainingSettings
+
+
+def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
+    """AdamW in one fused kernel; norms and biases are not decayed."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.adam_betas, fused=True)
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, warmup_steps: int, n_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up over `warmup_steps`, then half a cosine down to 0 at `n_steps`."""
+    from transformers.optimization import get_cosine_schedule_with_warmup  # seconds to import: only training pays
+
+    return get_cosine_schedule_with_warmup(optimizer, warmup_steps, n_steps)
+
+
+def build_ema(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """Exponential moving average of the weights; its `module` is a model of its own. None without a decay."""
+    if decay is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))

@@ -1,0 +1,191 @@
+"""Fill in masked tokens with a trained model, most confident positions first.
+
+`sample` fills whole batches without a loop over rows. As a command it reads a checkpoint:
+
+    python sampling.py --checkpoint runs/sudoku_puma --puzzle 530070000600195000098000060800060003400803001...
+
+Shapes: B rows, L positions, N masked positions of all rows together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from config import Config, Confidence
+from model.token_scores import TokenPredictions, hash_uniform, mix_keys
+from model.transformer import Transformer
+from runtime.checkpoint import find_checkpoint
+from runtime.distributed import autocast, autocast_dtype, start_world
+from unmasking import reveal_top
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What `sample` returns."""
+
+    tokens: Tensor  # int64 [B, L], nothing masked
+    order: Tensor  # int64 [B, L], the step (from 1) at which a position was filled; 0 where it was given
+    nfe: Tensor  # int64 [B], forward passes that the row took part in
+
+
+@torch.no_grad()
+def sample(
+    model: Transformer,
+    xt: Tensor,
+    mask_id: int,
+    *,
+    confidence: Confidence = "top_prob",
+    tokens_per_step: int = 1,
+    threshold: float | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    row_ids: Tensor | None = None,
+) -> Samples:
+    """Fill every masked position; at each step the best `tokens_per_step` of each row, and all above `threshold`.
+
+    Rows are independent: what a row becomes depends neither on its neighbours nor on the batch size. Finished rows leave
+    the batch.
+
+    Args:
+        xt: int64 [B, L], `mask_id` where a token is wanted.
+        confidence: which positions come first; higher is always sooner. `top_prob`: probability of the chosen token.
+            `top_prob_margin`: its lead over the second (Kim et al. 2025). `neg_entropy`: least uncertain. `random`.
+        threshold: probability of the chosen token above which a position is filled at once.
+        temperature: 0 takes the most probable token; otherwise Gumbel noise, see `gumbel_noise`.
+        seed, row_ids: random numbers depend on these alone (row_ids: int64 [B], by default 0..B-1).
+    """
+    tokens, order = xt.clone(), torch.zeros_like(xt)
+    nfe = torch.zeros(len(xt), dtype=torch.long, device=xt.device)
+    ids = torch.arange(len(xt), device=xt.device) if row_ids is None else row_ids.to(xt.device)
+    keys = mix_keys(ids, seed)  # [B]
+    step = 0
+    active = (tokens == mask_id).any(1).nonzero().squeeze(1)  # [b], rows that still have masks
+    while len(active):
+        step += 1
+        part = tokens[active]  # [b, L]
+        masked = part == mask_id
+        places = mix_keys(mix_keys(keys[active], step)[:, None], torch.arange(part.shape[1], device=xt.device))
+        predicted = model.predict(part, masked, mask_id, temperature=temperature, noise_key=places[masked])
+        score = torch.full(part.shape, -torch.inf, device=xt.device)
+        score[masked] = _confidence(confidence, predicted, places[masked])
+        n_reveal = torch.full_like(active, tokens_per_step)
+        reveal = reveal_top(score, masked, n_reveal)  # [b, L]
+        if threshold is not None:
+            reveal[masked] |= predicted.log_prob > math.log(threshold)
+        part[reveal] = predicted.token[reveal[masked]]
+        tokens[active] = part
+        order[active] += reveal * step
+        nfe[active] += 1
+        active = active[(part == mask_id).any(1)]
+    return Samples(tokens, order, nfe)
+
+
+def _confidence(rule: Confidence, predicted: TokenPredictions, keys: Tensor) -> Tensor:
+    """Confidence of each masked position by the rule's name, float32 [N]."""
+    if rule == "top_prob":
+        return predicted.log_prob
+    if rule == "top_prob_margin":
+        return predicted.margin
+    if rule == "neg_entropy":
+        return predicted.neg_entropy
+    return hash_uniform(mix_keys(keys, -1)).float()
+
+
+def load_model(path: str, device: torch.device) -> tuple[Transformer, Config]:
+    """The model of a run directory (its newest checkpoint) or checkpoint folder, averaged weights where there are any.
+
+    Raises:
+        ValueError: no usable checkpoint there.
+    """
+    checkpoint = find_checkpoint(path)
+    config = checkpoint.config()
+    weights = checkpoint.weights("ema") or checkpoint.weights("model")
+    if weights is None:
+        raise ValueError(f"checkpoint {checkpoint.path} holds no weights")
+    model = Transformer(config.model)
+    model.load_weights(weights)
+    return model.to(device).eval(), config
+
+
+def parse_puzzle(text: str, size: int) -> list[int]:
+    """Cells of a puzzle written as size^2 characters, `.` or `0` where empty.
+
+    Raises:
+        ValueError: another length or another character.
+    """
+    digits = {".": 0} | {str(digit): digit for digit in range(size + 1)}
+    wrong = sorted(set(text) - set(digits))
+    if len(text) != size * size or wrong:
+        detail = f"holds {wrong}" if wrong else f"has {len(text)} cells"
+        raise ValueError(f"puzzle {text!r} {detail}: a {size}x{size} puzzle is {size * size} of . and 0 to {size}")
+    return [digits[character] for character in text]
+
+
+def format_boards(puzzle: Tensor, solution: Tensor, order: Tensor, size: int) -> str:
+    """The solved board beside the order in which its cells were filled (all [size * size]); clues stand in brackets."""
+    lines = [f"{'solution, [clues]':<{4 * size}}  filled at step (. = clue)"]
+    for row in range(size):
+        cells = range(row * size, (row + 1) * size)
+        left = "".join(f"[{solution[i]}] " if puzzle[i] else f" {solution[i]}  " for i in cells)
+        right = "".join(f"{int(order[i]) or '.':>4}" for i in cells)
+        lines.append(f"{left:<{4 * size}}  {right}")
+    return "\n".join(lines)
+
+
+def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Solve a Sudoku puzzle with a trained model, step by step.")
+    parser.add_argument("--checkpoint", required=True, help="run directory or checkpoint folder")
+    parser.add_argument("--puzzle", required=True, help="cells row by row, . or 0 where empty")
+    parser.add_argument("--confidence", default="top_prob", choices=Confidence.__args__)
+    parser.add_argument("--tokens-per-step", type=int, default=1)
+    parser.add_argument("--threshold", type=float, help="also fill all cells above this probability")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    options = parser.parse_args(arguments)
+    if options.tokens_per_step < 1:
+        parser.error(f"--tokens-per-step must be at least 1, got {options.tokens_per_step}")
+    if options.threshold is not None and not 0 < options.threshold < 1:
+        parser.error(f"--threshold must lie between 0 and 1, got {options.threshold}")
+    if not 0 <= options.temperature < math.inf:
+        parser.error(f"--temperature must be 0 or more, got {options.temperature}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; bad input ends with one message and exit status 2."""
+    options = _parse_arguments(arguments)
+    try:
+        device = start_world(options.device).device
+        model, config = load_model(options.checkpoint, device)
+        size = config.data.size
+        puzzle = torch.tensor(parse_puzzle(options.puzzle, size))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    mask_id = size + 1
+    xt = torch.cat([puzzle, torch.full_like(puzzle, mask_id)])[None].to(device)
+    with autocast(device, autocast_dtype(config.training.precision, device)):
+        result = sample(
+            model,
+            xt,
+            mask_id,
+            confidence=options.confidence,
+            tokens_per_step=options.tokens_per_step,
+            threshold=options.threshold,
+            temperature=options.temperature,
+            seed=options.seed,
+        )
+    n_cells = size * size
+    print(format_boards(puzzle, result.tokens[0, n_cells:].cpu(), result.order[0, n_cells:].cpu(), size))
+    print(f"{int(result.nfe[0])} network forward evaluations")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Which masked positions to reveal: pure functions shared by training and sampling.
+
+Shapes: B rows, L positions. A `candidates` mask is True where a position may be revealed; every function returns a mask
+[B, L] that is a subset of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reveal_top(confidence: Tensor, candidates: Tensor, n_reveal: Tensor) -> Tensor:
+    """Mark the `n_reveal` most confident candidates of each row.
+
+    Args:
+        confidence: float [B, L], higher is sooner; ties go to the earlier position.
+        candidates: bool [B, L].
+        n_reveal: int64 [B]; zero or less marks nothing, more than there are marks all.
+
+    Returns:
+        bool [B, L].
+    """
+    # Above -inf, so that even a candidate of confidence -inf comes before what is no candidate.
+    finite = confidence.clamp(min=torch.finfo(confidence.dtype).min)
+    order = finite.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)  # [B, L]
+    chosen_ranks = torch.arange(order.shape[1], device=order.device) < n_reveal.unsqueeze(1)  # [B, L], by rank
+    return torch.zeros_like(candidates).scatter(1, order, chosen_ranks) & candidates
+
+
+def reveal_random(candidates: Tensor, n_reveal: Tensor, generator: torch.Generator) -> Tensor:
+    """Mark `n_reveal` (int64 [B]) candidates (bool [B, L]) of each row, drawn without replacement; bool [B, L]."""
+    draw = torch.rand(candidates.shape, generator=generator, device=candidates.device)  # [B, L]
+    return reveal_top(draw, candidates, n_reveal)
+
+
+def mask_uniformly(maskable: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw the baseline's masks: per row n uniform in 1..n_maskable, then n of the maskable positions at random.
+
+    Args:
+        maskable: bool [B, L], at least one True in each row.
+
+    Returns:
+        bool [B, L], True where masked.
+    """
+    n_maskable = maskable.sum(1)  # [B]
+    draw = torch.rand(n_maskable.shape, generator=generator, device=maskable.device, dtype=torch.float64)
+    n_masked = 1 + (draw * n_maskable).floor().long()  # draw < 1, so at most n_maskable
+    return reveal_random(maskable, n_masked, generator)
+
+
+def row_weights(masked: Tensor, n_rows: int) -> Tensor:
+    """Loss weight of each position: 1 / (number masked in its row * n_rows) where masked, else 0.
+
+    Args:
+        masked: bool [B, L].
+        n_rows: rows that the mean is over (the whole batch of this rank, though `masked` may be a part of it).
+
+    Returns:
+        float32 [B, L].
+    """
+    n_masked = masked.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
+    return masked / (n_masked.float() * n_rows)

@@ -1,7 +1,7 @@
 """Every setting of an experiment, typed and strict: one class per section of the YAML file.
 
-`runtime/config_file.py` reads the file and words the errors. Objectives are a discriminated union, so that each takes only
-its own keys. The descriptions below are the table of settings in README.
+`runtime/config_file.py` reads the file and words the errors. Objectives are a discriminated union, so that each takes
+only its own keys. The descriptions below are the table of settings in README.
 """
 
 from __future__ import annotations
@@ -173,7 +173,9 @@ class TrainingSettings(Settings):
         if self.num_epochs is None and self.max_steps is None:
             raise ValueError("give num_epochs or max_steps")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
         return self
 
 
@@ -197,7 +199,9 @@ class ValidationSettings(Settings):
 class WandbSettings(Settings):
     """Where wandb keeps its copy of the records; metrics.jsonl is always written."""
 
-    mode: Literal["online", "offline", "disabled"] = Field("disabled", description="a missing network never stops a run")
+    mode: Literal["online", "offline", "disabled"] = Field(
+        "disabled", description="a missing network never stops a run"
+    )
     project: str = Field("puma", description="wandb project")
     name: str | None = Field(None, description="name of the run; null: the run directory's name")
     entity: str | None = Field(None, description="wandb user or team")

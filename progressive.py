@@ -1,8 +1,8 @@
-"""The PUMA pool: sequences revealed step by step in the order of the model's own confidence (arXiv 2602.10314, section 3).
+"""The PUMA pool: sequences revealed in the order of the model's own confidence (arXiv 2602.10314, section 3).
 
 Each row of the pool is one sequence on its way from nearly all masked (stage 0) to nearly all revealed (stage K - 1).
-Training reads the pool as a batch; the forward pass that gives the loss also gives the confidences that choose what each
-row reveals next, so the pool costs no extra pass. The true tokens are filled in, whatever the model predicted.
+Training reads the pool as a batch; the forward pass that gives the loss also gives the confidences that choose what
+each row reveals next, so the pool costs no extra pass. The true tokens are filled in, whatever the model predicted.
 
 Shapes: B rows of the pool, L positions.
 """
@@ -22,7 +22,8 @@ from unmasking import reveal_random, reveal_top
 def draw_target(stage: Tensor, n_stages: int, n_maskable: Tensor, generator: torch.Generator) -> Tensor:
     """How many positions a row at `stage` should have revealed.
 
-    The ratio is uniform in [stage / K, (stage + 1) / K); at least one position stays masked, so that the row gives a loss.
+    The ratio is uniform in [stage / K, (stage + 1) / K); at least one position stays masked, so that the row gives a
+    loss.
 
     Args:
         stage: int64 [B].
@@ -61,7 +62,8 @@ def advance(
         collapse_threshold: tau; also reveal every masked position whose max probability exceeds it.
 
     Returns:
-        masked (bool [B, L]), stage (int64 [B]) and finished (bool [B]). What a finished row's mask holds has no meaning.
+        masked (bool [B, L]), stage (int64 [B]) and finished (bool [B]). What a finished row's mask holds has no
+        meaning.
     """
     n_maskable = maskable.sum(1)
     n_revealed = n_maskable - masked.sum(1)

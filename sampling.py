@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from config import Config, Confidence
+from config import Confidence, Config
 from model.token_scores import TokenPredictions, hash_uniform, mix_keys
 from model.transformer import Transformer
 from runtime.checkpoint import find_checkpoint
@@ -49,8 +51,8 @@ def sample(
 ) -> Samples:
     """Fill every masked position; at each step the best `tokens_per_step` of each row, and all above `threshold`.
 
-    Rows are independent: what a row becomes depends neither on its neighbours nor on the batch size. Finished rows leave
-    the batch.
+    Rows are independent: what a row becomes depends neither on its neighbours nor on the batch size. Finished rows
+    leave the batch.
 
     Args:
         xt: int64 [B, L], `mask_id` where a token is wanted.
@@ -97,20 +99,23 @@ def _confidence(rule: Confidence, predicted: TokenPredictions, keys: Tensor) -> 
     return hash_uniform(mix_keys(keys, -1)).float()
 
 
-def load_model(path: str, device: torch.device) -> tuple[Transformer, Config]:
+def load_model(path: str, overrides: Sequence[str] = ()) -> tuple[Transformer, Config]:
     """The model of a run directory (its newest checkpoint) or checkpoint folder, averaged weights where there are any.
 
+    Args:
+        overrides: `section.key=value` settings to use instead of the run's own.
+
     Raises:
-        ValueError: no usable checkpoint there.
+        ValueError: no usable checkpoint there, or a wrong setting.
     """
     checkpoint = find_checkpoint(path)
-    config = checkpoint.config()
+    config = checkpoint.config(overrides)
     weights = checkpoint.weights("ema") or checkpoint.weights("model")
     if weights is None:
         raise ValueError(f"checkpoint {checkpoint.path} holds no weights")
     model = Transformer(config.model)
     model.load_weights(weights)
-    return model.to(device).eval(), config
+    return model.eval(), config
 
 
 def parse_puzzle(text: str, size: int) -> list[int]:
@@ -142,7 +147,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Solve a Sudoku puzzle with a trained model, step by step.")
     parser.add_argument("--checkpoint", required=True, help="run directory or checkpoint folder")
     parser.add_argument("--puzzle", required=True, help="cells row by row, . or 0 where empty")
-    parser.add_argument("--confidence", default="top_prob", choices=Confidence.__args__)
+    parser.add_argument("--confidence", default="top_prob", choices=get_args(Confidence))
     parser.add_argument("--tokens-per-step", type=int, default=1)
     parser.add_argument("--threshold", type=float, help="also fill all cells above this probability")
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -163,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse_arguments(arguments)
     try:
         device = start_world(options.device).device
-        model, config = load_model(options.checkpoint, device)
+        model, config = load_model(options.checkpoint)
         size = config.data.size
         puzzle = torch.tensor(parse_puzzle(options.puzzle, size))
     except (ValueError, OSError) as error:
@@ -173,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     xt = torch.cat([puzzle, torch.full_like(puzzle, mask_id)])[None].to(device)
     with autocast(device, autocast_dtype(config.training.precision, device)):
         result = sample(
-            model,
+            model.to(device),
             xt,
             mask_id,
             confidence=options.confidence,

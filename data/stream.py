@@ -1,12 +1,14 @@
 """Rows of a data set in a seeded random order, shared out over ranks, for ever.
 
-The stream of all ranks together is one endless list: the data set shuffled, then shuffled anew, and so on. Entry number p
-belongs to rank p % n_ranks. So every row is handed out exactly once per epoch whatever the number of rows, nothing is
-dropped at an epoch's end, ranks may draw at different speeds, and the whole state of a rank is how many rows it has drawn.
+The stream of all ranks together is one endless list: the data set shuffled, then shuffled anew, and so on. Entry
+number p belongs to rank p % n_ranks. So every row is handed out exactly once per epoch whatever the number of rows,
+nothing is dropped at an epoch's end, ranks may draw at different speeds, and the whole state of a rank is how many
+rows it has drawn.
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import Protocol
 
 import numpy as np
@@ -32,6 +34,15 @@ class SequenceData(Protocol):
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (int64 [n, L]) and prompt mask (bool [n, L]) of the rows with these indices."""
         ...
+
+
+def fingerprint(data: SequenceData) -> str:
+    """Tells data sets apart: a hash of the number of rows and of 64 rows spread over them."""
+    tokens, prompt_mask = data.rows(np.linspace(0, len(data) - 1, 64).astype(np.int64))
+    digest = hashlib.sha256(f"{len(data)} {data.length} {data.mask_id}".encode())
+    digest.update(tokens.tobytes())
+    digest.update(prompt_mask.tobytes())
+    return digest.hexdigest()
 
 
 class SequenceStream:

@@ -8,6 +8,8 @@ Shapes: B rows, L positions, D width, H query heads, G key and value heads, E he
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -120,6 +122,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.model = Backbone(settings, causal)
         self.lm_head = nn.Linear(settings.hidden_size, settings.vocab_size, bias=False)
+        self.training_backbone: Callable[[Tensor], Tensor] | None = None
         self.tied = settings.tie_word_embeddings
         if self.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -134,13 +137,21 @@ class Transformer(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
 
+    def compile_training(self) -> None:
+        """Compile the pass of train mode alone: its shapes never change, while evaluation's do at every call."""
+        self.training_backbone = torch.compile(self.model.forward)
+
     def forward(self, xt: Tensor, x0: Tensor, weight: Tensor) -> TokenScores:
         """Loss, NLL and confidence of the clean tokens x0 (int64 [B, L]) given xt, where weight (float32) is not 0."""
-        return score_tokens(self.model(xt), self.lm_head.weight, x0, weight)
+        backbone = self.training_backbone if self.training and self.training_backbone else self.model
+        return score_tokens(backbone(xt), self.lm_head.weight, x0, weight)
 
-    def predict(self, xt: Tensor, positions: Tensor, banned: int, **noise: Tensor | float) -> TokenPredictions:
+    def predict(
+        self, xt: Tensor, positions: Tensor, banned: int, *, temperature: float = 0.0, noise_key: Tensor | None = None
+    ) -> TokenPredictions:
         """Best token and its confidence at `positions` (bool [B, L]); see `predict_tokens` for the rest."""
-        return predict_tokens(self.model(xt)[positions], self.lm_head.weight, banned, **noise)
+        hidden = self.model(xt)[positions]  # [N, D]
+        return predict_tokens(hidden, self.lm_head.weight, banned, temperature=temperature, noise_key=noise_key)
 
     def weights(self) -> dict[str, Tensor]:
         """Tensors to save, by Hugging Face's names; a tied head is left out, as Hugging Face does."""

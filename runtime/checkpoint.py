@@ -1,9 +1,9 @@
 """Checkpoints that a kill at any moment cannot harm.
 
-A checkpoint is a folder `checkpoints/step_00001000` of the run directory: the weights (and their average) as safetensors,
-the settings, the state of optimizer and schedule, one file per rank for objective, stream and random numbers, and last a
-manifest with size and SHA-256 of every file. It is written under a temporary name, synced to disk and renamed, so that
-either all of it is there or none. Nothing that is read back can execute code.
+A checkpoint is a folder `checkpoints/step_00001000` of the run directory: the weights (and their average) as
+safetensors, the settings, the state of optimizer and schedule, one file per rank for objective, stream and random
+numbers, and last a manifest with size and SHA-256 of every file. It is written under a temporary name, synced to disk
+and renamed, so that either all of it is there or none. Nothing that is read back can execute code.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,9 @@ class Checkpoint:
         """State saved as `train` or `rank_<r>`."""
         return torch.load(self.path / f"{name}.pt", map_location="cpu", weights_only=True)
 
-    def config(self) -> Config:
-        """Settings of the run when it was saved."""
-        return read_config(self.path / "config.yaml")
+    def config(self, overrides: Sequence[str] = ()) -> Config:
+        """Settings of the run when it was saved, with `section.key=value` overrides."""
+        return read_config(self.path / "config.yaml", overrides)
 
 
 def save_checkpoint(

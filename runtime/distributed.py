@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# A collective that waits longer than this means that a rank is gone; hanging for ever helps nobody.
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# A collective that waits longer than this means that a rank is gone; hanging for ever helps nobody. The longest honest
+# wait is for the main process while it generates or converts a data set.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,7 @@ def start_world(device: str) -> World:
         torch.cuda.set_device(own)
     if "RANK" in os.environ:
         backend = "nccl" if own.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, timeout=COLLECTIVE_TIMEOUT, device_id=own if own.type == "cuda" else None
-        )
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=own if own.type == "cuda" else None)
     return World(rank, n_ranks, own)
 
 
@@ -64,6 +66,17 @@ def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def main_first(world: World, work: Callable[[], T]) -> T:
+    """Run `work` on the main process, then on the others: they find the files that it has written."""
+    if not world.is_main:
+        barrier()
+        return work()
+    try:
+        return work()
+    finally:
+        barrier()  # even if the work failed, so that the others fail at once instead of waiting
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -103,7 +116,9 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that is supported
+            capabilities: dict[str, bool] = getattr(
+                torch.cpu, "get_capabilities", dict
+            )()  # not in every torch that is supported
             fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
         precision = "bfloat16" if fast else "float32"
     return torch.bfloat16 if precision == "bfloat16" else None

@@ -1,0 +1,197 @@
+"""Everything that a training run changes: how it is built, saved, restored and put into figures.
+
+`train.py` holds the loop that changes it.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from config import Config
+from data.stream import SequenceData, SequenceStream, fingerprint
+from model.transformer import Transformer
+from objective import Objective, build_objective
+from runtime.checkpoint import Checkpoint, save_checkpoint
+from runtime.distributed import World, autocast_dtype, sum_over_ranks
+from runtime.metrics import peak_memory_gib, reduce_metrics
+from runtime.optim import build_ema, build_optimizer, build_scheduler
+
+
+@dataclass
+class Run:
+    """Everything that training changes, and what it needs to go on."""
+
+    config: Config
+    world: World
+    run_dir: Path
+    n_steps: int
+    length: int  # tokens per sequence
+    n_train: int
+    data_fingerprint: str
+    model: Transformer
+    wrapped: nn.Module  # the model, or DistributedDataParallel around it
+    ema: AveragedModel | None
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    objective: Objective
+    totals: Tensor  # float64 [2], loss and gradient norm summed since the last record
+    n_summed: int = 0
+    step: int = 0
+    seconds: float = 0.0  # of training; evaluation and saving left out
+    seconds_recorded: float = 0.0  # what `seconds` was at the last record
+
+    @property
+    def averaged_model(self) -> Transformer | None:
+        """The model with the averaged weights, if there is one."""
+        return None if self.ema is None else cast(Transformer, self.ema.module)
+
+    @property
+    def evaluated_model(self) -> Transformer:
+        """The averaged weights where there are any."""
+        return self.averaged_model or self.model
+
+
+def build_run(config: Config, world: World, run_dir: Path, train: SequenceData) -> Run:
+    """Everything at step 0. Raises ValueError where the batch does not divide over the ranks."""
+    training = config.training
+    model = Transformer(config.model)
+    model.reset_parameters(torch.Generator().manual_seed(training.seed))
+    model.to(world.device)
+    ema = build_ema(model, training.ema_decay)
+    if training.compile:
+        model.compile_training()
+    n_steps = training.max_steps or sys.maxsize
+    if training.num_epochs is not None:
+        n_steps = min(n_steps, int(training.num_epochs * len(train)) // training.batch_size)
+    if n_steps == 0:
+        raise ValueError(f"training.num_epochs {training.num_epochs} of {len(train)} rows make no full batch")
+    wrapped: nn.Module = model
+    if world.n_ranks > 1:
+        wrapped = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+    optimizer = build_optimizer(model, training)
+    return Run(
+        config,
+        world,
+        run_dir,
+        n_steps,
+        train.length,
+        len(train),
+        fingerprint(train),
+        model,
+        wrapped,
+        ema,
+        optimizer,
+        build_scheduler(optimizer, training.warmup_steps, n_steps),
+        build_objective(
+            config.objective,
+            training,
+            SequenceStream(train, training.seed, world.rank, world.n_ranks),
+            train.mask_id,
+            world.device,
+        ),
+        torch.zeros(2, dtype=torch.float64, device=world.device),
+    )
+
+
+def save_run(run: Run, score: float | None) -> None:
+    """Write a checkpoint; every rank calls this. `score`: the headline figure if it was measured at this step."""
+    weights = {"model": run.model.weights()}
+    train_state = {
+        "optimizer": run.optimizer.state_dict(),
+        "scheduler": run.scheduler.state_dict(),
+        "seconds": run.seconds,
+        "seconds_recorded": run.seconds_recorded,
+        "data_fingerprint": run.data_fingerprint,
+    }
+    if run.ema is not None and run.averaged_model is not None:
+        weights["ema"] = run.averaged_model.weights()
+        train_state["ema_n_averaged"] = run.ema.n_averaged
+    # The objective's generator is the only one that training draws from; its state is in the objective's.
+    rank_state = {"objective": run.objective.state_dict(), "totals": run.totals, "n_summed": run.n_summed}
+    save_checkpoint(
+        run.run_dir,
+        run.world,
+        run.config,
+        run.step,
+        weights=weights,
+        train_state=train_state,
+        rank_state=rank_state,
+        score=score,
+    )
+
+
+def restore_run(run: Run, checkpoint: Checkpoint) -> None:
+    """Put a freshly built run where the checkpoint was taken.
+
+    Raises:
+        ValueError: it was taken on another number of processes or with other training data.
+    """
+    if checkpoint.n_ranks != run.world.n_ranks:
+        raise ValueError(
+            f"checkpoint {checkpoint.path} was saved by {checkpoint.n_ranks} processes and this run has "
+            f"{run.world.n_ranks}: start as many, or give another --run-dir"
+        )
+    state, own = checkpoint.state("train"), checkpoint.state(f"rank_{run.world.rank}")
+    if state["data_fingerprint"] != run.data_fingerprint:
+        raise ValueError(
+            f"the training data is not what checkpoint {checkpoint.path} was trained on: restore the data, or give "
+            "another --run-dir"
+        )
+    for name, model in (("model", run.model), ("ema", run.averaged_model)):
+        if model is not None:
+            weights = checkpoint.weights(name)
+            assert weights is not None, name  # whether there is an average cannot change on resume
+            model.load_weights(weights)
+    if run.ema is not None:
+        run.ema.n_averaged.copy_(state["ema_n_averaged"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scheduler.load_state_dict(state["scheduler"])
+    run.objective.load_state_dict(own["objective"])
+    run.totals.copy_(own["totals"])
+    run.step, run.n_summed = checkpoint.step, own["n_summed"]
+    run.seconds, run.seconds_recorded = state["seconds"], state["seconds_recorded"]
+
+
+def where(run: Run) -> dict[str, Any]:
+    """What curves are drawn against, and the objective's figures over all ranks."""
+    figures = reduce_metrics(run.objective.metrics(), run.world)
+    distinct = int(min(figures.pop("sequences_drawn"), run.n_train))
+    position = {"step": run.step, "seconds": run.seconds, "sequences_distinct": distinct}
+    return position | {f"train/{name}": value for name, value in figures.items()}
+
+
+def summarize(run: Run) -> dict[str, Any]:
+    """Means over the steps since the last record, which is now."""
+    training, n_steps = run.config.training, run.n_summed
+    loss = float(sum_over_ranks(run.totals)[0]) / run.world.n_ranks / n_steps
+    step_ms = 1000 * (run.seconds - run.seconds_recorded) / n_steps
+    values = {
+        "train/loss": loss,
+        "train/grad_norm": float(run.totals[1]) / n_steps,
+        "train/learning_rate": run.scheduler.get_last_lr()[0],
+        "train/step_ms": step_ms,
+        "train/tokens_per_s": training.batch_size * run.length / step_ms * 1000,
+        "train/peak_memory_gib": peak_memory_gib(run.world.device),
+    }
+    run.totals.zero_()
+    run.n_summed, run.seconds_recorded = 0, run.seconds
+    return values
+
+
+def describe(run: Run) -> str:
+    """One line about a run before it starts."""
+    n_parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    dtype = autocast_dtype(run.config.training.precision, run.world.device) or torch.float32
+    return (
+        f"{run.run_dir}: {run.config.objective.name}, {n_parameters / 1e6:.2f}M parameters, {run.n_train:,} training "
+        f"sequences, steps {run.step:,} to {run.n_steps:,} on {run.world.n_ranks} x {run.world.device.type} in "
+        f"{str(dtype).removeprefix('torch.')}"
+    )

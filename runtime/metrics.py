@@ -1,0 +1,159 @@
+"""Records of a run: `metrics.jsonl` always, wandb if asked for.
+
+Each row of metrics.jsonl is one JSON object with `step`, `seconds` (of training, evaluation left out) and
+`sequences_distinct`, so that every curve can be drawn against any of the three. wandb gets the same rows; whatever goes
+wrong with it is said once and never stops the run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import secrets
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import WandbSettings
+from runtime.distributed import World, sum_over_ranks
+
+METRICS_FILE = "metrics.jsonl"
+WANDB_INIT_TIMEOUT_S = 60
+
+
+class Recorder:
+    """Writes the records; only the main process has one."""
+
+    def __init__(self, run_dir: Path, settings: WandbSettings, config: dict[str, Any], from_step: int) -> None:
+        """Open the records of a run that continues at `from_step`; later rows, of a past that was lost, are cut."""
+        self.path = run_dir / METRICS_FILE
+        kept = [row for row in read_metrics(run_dir) if row["step"] <= from_step]
+        scratch = run_dir / f".{METRICS_FILE}.incomplete"
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(scratch, self.path)
+        self._wandb = _start_wandb(run_dir, settings, config)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one row; numbers that are not finite are left out."""
+        row = {
+            key: value for key, value in values.items() if not (isinstance(value, float) and not math.isfinite(value))
+        }
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self._send(row)
+
+    def picture(self, name: str, path: Path) -> None:
+        """Show a picture file in wandb."""
+        if self._wandb is not None:
+            import wandb
+
+            self._send({name: wandb.Image(str(path))})
+
+    def close(self) -> None:
+        """Finish the wandb run."""
+        if self._wandb is not None:
+            try:
+                self._wandb.finish()
+            except Exception as error:
+                _warn(error)
+            self._wandb = None
+
+    def _send(self, row: dict[str, Any]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            import wandb
+
+            histograms = {
+                key: wandb.Histogram(np_histogram=(np.array(value), np.arange(len(value) + 1)))
+                for key, value in row.items()
+                if isinstance(value, list)
+            }
+            self._wandb.log(row | histograms)
+        except Exception as error:  # whatever a network or a service does, training goes on
+            _warn(error)
+            self._wandb = None
+
+
+def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a run's metrics.jsonl; a last line that a kill cut short is left out."""
+    path = run_dir / METRICS_FILE
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+
+def reduce_metrics(metrics: dict[str, Tensor], world: World) -> dict[str, Any]:
+    """Figures of all ranks as plain numbers and lists: names with `sequences_` are added up, all others averaged."""
+    flat = torch.cat([values.to(world.device, torch.float64).flatten() for values in metrics.values()])
+    totals = sum_over_ranks(flat).split([values.numel() for values in metrics.values()])
+    reduced: dict[str, Any] = {}
+    for (name, values), total in zip(metrics.items(), totals, strict=True):
+        figure = total if name.startswith("sequences_") else total / world.n_ranks
+        reduced[name] = figure.tolist() if values.ndim else float(figure)
+    return reduced
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that this process has used so far: on the GPU if it has one, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB elsewhere
+
+
+def _start_wandb(run_dir: Path, settings: WandbSettings, config: dict[str, Any]) -> Any:
+    """A wandb run under the id that the run directory keeps, offline where the network fails; None without."""
+    if settings.mode == "disabled":
+        return None
+    try:
+        import wandb
+
+        id_file = run_dir / "wandb_id.txt"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+        options: dict[str, Any] = {
+            "project": settings.project,
+            "entity": settings.entity,
+            "name": settings.name or run_dir.name,
+            "id": id_file.read_text(encoding="utf-8").strip(),
+            "resume": "allow",
+            "dir": str(run_dir),
+            "config": config,
+            "settings": wandb.Settings(init_timeout=WANDB_INIT_TIMEOUT_S),
+        }
+        try:
+            run = wandb.init(mode=settings.mode, **options)
+        except Exception as error:
+            if settings.mode == "offline":
+                raise
+            warnings.warn(
+                f"wandb cannot go online ({error}); records go to {run_dir}/wandb, send them later with `wandb sync`",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            run = wandb.init(mode="offline", **options)
+        for axis in ("step", "seconds", "sequences_distinct"):
+            run.define_metric(axis)
+        run.define_metric("*", step_metric="step")
+        return run
+    except Exception as error:
+        _warn(error)
+        return None
+
+
+def _warn(error: Exception) -> None:
+    warnings.warn(f"wandb is given up for this run: {error}", RuntimeWarning, stacklevel=3)

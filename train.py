@@ -1,0 +1,229 @@
+"""Train a model: read one YAML file, build, loop, close.
+
+    python train.py --config yaml_files/sudoku_puma.yaml [key=value ...] [--run-dir DIR]
+    torchrun --nproc-per-node=8 train.py --config yaml_files/sudoku_puma.yaml
+
+The run directory is the run's identity: the same command again continues from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from config import Config
+from data.load import describe_source, load_split
+from data.sudoku import SudokuData, count_shared_puzzles
+from eval.evaluate import Evaluation, as_json, evaluate
+from run_state import Run, build_run, describe, restore_run, save_run, summarize, where
+from runtime.checkpoint import latest_checkpoint, write_text
+from runtime.config_file import changed_settings, dump_config, flatten, read_config
+from runtime.curves import AXES, draw_curves
+from runtime.distributed import (
+    autocast,
+    autocast_dtype,
+    from_main,
+    main_first,
+    start_world,
+    stop_world,
+)
+from runtime.metrics import Recorder
+
+FINAL_FILE = "final.json"
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient is no longer a number."""
+
+
+def train_step(run: Run, dtype: torch.dtype | None) -> None:
+    """One update. Nothing is read back from the device."""
+    microbatches = list(run.objective.microbatches(run.step))
+    for number, microbatch in enumerate(microbatches, start=1):
+        last = number == len(microbatches)
+        sync = run.wrapped.no_sync() if isinstance(run.wrapped, DistributedDataParallel) and not last else nullcontext()
+        with sync:
+            with autocast(run.world.device, dtype):
+                scores = run.wrapped(microbatch.xt, microbatch.x0, microbatch.weight)
+            scores.loss.backward()
+        run.totals[0] += scores.loss.detach()
+        run.objective.observe(microbatch, scores.confidence)
+    run.totals[1] += nn.utils.clip_grad_norm_(run.model.parameters(), run.config.training.max_grad_norm)
+    run.optimizer.step()
+    run.scheduler.step()
+    run.optimizer.zero_grad()
+    if run.ema is not None:
+        run.ema.update_parameters(run.model)
+    run.objective.end_step()
+    run.n_summed += 1
+    run.step += 1
+
+
+def train(run: Run, test: SudokuData, recorder: Recorder | None) -> Evaluation:
+    """Train to the end, from wherever `run` stands; record, evaluate and save on the way.
+
+    Raises:
+        TrainingDiverged: the loss is no longer finite; nothing is saved then.
+    """
+    training, validation = run.config.training, run.config.validation
+    dtype = autocast_dtype(training.precision, run.world.device)
+    evaluation = None
+    with tqdm(total=run.n_steps, initial=run.step, unit="step", disable=recorder is None) as bar:
+        before = time.perf_counter()
+        while run.step < run.n_steps:
+            train_step(run, dtype)
+            bar.update()
+            last = run.step == run.n_steps
+            log, measure, save = (
+                last or run.step % every == 0
+                for every in (training.log_every, training.eval_every, training.save_every)
+            )
+            if not (log or measure or save):
+                continue
+            check_finite(run)  # waits for the device, so the clock below is right
+            run.seconds += time.perf_counter() - before
+            values = where(run)
+            if log:
+                values |= summarize(run)
+                bar.set_postfix_str(f"loss {values['train/loss']:.4f}, lr {values['train/learning_rate']:.1e}")
+            if measure:
+                n_examples = (last and validation.n_final_examples) or validation.n_examples
+                evaluation = evaluate(run.evaluated_model, run.config, test, run.world, n_examples)
+                values |= evaluation.metrics()
+                if recorder:
+                    bar.write(f"step {run.step}: {evaluation.table().splitlines()[1]}")
+            if recorder and (log or measure):
+                recorder.write(values)
+            if save:
+                save_run(run, evaluation.accuracy if measure and evaluation else None)
+            before = time.perf_counter()
+    n_examples = validation.n_final_examples or validation.n_examples
+    return evaluation or evaluate(run.evaluated_model, run.config, test, run.world, n_examples)
+
+
+def check_finite(run: Run) -> None:
+    """Stop before a broken model is evaluated or saved; the same on all ranks, since gradients are."""
+    loss, norm = run.totals.tolist()
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise TrainingDiverged(
+            f"the loss or the gradient is not finite after step {run.step}; the newest checkpoint in {run.run_dir} is "
+            "from before. Lower training.learning_rate or lengthen training.warmup_steps"
+        )
+
+
+def finish(run: Run, evaluation: Evaluation, recorder: Recorder) -> None:
+    """Write final.json and the picture of the curves; the run is complete then."""
+    best = evaluation.samplers[0]
+    for axis in AXES:
+        picture = run.run_dir / f"curves_{axis}.png"
+        draw_curves([run.run_dir], axis, picture)
+        recorder.picture(f"curves/{axis}", picture)
+    recorder.close()
+    final = {
+        "accuracy": best.accuracy,
+        "n": best.n,
+        "nfe": best.nfe,
+        "train_seconds": round(run.seconds, 1),
+        "steps": run.step,
+        "evaluation": as_json(evaluation),
+    }
+    write_text(run.run_dir / FINAL_FILE, json.dumps(final, indent=1) + "\n")
+
+
+def start(config: Config, run_dir: Path) -> tuple[Run, SudokuData]:
+    """Load the data and build the run, at its newest checkpoint if it has one.
+
+    Raises:
+        ValueError: bad data, or settings that do not fit the machine or the checkpoint.
+    """
+    world = start_world(config.training.device)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if world.is_main:
+        print(f"data: {describe_source(config.data)}", flush=True)
+    train_data, test_data = main_first(
+        world, lambda: (load_split(config.data, "train"), load_split(config.data, "test"))
+    )
+    run = build_run(config, world, run_dir, train_data)
+    checkpoint = from_main(latest_checkpoint(run_dir) if world.is_main else None)
+    if checkpoint is not None:
+        restore_run(run, checkpoint)
+    if world.is_main:
+        write_text(run_dir / "config.yaml", dump_config(config))
+        n_shared = count_shared_puzzles(train_data, test_data)
+        if n_shared:
+            warnings.warn(f"{n_shared} of the {len(test_data)} test puzzles are in the training set", stacklevel=2)
+        print(describe(run), flush=True)
+    return run, test_data
+
+
+def print_result(run_dir: Path) -> None:
+    """The last line of a finished run."""
+    final = json.loads((run_dir / FINAL_FILE).read_text(encoding="utf-8"))
+    print(f"solved {100 * final['accuracy']:.1f}% of {final['n']} unseen puzzles")
+
+
+def check_unchanged(config: Config, run_dir: Path) -> None:
+    """Refuse to continue a run with settings that would change its result (ValueError with the difference)."""
+    if not (run_dir / "config.yaml").exists() or not any((run_dir / "checkpoints").glob("step_*")):
+        return  # nothing to lose
+    differences = changed_settings(read_config(run_dir / "config.yaml"), config)
+    if differences:
+        raise ValueError(
+            f"{run_dir} was started with other settings; give another --run-dir, or restore them:\n"
+            + "\n".join(f"  {line}" for line in differences)
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; bad input ends with one message and exit status 2."""
+    parser = argparse.ArgumentParser(description="Train a masked diffusion model.")
+    parser.add_argument("--config", required=True, type=Path, help="YAML file with all settings")
+    parser.add_argument("--run-dir", type=Path, help="what the run writes; by default runs/<name of the config>")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. training.seed=1")
+    options = parser.parse_args(arguments)
+    run_dir = options.run_dir or Path("runs") / options.config.stem
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        try:
+            config = read_config(options.config, options.overrides)
+            check_unchanged(config, run_dir)
+            if (run_dir / FINAL_FILE).exists():
+                print(f"{run_dir} is complete; give another --run-dir to train again")
+                print_result(run_dir)
+                return
+            run, test_data = start(config, run_dir)
+        except (ValueError, OSError) as error:
+            fail(str(error), status=2)
+        recorder = Recorder(run_dir, config.wandb, flatten(config), run.step) if run.world.is_main else None
+        evaluation = train(run, test_data, recorder)
+        if recorder is not None:
+            finish(run, evaluation, recorder)
+            print_result(run_dir)
+    except TrainingDiverged as error:
+        fail(str(error), status=1)
+    except KeyboardInterrupt:
+        fail(f"interrupted; the same command continues from the newest checkpoint in {run_dir}", status=130)
+    finally:
+        stop_world()
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """End with one message."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

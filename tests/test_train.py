@@ -1,0 +1,267 @@
+"""The training command: resume, records, refusals, two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PUMA, ROOT, UNIFORM, run_python
+
+import train
+from runtime.checkpoint import find_checkpoint, latest_checkpoint
+from runtime.metrics import read_metrics
+
+CASES = {
+    "uniform": UNIFORM,
+    "puma": PUMA,
+    "puma_with_uniform_rows": {"name": "puma", "n_stages": 4, "uniform_fraction": 0.25},
+}
+
+
+def assert_same_checkpoint(first: Path, second: Path) -> None:
+    """Weights, average, optimizer, schedule, pool, stream and generator are equal bit for bit."""
+    ours, theirs = find_checkpoint(first), find_checkpoint(second)
+    assert ours.step == theirs.step
+    for name in ("model", "ema"):
+        weights, others = ours.weights(name), theirs.weights(name)
+        assert weights is not None
+        assert others is not None
+        assert weights.keys() == others.keys()
+        for key in weights:
+            assert torch.equal(weights[key], others[key]), key
+    for name in ("train", "rank_0"):
+        state, other = ours.state(name), theirs.state(name)
+        for clock in ("seconds", "seconds_recorded"):
+            state.pop(clock, None)
+            other.pop(clock, None)
+        assert_same(state, other, name)
+
+
+def assert_same(ours: object, theirs: object, where: str) -> None:
+    """Nested states are equal bit for bit."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), where
+        for index, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(*pair, f"{where}[{index}]")
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    else:
+        assert ours == theirs, where
+
+
+@pytest.mark.parametrize("objective", CASES.values(), ids=CASES.keys())
+def test_six_steps_equal_three_a_restart_and_three(objective, config_file, tmp_path, monkeypatch, capsys):
+    config = str(config_file(objective))
+    train.main(["--config", config, "--run-dir", str(tmp_path / "straight")])
+
+    def interrupted_save(run, score):
+        save(run, score)
+        raise KeyboardInterrupt
+
+    save = train.save_run
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_run", interrupted_save)
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--config", config, "--run-dir", str(tmp_path / "broken")])
+    assert stop.value.code == 130
+    assert latest_checkpoint(tmp_path / "broken").step == 3
+    train.main(["--config", config, "--run-dir", str(tmp_path / "broken")])
+    assert_same_checkpoint(tmp_path / "straight", tmp_path / "broken")
+    losses = [[row.get("train/loss") for row in read_metrics(tmp_path / name)] for name in ("straight", "broken")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_as_if_nothing_had_happened(config_file, tmp_path):
+    config = config_file(training__max_steps=300, training__save_every=20, training__eval_every=300)
+    arguments = [sys.executable, "train.py", "--config", str(config), "--run-dir"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*arguments, str(tmp_path / "killed")], cwd=ROOT, env=environment) as process:
+        while not (tmp_path / "killed" / "checkpoints" / "step_00000040").exists():
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "killed" / "final.json").exists()
+    for name in ("killed", "straight"):
+        result = run_python(*arguments[1:], tmp_path / name)
+        assert result.returncode == 0, result.stderr
+    assert_same_checkpoint(tmp_path / "killed", tmp_path / "straight")
+
+
+def test_records_and_final_result(config_file, tmp_path, capsys):
+    config = str(config_file(validation__confidence=["top_prob", "top_prob_margin"], validation__tokens_per_step=[1, 2]))
+    train.main(["--config", config, "--run-dir", str(tmp_path / "run")])
+    assert re.search(r"^solved \d+\.\d% of 10 unseen puzzles$", capsys.readouterr().out.splitlines()[-1])
+    final = json.loads((tmp_path / "run" / "final.json").read_text())
+    assert final["n"] == 10
+    assert final["steps"] == 6
+    assert final["train_seconds"] > 0
+    assert 0 <= final["accuracy"] <= 1
+    assert len(final["evaluation"]["samplers"]) == 4
+    rows = list(read_metrics(tmp_path / "run"))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for key in ("loss", "learning_rate", "grad_norm", "step_ms", "tokens_per_s", "peak_memory_gib", "masked_fraction"):
+        assert all(row[f"train/{key}"] > 0 for row in rows), key
+    assert [row["train/n_stages"] for row in rows] == [3, 3, 3, 3, 5, 5]
+    assert all(abs(sum(row["train/stage_histogram"]) - 1) < 1e-6 for row in rows)
+    assert rows[-1]["train/sequences_finished"] > 0
+    assert rows[-1]["train/trajectory_length"] >= 1
+    distinct = [row["sequences_distinct"] for row in rows]
+    assert distinct[0] >= 8
+    assert distinct == sorted(distinct)
+    assert distinct[-1] <= 40
+    assert {"validation/loss", "validation/accuracy/top_prob_margin_2", "validation/nfe/top_prob_1"} <= rows[-1].keys()
+    assert rows[-1]["validation/nfe/top_prob_1"] == 16
+    assert rows[-1]["validation/nfe/top_prob_2"] == 8
+    for axis in ("step", "seconds", "sequences_distinct"):
+        assert (tmp_path / "run" / f"curves_{axis}.png").stat().st_size > 1000
+
+
+def test_a_finished_run_says_so_and_does_nothing(config_file, tmp_path, capsys):
+    arguments = ["--config", str(config_file()), "--run-dir", str(tmp_path / "run")]
+    train.main(arguments)
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    train.main(arguments)
+    out = capsys.readouterr().out
+    assert "complete" in out
+    assert out.splitlines()[-1] == last_line
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_changed_settings_are_refused_with_the_difference(config_file, tmp_path, capsys):
+    arguments = ["--config", str(config_file()), "--run-dir", str(tmp_path / "run")]
+    train.main(arguments)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main([*arguments, "training.learning_rate=0.5", "validation.n_examples=5"])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "training.learning_rate: 0.001 -> 0.5" in message
+    assert "n_examples" not in message, "what is only measured may change"
+
+
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(config_file, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    arguments = ["--config", str(config_file()), "--run-dir", str(run_dir)]
+    train.main(arguments)
+    untouched = {name: tensor.clone() for name, tensor in find_checkpoint(run_dir).weights("model").items()}
+    (run_dir / "final.json").unlink()
+    damaged = run_dir / "checkpoints" / "step_00000006" / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    with pytest.warns(RuntimeWarning, match=r"step_00000006.*model\.safetensors has changed"):
+        train.main(arguments)
+    for name, tensor in find_checkpoint(run_dir).weights("model").items():
+        assert torch.equal(tensor, untouched[name]), name
+
+
+def test_other_training_data_is_refused_on_resume(config_file, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    boards = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    for seed, path in enumerate(boards):
+        result = run_python(
+            *f"-m data.generate_sudoku --size 4 --count 40 --min-clues 4 --max-clues 8 --seed {seed} --out".split(), path
+        )
+        assert result.returncode == 0, result.stderr
+    changes = {"data__source": "files", "data__train_file": str(tmp_path / "train.csv"), "data__test_file": str(boards[1])}
+    config = config_file(**changes)
+    (tmp_path / "train.csv").write_bytes(boards[0].read_bytes())
+    train.main(["--config", str(config), "--run-dir", str(run_dir)])
+    (run_dir / "final.json").unlink()
+    (tmp_path / "train.csv").write_bytes(boards[1].read_bytes())
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", str(config), "--run-dir", str(run_dir)])
+    assert stop.value.code == 2
+    assert "training data is not what checkpoint" in capsys.readouterr().err
+
+
+def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(config_file, tmp_path, monkeypatch, capsys):
+    def poisoned_step(run, dtype):
+        step(run, dtype)
+        if run.step == 5:
+            run.totals[0] = float("nan")
+
+    step = train.train_step
+    monkeypatch.setattr(train, "train_step", poisoned_step)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", str(config_file()), "--run-dir", str(tmp_path / "run")])
+    assert stop.value.code == 1
+    assert "step 5" in capsys.readouterr().err
+    assert latest_checkpoint(tmp_path / "run").step == 3
+
+
+def test_gradient_accumulation_changes_nothing_but_rounding(config_file, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    config = str(config_file({"name": "puma", "n_stages": 3}))
+    train.main(["--config", config, "--run-dir", str(whole)])
+    train.main(["--config", config, "--run-dir", str(parts), "training.micro_batch_size=2"])
+    for name, tensor in find_checkpoint(whole).weights("model").items():
+        torch.testing.assert_close(tensor, find_checkpoint(parts).weights("model")[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (["training.batch_sise=4"], "batch_size"),
+        (["objective.n_stages=0", "objective.collapse_threshold=1.5"], "collapse_threshold"),
+        (["objective.k_schedule=[[2, 5], [3, 1]]"], "k_schedule"),
+        (["model.hidden_size=15"], "num_attention_heads"),
+        (["model.vocab_size=5"], "vocab_size"),
+        (["data.source=files", "data.train_file=nowhere.csv", "data.test_file=nowhere.csv"], "nowhere.csv"),
+        (["training.device=cuda"], "CUDA"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_bad_settings_end_with_one_message(change, expected, config_file, tmp_path):
+    if change == ["training.device=cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA GPU, so asking for one is no error")
+    result = run_python("train.py", "--config", config_file(), "--run-dir", tmp_path / "run", *change)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert expected in result.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("text", ["- a list", "just text", "", "a: [unclosed"])
+def test_a_config_that_is_no_mapping_is_refused(text, tmp_path, capsys):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", str(path), "--run-dir", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert str(path) in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(config_file, tmp_path):
+    run_dir = tmp_path / "run"
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "train.py"]
+    command += ["--config", config_file(), "--run-dir", run_dir]
+    result = run_python(*command)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((run_dir / "final.json").read_text())["n"] == 10
+    rows = list(read_metrics(run_dir))
+    assert rows[-1]["sequences_distinct"] <= 40
+    assert {file.name for file in (run_dir / "checkpoints" / "step_00000006").iterdir()} >= {"rank_0.pt", "rank_1.pt"}
+    alone = run_python(*command[4:])
+    assert "solved" in alone.stdout, "a finished run needs no second process"
+    (run_dir / "final.json").unlink()
+    alone = run_python(*command[4:])
+    assert alone.returncode == 2
+    assert "2 processes" in alone.stderr

@@ -135,7 +135,7 @@ def finish(run: Run, evaluation: Evaluation, recorder: Recorder) -> None:
         "accuracy": best.accuracy,
         "n": best.n,
         "nfe": best.nfe,
-        "train_seconds": round(run.seconds, 1),
+        "train_seconds": round(run.seconds, 3),
         "steps": run.step,
         "evaluation": as_json(evaluation),
     }

@@ -6,7 +6,8 @@ from typing import Literal
 
 from config import SudokuSettings
 from data.generate_sudoku import cached_generated
-from data.sudoku import SudokuData, load_hub, load_published, load_sudoku_file, published_available
+from data.sudoku import SudokuData
+from data.sudoku_files import load_hub, load_published, load_sudoku_file, published_available
 
 Split = Literal["train", "test"]
 

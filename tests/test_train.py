@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def assert_same_checkpoint(first: Path, second: Path) -> None:
         assert_same(state, other, name)
 
 
-def assert_same(ours: object, theirs: object, where: str) -> None:
+def assert_same(ours: Any, theirs: Any, where: str) -> None:
     """Nested states are equal bit for bit."""
     assert type(ours) is type(theirs), where
     if isinstance(ours, dict):
@@ -54,8 +55,8 @@ def assert_same(ours: object, theirs: object, where: str) -> None:
             assert_same(ours[key], theirs[key], f"{where}.{key}")
     elif isinstance(ours, list | tuple):
         assert len(ours) == len(theirs), where
-        for index, pair in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(*pair, f"{where}[{index}]")
+        for index, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(our, their, f"{where}[{index}]")
     elif isinstance(ours, torch.Tensor):
         assert torch.equal(ours, theirs), where
     else:
@@ -103,7 +104,9 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(config_file, tmp_path
 
 
 def test_records_and_final_result(config_file, tmp_path, capsys):
-    config = str(config_file(validation__confidence=["top_prob", "top_prob_margin"], validation__tokens_per_step=[1, 2]))
+    config = str(
+        config_file(validation__confidence=["top_prob", "top_prob_margin"], validation__tokens_per_step=[1, 2])
+    )
     train.main(["--config", config, "--run-dir", str(tmp_path / "run")])
     assert re.search(r"^solved \d+\.\d% of 10 unseen puzzles$", capsys.readouterr().out.splitlines()[-1])
     final = json.loads((tmp_path / "run" / "final.json").read_text())
@@ -176,10 +179,15 @@ def test_other_training_data_is_refused_on_resume(config_file, tmp_path, capsys)
     boards = [tmp_path / "a.csv", tmp_path / "b.csv"]
     for seed, path in enumerate(boards):
         result = run_python(
-            *f"-m data.generate_sudoku --size 4 --count 40 --min-clues 4 --max-clues 8 --seed {seed} --out".split(), path
+            *f"-m data.generate_sudoku --size 4 --count 40 --min-clues 4 --max-clues 8 --seed {seed} --out".split(),
+            path,
         )
         assert result.returncode == 0, result.stderr
-    changes = {"data__source": "files", "data__train_file": str(tmp_path / "train.csv"), "data__test_file": str(boards[1])}
+    changes = {
+        "data__source": "files",
+        "data__train_file": str(tmp_path / "train.csv"),
+        "data__test_file": str(boards[1]),
+    }
     config = config_file(**changes)
     (tmp_path / "train.csv").write_bytes(boards[0].read_bytes())
     train.main(["--config", str(config), "--run-dir", str(run_dir)])

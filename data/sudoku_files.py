@@ -1,0 +1,177 @@
+"""Where Sudoku boards come from: csv, npz and npy files, the published set, Hugging Face data sets.
+
+Shapes: N boards, S size, C = S * S cells.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data.sudoku import SudokuData, make_data
+
+# The published set (Shah et al. 2024): rows of k and 81 quadruples (row, column, value, strategy), k of them clues.
+RAW_FILES = {"train": "sudoku-train-data.npy", "test": "sudoku-test-data.npy"}
+CONVERTED_FILES = {"train": "train_mdm.npy", "test": "test_mdm.npy"}
+RAW_WIDTH = 1 + 81 * 4
+CHUNK_ROWS = 50_000
+
+
+def load_sudoku_file(path: str | Path, size: int) -> SudokuData:
+    """Boards of a .csv, .npz or .npy file, checked; raises ValueError naming the file and the bad rows."""
+    return make_data(read_boards(path, size), size, str(path))
+
+
+def read_boards(path: str | Path, size: int) -> np.ndarray:
+    """Boards of a file as they stand there, [N, 2 * C].
+
+    .csv: columns `puzzle` and `solution` of C characters, `.` or `0` where empty; .npz: arrays `puzzle` and `solution`
+    [N, C]; .npy: [N, 2 * C].
+
+    Raises:
+        ValueError: the file is missing or is not of that form.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"Sudoku file {path} does not exist")
+    if path.suffix == ".csv":
+        return _read_csv(path, size)
+    try:
+        content = np.load(path)  # refuses pickles by default
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"Sudoku file {path} cannot be read: {error}") from None
+    if isinstance(content, np.ndarray):
+        return content
+    missing = {"puzzle", "solution"} - set(content.files)
+    if missing:
+        raise ValueError(f"Sudoku file {path} lacks {sorted(missing)}; it holds {content.files}")
+    puzzles, solutions = content["puzzle"], content["solution"]
+    if puzzles.shape != solutions.shape or puzzles.ndim != 2:
+        raise ValueError(
+            f"Sudoku file {path}: puzzle {puzzles.shape} and solution {solutions.shape} must both be [N, {size**2}]"
+        )
+    return np.concatenate([puzzles, solutions], axis=1)
+
+
+def published_available(data_dir: str | Path) -> bool:
+    """Whether both splits of the published set lie in `data_dir`, converted or not."""
+    folder = Path(data_dir)
+    return all(
+        (folder / CONVERTED_FILES[split]).exists() or (folder / RAW_FILES[split]).exists() for split in RAW_FILES
+    )
+
+
+def load_published(data_dir: str | Path, split: str) -> SudokuData:
+    """The published set's `train` or `test` split; converted on first use, which later ones read.
+
+    Raises:
+        ValueError: it is not there, or a row is bad.
+    """
+    raw, converted = Path(data_dir) / RAW_FILES[split], Path(data_dir) / CONVERTED_FILES[split]
+    if not converted.exists():
+        if not raw.exists():
+            raise ValueError(f"{data_dir} holds neither {converted.name} nor {raw.name}; set data.source: generated")
+        data = make_data(convert_published(raw), 9, str(raw))
+        save_array(converted, data.tokens)
+        return data
+    return load_sudoku_file(converted, 9)
+
+
+def convert_published(path: Path) -> np.ndarray:
+    """Rows of 325 integers as boards uint8 [N, 162]; indices may count from 0 or from 1.
+
+    Raises:
+        ValueError: another shape, or quadruples that do not name each cell once.
+    """
+    raw = np.load(path, mmap_mode="r")
+    if raw.ndim != 2 or raw.shape[1] != RAW_WIDTH or len(raw) == 0:
+        raise ValueError(f"{path}: rows must have {RAW_WIDTH} integers, got shape {raw.shape}")
+    boards = np.zeros((len(raw), 2, 81), dtype=np.uint8)
+    # Every row names all cells, so the smallest index of the first row tells where the file counts from.
+    base = int(raw[0, 1::4].min())
+    for start in tqdm(
+        range(0, len(raw), CHUNK_ROWS), desc=f"converting {path.name}", unit_scale=CHUNK_ROWS, unit="row"
+    ):
+        chunk = np.asarray(raw[start : start + CHUNK_ROWS]).astype(np.int64)
+        n_clues, quadruples = chunk[:, :1], chunk[:, 1:].reshape(-1, 81, 4)
+        row, column, value = (quadruples[:, :, i] - (base if i < 2 else 0) for i in range(3))
+        cell = row * 9 + column  # [n, 81]
+        in_range = (row >= 0) & (row < 9) & (column >= 0) & (column < 9) & (value >= 0) & (value <= 255)
+        good = in_range.all(1) & (np.sort(cell, axis=1) == np.arange(81)).all(1)
+        if not good.all():
+            first = start + int(np.flatnonzero(~good)[0])
+            raise ValueError(f"{path}: row {first} (from 0) does not name each of the 81 cells once, with a value")
+        out = boards[start : start + len(chunk)]
+        np.put_along_axis(out[:, 0], cell, np.where(np.arange(81) < n_clues, value, 0).astype(np.uint8), axis=1)
+        np.put_along_axis(out[:, 1], cell, value.astype(np.uint8), axis=1)
+    return boards.reshape(-1, 162)
+
+
+def load_hub(name: str, split: str, puzzle_column: str, solution_column: str, size: int) -> SudokuData:
+    """A split of a Hugging Face data set (a name or a local folder) whose cells are text or lists of integers.
+
+    Raises:
+        ValueError: it cannot be loaded, lacks a column, or a row is bad.
+    """
+    from datasets import load_dataset  # slow to import, and only this source needs it
+
+    source = f"data set {name!r}, split {split!r}"
+    try:
+        table = load_dataset(name, split=split)
+    except Exception as error:  # the library raises a dozen kinds for what is one problem to the user
+        raise ValueError(f"{source} cannot be loaded: {error}") from None
+    missing = {puzzle_column, solution_column} - set(table.column_names)
+    if missing:
+        raise ValueError(f"{source} has no column {sorted(missing)}; it has {table.column_names}")
+    columns = [
+        _cells(table[column][:], size, f"{source}, column {column!r}") for column in (puzzle_column, solution_column)
+    ]
+    return make_data(np.concatenate(columns, axis=1), size, source)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
+    with open(scratch, "wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def _read_csv(path: Path, size: int) -> np.ndarray:
+    with open(path, newline="", encoding="utf-8") as file:
+        lines = csv.reader(file)
+        header = next(lines, [])
+        missing = {"puzzle", "solution"} - set(header)
+        if missing:
+            raise ValueError(f"Sudoku file {path} lacks the columns {sorted(missing)}; it has {header}")
+        at = [header.index("puzzle"), header.index("solution")]
+        rows = [line for line in lines if line]
+    short = next((number for number, line in enumerate(rows) if len(line) <= max(at)), None)
+    if short is not None:
+        raise ValueError(f"Sudoku file {path}: row {short} (from 0) is cut short: {rows[short]}")
+    columns = [_cells([line[i] for line in rows], size, f"{path}, column {header[i]!r}") for i in at]
+    return np.concatenate(columns, axis=1)
+
+
+def _cells(rows: Sequence[Any], size: int, source: str) -> np.ndarray:
+    """Boards given as text or as lists of integers, [N, C]; ValueError naming the first row of another length."""
+    n_cells = size * size
+    wrong = next((number for number, row in enumerate(rows) if len(row) != n_cells), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{source}: row {wrong} (from 0) has {len(rows[wrong])} cells, a {size}x{size} board has {n_cells}"
+        )
+    if not rows or not isinstance(rows[0], str):
+        return np.array(rows, dtype=np.int64).reshape(-1, n_cells)
+    # Anything that is no ASCII character becomes `?`, which fails the check of digits with its row number.
+    codes = np.frombuffer("".join(rows).encode("ascii", errors="replace"), dtype=np.uint8).reshape(-1, n_cells)
+    return np.where(codes == ord("."), 0, codes.astype(np.int16) - ord("0"))

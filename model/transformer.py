@@ -3,7 +3,7 @@
 RMSNorm before each block, rotary embedding that pairs the two halves of a head, grouped-query attention with biases on
 query, key and value, SwiGLU, an output head that may share the embedding matrix.
 
-Shapes: B rows, L positions, D width, H query heads, G key and value heads, E head width, V vocabulary.
+Shapes: B rows, L positions, D width, K keys, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,50 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelSettings
+from model.attention import Attention, KeyValueCache, rotary_tables
 from model.token_scores import TokenPredictions, TokenScores, predict_tokens, score_tokens
 
 # Qwen2's. The published PUMA code starts wider, which costs it the first thousands of steps.
 INIT_STD = 0.02
 TIED_HEAD = "lm_head.weight"
-
-
-def rotary_tables(n_positions: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding, float32 [L, E]; both halves of E hold the same frequencies."""
-    frequencies = theta ** (-torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width)
-    angles = torch.arange(n_positions, device=device, dtype=torch.float32)[:, None] * frequencies  # [L, E / 2]
-    angles = torch.cat([angles, angles], dim=1)  # [L, E]
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the rotary embedding to x [B, H, L, E]; position i and i + E/2 of a head are one pair."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
-
-    def __init__(self, settings: ModelSettings, causal: bool) -> None:
-        super().__init__()
-        width, n_heads, n_key_heads = settings.hidden_size, settings.num_attention_heads, settings.n_key_value_heads
-        self.head_width, self.causal = width // n_heads, causal
-        self.q_proj = nn.Linear(width, n_heads * self.head_width)
-        self.k_proj = nn.Linear(width, n_key_heads * self.head_width)
-        self.v_proj = nn.Linear(width, n_key_heads * self.head_width)
-        self.o_proj = nn.Linear(n_heads * self.head_width, width, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """X [B, L, D] to [B, L, D]; cos and sin [L, E]."""
-        split = (*x.shape[:2], -1, self.head_width)
-        q, k, v = (proj(x).view(split).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        # On CPU the backward pass of attention is several times slower in bfloat16 than in float32.
-        dtype = torch.float32 if x.device.type == "cpu" else v.dtype
-        q, k = rotate(q, cos, sin).to(dtype), rotate(k, cos, sin).to(dtype)  # [B, H, L, E], [B, G, L, E]
-        grouped = q.shape[1] != k.shape[1]
-        with torch.autocast(x.device.type, enabled=False):
-            out = F.scaled_dot_product_attention(q, k, v.to(dtype), is_causal=self.causal, enable_gqa=grouped)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -86,9 +48,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(settings.hidden_size, settings.rms_norm_eps)
         self.mlp = SwiGLU(settings)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """X [B, L, D] to [B, L, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, past: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """X [B, L, D] to [B, L, D]; the rest as in `Attention`."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -98,28 +62,67 @@ class Backbone(nn.Module):
     def __init__(self, settings: ModelSettings, causal: bool) -> None:
         super().__init__()
         self.head_width = settings.hidden_size // settings.num_attention_heads
+        self.n_key_value_heads, self.causal = settings.n_key_value_heads, causal
         self.rope_theta = settings.rope_theta
         self.embed_tokens = nn.Embedding(settings.vocab_size, settings.hidden_size)
         self.layers = nn.ModuleList(Block(settings, causal) for _ in range(settings.num_hidden_layers))
         self.norm = nn.RMSNorm(settings.hidden_size, settings.rms_norm_eps)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens int64 [B, L] to hidden states [B, L, D]."""
-        cos, sin = rotary_tables(tokens.shape[1], self.head_width, self.rope_theta, tokens.device)
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Tokens int64 [B, L] to hidden states [B, L, D].
+
+        Args:
+            positions: int64 [L], by default those that follow the cache's.
+            mask: bool [L, K] over the K = L keys of this pass (cache.length + L with a cache); by default a causal
+                model looks at what is not later, a bidirectional one at everything.
+            cache: earlier positions to look at too; see `KeyValueCache`. Not for training.
+        """
+        n_past = cache.length if cache is not None else 0
+        n_keys = n_past + tokens.shape[1]
+        if positions is None:
+            positions = torch.arange(n_past, n_keys, device=tokens.device)
+        if self.causal and mask is None and n_past:
+            mask = torch.arange(n_keys, device=tokens.device) <= positions[:, None]  # [L, K]
+        cos, sin = rotary_tables(positions, self.head_width, self.rope_theta)
         x = self.embed_tokens(tokens)
-        for layer in self.layers:
-            x = layer(x, cos, sin)
+        for number, layer in enumerate(self.layers):
+            past = None
+            if cache is not None:
+                past = cache.keys[number, :, :, :n_keys], cache.values[number, :, :, :n_keys]
+            x = layer(x, cos, sin, mask, past)
         return self.norm(x)
+
+    def empty_cache(self, n_rows: int, n_positions: int) -> KeyValueCache:
+        """Room for `n_positions` of `n_rows` rows, in the type that attention computes in."""
+        device = self.embed_tokens.weight.device
+        on_gpu = device.type == "cuda" and torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if on_gpu else torch.float32
+        shape = (len(self.layers), n_rows, self.n_key_value_heads, n_positions, self.head_width)
+        keys, values = torch.zeros((2, *shape), dtype=dtype, device=device)
+        return KeyValueCache(keys, values)
 
 
 class Transformer(nn.Module):
     """The model. Scores and predictions are aligned to token positions: entry i is about token i.
 
     `forward` is the training pass, so that wrappers such as DistributedDataParallel see it.
+
+    Args:
+        causal: positions look at themselves and at earlier ones only.
+        shifted: what is computed at position i is about token i + 1, as in every autoregressive model; `forward` and
+            `predict` move it there. What is computed at position 0 is also said of token 0, which no other can tell.
     """
 
-    def __init__(self, settings: ModelSettings, *, causal: bool = False) -> None:
+    def __init__(self, settings: ModelSettings, *, causal: bool = False, shifted: bool = False) -> None:
         super().__init__()
+        self.shifted = shifted
         self.model = Backbone(settings, causal)
         self.lm_head = nn.Linear(settings.hidden_size, settings.vocab_size, bias=False)
         self.training_backbone: Callable[[Tensor], Tensor] | None = None
@@ -144,13 +147,13 @@ class Transformer(nn.Module):
     def forward(self, xt: Tensor, x0: Tensor, weight: Tensor) -> TokenScores:
         """Loss, NLL and confidence of the clean tokens x0 (int64 [B, L]) given xt, where weight (float32) is not 0."""
         backbone = self.training_backbone if self.training and self.training_backbone else self.model
-        return score_tokens(backbone(xt), self.lm_head.weight, x0, weight)
+        return score_tokens(self._align(backbone(xt)), self.lm_head.weight, x0, weight)
 
     def predict(
         self, xt: Tensor, positions: Tensor, banned: int, *, temperature: float = 0.0, noise_key: Tensor | None = None
     ) -> TokenPredictions:
         """Best token and its confidence at `positions` (bool [B, L]); see `predict_tokens` for the rest."""
-        hidden = self.model(xt)[positions]  # [N, D]
+        hidden = self._align(self.model(xt))[positions]  # [N, D]
         return predict_tokens(hidden, self.lm_head.weight, banned, temperature=temperature, noise_key=noise_key)
 
     def weights(self) -> dict[str, Tensor]:
@@ -163,5 +166,9 @@ class Transformer(nn.Module):
         self.load_state_dict(tensors | tied)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """All logits [B, L, V]: for tests and export, never in training."""
+        """All logits [B, L, V], not shifted, as Hugging Face returns them: for tests and export, never in training."""
         return self.lm_head(self.model(tokens))
+
+    def _align(self, hidden: Tensor) -> Tensor:
+        """Hidden states [B, L, D] moved to the tokens that they are about."""
+        return torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1) if self.shifted else hidden

@@ -1,0 +1,86 @@
+"""Grouped-query attention with rotary positions, and the cache of keys and values for decoding.
+
+Shapes: B rows, L positions, D width, H query heads, G key and value heads, E head width, K keys, N layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import ModelSettings
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the positions before those that a forward pass is given.
+
+    A pass writes its own behind the first `length` positions and attends to both. Whoever calls it adds to `length`
+    once the tokens are final; until then the next pass writes over them.
+    """
+
+    keys: Tensor  # [N, B, G, L, E]
+    values: Tensor  # [N, B, G, L, E]
+    length: int = 0
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop all rows of the batch but these (int64 [b])."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+
+def rotary_tables(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding at `positions` (int64 [L]), float32 [L, E].
+
+    Both halves of E hold the same frequencies.
+    """
+    steps = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
+    frequencies = theta ** (-steps / head_width)
+    angles = positions.float()[:, None] * frequencies  # [L, E / 2]
+    angles = torch.cat([angles, angles], dim=1)  # [L, E]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply the rotary embedding to x [B, H, L, E]; position i and i + E/2 of a head are one pair."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, settings: ModelSettings, causal: bool) -> None:
+        super().__init__()
+        width, n_heads, n_key_heads = settings.hidden_size, settings.num_attention_heads, settings.n_key_value_heads
+        self.head_width, self.causal = width // n_heads, causal
+        self.q_proj = nn.Linear(width, n_heads * self.head_width)
+        self.k_proj = nn.Linear(width, n_key_heads * self.head_width)
+        self.v_proj = nn.Linear(width, n_key_heads * self.head_width)
+        self.o_proj = nn.Linear(n_heads * self.head_width, width, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, past: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """X [B, L, D] to [B, L, D].
+
+        Args:
+            cos, sin: [L, E].
+            mask: bool [L, K], True where a query may look at a key; None: everywhere, or up to itself if causal.
+            past: buffers for keys and values [B, G, K, E], whose last L positions this pass writes.
+        """
+        split = (*x.shape[:2], -1, self.head_width)
+        q, k, v = (proj(x).view(split).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        # On CPU the backward pass of attention is several times slower in bfloat16 than in float32.
+        dtype = torch.float32 if x.device.type == "cpu" else v.dtype
+        q, k, v = rotate(q, cos, sin).to(dtype), rotate(k, cos, sin).to(dtype), v.to(dtype)  # [B, H or G, L, E]
+        if past is not None:
+            for own, buffer in zip((k, v), past, strict=True):
+                buffer[:, :, -x.shape[1] :] = own
+            k, v = past  # [B, G, K, E]
+        causal = self.causal and mask is None
+        with torch.autocast(x.device.type, enabled=False):
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(out.transpose(1, 2).flatten(2))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from config import PumaSettings, TrainingSettings, UniformSettings
-from data.stream import SequenceStream
+from data.stream import RowQueue, SequenceStream
 from progressive import PumaPool
 from unmasking import mask_uniformly, row_weights
 
@@ -70,16 +70,14 @@ def split_rows(xt: Tensor, x0: Tensor, weight: Tensor, n_rows: int) -> Iterator[
 class UniformObjective:
     """The baseline: fresh sequences at every step, masks drawn uniformly."""
 
-    def __init__(
-        self, stream: SequenceStream, mask_id: int, n_rows: int, micro_rows: int, generator: torch.Generator
-    ) -> None:
-        self.stream, self.mask_id, self.generator = stream, mask_id, generator
+    def __init__(self, queue: RowQueue, mask_id: int, n_rows: int, micro_rows: int, generator: torch.Generator) -> None:
+        self.queue, self.mask_id, self.generator = queue, mask_id, generator
         self.n_rows, self.micro_rows = n_rows, micro_rows
-        self.masked_fraction = torch.zeros(())
+        self.masked_fraction = torch.zeros((), device=generator.device)
 
     def microbatches(self, step: int) -> Iterator[Microbatch]:
         """See `Objective`."""
-        x0, maskable = draw_rows(self.stream, self.n_rows, self.generator.device)
+        x0, maskable = self.queue.take_next(self.n_rows)
         masked = mask_uniformly(maskable, self.generator)
         self.masked_fraction = (masked.sum(1) / maskable.sum(1)).mean()
         xt = x0.masked_fill(masked, self.mask_id)
@@ -89,22 +87,23 @@ class UniformObjective:
         """The baseline learns nothing from confidences."""
 
     def end_step(self) -> None:
-        """Each step draws its own rows."""
+        """See `Objective`."""
+        self.queue.top_up()
 
     def metrics(self) -> dict[str, Tensor]:
         """See `Objective`."""
         return {
             "masked_fraction": self.masked_fraction,
-            "sequences_drawn": torch.tensor(self.stream.n_drawn),
+            "sequences_drawn": self.queue.n_taken,
         }
 
     def state_dict(self) -> dict[str, Any]:
         """See `Objective`."""
-        return {"stream": self.stream.state_dict(), "generator": self.generator.get_state()}
+        return {"queue": self.queue.state_dict(), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Objective`."""
-        self.stream.load_state_dict(state["stream"])
+        self.queue.load_state_dict(state["queue"])
         self.generator.set_state(state["generator"])
 
 
@@ -114,13 +113,13 @@ class PumaObjective:
     def __init__(
         self,
         settings: PumaSettings,
-        stream: SequenceStream,
+        queue: RowQueue,
         mask_id: int,
         n_rows: int,
         micro_rows: int,
         generator: torch.Generator,
     ) -> None:
-        self.settings, self.stream, self.mask_id, self.generator = settings, stream, mask_id, generator
+        self.settings, self.queue, self.mask_id, self.generator = settings, queue, mask_id, generator
         self.n_rows, self.micro_rows = n_rows, micro_rows
         # At least one row each way: a share that is asked for is never rounded away, nor is the pool.
         n_uniform = round(settings.uniform_fraction * n_rows)
@@ -128,8 +127,9 @@ class PumaObjective:
         if self.n_uniform == 0 and settings.uniform_fraction:
             raise ValueError(f"objective.uniform_fraction needs at least 2 rows per rank, got {n_rows}")
         self.pool = PumaPool(
-            stream, n_rows - self.n_uniform, settings.n_stages_at(0), settings.collapse_threshold, generator
+            queue, n_rows - self.n_uniform, settings.n_stages_at(0), settings.collapse_threshold, generator
         )
+        queue.top_up()
         self._confidence: list[Tensor] = []
 
     def microbatches(self, step: int) -> Iterator[Microbatch]:
@@ -138,7 +138,7 @@ class PumaObjective:
         pool.set_n_stages(self.settings.n_stages_at(step))
         x0, masked = pool.x0, pool.masked
         if self.n_uniform:
-            fresh, maskable = draw_rows(self.stream, self.n_uniform, self.generator.device)
+            fresh, maskable = self.queue.take_next(self.n_uniform)
             x0 = torch.cat([x0, fresh])  # [B, L]
             masked = torch.cat([masked, mask_uniformly(maskable, self.generator)])
         xt = x0.masked_fill(masked, self.mask_id)
@@ -153,30 +153,25 @@ class PumaObjective:
         confidence = torch.cat(self._confidence)  # [B, L]
         self._confidence.clear()
         self.pool.advance(confidence[: self.n_rows - self.n_uniform])
+        self.queue.top_up()
 
     def metrics(self) -> dict[str, Tensor]:
         """See `Objective`."""
-        return self.pool.metrics() | {"sequences_drawn": torch.tensor(self.stream.n_drawn)}
+        return self.pool.metrics() | {"sequences_drawn": self.queue.n_taken}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Objective`."""
         return {
-            "stream": self.stream.state_dict(),
+            "queue": self.queue.state_dict(),
             "generator": self.generator.get_state(),
             "pool": self.pool.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Objective`."""
-        self.stream.load_state_dict(state["stream"])
+        self.queue.load_state_dict(state["queue"])
         self.generator.set_state(state["generator"])
         self.pool.load_state_dict(state["pool"])
-
-
-def draw_rows(stream: SequenceStream, n_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Fresh rows on `device`: x0 int64 [n, L] and maskable bool [n, L]."""
-    x0, prompt_mask = stream.draw(n_rows)
-    return x0.to(device), ~prompt_mask.to(device)
 
 
 def build_objective(
@@ -201,6 +196,7 @@ def build_objective(
         )
     # Masks differ between ranks, and from the weights' seed.
     generator = torch.Generator(device).manual_seed(training.seed * 1_000_003 + stream.rank + 1)
+    queue = RowQueue(stream, n_rows, device)
     if isinstance(settings, PumaSettings):
-        return PumaObjective(settings, stream, mask_id, n_rows, micro_rows, generator)
-    return UniformObjective(stream, mask_id, n_rows, micro_rows, generator)
+        return PumaObjective(settings, queue, mask_id, n_rows, micro_rows, generator)
+    return UniformObjective(queue, mask_id, n_rows, micro_rows, generator)

@@ -4,7 +4,10 @@ Each row of the pool is one sequence on its way from nearly all masked (stage 0)
 Training reads the pool as a batch; the forward pass that gives the loss also gives the confidences that choose what
 each row reveals next, so the pool costs no extra pass. The true tokens are filled in, whatever the model predicted.
 
-Shapes: B rows of the pool, L positions.
+A row advances as one segment, or, for block diffusion, each of its blocks does (`progressive_block.py`). Nothing here
+waits for the device: rows finish by a mask, and every shape is fixed.
+
+Shapes: B rows of the pool, L positions, S segments of a row; functions take any rows, the pool gives them segments.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.stream import SequenceStream
+from data.stream import RowQueue
 from unmasking import reveal_random, reveal_top
 
 
@@ -34,12 +37,12 @@ def draw_target(stage: Tensor, n_stages: int, n_maskable: Tensor, generator: tor
     """
     draw = torch.rand(stage.shape, generator=generator, device=stage.device, dtype=torch.float64)
     target = ((stage + draw) / n_stages * n_maskable).round().long()
-    return torch.minimum(target, n_maskable - 1)
+    return torch.minimum(target, n_maskable - 1)  # -1 where nothing is maskable: reveals nothing
 
 
 def stage_of(n_revealed: Tensor, n_maskable: Tensor, n_stages: int) -> Tensor:
     """The stage whose interval holds the revealed ratio; int64 [B], at most K - 1. Exact, since all is in integers."""
-    return (n_revealed * n_stages // n_maskable).clamp(max=n_stages - 1)
+    return (n_revealed * n_stages // n_maskable.clamp(min=1)).clamp(max=n_stages - 1)
 
 
 def advance(
@@ -88,66 +91,78 @@ class PumaPool:
         x0: int64 [B, L], the clean sequences.
         maskable: bool [B, L], False on prompts.
         masked: bool [B, L], True where hidden; at least one in each row, always.
-        stage: int64 [B].
+        stage: int64 [B * S]; K where the segment has finished before its row.
         age: int64 [B], steps that each row has served so far.
         n_finished, n_finished_steps: int64 scalars, sequences retired and the sum of their trajectory lengths.
     """
 
     def __init__(
         self,
-        stream: SequenceStream,
+        queue: RowQueue,
         n_rows: int,
         n_stages: int,
         collapse_threshold: float | None,
         generator: torch.Generator,
+        n_segments: int = 1,
     ) -> None:
-        self.stream, self.generator = stream, generator
+        """Fill the pool from `queue`; `n_segments` must divide the length."""
+        self.queue, self.generator, self.n_segments = queue, generator, n_segments
         self.n_stages, self.collapse_threshold = n_stages, collapse_threshold
         device = generator.device
-        x0, prompt_mask = stream.draw(n_rows)
-        self.x0, self.maskable = x0.to(device), ~prompt_mask.to(device)
-        spread = torch.arange(n_rows, device=device) * n_stages // n_rows
-        self.stage = spread[torch.randperm(n_rows, generator=generator, device=device)]
-        self.masked = self._reveal_to_stage(self.maskable, self.stage)
-        self.age = torch.zeros(n_rows, dtype=torch.long, device=device)
-        self.n_finished = torch.zeros((), dtype=torch.long, device=device)
-        self.n_finished_steps = torch.zeros((), dtype=torch.long, device=device)
+        self.x0, self.maskable = queue.take_next(n_rows)
+        n = n_rows * n_segments
+        spread = torch.arange(n, device=device) * n_stages // n
+        self.stage, self.masked = self._enter(spread[torch.randperm(n, generator=generator, device=device)])
+        self.age, self.n_finished, self.n_finished_steps = (
+            torch.zeros(shape, dtype=torch.long, device=device) for shape in (n_rows, (), ())
+        )
 
     def set_n_stages(self, n_stages: int) -> None:
         """Change K. Rows in flight stay, each at the stage that its revealed ratio has under the new K."""
-        if n_stages != self.n_stages:
-            self.n_stages = n_stages
-            n_maskable = self.maskable.sum(1)
-            self.stage = stage_of(n_maskable - self.masked.sum(1), n_maskable, n_stages)
+        if n_stages == self.n_stages:
+            return
+        self.n_stages = n_stages
+        n_maskable, n_masked = self._segments(self.maskable).sum(1), self._segments(self.masked).sum(1)
+        self.stage = torch.where(n_masked > 0, stage_of(n_maskable - n_masked, n_maskable, n_stages), n_stages)
 
     def advance(self, confidence: Tensor) -> None:
         """Reveal by confidence (float32 [B, L]), retire finished rows, admit fresh sequences in their place."""
-        self.masked, self.stage, finished = advance(
-            self.masked,
+        masked, stage, finished = advance(
+            self._segments(self.masked),
             self.stage,
-            self.maskable,
-            confidence,
+            self._segments(self.maskable),
+            self._segments(confidence),
             n_stages=self.n_stages,
             collapse_threshold=self.collapse_threshold,
             generator=self.generator,
         )
+        masked = (masked & ~finished[:, None]).view_as(self.masked)
+        stage = stage.masked_fill(finished, self.n_stages)
+        retired = finished.view(len(self.x0), -1).all(1)  # [B]
         self.age += 1
-        self.n_finished += finished.sum()
-        self.n_finished_steps += (self.age * finished).sum()
-        self._admit(finished.nonzero().squeeze(1))
+        self.n_finished += retired.sum()
+        self.n_finished_steps += (self.age * retired).sum()
+        self.age *= ~retired
+        x0, maskable = self.queue.take(retired)
+        self.x0 = torch.where(retired[:, None], x0, self.x0)
+        self.maskable = torch.where(retired[:, None], maskable, self.maskable)
+        fresh_stage, fresh_masked = self._enter(torch.zeros_like(stage))
+        self.masked = torch.where(retired[:, None], fresh_masked, masked)
+        self.stage = torch.where(retired.repeat_interleave(self.n_segments), fresh_stage, stage)
 
     def metrics(self) -> dict[str, Tensor]:
-        """State of the pool for the records; the stage histogram [K] holds shares of rows."""
+        """State of the pool for the records; the stage histogram [K] holds shares of the segments in flight."""
+        counts = self.stage.bincount(minlength=self.n_stages)[: self.n_stages]
         return {
             "n_stages": torch.tensor(self.n_stages),
-            "stage_histogram": self.stage.bincount(minlength=self.n_stages) / len(self.stage),
+            "stage_histogram": counts / counts.sum(),
             "masked_fraction": (self.masked.sum(1) / self.maskable.sum(1)).mean(),
             "trajectory_length": self.n_finished_steps / self.n_finished,  # NaN until a sequence has finished
             "sequences_finished": self.n_finished,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a restart needs besides the generator and the stream."""
+        """Everything that a restart needs besides the generator and the queue."""
         state = {key: getattr(self, key) for key in ("x0", "maskable", "masked", "stage", "age")}
         return state | {
             "n_stages": self.n_stages,
@@ -160,17 +175,17 @@ class PumaPool:
         for key, value in state.items():
             setattr(self, key, value.to(self.generator.device) if isinstance(value, Tensor) else value)
 
-    def _admit(self, rows: Tensor) -> None:
-        """Replace the rows with these indices (int64 [n]) by fresh sequences at stage 0."""
-        x0, prompt_mask = self.stream.draw(len(rows))
-        maskable = ~prompt_mask.to(rows.device)
-        self.x0[rows] = x0.to(rows.device)
-        self.maskable[rows] = maskable
-        self.stage[rows] = 0
-        self.masked[rows] = self._reveal_to_stage(maskable, torch.zeros_like(rows))
-        self.age[rows] = 0
+    def _segments(self, values: Tensor) -> Tensor:
+        """[B, L] as one row per segment, [B * S, L / S]."""
+        return values.reshape(len(self.x0) * self.n_segments, -1)
 
-    def _reveal_to_stage(self, maskable: Tensor, stage: Tensor) -> Tensor:
-        """Masks of rows that enter at `stage`: random positions revealed to its target; bool [n, L]."""
-        target = draw_target(stage, self.n_stages, maskable.sum(1), self.generator)
-        return maskable & ~reveal_random(maskable, target, self.generator)
+    def _enter(self, stage: Tensor) -> tuple[Tensor, Tensor]:
+        """Stage (int64 [B * S]) and masks (bool [B, L]) of the pool's sequences, all entering at `stage`.
+
+        Random positions are revealed to the stage's target. Segments with nothing to reveal have finished.
+        """
+        maskable = self._segments(self.maskable)  # [B * S, L / S]
+        n_maskable = maskable.sum(1)
+        target = draw_target(stage, self.n_stages, n_maskable, self.generator)
+        masked = maskable & ~reveal_random(maskable, target, self.generator)
+        return torch.where(n_maskable > 0, stage, self.n_stages), masked.view_as(self.maskable)

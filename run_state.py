@@ -47,6 +47,7 @@ class Run:
     step: int = 0
     seconds: float = 0.0  # of training; evaluation and saving left out
     seconds_recorded: float = 0.0  # what `seconds` was at the last record
+    learning_rate: float = 0.0  # of the last step
 
     @property
     def averaged_model(self) -> Transformer | None:
@@ -176,7 +177,7 @@ def summarize(run: Run) -> dict[str, Any]:
     values = {
         "train/loss": loss,
         "train/grad_norm": float(run.totals[1]) / n_steps,
-        "train/learning_rate": run.scheduler.get_last_lr()[0],
+        "train/learning_rate": run.learning_rate,
         "train/step_ms": step_ms,
         "train/tokens_per_s": training.batch_size * run.length / step_ms * 1000,
         "train/peak_memory_gib": peak_memory_gib(run.world.device),

@@ -62,6 +62,7 @@ def train_step(run: Run, dtype: torch.dtype | None) -> None:
         run.objective.observe(microbatch, scores.confidence)
     run.totals[1] += nn.utils.clip_grad_norm_(run.model.parameters(), run.config.training.max_grad_norm)
     run.optimizer.step()
+    run.learning_rate = float(run.scheduler.get_last_lr()[0])
     run.scheduler.step()
     run.optimizer.zero_grad()
     if run.ema is not None:

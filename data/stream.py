@@ -1,15 +1,20 @@
-"""Rows of a data set in a seeded random order, shared out over ranks, for ever.
+"""Rows of a data set in a seeded random order, shared out over ranks, for ever, and staged on the device.
 
 The stream of all ranks together is one endless list: the data set shuffled, then shuffled anew, and so on. Entry
 number p belongs to rank p % n_ranks. So every row is handed out exactly once per epoch whatever the number of rows,
 nothing is dropped at an epoch's end, ranks may draw at different speeds, and the whole state of a rank is how many
 rows it has drawn.
+
+When a run goes on with another number of ranks, the entries that nobody has drawn form a new list, which is shared out
+in the same way: first those that slower ranks had left behind, then all from the farthest drawn entry on.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -46,19 +51,21 @@ def fingerprint(data: SequenceData) -> str:
 
 
 class SequenceStream:
-    """One rank's share of the endless shuffled list; `n_drawn` is its whole state."""
+    """One rank's share of the endless shuffled list; `n_drawn` is its whole state but after a change of ranks."""
 
     def __init__(self, data: SequenceData, seed: int, rank: int = 0, n_ranks: int = 1) -> None:
         if len(data) == 0:
             raise ValueError("the training data holds no rows")
         self.data, self.seed, self.rank, self.n_ranks = data, seed, rank, n_ranks
         self.n_drawn = 0
+        # The list of all ranks is `left_behind`, entries of the endless list, and then the endless list from `start`.
+        self.left_behind, self.start = np.empty(0, dtype=np.int64), 0
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def draw(self, n_rows: int) -> tuple[Tensor, Tensor]:
         """The next `n_rows` rows: tokens int64 [n, L] and prompt_mask bool [n, L], on the CPU."""
         places = (self.n_drawn + np.arange(n_rows)) * self.n_ranks + self.rank  # in the list of all ranks
-        epochs, offsets = np.divmod(places, len(self.data))
+        epochs, offsets = np.divmod(self._entries(places), len(self.data))
         indices = np.empty(n_rows, dtype=np.int64)
         for epoch in np.unique(epochs):  # one, or two where the draw crosses an epoch's end
             inside = epochs == epoch
@@ -67,13 +74,33 @@ class SequenceStream:
         tokens, prompt_mask = self.data.rows(indices)
         return torch.from_numpy(tokens), torch.from_numpy(prompt_mask)
 
-    def state_dict(self) -> dict[str, int]:
-        """Rows drawn so far."""
-        return {"n_drawn": self.n_drawn}
+    def state_dict(self) -> dict[str, Any]:
+        """Rows drawn so far, and the list that they were drawn from."""
+        return {"n_drawn": self.n_drawn, "left_behind": self.left_behind.tolist(), "start": self.start}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo `state_dict`."""
-        self.n_drawn = state["n_drawn"]
+        self.n_drawn, self.start = state["n_drawn"], state["start"]
+        self.left_behind = np.array(state["left_behind"], dtype=np.int64)
+
+    def load_other_ranks(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on where another number of ranks stopped, whose states these are, in the order of their ranks."""
+        n_ranks, n_drawn = len(states), np.array([state["n_drawn"] for state in states])
+        self.load_state_dict(states[0])
+        n_reached = int((n_drawn * n_ranks + np.arange(n_ranks) - n_ranks)[n_drawn > 0].max(initial=-1)) + 1
+        places = np.arange(n_reached)
+        skipped = places[places // n_ranks >= n_drawn[places % n_ranks]]
+        self.left_behind = np.concatenate([self._entries(skipped), self.left_behind[n_reached:]])
+        self.start += max(0, n_reached - len(states[0]["left_behind"]))
+        self.n_drawn = 0
+
+    def _entries(self, places: np.ndarray) -> np.ndarray:
+        """Entries of the endless list at these places (int64 [n]) of the list of all ranks; int64 [n]."""
+        n_left = len(self.left_behind)
+        entries = self.start + places - n_left
+        listed = places < n_left
+        entries[listed] = self.left_behind[places[listed]]
+        return entries
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         """Order of the rows in an epoch, int64 [N]; the last one asked for is kept."""
@@ -81,3 +108,78 @@ class SequenceStream:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
             self._epoch, self._order = epoch, order
         return self._order
+
+
+class RowQueue:
+    """Rows of a stream on the device, staged ahead, so that taking some needs no word from the device.
+
+    How many sequences finish at a step is known on the device alone. So fresh rows wait there in a ring; `take` hands
+    them out by a mask and counts on the device, and the host fills the ring up by the count of two steps ago, for which
+    it never has to wait long. Every row is handed out in the stream's order, and none is lost at a restart: the state
+    is the number handed out, whatever else had been staged.
+    """
+
+    def __init__(self, stream: SequenceStream, max_taken: int, device: torch.device) -> None:
+        """Stage rows for `take`s of at most `max_taken` rows per step."""
+        self.stream, self.max_taken, self.device = stream, max_taken, device
+        self.n_lag = 2 if device.type == "cuda" else 0
+        # `top_up` fills the ring unless more than n - max_taken rows are staged; n_lag steps later enough must be left.
+        self.n_places = (self.n_lag + 2) * max_taken
+        shape = (self.n_places, stream.data.length)
+        self._x0 = torch.zeros(shape, dtype=torch.long, device=device)
+        self._maskable = torch.zeros(shape, dtype=torch.bool, device=device)
+        self._restart(0)
+
+    def _restart(self, n_taken: int) -> None:
+        self.n_taken = torch.tensor(n_taken, device=self.device)  # int64 scalar, rows handed out by this rank
+        self._counts: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._n_staged = self._n_known = n_taken
+        self.stream.n_drawn = n_taken
+        self.top_up()
+
+    def take(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Hand the next rows to the True entries of `wanted` (bool [n]).
+
+        Returns:
+            x0 int64 [n, L] and maskable bool [n, L]; what stands where `wanted` is False has no meaning.
+        """
+        places = (self.n_taken + wanted.cumsum(0) - 1) % self.n_places  # [n]
+        self.n_taken += wanted.sum()
+        return self._x0[places], self._maskable[places]
+
+    def take_next(self, n_rows: int) -> tuple[Tensor, Tensor]:
+        """The next `n_rows` rows: x0 int64 [n, L] and maskable bool [n, L]."""
+        return self.take(torch.ones(n_rows, dtype=torch.bool, device=self.device))
+
+    def top_up(self) -> None:
+        """Stage more rows; called once after each step's takes."""
+        count, event = self.n_taken, None
+        if self.n_lag:
+            count = torch.empty((), dtype=torch.long, pin_memory=True).copy_(self.n_taken, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._counts.append((count, event))
+        while len(self._counts) > self.n_lag:
+            count, event = self._counts.popleft()
+            if event is not None:
+                event.synchronize()
+            self._n_known = int(count)
+        n_free = self.n_places - (self._n_staged - self._n_known)
+        if n_free < self.max_taken:
+            return
+        rows = [part.pin_memory() if self.n_lag else part for part in self.stream.draw(n_free)]
+        first = self._n_staged % self.n_places
+        n_before_end = min(n_free, self.n_places - first)
+        for ring, fresh in zip((self._x0, self._maskable), (rows[0], ~rows[1]), strict=True):
+            ring[first : first + n_before_end].copy_(fresh[:n_before_end], non_blocking=True)
+            ring[: n_free - n_before_end].copy_(fresh[n_before_end:], non_blocking=True)
+        self._n_staged += n_free
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the stream as if it had drawn just what was taken. Reads from the device."""
+        return self.stream.state_dict() | {"n_drawn": int(self.n_taken)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo `state_dict`."""
+        self.stream.load_state_dict(state)
+        self._restart(self.stream.n_drawn)

@@ -117,7 +117,8 @@ def test_records_and_final_result(config_file, tmp_path, capsys):
     assert len(final["evaluation"]["samplers"]) == 4
     rows = list(read_metrics(tmp_path / "run"))
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    for key in ("loss", "learning_rate", "grad_norm", "step_ms", "tokens_per_s", "peak_memory_gib", "masked_fraction"):
+    assert [row["train/learning_rate"] > 0 for row in rows] == [False] + [True] * 5, "warm-up starts from 0"
+    for key in ("loss", "grad_norm", "step_ms", "tokens_per_s", "peak_memory_gib", "masked_fraction"):
         assert all(row[f"train/{key}"] > 0 for row in rows), key
     assert [row["train/n_stages"] for row in rows] == [3, 3, 3, 3, 5, 5]
     assert all(abs(sum(row["train/stage_histogram"]) - 1) < 1e-6 for row in rows)
@@ -259,7 +260,7 @@ def test_a_config_that_is_no_mapping_is_refused(text, tmp_path, capsys):
 @pytest.mark.slow
 def test_two_processes_train_together(config_file, tmp_path):
     run_dir = tmp_path / "run"
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "train.py"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
     command += ["--config", config_file(), "--run-dir", run_dir]
     result = run_python(*command)
     assert result.returncode == 0, result.stderr

@@ -139,6 +139,8 @@ class Transformer(nn.Module):
                 module.weight.normal_(0.0, INIT_STD, generator=generator)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
+            if isinstance(module, nn.RMSNorm):
+                module.weight.fill_(1.0)
 
     def compile_training(self) -> None:
         """Compile the pass of train mode alone: its shapes never change, while evaluation's do at every call."""

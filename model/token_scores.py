@@ -78,8 +78,9 @@ def predict_tokens(
     dtype = compute_dtype(head)
     matrix = head.to(dtype).t()
     chunks = []
-    for rows in torch.arange(len(hidden), device="cpu").split(_chunk_rows(head)):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    n_rows = _chunk_rows(head)
+    for start in range(0, len(hidden), n_rows):
+        part = slice(start, start + n_rows)
         logits = _matmul(hidden[part].to(dtype), matrix).float()  # [n, V]
         logits[:, banned] = -torch.inf
         log_prob = logits.log_softmax(dim=1)

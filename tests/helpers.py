@@ -1,12 +1,16 @@
-"""Small parts that several tests share: a data set whose rows can be told apart, and the chi-square test."""
+"""Small parts that several tests share: a data set whose rows can be told apart, models, the chi-square test."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from config import ModelSettings
+from model.transformer import Transformer
 
 N_TOKENS = 10  # ordinary tokens, 0 to 9
 
@@ -55,6 +59,31 @@ def random_generator(seed: int) -> torch.Generator:
 def random_log_probs(shape: tuple[int, ...], seed: int) -> Tensor:
     """Stand-in for the model's confidences: log-probabilities spread over (0, 1), float32."""
     return torch.rand(shape, generator=random_generator(seed)).clamp(min=1e-6).log()
+
+
+def model_settings(**changes: Any) -> ModelSettings:
+    """A small model with an odd vocabulary, so that no two sizes are equal."""
+    return ModelSettings(
+        **{
+            "vocab_size": 23,
+            "hidden_size": 32,
+            "intermediate_size": 56,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "rms_norm_eps": 1e-5,
+        }
+        | changes
+    )
+
+
+def random_model(seed: int = 0, causal: bool = False, **changes: Any) -> Transformer:
+    """A model with every parameter random, biases and norms too."""
+    model = Transformer(model_settings(**changes), causal=causal)
+    generator = random_generator(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.ndim == 1))
+    return model.eval()
 
 
 def assert_distribution(counts: Tensor, probabilities: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from helpers import random_generator
+from helpers import model_settings, random_generator, random_model
 from torch import Tensor
 
 from config import ModelSettings
@@ -22,31 +22,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-
-
-def model_settings(**changes: Any) -> ModelSettings:
-    """A small model with an odd vocabulary, so that no two sizes are equal."""
-    return ModelSettings(
-        **{
-            "vocab_size": 23,
-            "hidden_size": 32,
-            "intermediate_size": 56,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "rms_norm_eps": 1e-5,
-        }
-        | changes
-    )
-
-
-def random_model(seed: int = 0, causal: bool = False, **changes: Any) -> Transformer:
-    """A model with every parameter random, biases and norms too."""
-    model = Transformer(model_settings(**changes), causal=causal)
-    generator = random_generator(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.ndim == 1))
-    return model.eval()
 
 
 def random_tokens(n_rows: int, length: int, seed: int = 0) -> Tensor:

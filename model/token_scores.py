@@ -1,22 +1,28 @@
 """The output head in chunks: loss, NLL and confidence per position, never a [B, L, V] tensor.
 
-Only positions that carry weight are scored. Their logits exist a chunk at a time; the gradient is computed in the same
-sweep, so that nothing of size V is kept for the backward pass.
+Only positions that carry weight are scored, unless the vocabulary is so small that fixed shapes are worth more. Logits
+exist a chunk at a time; the gradient is computed in the same sweep, so that nothing of size V is kept for the backward
+pass.
 
 Shapes: B rows, L positions, N scored positions, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# A chunk of logits holds at most this many float32 numbers (64 MiB), however large the vocabulary.
+# A chunk of logits holds at most this many numbers, however large the vocabulary: 64 MiB in float32, 512 MiB on a GPU,
+# where smaller matrix products would leave most of the machine idle.
 CHUNK_ELEMENTS = 1 << 24
-# Below this vocabulary the head costs nothing, so it stays in float32: bfloat16 logits tie where the model is sure.
+CHUNK_ELEMENTS_GPU = 1 << 27
+# Up to this vocabulary the head costs nothing, so it stays in float32 (bfloat16 logits tie where the model is sure) and
+# scores every position: all shapes are fixed then.
 SMALL_VOCABULARY = 4096
 
 
@@ -37,7 +43,47 @@ class TokenPredictions(NamedTuple):
     neg_entropy: Tensor  # float32 [N], sum of p log p
 
 
-def score_tokens(hidden: Tensor, head: Tensor, x0: Tensor, weight: Tensor) -> TokenScores:
+class ScoredPositions:
+    """Which positions carry weight; made before the backbone runs, so that their number is known when the head starts.
+
+    On a GPU the host must know the number to launch the head. It travels there while the backbone computes; `indices`
+    waits for it, but not for the backbone, so the device never runs dry.
+    """
+
+    def __init__(self, weight: Tensor, n_tokens: int) -> None:
+        """For `weight` (float32 [B, L]) and a vocabulary of `n_tokens`."""
+        flat = weight.flatten()
+        self._event: torch.cuda.Event | None = None
+        self._indices = self._count = None
+        if n_tokens <= SMALL_VOCABULARY:
+            self._indices = torch.arange(len(flat), device=weight.device)
+        elif not weight.is_cuda:
+            self._indices = flat.nonzero().squeeze(1)
+        else:
+            self._order = (flat == 0).to(torch.uint8).argsort(stable=True)
+            self._count = torch.empty((), dtype=torch.long, pin_memory=True)
+            self._count.copy_((flat != 0).sum(), non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def indices(self) -> Tensor:
+        """Flat positions to score, int64 [N]."""
+        if self._indices is not None:
+            return self._indices
+        assert self._event is not None
+        assert self._count is not None
+        self._event.synchronize()
+        return self._order[: int(self._count)]
+
+
+def score_tokens(
+    hidden: Tensor,
+    head: Tensor,
+    x0: Tensor,
+    weight: Tensor,
+    scored: ScoredPositions | None = None,
+    compiled: bool = False,
+) -> TokenScores:
     """Score the true tokens where `weight` is not 0.
 
     Args:
@@ -45,15 +91,20 @@ def score_tokens(hidden: Tensor, head: Tensor, x0: Tensor, weight: Tensor) -> To
         head: [V, D], the output matrix.
         x0: int64 [B, L].
         weight: float32 [B, L].
+        scored: what is known of `weight` already.
+        compiled: fuse the sweeps over a large vocabulary's logits with torch.compile.
     """
-    scored = weight.flatten().nonzero().squeeze(1)  # [N]
+    indices = (scored or ScoredPositions(weight, head.shape[0])).indices()  # [N]
+    own_weight = weight.flatten()[indices]
     loss, nll, confidence = _ScoreChunks.apply(
-        hidden.flatten(0, 1)[scored], head, x0.flatten()[scored], weight.flatten()[scored], compute_dtype(head)
+        hidden.flatten(0, 1)[indices], head, x0.flatten()[indices], own_weight, compute_dtype(head), compiled
     )
+    # Of a small vocabulary, positions without weight have been scored too.
+    nll, confidence = nll.masked_fill(own_weight == 0, 0.0), confidence.masked_fill(own_weight == 0, -torch.inf)
     return TokenScores(
         loss,
-        torch.zeros_like(weight).flatten().index_copy(0, scored, nll).view_as(weight),
-        torch.full_like(weight, -torch.inf).flatten().index_copy(0, scored, confidence).view_as(weight),
+        torch.zeros_like(weight).flatten().index_copy(0, indices, nll).view_as(weight),
+        torch.full_like(weight, -torch.inf).flatten().index_copy(0, indices, confidence).view_as(weight),
     )
 
 
@@ -135,7 +186,7 @@ def compute_dtype(head: Tensor) -> torch.dtype:
 
 
 def _chunk_rows(head: Tensor) -> int:
-    return max(1, CHUNK_ELEMENTS // head.shape[0])
+    return max(1, (CHUNK_ELEMENTS_GPU if head.is_cuda else CHUNK_ELEMENTS) // head.shape[0])
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -144,35 +195,52 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
 
 
+def _score_chunk(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """NLL and confidence (float32 [n]), and d (weight * nll) / d logits, of logits [n, V] in any float type.
+
+    float32 logits are overwritten; in as few sweeps over them as can be, since memory is what limits this.
+    """
+    wide = logits.float()
+    largest, own = wide.amax(dim=1), wide.gather(1, target[:, None]).squeeze(1)
+    exponentials = wide.sub_(largest[:, None]).exp_()
+    total = exponentials.sum(dim=1)
+    # weight * (softmax - one hot), from the exponentials in one sweep.
+    gradient = exponentials.mul_((weight / total)[:, None])
+    gradient.scatter_add_(1, target[:, None], -weight[:, None])
+    log_total = total.log()
+    return largest + log_total - own, -log_total, gradient.to(logits.dtype)
+
+
+@cache
+def _compiled_score_chunk() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_score_chunk, dynamic=True)
+
+
 class _ScoreChunks(torch.autograd.Function):
     """Loss, NLL and confidence of N positions; gradients are computed on the way forward."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor, dtype: torch.dtype
+        ctx: Any, hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor, dtype: torch.dtype, compiled: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with_gradient = any(ctx.needs_input_grad)
         matrix = head.to(dtype)  # [V, D]
-        grad_hidden = torch.empty_like(hidden) if with_gradient else None
-        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if with_gradient else None
+        grad_hidden = grad_head = None
+        if any(ctx.needs_input_grad):
+            grad_hidden = torch.empty_like(hidden)
+            grad_head = torch.zeros(head.shape, dtype=torch.promote_types(dtype, torch.float32), device=head.device)
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         confidence = torch.empty_like(nll)
         n_rows = _chunk_rows(head)
+        score = _compiled_score_chunk() if compiled and head.shape[0] > SMALL_VOCABULARY else _score_chunk
         for start in range(0, len(hidden), n_rows):
             part = slice(start, start + n_rows)
             states = hidden[part].to(dtype)  # [n, D]
-            logits = _matmul(states, matrix.t()).float()  # [n, V]
-            log_total = logits.logsumexp(dim=1)
-            nll[part] = log_total - logits.gather(1, target[part, None]).squeeze(1)
-            confidence[part] = logits.amax(dim=1) - log_total
+            logits = _matmul(states, matrix.t())  # [n, V]
+            nll[part], confidence[part], gradient = score(logits, target[part], weight[part])
             if grad_hidden is not None and grad_head is not None:
-                # d loss / d logits = weight * (softmax - one hot), written over the logits.
-                gradient = logits.sub_(log_total[:, None]).exp_()
-                gradient.scatter_add_(1, target[part, None], torch.full_like(nll[part, None], -1.0))
-                gradient = gradient.mul_(weight[part, None]).to(dtype)
                 grad_hidden[part] = _matmul(gradient, matrix).to(hidden.dtype)
-                grad_head += _matmul(gradient.t(), states)
-        if with_gradient:
+                _accumulate(grad_head, gradient.t(), states)
+        if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(nll, confidence)
         return (weight * nll).sum(), nll, confidence
@@ -181,4 +249,13 @@ class _ScoreChunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grads[0], grad_head * grads[0], None, None, None
+        return grad_hidden * grads[0], grad_head * grads[0], None, None, None, None
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add the product of a and b to `total`, which is at least as wide as they are."""
+    if total.dtype == a.dtype:
+        with torch.autocast(a.device.type, enabled=False):
+            total.addmm_(a, b)
+    else:
+        total += _matmul(a, b)

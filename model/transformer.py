@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from config import ModelSettings
 from model.attention import Attention, KeyValueCache, rotary_tables
-from model.token_scores import TokenPredictions, TokenScores, predict_tokens, score_tokens
+from model.token_scores import (
+    ScoredPositions,
+    TokenPredictions,
+    TokenScores,
+    predict_tokens,
+    score_tokens,
+)
 
 # Qwen2's. The published PUMA code starts wider, which costs it the first thousands of steps.
 INIT_STD = 0.02
@@ -148,8 +154,10 @@ class Transformer(nn.Module):
 
     def forward(self, xt: Tensor, x0: Tensor, weight: Tensor) -> TokenScores:
         """Loss, NLL and confidence of the clean tokens x0 (int64 [B, L]) given xt, where weight (float32) is not 0."""
-        backbone = self.training_backbone if self.training and self.training_backbone else self.model
-        return score_tokens(self._align(backbone(xt)), self.lm_head.weight, x0, weight)
+        scored = ScoredPositions(weight, self.lm_head.weight.shape[0])
+        compiled = self.training_backbone if self.training else None
+        hidden = self._align((compiled or self.model)(xt))
+        return score_tokens(hidden, self.lm_head.weight, x0, weight, scored, compiled=compiled is not None)
 
     def predict(
         self, xt: Tensor, positions: Tensor, banned: int, *, temperature: float = 0.0, noise_key: Tensor | None = None

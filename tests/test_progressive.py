@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from data.stream import SequenceStream
+from data.stream import RowQueue, SequenceStream
 from progressive import PumaPool, advance, draw_target, stage_of
 
 SEEDS = st.integers(0, 2**32)
@@ -31,14 +31,16 @@ def make_pool(
     data: NumberedRows | None = None,
 ) -> PumaPool:
     """A pool over numbered rows."""
-    stream = SequenceStream(data or numbered_rows(23, 12, seed), seed)
-    return PumaPool(stream, n_rows, n_stages, collapse_threshold, random_generator(seed + 1))
+    queue = RowQueue(SequenceStream(data or numbered_rows(23, 12, seed), seed), n_rows, torch.device("cpu"))
+    return PumaPool(queue, n_rows, n_stages, collapse_threshold, random_generator(seed + 1))
 
 
-def step(pool: PumaPool, seed: int) -> None:
-    """One training step with random confidences; where nothing is masked there is none, as in training."""
-    confidence = random_log_probs(tuple(pool.x0.shape), seed)
-    pool.advance(confidence.masked_fill(~pool.masked, -torch.inf))
+def step(pool: PumaPool, seed: int) -> Tensor:
+    """One training step with random confidences, which it returns; -inf where nothing is masked, as in training."""
+    confidence = random_log_probs(tuple(pool.x0.shape), seed).masked_fill(~pool.masked, -torch.inf)
+    pool.advance(confidence)
+    pool.queue.top_up()
+    return confidence
 
 
 def row_numbers(x0: Tensor) -> list[int]:
@@ -219,8 +221,7 @@ def test_every_transition_of_the_pool_is_one_of_the_oracles(
     pool = make_pool(6, n_stages, collapse_threshold, seed)
     for number in range(2 * n_stages):
         masked, stage, maskable, x0 = (part.clone() for part in (pool.masked, pool.stage, pool.maskable, pool.x0))
-        confidence = random_log_probs(tuple(x0.shape), seed + number)
-        pool.advance(confidence)
+        confidence = step(pool, seed + number)
         for row in range(len(x0)):
             n, j = int(maskable[row].sum()), int(stage[row])
             possible = [
@@ -336,7 +337,7 @@ def test_no_drawn_sequence_is_discarded_and_none_comes_twice_in_an_epoch(
     pool = make_pool(n_rows, 3, collapse_threshold, data=data)
     history = run_and_count(pool, 60)
     total = history[-1].total()
-    assert total == n_rows + int(pool.n_finished)
+    assert total == n_rows + int(pool.n_finished) == int(pool.queue.n_taken)
     assert total > 4 * len(data)
     in_order = row_numbers(SequenceStream(data, 0).draw(total)[0])
     for used in history:
@@ -400,12 +401,12 @@ def test_a_restored_pool_goes_on_exactly(n_steps: int) -> None:
     """Also after a K change and over an epoch's end."""
     data = numbered_rows(23, 12)
     first = make_pool(8, 4, 0.7, data=data)
-    second = PumaPool(SequenceStream(data, 0), 8, 4, 0.7, random_generator(9))
+    second = make_pool(8, 4, 0.7, data=data)
     for number in range(n_steps):
         step(first, number)
     first.set_n_stages(6)
     state = copy.deepcopy(first.state_dict())
-    second.stream.load_state_dict(first.stream.state_dict())
+    second.queue.load_state_dict(first.queue.state_dict())
     second.generator.set_state(first.generator.get_state())
     second.load_state_dict(state)
     for number in range(30):
@@ -413,4 +414,4 @@ def test_a_restored_pool_goes_on_exactly(n_steps: int) -> None:
             assert torch.equal(getattr(first, key), getattr(second, key)), key
         step(first, number)
         step(second, number)
-    assert first.stream.n_drawn == second.stream.n_drawn > len(data)
+    assert int(first.queue.n_taken) == int(second.queue.n_taken) > len(data)

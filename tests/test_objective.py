@@ -147,24 +147,23 @@ def test_loss_and_gradient_of_a_batch_equal_the_oracle(objective: dict[str, Any]
 
 @every_objective
 def test_every_drawn_row_is_used_and_none_twice_in_an_epoch(objective: dict[str, Any]) -> None:
-    """Rows in the batches are rows drawn, each as often as drawn but for those that wait to be admitted.
-
-    How many wait may change from step to step, but it must not grow, as it would if rows were lost.
-    """
+    """Rows in the batches are the first ones of the shuffled data without a gap, whoever takes them."""
     data = numbered_rows(60, 12)
     built = make_objective(objective, data, 10)
     used: Counter[int] = Counter()
-    n_waiting = []
     for step in range(400):
         (batch,) = built.microbatches(step)
         used.update(fresh_rows(built, batch))
-        drawn = Counter(SequenceStream(data, 0).draw(built.stream.n_drawn)[0][:, 0].tolist())
-        assert used <= drawn
-        n_waiting.append(drawn.total() - used.total())
+        assert n_drawn(built) == used.total()
+        assert used == Counter(SequenceStream(data, 0).draw(used.total())[0][:, 0].tolist())
         built.observe(batch, random_log_probs((10, 12), step))
         built.end_step()
-    assert built.stream.n_drawn > 10 * len(data)
-    assert max(n_waiting[100:]) <= max(n_waiting[:100])
+    assert used.total() > 10 * len(data)
+
+
+def n_drawn(objective: Objective) -> int:
+    """Rows that the objective says it has taken from the data."""
+    return int(objective.metrics()["sequences_drawn"])
 
 
 def fresh_rows(objective: Objective, batch: Microbatch) -> list[int]:
@@ -216,7 +215,7 @@ def test_figures_of_every_objective(objective: dict[str, Any]) -> None:
         run_step(built, step)
     figures = built.metrics()
     assert 0 < float(figures["masked_fraction"]) <= 1
-    assert int(figures["sequences_drawn"]) == built.stream.n_drawn > 10
+    assert int(figures["sequences_drawn"]) >= 10
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
@@ -278,12 +277,12 @@ def test_a_k_switch_keeps_the_rows_in_flight() -> None:
     built = make_objective({"name": "puma", "k_schedule": ((4, 0), (9, 3))}, data)
     for step in range(3):
         run_step(built, step)
-    before, masked, n_drawn = built.pool.x0.clone(), built.pool.masked.clone(), built.stream.n_drawn
+    before, masked, n_before = built.pool.x0.clone(), built.pool.masked.clone(), n_drawn(built)
     (batch,) = built.microbatches(3)
     assert int(built.metrics()["n_stages"]) == 9
     assert torch.equal(batch.x0, before)
     assert torch.equal(batch.xt == data.mask_id, masked)
-    assert built.stream.n_drawn == n_drawn
+    assert n_drawn(built) == n_before
 
 
 @pytest.mark.parametrize(

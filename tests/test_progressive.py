@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from data.stream import SequenceStream
+from data.stream import RowQueue, SequenceStream
 from progressive import PumaPool, advance, draw_target, stage_of
 
 SEEDS = st.integers(0, 2**32)
 STAGES = st.integers(1, 12)
+SEGMENTS = st.sampled_from([1, 2, 3])  # of the 12 positions of a row; some hold prompts alone
 THRESHOLDS = st.sampled_from([None, 0.1, 0.5, 0.9, 1.0])
 
 
@@ -29,16 +30,19 @@ def make_pool(
     collapse_threshold: float | None = None,
     seed: int = 0,
     data: NumberedRows | None = None,
+    n_segments: int = 1,
 ) -> PumaPool:
     """A pool over numbered rows."""
-    stream = SequenceStream(data or numbered_rows(23, 12, seed), seed)
-    return PumaPool(stream, n_rows, n_stages, collapse_threshold, random_generator(seed + 1))
+    queue = RowQueue(SequenceStream(data or numbered_rows(23, 12, seed), seed), n_rows, torch.device("cpu"))
+    return PumaPool(queue, n_rows, n_stages, collapse_threshold, random_generator(seed + 1), n_segments)
 
 
-def step(pool: PumaPool, seed: int) -> None:
-    """One training step with random confidences; where nothing is masked there is none, as in training."""
-    confidence = random_log_probs(tuple(pool.x0.shape), seed)
-    pool.advance(confidence.masked_fill(~pool.masked, -torch.inf))
+def step(pool: PumaPool, seed: int) -> Tensor:
+    """One training step with random confidences, which it returns; -inf where nothing is masked, as in training."""
+    confidence = random_log_probs(tuple(pool.x0.shape), seed).masked_fill(~pool.masked, -torch.inf)
+    pool.advance(confidence)
+    pool.queue.top_up()
+    return confidence
 
 
 def row_numbers(x0: Tensor) -> list[int]:
@@ -192,47 +196,84 @@ def test_a_short_row_is_never_sent_back_by_its_ratio() -> None:
 # The pool
 
 
-@given(SEEDS, st.integers(1, 9), STAGES, THRESHOLDS)
+@given(SEEDS, st.integers(1, 9), STAGES, THRESHOLDS, SEGMENTS)
 @settings(max_examples=40, deadline=None)
 def test_prompts_never_change_and_every_row_has_a_masked_position(
-    seed: int, n_rows: int, n_stages: int, collapse_threshold: float | None
+    seed: int, n_rows: int, n_stages: int, collapse_threshold: float | None, n_segments: int
 ) -> None:
     """`x0` is at every moment a row of the data, and what is masked lies off its prompt."""
     data = numbered_rows(23, 12, seed % 1000)
-    pool = make_pool(n_rows, n_stages, collapse_threshold, seed, data)
+    pool = make_pool(n_rows, n_stages, collapse_threshold, seed, data, n_segments)
     for number in range(3 * n_stages):
         tokens, prompt_mask = data.rows(np.array(row_numbers(pool.x0)))
         assert np.array_equal(pool.x0.numpy(), tokens)
         assert np.array_equal(pool.maskable.numpy(), ~prompt_mask)
         assert not (pool.masked & ~pool.maskable).any()
         assert pool.masked.any(1).all()
-        assert ((pool.stage >= 0) & (pool.stage < n_stages)).all()
+        in_flight = pool.masked.view(n_rows * n_segments, -1).any(1)
+        assert ((pool.stage >= 0) & (pool.stage < n_stages))[in_flight].all()
+        assert (pool.stage == n_stages)[~in_flight].all()
         step(pool, seed + number)
 
 
-@given(SEEDS, STAGES, THRESHOLDS)
+@given(SEEDS, STAGES, THRESHOLDS, SEGMENTS)
 @settings(max_examples=40, deadline=None)
 def test_every_transition_of_the_pool_is_one_of_the_oracles(
-    seed: int, n_stages: int, collapse_threshold: float | None
+    seed: int, n_stages: int, collapse_threshold: float | None, n_segments: int
 ) -> None:
-    """Rows that stay follow the oracle; a row leaves if and only if the oracle lets it finish."""
-    pool = make_pool(6, n_stages, collapse_threshold, seed)
+    """Segments of rows that stay follow the oracle; a row leaves if and only if the oracle lets all of them finish."""
+    pool = make_pool(6, n_stages, collapse_threshold, seed, n_segments=n_segments)
     for number in range(2 * n_stages):
         masked, stage, maskable, x0 = (part.clone() for part in (pool.masked, pool.stage, pool.maskable, pool.x0))
-        confidence = random_log_probs(tuple(x0.shape), seed + number)
-        pool.advance(confidence)
-        for row in range(len(x0)):
-            n, j = int(maskable[row].sum()), int(stage[row])
-            possible = [
-                oracle.advance_row(places(masked[row]), n, j, confidence[row], target, n_stages, collapse_threshold)
-                for target in oracle.possible_targets(min(j + 1, n_stages - 1), n_stages, n)
-            ]
-            if pool.age[row] == 0:
-                assert any(transition.finished for transition in possible)
+        confidence = step(pool, seed + number)
+        stayed = (pool.age > 0).tolist()
+        for row in range(6):
+            possible = possible_transitions(
+                masked[row].view(n_segments, -1),
+                stage.view(6, n_segments)[row].tolist(),
+                maskable[row].view(n_segments, -1),
+                confidence[row].view(n_segments, -1),
+                n_stages,
+                collapse_threshold,
+            )
+            if not stayed[row]:
+                assert all(any(transition.finished for transition in segment) for segment in possible)
                 continue
             assert torch.equal(pool.x0[row], x0[row])
-            found = oracle.Transition(frozenset(places(pool.masked[row])), int(pool.stage[row]), finished=False)
-            assert found in possible
+            assert pool.masked[row].any()
+            segments = zip(possible, pool.masked[row].view(n_segments, -1), pool.stage.view(6, -1)[row], strict=True)
+            for transitions, left, new_stage in segments:
+                if left.any():
+                    assert oracle.Transition(frozenset(places(left)), int(new_stage), finished=False) in transitions
+                else:
+                    assert new_stage == n_stages
+                    assert any(transition.finished for transition in transitions)
+
+
+def possible_transitions(
+    masked: Tensor,
+    stage: list[int],
+    maskable: Tensor,
+    confidence: Tensor,
+    n_stages: int,
+    collapse_threshold: float | None,
+) -> list[list[oracle.Transition]]:
+    """What each segment of a row ([S, L / S]) may become; a segment that has finished stays so."""
+    found = []
+    for segment, j in enumerate(stage):
+        n = int(maskable[segment].sum())
+        if j == n_stages:
+            found.append([oracle.Transition(frozenset(), j, finished=True)])
+            continue
+        found.append(
+            [
+                oracle.advance_row(
+                    places(masked[segment]), n, j, confidence[segment], target, n_stages, collapse_threshold
+                )
+                for target in oracle.possible_targets(min(j + 1, n_stages - 1), n_stages, n)
+            ]
+        )
+    return found
 
 
 @given(SEEDS, THRESHOLDS)
@@ -336,7 +377,7 @@ def test_no_drawn_sequence_is_discarded_and_none_comes_twice_in_an_epoch(
     pool = make_pool(n_rows, 3, collapse_threshold, data=data)
     history = run_and_count(pool, 60)
     total = history[-1].total()
-    assert total == n_rows + int(pool.n_finished)
+    assert total == n_rows + int(pool.n_finished) == int(pool.queue.n_taken)
     assert total > 4 * len(data)
     in_order = row_numbers(SequenceStream(data, 0).draw(total)[0])
     for used in history:
@@ -362,6 +403,17 @@ def test_a_k_switch_neither_restarts_the_data_nor_drops_rows() -> None:
         step(pool, number)
         used.update(row_numbers(pool.x0[pool.age == 0]))
     assert used == Counter(row_numbers(SequenceStream(data, 0).draw(used.total())[0]))
+
+
+def test_segments_that_have_finished_stay_so_under_another_k() -> None:
+    pool = make_pool(8, 4, collapse_threshold=0.6, n_segments=3)
+    for number in range(3):
+        step(pool, number)
+    finished = ~pool.masked.view(24, -1).any(1)
+    assert finished.any()
+    assert not finished.all()
+    pool.set_n_stages(6)
+    assert torch.equal(pool.stage == 6, finished)
 
 
 def test_setting_the_same_k_changes_nothing() -> None:
@@ -400,12 +452,12 @@ def test_a_restored_pool_goes_on_exactly(n_steps: int) -> None:
     """Also after a K change and over an epoch's end."""
     data = numbered_rows(23, 12)
     first = make_pool(8, 4, 0.7, data=data)
-    second = PumaPool(SequenceStream(data, 0), 8, 4, 0.7, random_generator(9))
+    second = make_pool(8, 4, 0.7, data=data)
     for number in range(n_steps):
         step(first, number)
     first.set_n_stages(6)
     state = copy.deepcopy(first.state_dict())
-    second.stream.load_state_dict(first.stream.state_dict())
+    second.queue.load_state_dict(first.queue.state_dict())
     second.generator.set_state(first.generator.get_state())
     second.load_state_dict(state)
     for number in range(30):
@@ -413,4 +465,4 @@ def test_a_restored_pool_goes_on_exactly(n_steps: int) -> None:
             assert torch.equal(getattr(first, key), getattr(second, key)), key
         step(first, number)
         step(second, number)
-    assert first.stream.n_drawn == second.stream.n_drawn > len(data)
+    assert int(first.queue.n_taken) == int(second.queue.n_taken) > len(data)

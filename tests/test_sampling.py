@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import oracle
@@ -10,6 +12,8 @@ import torch
 from helpers import assert_distribution, model_settings, random_generator, random_model
 from torch import Tensor
 
+import sampling
+import train
 from config import Confidence
 from model.transformer import Transformer
 from sampling import Samples, format_boards, parse_puzzle, sample
@@ -270,7 +274,7 @@ def test_a_low_temperature_is_close_to_none() -> None:
     assert_same_samples(cold, sample(model, xt, MASK_ID))
 
 
-# The command's parts
+# The command
 
 
 def test_a_puzzle_is_read_with_dots_or_zeros() -> None:
@@ -299,3 +303,43 @@ def test_boards_show_clues_in_brackets_and_the_order() -> None:
     assert len(lines) == 5
     assert lines[1].split() == ["[1]", "2", "3", "4", ".", "1", "2", "3"]
     assert lines[4].split() == ["4", "3", "2", "1", "12", "13", "14", "15"]
+
+
+PUZZLE = "12.40000.....004"
+
+
+def test_the_command_prints_the_board_the_order_and_the_nfe(
+    config_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a model that has been trained for one step; a puzzle of another size is refused."""
+    train.main(["--config", str(config_file(training__max_steps=1)), "--run-dir", str(tmp_path / "run")])
+    capsys.readouterr()
+    sampling.main(["--checkpoint", str(tmp_path / "run"), "--puzzle", PUZZLE, "--tokens-per-step", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    filled = [int(number) for line in lines[1:5] for number in line.split()[4:] if number != "."]
+    assert sorted(filled) == [1 + rank // 3 for rank in range(len(filled))]
+    assert lines[5] == f"{max(filled)} network forward evaluations"
+    assert " ".join(lines[1:5]).count("[") == 4
+    with pytest.raises(SystemExit) as stop:
+        sampling.main(["--checkpoint", str(tmp_path / "run"), "--puzzle", PUZZLE[:-1]])
+    assert stop.value.code == 2
+    assert "has 15 cells" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nowhere"),
+        (["--tokens-per-step", "0"], "--tokens-per-step must be at least 1, got 0"),
+        (["--threshold", "1.5"], "--threshold must lie between 0 and 1, got 1.5"),
+        (["--temperature", "-1"], "--temperature must be 0 or more, got -1.0"),
+    ],
+)
+def test_the_command_refuses_bad_input_with_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        sampling.main(["--checkpoint", "nowhere", "--puzzle", PUZZLE, *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

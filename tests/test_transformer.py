@@ -153,6 +153,69 @@ def test_rows_of_a_batch_are_independent() -> None:
         torch.testing.assert_close(model.logits(tokens[row : row + 1])[0], together[row], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shift", [1, 100])
+@torch.no_grad()
+def test_only_distances_between_positions_count(causal: bool, shift: int) -> None:
+    model, tokens = random_model(causal=causal), random_tokens(2, 11)
+    moved = model.model(tokens, positions=torch.arange(shift, shift + 11))
+    torch.testing.assert_close(moved, model.model(tokens), rtol=1e-4, atol=1e-4)
+    spread = model.model(tokens, positions=2 * torch.arange(11))
+    assert (spread - moved).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_a_mask_says_which_keys_a_query_sees() -> None:
+    """The lower triangle makes a bidirectional model causal, a full mask a causal one bidirectional."""
+    both, causal = random_model(), random_model(causal=True)
+    tokens = random_tokens(2, 11)
+    everything = torch.ones(11, 11, dtype=torch.bool)
+    torch.testing.assert_close(both.model(tokens, mask=everything.tril()), causal.model(tokens), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(causal.model(tokens, mask=everything), both.model(tokens), rtol=1e-4, atol=1e-5)
+
+
+# The cache of keys and values
+
+
+@every_shape
+@pytest.mark.parametrize("parts", [[11], [1] * 11, [4, 1, 6]], ids=["at_once", "one_by_one", "in_parts"])
+@torch.no_grad()
+def test_causal_passes_over_parts_equal_one_pass_over_all(shape: dict[str, Any], parts: list[int]) -> None:
+    model, tokens = random_model(causal=True, **shape), random_tokens(3, 11)
+    cache = model.model.empty_cache(3, 14)  # room to spare changes nothing
+    hidden = []
+    for part in tokens.split(parts, dim=1):
+        hidden.append(model.model(part, cache=cache))
+        cache.length += part.shape[1]
+    torch.testing.assert_close(torch.cat(hidden, dim=1), model.model(tokens), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_blocks_over_a_cache_equal_one_pass_with_a_block_causal_mask() -> None:
+    """A block sees itself and the blocks before it; passes over a block that is not final yet leave no trace."""
+    model, tokens = random_model(), random_tokens(3, 12)
+    block = torch.arange(12) // 4
+    expected = model.model(tokens, mask=block[:, None] >= block)
+    cache = model.model.empty_cache(3, 12)
+    for start in (0, 4, 8):
+        model.model(random_tokens(3, 4, seed=start + 1), cache=cache)  # a draft
+        hidden = model.model(tokens[:, start : start + 4], cache=cache)
+        torch.testing.assert_close(hidden, expected[:, start : start + 4], rtol=1e-4, atol=1e-5)
+        cache.length += 4
+
+
+@torch.no_grad()
+def test_rows_kept_in_the_cache_go_on_as_before() -> None:
+    model, tokens = random_model(causal=True), random_tokens(4, 9)
+    kept = torch.tensor([0, 3])
+    cache = model.model.empty_cache(4, 9)
+    model.model(tokens[:, :5], cache=cache)
+    cache.length += 5
+    cache.keep_rows(kept)
+    hidden = model.model(tokens[kept, 5:], cache=cache)
+    torch.testing.assert_close(hidden, model.model(tokens[kept])[:, 5:], rtol=1e-4, atol=1e-5)
+
+
 # The training pass and prediction
 
 
@@ -189,13 +252,32 @@ def test_predict_is_about_the_chosen_positions_in_order() -> None:
         assert float(predicted.log_prob[place]) == pytest.approx(expected[1]["top_prob"], abs=1e-5)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_shifted_model_tells_a_token_at_the_position_before_it(causal: bool) -> None:
+    """Only `forward` and `predict` know; token 0, before which there is nothing, is told at its own position."""
+    plain = random_model(causal=causal)
+    shifted = Transformer(model_settings(), causal=causal, shifted=True).eval()
+    shifted.load_weights(plain.weights())
+    xt, x0 = random_tokens(3, 9, seed=1), random_tokens(3, 9, seed=2)
+    weight = torch.rand(3, 9, generator=random_generator(3))
+    logits = plain.logits(xt).detach()
+    assert torch.equal(shifted.logits(xt), plain.logits(xt))
+    about = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+    expected = oracle.score_batch(about, x0, weight)
+    scores = shifted(xt, x0, weight)
+    torch.testing.assert_close(scores.nll.double(), expected.nll, rtol=1e-4, atol=1e-5)
+    predicted = shifted.predict(xt, weight > 0, MASK_ID)
+    best = [oracle.prediction(row, MASK_ID)[0] for row in about.flatten(0, 1)]
+    assert predicted.token.tolist() == best
+
+
 def test_the_compiled_pass_serves_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluation's shapes change at every call, so that it would compile at every call."""
-    calls: list[None] = []
+    calls: list[Callable[..., Any]] = []
 
     def compile_and_count(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
         def compiled(*arguments: Any, **options: Any) -> Any:
-            calls.append(None)
+            calls.append(function)
             return function(*arguments, **options)
 
         return compiled
@@ -206,9 +288,9 @@ def test_the_compiled_pass_serves_training_alone(monkeypatch: pytest.MonkeyPatch
     xt, weight = random_tokens(2, 5), torch.ones(2, 5)
     evaluated = model(xt, xt, weight).loss
     model.predict(xt, weight > 0, MASK_ID)
-    assert not calls
+    assert model.model.forward not in calls
     trained = model.train()(xt, xt, weight).loss
-    assert calls
+    assert calls.count(model.model.forward) == 1
     torch.testing.assert_close(trained, evaluated)
 
 

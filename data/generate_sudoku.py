@@ -76,7 +76,7 @@ def generate_sudoku(
             if len(seen) == n_wanted:
                 break
             n_stale = n_stale + 1 if len(seen) - n_before < CHUNK_ROWS // 100 else 0
-            if n_stale == MAX_STALE_CHUNKS:
+            if n_stale == MAX_STALE_CHUNKS or len(chunk) == 0:  # hundreds of grids per number, and no puzzle at all
                 raise ValueError(
                     f"only {len(seen)} distinct {size}x{size} puzzles with {min_clues} to {max_clues} clues could be "
                     f"found, {n_wanted} are wanted: ask for fewer, or widen the range of clues"
@@ -307,8 +307,8 @@ def main(arguments: list[str] | None = None) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
-    if options.seed < 0:
-        parser.error(f"--seed must not be negative, got {options.seed}")
+    if not 0 <= options.seed < 2**32:
+        parser.error(f"--seed must be from 0 to {2**32 - 1}, got {options.seed}")
     try:
         data, _ = generate_sudoku(
             options.size,

@@ -155,12 +155,14 @@ def test_a_thousand_9x9_puzzles_per_second_and_core():
 
 def test_generated_boards_are_kept_and_read_again(tmp_path, monkeypatch):
     request = (tmp_path / "new" / "folder", 4, 50, 10, 4, 8, 3)
-    train, test = cached_generated(*request)
-    assert (len(train), len(test)) == (50, 10)
+    paths = cached_generated(*request)
+    made = generate(*request[1:])
+    assert [len(load_sudoku_file(path, 4)) for path in paths] == [50, 10]
+    for path, data in zip(paths, made, strict=True):
+        assert data is not None
+        assert np.array_equal(load_sudoku_file(path, 4).tokens, data.tokens)
     monkeypatch.setattr(generator, "generate_sudoku", None)  # a second call would fail
-    again = cached_generated(*request)
-    assert np.array_equal(train.tokens, again[0].tokens)
-    assert np.array_equal(test.tokens, again[1].tokens)
+    assert cached_generated(*request) == paths
     assert not list((tmp_path / "new" / "folder").glob("*.incomplete"))
 
 

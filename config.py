@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Confidence = Literal["top_prob", "top_prob_margin", "neg_entropy", "random"]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Settings(BaseModel):
@@ -39,23 +40,28 @@ class ModelSettings(Settings):
         """Key and value heads with the default resolved."""
         return self.num_key_value_heads or self.num_attention_heads
 
-    @model_validator(mode="after")
-    def _heads_divide(self) -> ModelSettings:
-        if self.hidden_size % self.num_attention_heads:
+    # Checks of single keys, given those before them, so that a problem elsewhere does not hide theirs. A key that was
+    # wrong itself is absent from `info.data`.
+    @field_validator("num_attention_heads")
+    @classmethod
+    def _heads_divide_the_width(cls, n_heads: int, info: ValidationInfo) -> int:
+        width = info.data.get("hidden_size", 2 * n_heads)
+        if width % n_heads:
+            raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {n_heads}")
+        if width // n_heads % 2:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+                f"hidden_size / num_attention_heads = {width // n_heads} must be even: rotary embedding pairs the two "
+                "halves of a head"
             )
-        if (self.hidden_size // self.num_attention_heads) % 2:
-            raise ValueError(
-                f"hidden_size / num_attention_heads = {self.hidden_size // self.num_attention_heads} must be even: "
-                "rotary embedding pairs the two halves of a head"
-            )
-        if self.num_attention_heads % self.n_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.n_key_value_heads}"
-            )
-        return self
+        return n_heads
+
+    @field_validator("num_key_value_heads")
+    @classmethod
+    def _key_heads_divide_the_heads(cls, n_key_heads: int | None, info: ValidationInfo) -> int | None:
+        n_heads = info.data.get("num_attention_heads")
+        if n_key_heads and n_heads and n_heads % n_key_heads:
+            raise ValueError(f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads {n_key_heads}")
+        return n_key_heads
 
 
 class SudokuSettings(Settings):
@@ -71,7 +77,7 @@ class SudokuSettings(Settings):
     n_test: int = Field(2000, gt=0, description="generated: test puzzles, none of them in the training set")
     min_clues: int = Field(30, gt=0, description="generated: fewest clues")
     max_clues: int = Field(40, gt=0, description="generated: most clues")
-    seed: int = Field(0, ge=0, description="generated: seed of the puzzles")
+    seed: Seed = Field(0, description="generated: seed of the puzzles")
     train_file: str | None = Field(None, description="files: .csv, .npz or .npy of the training boards")
     test_file: str | None = Field(None, description="files: the same for the test boards")
     hub_name: str | None = Field(None, description="hub: name of a Hugging Face data set")
@@ -124,14 +130,19 @@ class PumaSettings(Settings):
         0.0, ge=0.0, lt=1.0, description="share of each batch that stays ordinary uniformly masked rows"
     )
 
+    @field_validator("k_schedule")
+    @classmethod
+    def _schedule_ascends(cls, schedule: tuple[tuple[int, int], ...] | None) -> tuple[tuple[int, int], ...] | None:
+        if schedule is not None:
+            steps = [from_step for _, from_step in schedule]
+            if not steps or steps[0] != 0 or sorted(set(steps)) != steps:
+                raise ValueError(f"k_schedule: from_step must start at 0 and ascend, got {steps}")
+        return schedule
+
     @model_validator(mode="after")
     def _one_schedule(self) -> PumaSettings:
         if (self.n_stages is None) == (self.k_schedule is None):
             raise ValueError("give exactly one of n_stages and k_schedule")
-        if self.k_schedule is not None:
-            steps = [from_step for _, from_step in self.k_schedule]
-            if not steps or steps[0] != 0 or sorted(set(steps)) != steps:
-                raise ValueError(f"k_schedule: from_step must start at 0 and ascend, got {steps}")
         return self
 
     def n_stages_at(self, step: int) -> int:
@@ -152,12 +163,14 @@ class TrainingSettings(Settings):
     adam_betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="decay of AdamW's two moments")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up, then cosine decay to 0")
     num_epochs: float | None = Field(None, gt=0, description="length: updates = epochs * rows // batch_size")
-    max_steps: int | None = Field(None, gt=0, description="length in updates; with num_epochs the smaller of the two")
+    max_steps: int | None = Field(
+        None, gt=0, validate_default=True, description="length in updates; with num_epochs the smaller of the two"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
     ema_decay: float | None = Field(
         None, gt=0.0, lt=1.0, description="average of the weights, used by validation and sampling; null: none"
     )
-    seed: int = Field(0, ge=0, description="weights, data order and masks")
+    seed: Seed = Field(0, description="weights, data order and masks")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="bfloat16 means autocast; auto: where the machine multiplies bfloat16 fast"
@@ -168,15 +181,20 @@ class TrainingSettings(Settings):
     save_every: int = Field(1000, gt=0, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints kept, besides the best")
 
-    @model_validator(mode="after")
-    def _has_a_length(self) -> TrainingSettings:
-        if self.num_epochs is None and self.max_steps is None:
+    @field_validator("micro_batch_size")
+    @classmethod
+    def _microbatches_divide_the_batch(cls, n_rows: int | None, info: ValidationInfo) -> int | None:
+        batch_size = info.data.get("batch_size")
+        if n_rows and batch_size and batch_size % n_rows:
+            raise ValueError(f"batch_size {batch_size} is not a multiple of micro_batch_size {n_rows}")
+        return n_rows
+
+    @field_validator("max_steps")
+    @classmethod
+    def _has_a_length(cls, max_steps: int | None, info: ValidationInfo) -> int | None:
+        if max_steps is None and info.data.get("num_epochs", 1) is None:
             raise ValueError("give num_epochs or max_steps")
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
-            )
-        return self
+        return max_steps
 
 
 class ValidationSettings(Settings):

@@ -114,7 +114,11 @@ def load_model(path: str, overrides: Sequence[str] = ()) -> tuple[Transformer, C
     if weights is None:
         raise ValueError(f"checkpoint {checkpoint.path} holds no weights")
     model = Transformer(config.model)
-    model.load_weights(weights)
+    try:
+        model.load_weights(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise ValueError(f"the settings describe another model than checkpoint {checkpoint.path}: {first}") from None
     return model.eval(), config
 
 

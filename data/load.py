@@ -37,7 +37,7 @@ def load_split(settings: SudokuSettings, split: Split) -> SudokuData:
         path = settings.train_file if train else settings.test_file
         assert path is not None
         return load_sudoku_file(path, settings.size)
-    return cached_generated(
+    paths = cached_generated(
         settings.data_dir,
         settings.size,
         settings.n_train,
@@ -45,7 +45,8 @@ def load_split(settings: SudokuSettings, split: Split) -> SudokuData:
         settings.min_clues,
         settings.max_clues,
         settings.seed,
-    )[0 if train else 1]
+    )
+    return load_sudoku_file(paths[0 if train else 1], settings.size)
 
 
 def describe_source(settings: SudokuSettings) -> str:

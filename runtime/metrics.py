@@ -53,9 +53,12 @@ class Recorder:
     def picture(self, name: str, path: Path) -> None:
         """Show a picture file in wandb."""
         if self._wandb is not None:
-            import wandb
+            try:
+                import wandb
 
-            self._send({name: wandb.Image(str(path))})
+                self._wandb.log({name: wandb.Image(str(path))})
+            except Exception as error:
+                self._give_up(error)
 
     def close(self) -> None:
         """Finish the wandb run."""
@@ -79,8 +82,11 @@ class Recorder:
             }
             self._wandb.log(row | histograms)
         except Exception as error:  # whatever a network or a service does, training goes on
-            _warn(error)
-            self._wandb = None
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        _warn(error)
+        self._wandb = None
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
@@ -88,7 +94,7 @@ def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
     path = run_dir / METRICS_FILE
     if not path.exists():
         return
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 yield json.loads(line)
@@ -145,6 +151,7 @@ def _start_wandb(run_dir: Path, settings: WandbSettings, config: dict[str, Any])
                 RuntimeWarning,
                 stacklevel=3,
             )
+            wandb.teardown()  # its service would refuse the id, which the failed run still holds
             run = wandb.init(mode="offline", **options)
         for axis in ("step", "seconds", "sequences_distinct"):
             run.define_metric(axis)

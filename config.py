@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Confidence = Literal["top_prob", "top_prob_margin", "neg_entropy", "random"]
+BlockAttention = Literal["prefix", "block_causal"]
 
 
 class Settings(BaseModel):
@@ -109,10 +110,25 @@ class UniformSettings(Settings):
     name: Literal["uniform"]
 
 
-class PumaSettings(Settings):
+class BlockSettings(Settings):
+    """How the rows of a block objective are cut. See `progressive_block.py`."""
+
+    block_size: int = Field(gt=0, description="tokens per block; divides the length of a sequence")
+    block_attention: BlockAttention = Field(
+        description="prefix: blocks see themselves and the clean tokens before them, one forward per block; "
+        "block_causal: nothing sees a later block, one forward for all blocks, and decoding caches keys and values"
+    )
+
+
+class BlockUniformSettings(BlockSettings):
+    """Block diffusion with masks drawn uniformly in each block."""
+
+    name: Literal["block_uniform"]
+
+
+class ProgressiveSettings(Settings):
     """Progressive unmasking, arXiv 2602.10314."""
 
-    name: Literal["puma"]
     n_stages: int | None = Field(None, gt=0, description="K, stages of a trajectory; or k_schedule")
     k_schedule: tuple[tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(ge=0)]], ...] | None = Field(
         None, description="[[K, from_step], ...], first from_step 0, ascending; or n_stages"
@@ -125,7 +141,7 @@ class PumaSettings(Settings):
     )
 
     @model_validator(mode="after")
-    def _one_schedule(self) -> PumaSettings:
+    def _one_schedule(self) -> ProgressiveSettings:
         if (self.n_stages is None) == (self.k_schedule is None):
             raise ValueError("give exactly one of n_stages and k_schedule")
         if self.k_schedule is not None:
@@ -140,6 +156,18 @@ class PumaSettings(Settings):
             assert self.n_stages is not None
             return self.n_stages
         return [n_stages for n_stages, from_step in self.k_schedule if from_step <= step][-1]
+
+
+class PumaSettings(ProgressiveSettings):
+    """Progressive unmasking of whole rows."""
+
+    name: Literal["puma"]
+
+
+class BlockPumaSettings(BlockSettings, ProgressiveSettings):
+    """Progressive unmasking in each block."""
+
+    name: Literal["block_puma"]
 
 
 class TrainingSettings(Settings):
@@ -207,7 +235,7 @@ class WandbSettings(Settings):
     entity: str | None = Field(None, description="wandb user or team")
 
 
-ObjectiveSettings = UniformSettings | PumaSettings
+ObjectiveSettings = UniformSettings | PumaSettings | BlockUniformSettings | BlockPumaSettings
 
 
 class Config(Settings):
@@ -228,6 +256,16 @@ class Config(Settings):
                 f"{self.data.min_vocab_size} (empty, {self.data.size} digits, mask)"
             )
         return self
+
+    @property
+    def block_causal_size(self) -> int | None:
+        """Block size where the model itself must know the blocks, which is under block_causal attention."""
+        blocks = self.objective
+        return (
+            blocks.block_size
+            if isinstance(blocks, BlockSettings) and blocks.block_attention == "block_causal"
+            else None
+        )
 
 
 # Settings that change what is recorded, not what is learnt: a run may be resumed with others.

@@ -19,7 +19,7 @@ class Microbatch:
     x0: Tensor  # int64 [b, L], clean
     weight: Tensor  # float32 [b, L], 0 where no loss is taken
     rows: slice  # which of the rank's B rows these are
-    columns: slice = slice(None)  # which of their positions can carry weight
+    columns: slice  # which of their positions can carry weight
 
 
 def split_rows(

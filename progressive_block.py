@@ -42,8 +42,8 @@ class Blocks:
         return self.length // self.size
 
     def segments(self, rows: Tensor) -> Tensor:
-        """A view of [B, L] as [N, S]: the blocks of the first row, of the second, and so on."""
-        return rows.view(-1, self.size)
+        """[B, L] as [N, S]: the blocks of the first row, of the second, and so on."""
+        return rows.reshape(-1, self.size)
 
     def mask_uniformly(self, maskable: Tensor, generator: torch.Generator) -> Tensor:
         """Draw the baseline's masks in each block on its own; both bool [B, L]. See `unmasking.mask_uniformly`."""

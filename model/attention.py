@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -64,13 +64,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, cau
     if isinstance(mask, BlockMask):
         # Outside of a compiled graph FlexAttention would compute all scores, so it is compiled on its own there.
         alone = q.device.type == "cuda" and not torch.compiler.is_compiling()
-        flex = _compiled_flex() if alone else flex_attention
-        return cast(Tensor, flex(q, k, v, block_mask=mask, enable_gqa=grouped))
+        flex = _compiled_flex() if alone else cast(Callable[..., Tensor], flex_attention)
+        return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None, enable_gqa=grouped)
 
 
 @cache
-def _compiled_flex() -> Callable[..., Any]:
+def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)  # compiled at its first call, once per shape
 
 

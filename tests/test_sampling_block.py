@@ -26,12 +26,15 @@ RULES = {
 
 
 def prompts(n_rows: int = 7, seed: int = 2) -> Tensor:
-    """Prompts anywhere: single tokens, whole blocks, a row with nothing to fill and one with everything."""
+    """Prompts anywhere: single tokens, whole blocks, a row with nothing to fill and one with all but its first token.
+
+    (Where all tokens are masks, all positions tie: which comes first is a matter of rounding.)
+    """
     generator = torch.Generator().manual_seed(seed)
     xt = torch.randint(0, MASK, (n_rows, LENGTH), generator=generator)
     given = torch.rand(xt.shape, generator=generator) < 0.3
     given[0, :BLOCK] = given[1, BLOCK : 2 * BLOCK] = given[2, 2 * BLOCK :] = given[3, 5 : 2 * BLOCK] = True
-    given[4], given[5] = True, False
+    given[4], given[5], given[5:, 0] = True, False, True
     return xt.masked_fill(~given, MASK)
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Confidence = Literal["top_prob", "top_prob_margin", "neg_entropy", "random"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+BlockAttention = Literal["prefix", "block_causal"]
 
 
 class Settings(BaseModel):
@@ -115,10 +116,25 @@ class UniformSettings(Settings):
     name: Literal["uniform"]
 
 
-class PumaSettings(Settings):
+class BlockSettings(Settings):
+    """How the rows of a block objective are cut. See `progressive_block.py`."""
+
+    block_size: int = Field(gt=0, description="tokens per block; divides the length of a sequence")
+    block_attention: BlockAttention = Field(
+        description="prefix: blocks see themselves and the clean tokens before them, one forward per block; "
+        "block_causal: nothing sees a later block, one forward for all blocks, and decoding caches keys and values"
+    )
+
+
+class BlockUniformSettings(BlockSettings):
+    """Block diffusion with masks drawn uniformly in each block."""
+
+    name: Literal["block_uniform"]
+
+
+class ProgressiveSettings(Settings):
     """Progressive unmasking, arXiv 2602.10314."""
 
-    name: Literal["puma"]
     n_stages: int | None = Field(None, gt=0, description="K, stages of a trajectory; or k_schedule")
     k_schedule: tuple[tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(ge=0)]], ...] | None = Field(
         None, description="[[K, from_step], ...], first from_step 0, ascending; or n_stages"
@@ -140,7 +156,7 @@ class PumaSettings(Settings):
         return schedule
 
     @model_validator(mode="after")
-    def _one_schedule(self) -> PumaSettings:
+    def _one_schedule(self) -> ProgressiveSettings:
         if (self.n_stages is None) == (self.k_schedule is None):
             raise ValueError("give exactly one of n_stages and k_schedule")
         return self
@@ -151,6 +167,18 @@ class PumaSettings(Settings):
             assert self.n_stages is not None
             return self.n_stages
         return [n_stages for n_stages, from_step in self.k_schedule if from_step <= step][-1]
+
+
+class PumaSettings(ProgressiveSettings):
+    """Progressive unmasking of whole rows."""
+
+    name: Literal["puma"]
+
+
+class BlockPumaSettings(BlockSettings, ProgressiveSettings):
+    """Progressive unmasking in each block."""
+
+    name: Literal["block_puma"]
 
 
 class TrainingSettings(Settings):
@@ -225,7 +253,7 @@ class WandbSettings(Settings):
     entity: str | None = Field(None, description="wandb user or team")
 
 
-ObjectiveSettings = UniformSettings | PumaSettings
+ObjectiveSettings = UniformSettings | PumaSettings | BlockUniformSettings | BlockPumaSettings
 
 
 class Config(Settings):
@@ -246,6 +274,16 @@ class Config(Settings):
                 f"{self.data.min_vocab_size} (empty, {self.data.size} digits, mask)"
             )
         return self
+
+    @property
+    def block_causal_size(self) -> int | None:
+        """Block size where the model itself must know the blocks, which is under block_causal attention."""
+        blocks = self.objective
+        return (
+            blocks.block_size
+            if isinstance(blocks, BlockSettings) and blocks.block_attention == "block_causal"
+            else None
+        )
 
 
 # Settings that change what is recorded, not what is learnt: a run may be resumed with others.

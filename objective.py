@@ -10,26 +10,16 @@ Shapes: B rows of this rank, L positions.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from config import PumaSettings, TrainingSettings, UniformSettings
+from config import ObjectiveSettings, ProgressiveSettings, TrainingSettings
 from data.stream import RowQueue, SequenceStream
+from microbatch import Microbatch
 from progressive import PumaPool
-from unmasking import mask_uniformly, row_weights
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """Rows for one forward pass."""
-
-    xt: Tensor  # int64 [b, L], partly masked
-    x0: Tensor  # int64 [b, L], clean
-    weight: Tensor  # float32 [b, L], 0 where no loss is taken
-    rows: slice  # which of the rank's B rows these are
+from progressive_block import Blocks, build_blocks
 
 
 class Objective(Protocol):
@@ -60,28 +50,29 @@ class Objective(Protocol):
         ...
 
 
-def split_rows(xt: Tensor, x0: Tensor, weight: Tensor, n_rows: int) -> Iterator[Microbatch]:
-    """Cut a batch into microbatches of `n_rows` rows (the last may be smaller)."""
-    for start in range(0, len(xt), n_rows):
-        rows = slice(start, min(start + n_rows, len(xt)))
-        yield Microbatch(xt[rows], x0[rows], weight[rows], rows)
-
-
 class UniformObjective:
-    """The baseline: fresh sequences at every step, masks drawn uniformly."""
+    """The baseline: fresh sequences at every step, masks drawn uniformly in each block."""
 
-    def __init__(self, queue: RowQueue, mask_id: int, n_rows: int, micro_rows: int, generator: torch.Generator) -> None:
-        self.queue, self.mask_id, self.generator = queue, mask_id, generator
+    def __init__(
+        self,
+        blocks: Blocks,
+        queue: RowQueue,
+        mask_id: int,
+        n_rows: int,
+        micro_rows: int,
+        generator: torch.Generator,
+    ) -> None:
+        self.blocks, self.queue, self.mask_id, self.generator = blocks, queue, mask_id, generator
         self.n_rows, self.micro_rows = n_rows, micro_rows
         self.masked_fraction = torch.zeros((), device=generator.device)
 
     def microbatches(self, step: int) -> Iterator[Microbatch]:
         """See `Objective`."""
         x0, maskable = self.queue.take_next(self.n_rows)
-        masked = mask_uniformly(maskable, self.generator)
+        masked = self.blocks.mask_uniformly(maskable, self.generator)
         self.masked_fraction = (masked.sum(1) / maskable.sum(1)).mean()
         xt = x0.masked_fill(masked, self.mask_id)
-        return split_rows(xt, x0, row_weights(masked, self.n_rows), self.micro_rows)
+        return self.blocks.microbatches(xt, x0, self.blocks.weights(masked), self.micro_rows)
 
     def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
         """The baseline learns nothing from confidences."""
@@ -112,14 +103,16 @@ class PumaObjective:
 
     def __init__(
         self,
-        settings: PumaSettings,
+        settings: ProgressiveSettings,
+        blocks: Blocks,
         queue: RowQueue,
         mask_id: int,
         n_rows: int,
         micro_rows: int,
         generator: torch.Generator,
     ) -> None:
-        self.settings, self.queue, self.mask_id, self.generator = settings, queue, mask_id, generator
+        self.settings, self.blocks, self.queue = settings, blocks, queue
+        self.mask_id, self.generator = mask_id, generator
         self.n_rows, self.micro_rows = n_rows, micro_rows
         # At least one row each way: a share that is asked for is never rounded away, nor is the pool.
         n_uniform = round(settings.uniform_fraction * n_rows)
@@ -127,10 +120,15 @@ class PumaObjective:
         if self.n_uniform == 0 and settings.uniform_fraction:
             raise ValueError(f"objective.uniform_fraction needs at least 2 rows per rank, got {n_rows}")
         self.pool = PumaPool(
-            queue, n_rows - self.n_uniform, settings.n_stages_at(0), settings.collapse_threshold, generator
+            queue,
+            n_rows - self.n_uniform,
+            settings.n_stages_at(0),
+            settings.collapse_threshold,
+            generator,
+            n_segments=blocks.n_blocks,
         )
         queue.top_up()
-        self._confidence: list[Tensor] = []
+        self._confidence = torch.empty(n_rows, blocks.length, device=generator.device)
 
     def microbatches(self, step: int) -> Iterator[Microbatch]:
         """See `Objective`."""
@@ -140,19 +138,17 @@ class PumaObjective:
         if self.n_uniform:
             fresh, maskable = self.queue.take_next(self.n_uniform)
             x0 = torch.cat([x0, fresh])  # [B, L]
-            masked = torch.cat([masked, mask_uniformly(maskable, self.generator)])
+            masked = torch.cat([masked, self.blocks.mask_uniformly(maskable, self.generator)])
         xt = x0.masked_fill(masked, self.mask_id)
-        return split_rows(xt, x0, row_weights(masked, self.n_rows), self.micro_rows)
+        return self.blocks.microbatches(xt, x0, self.blocks.weights(masked), self.micro_rows)
 
     def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
         """See `Objective`."""
-        self._confidence.append(confidence)
+        self._confidence[microbatch.rows, microbatch.columns] = confidence[:, microbatch.columns]
 
     def end_step(self) -> None:
         """See `Objective`."""
-        confidence = torch.cat(self._confidence)  # [B, L]
-        self._confidence.clear()
-        self.pool.advance(confidence[: self.n_rows - self.n_uniform])
+        self.pool.advance(self._confidence[: self.n_rows - self.n_uniform])
         self.queue.top_up()
 
     def metrics(self) -> dict[str, Tensor]:
@@ -175,7 +171,7 @@ class PumaObjective:
 
 
 def build_objective(
-    settings: UniformSettings | PumaSettings,
+    settings: ObjectiveSettings,
     training: TrainingSettings,
     stream: SequenceStream,
     mask_id: int,
@@ -184,7 +180,7 @@ def build_objective(
     """The objective that the settings name, on the rank that `stream` belongs to.
 
     Raises:
-        ValueError: the batch does not divide over the ranks or into microbatches.
+        ValueError: the batch does not divide over the ranks or into microbatches, or the rows into blocks.
     """
     n_rows, rest = divmod(training.batch_size, stream.n_ranks)
     if rest:
@@ -196,7 +192,7 @@ def build_objective(
         )
     # Masks differ between ranks, and from the weights' seed.
     generator = torch.Generator(device).manual_seed(training.seed * 1_000_003 + stream.rank + 1)
-    queue = RowQueue(stream, n_rows, device)
-    if isinstance(settings, PumaSettings):
-        return PumaObjective(settings, queue, mask_id, n_rows, micro_rows, generator)
-    return UniformObjective(queue, mask_id, n_rows, micro_rows, generator)
+    blocks, queue = build_blocks(settings, stream.data.length), RowQueue(stream, n_rows, device)
+    if isinstance(settings, ProgressiveSettings):
+        return PumaObjective(settings, blocks, queue, mask_id, n_rows, micro_rows, generator)
+    return UniformObjective(blocks, queue, mask_id, n_rows, micro_rows, generator)

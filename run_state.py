@@ -63,7 +63,7 @@ class Run:
 def build_run(config: Config, world: World, run_dir: Path, train: SequenceData) -> Run:
     """Everything at step 0. Raises ValueError where the batch does not divide over the ranks."""
     training = config.training
-    model = Transformer(config.model)
+    model = Transformer(config.model, block_size=config.block_causal_size)
     model.reset_parameters(torch.Generator().manual_seed(training.seed))
     model.to(world.device)
     ema = build_ema(model, training.ema_decay)

@@ -4,7 +4,7 @@
 
     python sampling.py --checkpoint runs/sudoku_puma --puzzle 530070000600195000098000060800060003400803001...
 
-Shapes: B rows, L positions, N masked positions of all rows together.
+Shapes: B rows, b of them in a pass, L positions.
 """
 
 from __future__ import annotations
@@ -12,28 +12,20 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from config import Confidence, Config
-from model.token_scores import TokenPredictions, hash_uniform, mix_keys
+from config import BlockSettings, Confidence, Config
+from model.token_scores import mix_keys
 from model.transformer import Transformer
 from runtime.checkpoint import find_checkpoint
 from runtime.distributed import autocast, autocast_dtype, start_world
-from unmasking import reveal_top
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What `sample` returns."""
-
-    tokens: Tensor  # int64 [B, L], nothing masked
-    order: Tensor  # int64 [B, L], the step (from 1) at which a position was filled; 0 where it was given
-    nfe: Tensor  # int64 [B], forward passes that the row took part in
+from sampling_block import sample_blocks
+from sampling_step import Samples, fill, noise_keys
 
 
 @torch.no_grad()
@@ -66,37 +58,30 @@ def sample(
     nfe = torch.zeros(len(xt), dtype=torch.long, device=xt.device)
     ids = torch.arange(len(xt), device=xt.device) if row_ids is None else row_ids.to(xt.device)
     keys = mix_keys(ids, seed)  # [B]
-    step = 0
+    positions = torch.arange(xt.shape[1], device=xt.device)
     active = (tokens == mask_id).any(1).nonzero().squeeze(1)  # [b], rows that still have masks
     while len(active):
-        step += 1
+        nfe[active] += 1
         part = tokens[active]  # [b, L]
         masked = part == mask_id
-        places = mix_keys(mix_keys(keys[active], step)[:, None], torch.arange(part.shape[1], device=xt.device))
+        places = noise_keys(keys[active], nfe[active], positions)
         predicted = model.predict(part, masked, mask_id, temperature=temperature, noise_key=places[masked])
-        score = torch.full(part.shape, -torch.inf, device=xt.device)
-        score[masked] = _confidence(confidence, predicted, places[masked])
-        n_reveal = torch.full_like(active, tokens_per_step)
-        reveal = reveal_top(score, masked, n_reveal)  # [b, L]
-        if threshold is not None:
-            reveal[masked] |= predicted.log_prob > math.log(threshold)
-        part[reveal] = predicted.token[reveal[masked]]
+        filled = fill(part, masked, predicted, places, confidence, tokens_per_step, threshold)
         tokens[active] = part
-        order[active] += reveal * step
-        nfe[active] += 1
+        order[active] += filled * nfe[active, None]
         active = active[(part == mask_id).any(1)]
     return Samples(tokens, order, nfe)
 
 
-def _confidence(rule: Confidence, predicted: TokenPredictions, keys: Tensor) -> Tensor:
-    """Confidence of each masked position by the rule's name, float32 [N]."""
-    if rule == "top_prob":
-        return predicted.log_prob
-    if rule == "top_prob_margin":
-        return predicted.margin
-    if rule == "neg_entropy":
-        return predicted.neg_entropy
-    return hash_uniform(mix_keys(keys, -1)).float()
+def sampler_of(config: Config, eos_id: int | None = None) -> Callable[..., Samples]:
+    """The sampler that fits the objective; called as `sample` is.
+
+    Args:
+        eos_id: the token that ends a sequence, if the data set has one.
+    """
+    if isinstance(config.objective, BlockSettings):
+        return partial(sample_blocks, block_size=config.objective.block_size, eos_id=eos_id)
+    return sample
 
 
 def load_model(path: str, overrides: Sequence[str] = ()) -> tuple[Transformer, Config]:
@@ -113,7 +98,7 @@ def load_model(path: str, overrides: Sequence[str] = ()) -> tuple[Transformer, C
     weights = checkpoint.weights("ema") or checkpoint.weights("model")
     if weights is None:
         raise ValueError(f"checkpoint {checkpoint.path} holds no weights")
-    model = Transformer(config.model)
+    model = Transformer(config.model, block_size=config.block_causal_size)
     try:
         model.load_weights(weights)
     except RuntimeError as error:
@@ -181,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     mask_id = size + 1
     xt = torch.cat([puzzle, torch.full_like(puzzle, mask_id)])[None].to(device)
     with autocast(device, autocast_dtype(config.training.precision, device)):
-        result = sample(
+        result = sampler_of(config)(
             model.to(device),
             xt,
             mask_id,

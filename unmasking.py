@@ -38,7 +38,7 @@ def mask_uniformly(maskable: Tensor, generator: torch.Generator) -> Tensor:
     """Draw the baseline's masks: per row n uniform in 1..n_maskable, then n of the maskable positions at random.
 
     Args:
-        maskable: bool [B, L], at least one True in each row.
+        maskable: bool [B, L]; a row without any True stays without.
 
     Returns:
         bool [B, L], True where masked.
@@ -49,12 +49,13 @@ def mask_uniformly(maskable: Tensor, generator: torch.Generator) -> Tensor:
     return reveal_random(maskable, n_masked, generator)
 
 
-def row_weights(masked: Tensor, n_rows: int) -> Tensor:
+def row_weights(masked: Tensor, n_rows: int | Tensor) -> Tensor:
     """Loss weight of each position: 1 / (number masked in its row * n_rows) where masked, else 0.
 
     Args:
         masked: bool [B, L].
-        n_rows: rows that the mean is over (the whole batch of this rank, though `masked` may be a part of it).
+        n_rows: rows that the mean is over (the whole batch of this rank, though `masked` may be a part of it), a number
+            or int64 scalar.
 
     Returns:
         float32 [B, L].

@@ -27,10 +27,10 @@ from data.load import load_split
 from data.sudoku import SudokuData
 from eval.sudoku_eval import judge_boards
 from model.transformer import Transformer
+from progressive_block import build_blocks
 from runtime.checkpoint import write_text
 from runtime.distributed import World, autocast, autocast_dtype, main_first, start_world, stop_world, sum_over_ranks
-from sampling import load_model, sample
-from unmasking import mask_uniformly, row_weights
+from sampling import load_model, sampler_of
 
 # Masks of the validation loss: the same in every evaluation of every run, so that losses can be compared.
 MASK_SEED = 20_260_210
@@ -105,24 +105,29 @@ def evaluate(model: Transformer, config: Config, data: SudokuData, world: World,
     was_training = model.training
     model.eval()
     with autocast(device, dtype), _bar(world, len(grid) * n_examples) as bar:
-        loss = validation_loss(model, data, world, settings.n_loss_rows, settings.batch_size)
+        loss = validation_loss(model, config, data, world)
         samplers = [_run_sampler(model, config, data, world, n_examples, *cell, bar) for cell in grid]
     model.train(was_training)
     return Evaluation(loss, samplers)
 
 
 @torch.no_grad()
-def validation_loss(model: Transformer, data: SudokuData, world: World, n_rows: int, batch_size: int) -> float:
-    """Loss of the uniform objective over the first rows, on masks that never change whatever the number of ranks."""
-    n_rows = min(n_rows, len(data))
-    tokens, prompt_mask = (torch.from_numpy(part) for part in data.rows(np.arange(n_rows)))
-    masked = mask_uniformly(~prompt_mask, torch.Generator().manual_seed(MASK_SEED))  # [B, L]
-    weight = row_weights(masked, n_rows)
-    xt = tokens.masked_fill(masked, data.mask_id)
+def validation_loss(model: Transformer, config: Config, data: SudokuData, world: World) -> float:
+    """Loss of the uniform or block-uniform objective over the first rows.
+
+    The masks never change whatever the number of ranks; models of the same block size are measured on the same ones.
+    """
+    n_rows = min(config.validation.n_loss_rows, len(data))
+    blocks = build_blocks(config.objective, data.length)
+    x0, prompt_mask = (torch.from_numpy(part) for part in data.rows(np.arange(n_rows)))
+    masked = blocks.mask_uniformly(~prompt_mask, torch.Generator().manual_seed(MASK_SEED))  # [B, L]
+    weight = blocks.weights(masked)
+    xt = x0.masked_fill(masked, data.mask_id)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for rows in _own_batches(n_rows, world, batch_size):
-        scores = model(*(part[rows].to(world.device) for part in (xt, tokens, weight)))
-        total += scores.loss
+    for rows in _own_batches(n_rows, world, config.validation.batch_size):
+        own_xt, own_x0, own_weight = (part[rows].to(world.device) for part in (xt, x0, weight))
+        for microbatch in blocks.microbatches(own_xt, own_x0, own_weight, len(rows)):
+            total += model(microbatch.xt, microbatch.x0, microbatch.weight).loss
     return float(sum_over_ranks(total))
 
 
@@ -144,11 +149,11 @@ def _run_sampler(
     tokens_per_step: int,
     bar: tqdm,
 ) -> SamplerResult:
-    settings = config.validation
+    settings, sampler = config.validation, sampler_of(config)
     sums: dict[str, torch.Tensor] = {}
     for rows in _own_batches(n_examples, world, settings.batch_size):
         tokens, prompt_mask = (torch.from_numpy(part).to(world.device) for part in data.rows(rows))
-        result = sample(
+        result = sampler(
             model,
             tokens.masked_fill(~prompt_mask, data.mask_id),
             data.mask_id,

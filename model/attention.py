@@ -5,11 +5,15 @@ Shapes: B rows, L positions, D width, H query heads, G key and value heads, E he
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from config import ModelSettings
 
@@ -49,6 +53,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, causal: bool = False) -> Tensor:
+    """Softmax attention of q [B, H, L, E] over k and v [B, G, K, E]; [B, H, L, E].
+
+    Args:
+        mask: bool [L, K], True where a query may look at a key, or a BlockMask, which takes FlexAttention.
+        causal: without a mask, a query looks at no later key.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if isinstance(mask, BlockMask):
+        # Outside of a compiled graph FlexAttention would compute all scores, so it is compiled on its own there.
+        alone = q.device.type == "cuda" and not torch.compiler.is_compiling()
+        flex = _compiled_flex() if alone else cast(Callable[..., Tensor], flex_attention)
+        return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None, enable_gqa=grouped)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)  # compiled at its first call, once per shape
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
@@ -62,13 +87,18 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(n_heads * self.head_width, width, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, past: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | BlockMask | None = None,
+        past: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """X [B, L, D] to [B, L, D].
 
         Args:
             cos, sin: [L, E].
-            mask: bool [L, K], True where a query may look at a key; None: everywhere, or up to itself if causal.
+            mask: as in `attend`; None: look everywhere, or up to itself if causal.
             past: buffers for keys and values [B, G, K, E], whose last L positions this pass writes.
         """
         split = (*x.shape[:2], -1, self.head_width)
@@ -80,7 +110,6 @@ class Attention(nn.Module):
             for own, buffer in zip((k, v), past, strict=True):
                 buffer[:, :, -x.shape[1] :] = own
             k, v = past  # [B, G, K, E]
-        causal = self.causal and mask is None
         with torch.autocast(x.device.type, enabled=False):
-            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+            out = attend(q, k, v, mask, self.causal)
         return self.o_proj(out.transpose(1, 2).flatten(2))

@@ -13,9 +13,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from config import ModelSettings
 from model.attention import Attention, KeyValueCache, rotary_tables
+from model.block_mask import decoding_mask, noisy_and_clean, training_mask
 from model.token_scores import (
     ScoredPositions,
     TokenPredictions,
@@ -55,7 +57,12 @@ class Block(nn.Module):
         self.mlp = SwiGLU(settings)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, past: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | BlockMask | None = None,
+        past: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """X [B, L, D] to [B, L, D]; the rest as in `Attention`."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
@@ -79,15 +86,15 @@ class Backbone(nn.Module):
         tokens: Tensor,
         *,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """Tokens int64 [B, L] to hidden states [B, L, D].
 
         Args:
             positions: int64 [L], by default those that follow the cache's.
-            mask: bool [L, K] over the K = L keys of this pass (cache.length + L with a cache); by default a causal
-                model looks at what is not later, a bidirectional one at everything.
+            mask: bool [L, K] over the K = L keys of this pass (cache.length + L with a cache), or a BlockMask; by
+                default a causal model looks at what is not later, a bidirectional one at everything.
             cache: earlier positions to look at too; see `KeyValueCache`. Not for training.
         """
         n_past = cache.length if cache is not None else 0
@@ -124,14 +131,19 @@ class Transformer(nn.Module):
         causal: positions look at themselves and at earlier ones only.
         shifted: what is computed at position i is about token i + 1, as in every autoregressive model; `forward` and
             `predict` move it there. What is computed at position 0 is also said of token 0, which no other can tell.
+        block_size: rows are cut into blocks that look at themselves and at earlier blocks (`block_mask`); None: they
+            are not. Cannot be shifted, since the first token of a block would be told by the noisy block before it.
     """
 
-    def __init__(self, settings: ModelSettings, *, causal: bool = False, shifted: bool = False) -> None:
+    def __init__(
+        self, settings: ModelSettings, *, causal: bool = False, shifted: bool = False, block_size: int | None = None
+    ) -> None:
         super().__init__()
-        self.shifted = shifted
+        assert block_size is None or not (causal or shifted)
+        self.shifted, self.block_size = shifted, block_size
         self.model = Backbone(settings, causal)
         self.lm_head = nn.Linear(settings.hidden_size, settings.vocab_size, bias=False)
-        self.training_backbone: Callable[[Tensor], Tensor] | None = None
+        self.training_backbone: Callable[..., Tensor] | None = None
         self.tied = settings.tie_word_embeddings
         if self.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -156,14 +168,35 @@ class Transformer(nn.Module):
         """Loss, NLL and confidence of the clean tokens x0 (int64 [B, L]) given xt, where weight (float32) is not 0."""
         scored = ScoredPositions(weight, self.lm_head.weight.shape[0])
         compiled = self.training_backbone if self.training else None
-        hidden = self._align((compiled or self.model)(xt))
+        backbone = compiled or self.model
+        if self.block_size is None:
+            hidden = self._align(backbone(xt))
+        else:
+            tokens, where = noisy_and_clean(xt, x0, self.block_size)
+            mask = training_mask(xt.shape[1], self.block_size, xt.device, self.model.head_width)
+            hidden = backbone(tokens, positions=where, mask=mask)[:, : xt.shape[1]]  # [B, L, D]
         return score_tokens(hidden, self.lm_head.weight, x0, weight, scored, compiled=compiled is not None)
 
     def predict(
-        self, xt: Tensor, positions: Tensor, banned: int, *, temperature: float = 0.0, noise_key: Tensor | None = None
+        self,
+        xt: Tensor,
+        positions: Tensor,
+        banned: int,
+        *,
+        temperature: float = 0.0,
+        noise_key: Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> TokenPredictions:
-        """Best token and its confidence at `positions` (bool [B, L]); see `predict_tokens` for the rest."""
-        hidden = self._align(self.model(xt))[positions]  # [N, D]
+        """Best token and its confidence at `positions` (bool [B, L]); see `predict_tokens` for the rest.
+
+        Args:
+            cache: the positions before those of xt; see `KeyValueCache`.
+        """
+        mask = None
+        if self.block_size is not None:
+            n_past = cache.length if cache is not None else 0
+            mask = decoding_mask(n_past, n_past + xt.shape[1], self.block_size, xt.device)
+        hidden = self._align(self.model(xt, mask=mask, cache=cache))[positions]  # [N, D]
         return predict_tokens(hidden, self.lm_head.weight, banned, temperature=temperature, noise_key=noise_key)
 
     def weights(self) -> dict[str, Tensor]:

@@ -23,6 +23,10 @@ from runtime.metrics import read_metrics
 CASES = {
     "uniform": UNIFORM,
     "puma": PUMA,
+    "block_uniform_prefix": {"name": "block_uniform", "block_size": 8, "block_attention": "prefix"},
+    "block_uniform_causal": {"name": "block_uniform", "block_size": 8, "block_attention": "block_causal"},
+    "block_puma_prefix": PUMA | {"name": "block_puma", "block_size": 8, "block_attention": "prefix"},
+    "block_puma_causal": PUMA | {"name": "block_puma", "block_size": 8, "block_attention": "block_causal"},
     "puma_with_uniform_rows": {"name": "puma", "n_stages": 4, "uniform_fraction": 0.25},
 }
 

@@ -1,0 +1,108 @@
+"""Fill in masked tokens block by block, as block diffusion is trained: a block sees the finished ones before it.
+
+Shapes: B rows, b of them in a pass, L positions, S block size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from config import Confidence
+from model.attention import KeyValueCache
+from model.token_scores import mix_keys
+from model.transformer import Transformer
+from sampling_step import Samples, fill, noise_keys
+
+
+@torch.no_grad()
+def sample_blocks(
+    model: Transformer,
+    xt: Tensor,
+    mask_id: int,
+    *,
+    block_size: int,
+    eos_id: int | None = None,
+    cached: bool = True,
+    confidence: Confidence = "top_prob",
+    tokens_per_step: int = 1,
+    threshold: float | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    row_ids: Tensor | None = None,
+) -> Samples:
+    """Fill every masked position, all of a block before any of the next; the rest as in `sampling.sample`.
+
+    A pass is over the rows that have masked positions in the block, from the first position that is not cached to the
+    block's end. The first pass of a block also computes the keys and values of the finished tokens before it, so
+    caching takes no pass of its own and changes no row's number of passes.
+
+    Args:
+        xt: int64 [B, L], `mask_id` where a token is wanted; prompts may stand anywhere, but nothing sees those behind
+            the block that is being filled.
+        eos_id: a row stops once a finished block holds this token at a place that was masked; what is still masked
+            behind it becomes `eos_id`, at the row's last step. None: rows never stop early.
+        cached: keep keys and values of finished blocks, where the model is block-causal. Same tokens, fewer
+            operations.
+
+    Raises:
+        ValueError: `block_size` does not divide L.
+    """
+    n_rows, length = xt.shape
+    if length % block_size:
+        raise ValueError(f"blocks of {block_size} tokens do not divide a sequence of {length}")
+    tokens, order, wanted = xt.clone(), torch.zeros_like(xt), xt == mask_id
+    nfe = torch.zeros(n_rows, dtype=torch.long, device=xt.device)
+    ids = torch.arange(n_rows, device=xt.device) if row_ids is None else row_ids.to(xt.device)
+    keys = mix_keys(ids, seed)  # [B]
+    finished = _FinishedBlocks(model, n_rows, length) if cached and model.block_size == block_size else None
+    for start in range(0, length, block_size):
+        end = start + block_size
+        active = (tokens[:, start:end] == mask_id).any(1).nonzero()[:, 0]  # [b], rows with masks in this block
+        cache = finished.open(active, end) if finished is not None else None
+        while len(active):
+            begin = cache.length if cache is not None else 0
+            part = tokens[active, begin:end]
+            masked = part == mask_id
+            nfe[active] += 1
+            places = noise_keys(keys[active], nfe[active], torch.arange(begin, end, device=xt.device))
+            predicted = model.predict(
+                part, masked, mask_id, temperature=temperature, noise_key=places[masked], cache=cache
+            )
+            filled = fill(part, masked, predicted, places, confidence, tokens_per_step, threshold)
+            tokens[active, begin:end] = part
+            order[active, begin:end] += filled * nfe[active, None]
+            if finished is not None and cache is not None and begin < start:
+                finished.close(active, cache, start)
+            unfinished = (part == mask_id).any(1)
+            if cache is not None and not unfinished.all():
+                cache.keep_rows(unfinished.nonzero()[:, 0])
+            active = active[unfinished]
+        if eos_id is not None:
+            block = slice(start, end)
+            stopped = ((tokens[:, block] == eos_id) & wanted[:, block]).any(1)
+            rest = stopped[:, None] & (tokens == mask_id)  # [B, L]
+            tokens[rest] = eos_id
+            order += rest * nfe[:, None]
+    return Samples(tokens, order, nfe)
+
+
+class _FinishedBlocks:
+    """Keys and values of all rows' finished blocks; rows may be apart in how far theirs have been computed."""
+
+    def __init__(self, model: Transformer, n_rows: int, length: int) -> None:
+        self.store = model.model.empty_cache(n_rows, length)
+        self.n_computed = torch.zeros(n_rows, dtype=torch.long, device=self.store.keys.device)  # [B], positions
+
+    def open(self, rows: Tensor, end: int) -> KeyValueCache:
+        """A cache for passes over these rows (int64 [b]) up to position `end`, as far as all of them are computed."""
+        n_common = int(self.n_computed[rows].min()) if len(rows) else 0
+        keys, values = (stored[:, rows, :, :end] for stored in (self.store.keys, self.store.values))
+        return KeyValueCache(keys, values, n_common)
+
+    def close(self, rows: Tensor, cache: KeyValueCache, start: int) -> None:
+        """Take what a pass computed before position `start`, where tokens are final; the next passes begin there."""
+        fresh = slice(cache.length, start)
+        for stored, own in ((self.store.keys, cache.keys), (self.store.values, cache.values)):
+            stored[:, rows, :, fresh] = own[:, :, :, fresh]
+        self.n_computed[rows] = cache.length = start

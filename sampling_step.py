@@ -1,0 +1,71 @@
+"""What all samplers share: their result, their random numbers, and one step that fills the best masked positions.
+
+Shapes: B rows, L positions, N masked positions of all rows together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from config import Confidence
+from model.token_scores import TokenPredictions, hash_uniform, mix_keys
+from unmasking import reveal_top
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a sampler returns."""
+
+    tokens: Tensor  # int64 [B, L], nothing masked
+    order: Tensor  # int64 [B, L], the step (from 1) at which a position was filled; 0 where it was given
+    nfe: Tensor  # int64 [B], forward passes that the row took part in
+
+
+def noise_keys(row_keys: Tensor, step: Tensor, positions: Tensor) -> Tensor:
+    """Random keys int64 [B, L] that tell apart rows (keys int64 [B]), their steps ([B]) and positions (int64 [L])."""
+    return mix_keys(mix_keys(row_keys, step)[:, None], positions)
+
+
+def fill(
+    tokens: Tensor,
+    masked: Tensor,
+    predicted: TokenPredictions,
+    keys: Tensor,
+    confidence: Confidence,
+    tokens_per_step: int,
+    threshold: float | None,
+) -> Tensor:
+    """Fill the best `tokens_per_step` masked positions of each row, and all above `threshold`.
+
+    Args:
+        tokens: int64 [B, L], written to.
+        masked: bool [B, L].
+        predicted: of the N masked positions.
+        keys: int64 [B, L], random; see `noise_keys`.
+
+    Returns:
+        bool [B, L], what was filled.
+    """
+    score = torch.full(tokens.shape, -torch.inf, device=tokens.device)
+    score[masked] = _confidence(confidence, predicted, keys[masked])
+    n_fill = torch.full_like(tokens[:, 0], tokens_per_step)
+    filled = reveal_top(score, masked, n_fill)  # [B, L]
+    if threshold is not None:
+        filled[masked] |= predicted.log_prob > math.log(threshold)
+    tokens[filled] = predicted.token[filled[masked]]
+    return filled
+
+
+def _confidence(rule: Confidence, predicted: TokenPredictions, keys: Tensor) -> Tensor:
+    """Confidence of each masked position by the rule's name, float32 [N]."""
+    if rule == "top_prob":
+        return predicted.log_prob
+    if rule == "top_prob_margin":
+        return predicted.margin
+    if rule == "neg_entropy":
+        return predicted.neg_entropy
+    return hash_uniform(mix_keys(keys, -1)).float()

@@ -1,0 +1,275 @@
+"""Block objectives: ordinary rows are one block, blocks advance and finish on their own, rows with their last block."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from config import (
+    BlockPumaSettings,
+    BlockUniformSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    PumaSettings,
+    TrainingSettings,
+    UniformSettings,
+)
+from data.stream import SequenceStream
+from model.token_scores import hash_uniform, mix_keys
+from model.transformer import Transformer
+from objective import Objective, PumaObjective, build_objective
+from progressive_block import Blocks, build_blocks
+
+LENGTH, BLOCK, VOCAB, MASK = 12, 4, 9, 8
+LAYOUTS = ("prefix", "block_causal")
+CPU = torch.device("cpu")
+
+
+class Rows:
+    """Random rows with prompts anywhere: a row's prompt share and whole blocks of prompt vary from row to row."""
+
+    length, mask_id = LENGTH, MASK
+
+    def __init__(self, n: int = 40, seed: int = 0, n_prompt_blocks: int = 2) -> None:
+        rng = np.random.default_rng(seed)
+        self.tokens = rng.integers(0, MASK, (n, LENGTH))
+        self.prompt_mask = rng.random((n, LENGTH)) < rng.random((n, 1))
+        for row in range(n):
+            blocks = rng.choice(LENGTH // BLOCK, rng.integers(0, n_prompt_blocks + 1), replace=False)
+            for block in blocks:
+                self.prompt_mask[row, block * BLOCK : (block + 1) * BLOCK] = True
+        full = self.prompt_mask.all(1)
+        self.prompt_mask[full, -1] = False
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.tokens[indices], self.prompt_mask[indices]
+
+
+def build(settings: ObjectiveSettings, n_rows: int = 10, data: Rows | None = None, **training: int) -> Objective:
+    trained = TrainingSettings(batch_size=n_rows, learning_rate=1.0, max_steps=1, **training)
+    return build_objective(settings, trained, SequenceStream(data or Rows(), 0), MASK, CPU)
+
+
+def puma(layout: str = "prefix", size: int = BLOCK, **changes: object) -> BlockPumaSettings:
+    settings = {"n_stages": 4, "collapse_threshold": None} | changes
+    return BlockPumaSettings(name="block_puma", block_size=size, block_attention=layout, **settings)
+
+
+def invented_confidence(x0: Tensor, step: int) -> Tensor:
+    """Log-probabilities that depend on position, tokens and step alone; several are above any sensible threshold."""
+    keys = mix_keys(x0 + 10 * torch.arange(x0.shape[1]), step)
+    return (hash_uniform(keys) ** 0.3).log().float()
+
+
+def run_step(objective: Objective, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One step without a model: what was trained, joined to whole rows, and the objective advanced."""
+    batches = list(objective.microbatches(step))
+    n_rows = max(batch.rows.stop for batch in batches)
+    xt, x0, weight = (torch.zeros(n_rows, LENGTH, dtype=dtype) for dtype in (torch.long, torch.long, torch.float32))
+    for batch in batches:
+        width = batch.xt.shape[1]
+        confidence = invented_confidence(batch.x0, step)
+        objective.observe(batch, confidence.masked_fill(batch.weight == 0, -torch.inf))
+        for whole, part in ((xt, batch.xt), (x0, batch.x0), (weight, batch.weight)):
+            whole[batch.rows, batch.columns] = part[:, batch.columns]
+        behind = torch.ones(width, dtype=torch.bool)
+        behind[batch.columns] = False
+        assert torch.equal(batch.xt[:, behind], batch.x0[:, behind]), "the prefix is clean"
+        assert not batch.weight[:, behind].any()
+    objective.end_step()
+    return xt, x0, weight
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("plain", "block"),
+    [
+        (UniformSettings(name="uniform"), "block_uniform"),
+        (PumaSettings(name="puma", k_schedule=((3, 0), (5, 4)), collapse_threshold=0.8), "block_puma"),
+        (PumaSettings(name="puma", n_stages=4, uniform_fraction=0.3), "block_puma"),
+    ],
+    ids=["uniform", "puma", "puma_with_uniform_rows"],
+)
+def test_one_block_per_row_is_the_row_objective_bit_for_bit(plain, block, layout):
+    whole = plain.model_dump() | {"name": block, "block_size": LENGTH, "block_attention": layout}
+    settings = (BlockPumaSettings if block == "block_puma" else BlockUniformSettings)(**whole)
+    shape = ModelSettings(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    losses = []
+    runs = [
+        (build(plain, micro_batch_size=5), Transformer(shape)),
+        (
+            build(settings, micro_batch_size=5),
+            Transformer(shape, block_size=LENGTH if layout == "block_causal" else None),
+        ),
+    ]
+    for objective, model in runs:
+        model.reset_parameters(torch.Generator().manual_seed(0))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        losses.append([])
+        for step in range(12):
+            for batch in objective.microbatches(step):
+                scores = model(batch.xt, batch.x0, batch.weight)
+                scores.loss.backward()
+                objective.observe(batch, scores.confidence)
+                losses[-1].append(scores.loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+            objective.end_step()
+    assert losses[0] == losses[1]
+    states = [objective.state_dict() for objective, _ in runs]
+    assert torch.equal(states[0]["generator"], states[1]["generator"]), "the same random stream"
+    assert states[0]["queue"] == states[1]["queue"]
+    for key, value in states[0].get("pool", {}).items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1]["pool"][key])), key
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["block_uniform", "block_puma"])
+def test_weights_are_those_of_a_mean_over_blocks(name, layout):
+    settings = (
+        puma(layout)
+        if name == "block_puma"
+        else BlockUniformSettings(name="block_uniform", block_size=BLOCK, block_attention=layout)
+    )
+    objective = build(settings)
+    for step in range(20):
+        xt, _, weight = run_step(objective, step)
+        assert float(weight.sum()) == pytest.approx(1, rel=1e-5)
+        masked = [
+            [[i for i in range(first, first + BLOCK) if row[i] == MASK] for first in range(0, LENGTH, BLOCK)]
+            for row in xt.tolist()
+        ]
+        n_live = sum(bool(block) for row in masked for block in row)
+        expected = torch.zeros(weight.shape)
+        for row, blocks in enumerate(masked):
+            for block in blocks:
+                for position in block:
+                    expected[row, position] = 1 / (len(block) * n_live)
+        torch.testing.assert_close(weight, expected, rtol=1e-6, atol=0)
+
+
+def test_uniform_masks_each_number_of_positions_of_a_block_equally_often():
+    settings = BlockUniformSettings(name="block_uniform", block_size=BLOCK, block_attention="prefix")
+    data = Rows()
+    data.prompt_mask[:] = False
+    data.prompt_mask[:, :2] = True  # two maskable positions in the first block
+    objective = build(settings, 40, data)
+    counts = torch.cat([(run_step(objective, step)[0] == MASK).view(40, -1, BLOCK).sum(2) for step in range(100)])
+    for block, n_maskable in enumerate((2, 4, 4)):
+        share = counts[:, block].bincount(minlength=5) / len(counts)
+        assert share[0] == 0
+        torch.testing.assert_close(
+            share[1 : n_maskable + 1], torch.full((n_maskable,), 1 / n_maskable), rtol=0.1, atol=0
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tau", [None, 0.8])
+def test_blocks_follow_their_own_confidence_and_rows_retire_with_their_last_block(layout, tau):
+    """Every step of the pool, position by position, against DESIGN's rules for each block."""
+    data = Rows(n=60)
+    objective = build(puma(layout, collapse_threshold=tau), 10, data)
+    assert isinstance(objective, PumaObjective)
+    pool, n_stages, n_retired = objective.pool, 4, 0
+    for step in range(60):
+        x0, masked, stage = pool.x0.clone(), pool.masked.clone(), pool.stage.view(10, -1).clone()
+        maskable, taken = pool.maskable.clone(), int(objective.queue.n_taken)
+        xt, trained, weight = run_step(objective, step)
+        assert torch.equal(trained, x0)
+        assert torch.equal(xt, x0.masked_fill(masked, MASK))
+        assert (weight.bool() == masked).all()
+        assert (weight > 0).any(1).all(), "every row gives a loss"
+        confidence = invented_confidence(x0, step)
+        fresh = taken
+        for row in range(10):
+            ends = []
+            for block in range(LENGTH // BLOCK):
+                place = slice(block * BLOCK, (block + 1) * BLOCK)
+                before = masked[row, place]
+                alive = bool(before.any())
+                assert alive == (int(stage[row, block]) < n_stages), "finished blocks say so"
+                certain = before & (confidence[row, place] > (np.log(tau) if tau else np.inf))
+                left = int(before.sum() - certain.sum())
+                ends.append(not alive or int(stage[row, block]) + 1 >= n_stages or left == 0)
+            if torch.equal(pool.x0[row], x0[row]) and int(pool.age[row]) > 0:
+                for block in range(LENGTH // BLOCK):
+                    place = slice(block * BLOCK, (block + 1) * BLOCK)
+                    before, after = masked[row, place], pool.masked[row, place]
+                    assert not (after & ~before).any(), "revealed positions stay revealed"
+                    revealed, scores = before & ~after, confidence[row, place]
+                    if ends[block]:
+                        assert not after.any(), "a finished block is clean until its row retires"
+                        continue
+                    certain = scores > np.log(tau) if tau else torch.zeros(BLOCK, dtype=torch.bool)
+                    assert not (after & certain).any()
+                    if revealed.any() and after.any():
+                        assert scores[revealed].min() > scores[after].max(), "most confident first"
+                    n_maskable = int(maskable[row, place].sum())
+                    n_revealed, now = n_maskable - int(after.sum()), int(stage[row, block]) + 1
+                    assert n_revealed >= min(round(now / n_stages * n_maskable), n_maskable - 1)
+                    if tau is None:
+                        highest = min(round((now + 1) / n_stages * n_maskable), n_maskable - 1)
+                        assert n_revealed <= max(highest, n_maskable - int(before.sum()))
+            else:
+                assert all(ends), "a row stays until its last block has finished"
+                fresh_x0, fresh_prompt = objective.queue.stream.data.rows(
+                    objective.queue.stream._shuffled(fresh // 60)[[fresh % 60]]
+                )
+                assert torch.equal(pool.x0[row], torch.from_numpy(fresh_x0)[0]), "the next of the data, none lost"
+                assert torch.equal(pool.maskable[row], ~torch.from_numpy(fresh_prompt)[0])
+                fresh += 1
+                n_retired += 1
+                assert (
+                    pool.stage.view(10, -1)[row] == torch.where(pool.maskable[row].view(-1, BLOCK).any(1), 0, n_stages)
+                ).all(), "blocks of prompt alone have finished at once, the others start"
+            assert not (pool.masked[row] & ~pool.maskable[row]).any(), "prompts never change"
+        assert fresh == int(objective.queue.n_taken)
+    assert n_retired > 60, "the test saw more than an epoch"
+
+
+def test_finished_blocks_stay_finished_when_the_number_of_stages_changes():
+    objective = build(puma(n_stages=None, k_schedule=((2, 0), (7, 1)), collapse_threshold=0.8), 20)
+    assert isinstance(objective, PumaObjective)
+    run_step(objective, 0)
+    finished = ~objective.pool.masked.view(20, -1, BLOCK).any(2)
+    assert finished.any()
+    next(iter(objective.microbatches(1)))
+    stage = objective.pool.stage.view(20, -1)
+    assert objective.pool.n_stages == 7
+    assert (stage[finished] == 7).all()
+    assert (stage[~finished] < 7).all()
+    histogram = objective.metrics()["stage_histogram"]
+    assert histogram.shape == (7,)
+    assert float(histogram.sum()) == pytest.approx(1), "the histogram is over blocks in flight"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_passes_and_shapes_do_not_depend_on_the_data(layout):
+    def shapes(data: Rows) -> list[list[tuple]]:
+        objective = build(puma(layout, collapse_threshold=0.8), 6, data, micro_batch_size=3)
+        steps = []
+        for step in range(10):
+            steps.append([(batch.xt.shape, batch.rows) for batch in objective.microbatches(step)])
+            run_step(objective, step)
+        return steps
+
+    mostly_prompt, no_prompt = Rows(n_prompt_blocks=2), Rows()
+    no_prompt.prompt_mask[:] = False
+    found = shapes(mostly_prompt)
+    assert found == shapes(no_prompt)
+    assert all(step == found[0] for step in found)
+    n_passes = 2 * (LENGTH // BLOCK if layout == "prefix" else 1)
+    assert len(found[0]) == n_passes
+
+
+def test_block_sizes_that_do_not_divide_a_row_are_refused():
+    with pytest.raises(ValueError, match=r"block_size 5 does not divide the 12 tokens .* nearest that does is 4"):
+        build_blocks(puma(size=5), LENGTH)
+    assert build_blocks(PumaSettings(name="puma", n_stages=2), LENGTH) == Blocks(LENGTH, LENGTH, "prefix")

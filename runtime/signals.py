@@ -5,10 +5,12 @@ presses Ctrl-C (SIGINT). Each asks for a stop, which the training loop grants at
 the process at once. Nothing here imports torch, so that a program can begin to listen before it does anything slow.
 
 Handlers, not a signal mask: programs started from here would inherit a mask, and then could not be ended themselves.
+Only the shutdown of the process is masked.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 from types import FrameType, TracebackType
@@ -29,6 +31,9 @@ def listen() -> None:
     Until the training loop runs, Ctrl-C keeps its usual meaning: there is nothing to save.
     """
     global _owner
+    if _owner != os.getpid():
+        # Python drops its handlers while it shuts down, and a signal that is sent again must not fail a run that is saved.
+        atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, EARLY_SIGNALS)
     _owner = os.getpid()
     for number in EARLY_SIGNALS:
         signal.signal(number, _note)

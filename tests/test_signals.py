@@ -208,3 +208,20 @@ def test_one_rank_signalled_stops_all_at_the_same_step(config_file, tmp_path):
     assert json.loads((checkpoint.path / "manifest.json").read_text())["n_ranks"] == 2
     assert max(losses(run_dir)) == checkpoint.step
     assert checkpoint.step <= before + 50, "the stop must not take many steps"
+
+
+def test_a_signal_sent_again_does_not_kill_a_process_that_shuts_down():
+    code = """
+import builtins, os, signal
+from runtime import signals
+signals.listen()
+class Late:  # outlives the handlers
+    kill, pid, number, write = os.kill, os.getpid(), int(signal.SIGUSR1), os.write
+    def __del__(self):
+        self.kill(self.pid, self.number)
+        self.write(1, b"survived")
+builtins.late = Late()
+"""
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "survived"

@@ -32,7 +32,7 @@ def listen() -> None:
     """
     global _owner
     if _owner != os.getpid():
-        # Python drops its handlers while it shuts down, and a signal that is sent again must not fail a run that is saved.
+        # Python drops its handlers when it shuts down, and a signal sent again must not fail a run that is saved.
         atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, EARLY_SIGNALS)
     _owner = os.getpid()
     for number in EARLY_SIGNALS:

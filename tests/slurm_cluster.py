@@ -193,8 +193,8 @@ PartitionName=urgent Nodes={",".join(nodes)} PriorityTier=10 PreemptMode=OFF
 def _host_names(nodes: list[str]) -> Iterator[None]:
     """The nodes' names as this machine's, as long as the context lasts."""
     lines = [f"127.0.0.1 {node} # tests/slurm_cluster.py\n" for node in nodes]
-    with open(HOSTS, "a") as file:
-        file.writelines(lines)
+    text = HOSTS.read_text()
+    HOSTS.write_text(text + "\n" * (not text.endswith("\n")) + "".join(lines))
     try:
         yield
     finally:

@@ -16,7 +16,13 @@ import time
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from signal import SIGINT, Signals
 from typing import NoReturn
+
+if __name__ == "__main__":  # SLURM's warnings count from here on; importing torch takes seconds
+    from runtime import signals
+
+    signals.listen()
 
 import torch
 from torch import nn
@@ -31,15 +37,9 @@ from run_state import Run, build_run, describe, restore_run, save_run, summarize
 from runtime.checkpoint import latest_checkpoint, write_text
 from runtime.config_file import changed_settings, dump_config, flatten, read_config
 from runtime.curves import AXES, draw_curves
-from runtime.distributed import (
-    autocast,
-    autocast_dtype,
-    from_main,
-    main_first,
-    start_world,
-    stop_world,
-)
+from runtime.distributed import autocast, autocast_dtype, from_main, main_first, start_world, stop_world
 from runtime.metrics import Recorder
+from runtime.signals import StopVote
 
 FINAL_FILE = "final.json"
 
@@ -72,18 +72,27 @@ def train_step(run: Run, dtype: torch.dtype | None) -> None:
     run.step += 1
 
 
-def train(run: Run, test: SudokuData, recorder: Recorder | None) -> Evaluation:
+def train(run: Run, test: SudokuData, recorder: Recorder | None, vote: StopVote) -> Evaluation | Signals:
     """Train to the end, from wherever `run` stands; record, evaluate and save on the way.
+
+    Returns:
+        The last evaluation, or the signal that the run stopped for, saved, before its end.
 
     Raises:
         TrainingDiverged: the loss is no longer finite; nothing is saved then.
     """
     training, validation = run.config.training, run.config.validation
     dtype = autocast_dtype(training.precision, run.world.device)
-    evaluation = None
+    evaluation, saved = None, run.step
     with tqdm(total=run.n_steps, initial=run.step, unit="step", disable=recorder is None) as bar:
         before = time.perf_counter()
         while run.step < run.n_steps:
+            if stopped := vote.stop():
+                check_finite(run)
+                run.seconds += time.perf_counter() - before
+                if run.step > saved:
+                    save_run(run, None)
+                return stopped
             train_step(run, dtype)
             bar.update()
             last = run.step == run.n_steps
@@ -109,6 +118,7 @@ def train(run: Run, test: SudokuData, recorder: Recorder | None) -> Evaluation:
                 recorder.write(values)
             if save:
                 save_run(run, evaluation.accuracy if measure and evaluation else None)
+                saved = run.step
             before = time.perf_counter()
     n_examples = validation.n_final_examples or validation.n_examples
     return evaluation or evaluate(run.evaluated_model, run.config, test, run.world, n_examples)
@@ -143,6 +153,15 @@ def finish(run: Run, evaluation: Evaluation, recorder: Recorder) -> None:
     write_text(run.run_dir / FINAL_FILE, json.dumps(final, indent=1) + "\n")
 
 
+def stop_early(run: Run, stopped: Signals, recorder: Recorder | None) -> None:
+    """Say where the run stands, which is saved. Only Ctrl-C gives a status that stops a script as well."""
+    if recorder is not None:
+        print(f"stopped by {stopped.name} at step {run.step:,}; the same command goes on from there", flush=True)
+        recorder.close()
+    if stopped == SIGINT:
+        sys.exit(130)
+
+
 def start(config: Config, run_dir: Path) -> tuple[Run, SudokuData]:
     """Load the data and build the run, at its newest checkpoint if it has one.
 
@@ -162,8 +181,7 @@ def start(config: Config, run_dir: Path) -> tuple[Run, SudokuData]:
         restore_run(run, checkpoint)
     if world.is_main:
         write_text(run_dir / "config.yaml", dump_config(config))
-        n_shared = count_shared_puzzles(train_data, test_data)
-        if n_shared:
+        if n_shared := count_shared_puzzles(train_data, test_data):
             warnings.warn(f"{n_shared} of the {len(test_data)} test puzzles are in the training set", stacklevel=2)
         print(describe(run), flush=True)
     return run, test_data
@@ -208,9 +226,12 @@ def main(arguments: list[str] | None = None) -> None:
         except (ValueError, OSError) as error:
             fail(str(error), status=2)
         recorder = Recorder(run_dir, config.wandb, flatten(config), run.step) if run.world.is_main else None
-        evaluation = train(run, test_data, recorder)
-        if recorder is not None:
-            finish(run, evaluation, recorder)
+        with StopVote(run.world) as vote:
+            outcome = train(run, test_data, recorder, vote)
+        if isinstance(outcome, Signals):
+            stop_early(run, outcome, recorder)
+        elif recorder is not None:
+            finish(run, outcome, recorder)
             print_result(run_dir)
     except TrainingDiverged as error:
         fail(str(error), status=1)

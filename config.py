@@ -35,6 +35,16 @@ class ModelSettings(Settings):
     tie_word_embeddings: bool = Field(False, description="output head shares the embedding matrix")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
     rms_norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
+    causal: bool | None = Field(
+        None, description="no position sees a later one; null: as the objective needs it, all else is an error"
+    )
+    init_from: str | None = Field(
+        None, description="run directory, checkpoint, Qwen2 folder or Hugging Face name to start from; null: random"
+    )
+    shifted: bool | None = Field(
+        None,
+        description="position i scores token i + 1; null: if autoregressive or init_from; false: init_from is an MDM",
+    )
 
     @property
     def n_key_value_heads(self) -> int:
@@ -103,6 +113,11 @@ class SudokuSettings(Settings):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def mask_id(self) -> int:
+        """The mask token, behind empty and the digits."""
+        return self.size + 1
 
     @property
     def min_vocab_size(self) -> int:
@@ -181,6 +196,12 @@ class BlockPumaSettings(BlockSettings, ProgressiveSettings):
     name: Literal["block_puma"]
 
 
+class AutoregressiveSettings(Settings):
+    """Each token from those before it: a causal model, sampled left to right."""
+
+    name: Literal["autoregressive"]
+
+
 class TrainingSettings(Settings):
     """The loop: batch, optimizer, length, records."""
 
@@ -253,7 +274,7 @@ class WandbSettings(Settings):
     entity: str | None = Field(None, description="wandb user or team")
 
 
-ObjectiveSettings = UniformSettings | PumaSettings | BlockUniformSettings | BlockPumaSettings
+ObjectiveSettings = UniformSettings | PumaSettings | BlockUniformSettings | BlockPumaSettings | AutoregressiveSettings
 
 
 class Config(Settings):
@@ -274,6 +295,41 @@ class Config(Settings):
                 f"{self.data.min_vocab_size} (empty, {self.data.size} digits, mask)"
             )
         return self
+
+    @model_validator(mode="after")
+    def _objective_fits_model(self) -> Config:
+        objective, problems = f"objective {self.objective.name!r}", []
+        if self.model.causal not in (None, self.causal):
+            needed = "a causal" if self.causal else "a bidirectional"
+            problems.append(f"model.causal {self.model.causal}: {objective} needs {needed} model; leave it out")
+        if self.causal and not self.shifted:
+            problems.append(f"model.shifted False: {objective} predicts the next token; leave it out")
+        if self.block_causal_size is not None and self.shifted:
+            problems.append(
+                "objective.block_attention 'block_causal' cannot shift scores to the next token, which a start from an "
+                "autoregressive model needs: set block_attention: prefix, or model.shifted: false if it is none"
+            )
+        for key in ("confidence", "tokens_per_step", "threshold") if self.causal else ():
+            value = getattr(self.validation, key)
+            if value != ValidationSettings.model_fields[key].default:
+                problems.append(
+                    f"validation.{key} {value}: {objective} is sampled left to right, token by token; leave it out"
+                )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def causal(self) -> bool:
+        """Whether no position of the model sees a later one."""
+        return isinstance(self.objective, AutoregressiveSettings)
+
+    @property
+    def shifted(self) -> bool:
+        """Whether what the model computes at a position is about the next token."""
+        if self.model.shifted is not None:
+            return self.model.shifted
+        return self.causal or self.model.init_from is not None
 
     @property
     def block_causal_size(self) -> int | None:

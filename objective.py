@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from config import ObjectiveSettings, ProgressiveSettings, TrainingSettings
+from autoregressive import AutoregressiveObjective
+from config import AutoregressiveSettings, ObjectiveSettings, ProgressiveSettings, TrainingSettings
 from data.stream import RowQueue, SequenceStream
 from microbatch import Microbatch
 from progressive import PumaPool
@@ -54,13 +55,7 @@ class UniformObjective:
     """The baseline: fresh sequences at every step, masks drawn uniformly in each block."""
 
     def __init__(
-        self,
-        blocks: Blocks,
-        queue: RowQueue,
-        mask_id: int,
-        n_rows: int,
-        micro_rows: int,
-        generator: torch.Generator,
+        self, blocks: Blocks, queue: RowQueue, mask_id: int, n_rows: int, micro_rows: int, generator: torch.Generator
     ) -> None:
         self.blocks, self.queue, self.mask_id, self.generator = blocks, queue, mask_id, generator
         self.n_rows, self.micro_rows = n_rows, micro_rows
@@ -190,9 +185,12 @@ def build_objective(
         raise ValueError(
             f"training.micro_batch_size {micro_rows} does not divide the {n_rows} rows that each process has"
         )
+    queue = RowQueue(stream, n_rows, device)
+    if isinstance(settings, AutoregressiveSettings):
+        return AutoregressiveObjective(queue, stream.data.eos_id, n_rows, micro_rows)
     # Masks differ between ranks, and from the weights' seed.
     generator = torch.Generator(device).manual_seed(training.seed * 1_000_003 + stream.rank + 1)
-    blocks, queue = build_blocks(settings, stream.data.length), RowQueue(stream, n_rows, device)
+    blocks = build_blocks(settings, stream.data.length)
     if isinstance(settings, ProgressiveSettings):
         return PumaObjective(settings, blocks, queue, mask_id, n_rows, micro_rows, generator)
     return UniformObjective(blocks, queue, mask_id, n_rows, micro_rows, generator)

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from config import BlockSettings, Confidence, Config
 from model.token_scores import mix_keys
-from model.transformer import Transformer
+from model.transformer import Transformer, build_model
 from runtime.checkpoint import find_checkpoint
 from runtime.distributed import autocast, autocast_dtype, start_world
 from sampling_block import sample_blocks
+from sampling_causal import sample_left_to_right
 from sampling_step import Samples, fill, noise_keys
 
 
@@ -81,6 +82,8 @@ def sampler_of(config: Config, eos_id: int | None = None) -> Callable[..., Sampl
     """
     if isinstance(config.objective, BlockSettings):
         return partial(sample_blocks, block_size=config.objective.block_size, eos_id=eos_id)
+    if config.causal:
+        return partial(sample_left_to_right, eos_id=eos_id)
     return sample
 
 
@@ -98,7 +101,7 @@ def load_model(path: str, overrides: Sequence[str] = ()) -> tuple[Transformer, C
     weights = checkpoint.weights("ema") or checkpoint.weights("model")
     if weights is None:
         raise ValueError(f"checkpoint {checkpoint.path} holds no weights")
-    model = Transformer(config.model, block_size=config.block_causal_size)
+    model = build_model(config)
     try:
         model.load_weights(weights)
     except RuntimeError as error:
@@ -157,7 +160,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse_arguments(arguments)
     try:
         device = start_world(options.device).device
-        model, config = load_model(options.checkpoint)
+        rule = {
+            "confidence": f"[{options.confidence}]",
+            "tokens_per_step": f"[{options.tokens_per_step}]",
+            "threshold": "null" if options.threshold is None else options.threshold,
+        }
+        # As settings, so that a rule which the model cannot be sampled by is refused.
+        model, config = load_model(options.checkpoint, [f"validation.{key}={value}" for key, value in rule.items()])
         size = config.data.size
         puzzle = torch.tensor(parse_puzzle(options.puzzle, size))
     except (ValueError, OSError) as error:

@@ -175,8 +175,8 @@ def start(config: Config, run_dir: Path) -> tuple[Run, SudokuData]:
     train_data, test_data = main_first(
         world, lambda: (load_split(config.data, "train"), load_split(config.data, "test"))
     )
-    run = build_run(config, world, run_dir, train_data)
     checkpoint = from_main(latest_checkpoint(run_dir) if world.is_main else None)
+    run = build_run(config, world, run_dir, train_data, resuming=checkpoint is not None)
     if checkpoint is not None:
         restore_run(run, checkpoint)
     if world.is_main:

@@ -34,6 +34,11 @@ class SequenceData(Protocol):
         """The mask token, which no sequence holds."""
         ...
 
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends a sequence and pads it; None where all are of one length."""
+        ...
+
     def __len__(self) -> int: ...
 
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

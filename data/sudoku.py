@@ -44,6 +44,11 @@ class SudokuData:
         return self.size + 1
 
     @property
+    def eos_id(self) -> None:
+        """Boards have no end token."""
+        return None
+
+    @property
     def puzzles(self) -> np.ndarray:
         """uint8 [N, C]."""
         return self.tokens[:, : self.n_cells]

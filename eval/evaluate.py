@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from autoregressive import next_token_targets, target_weights
 from config import Confidence, Config
 from data.load import load_split
 from data.sudoku import SudokuData
@@ -113,16 +114,19 @@ def evaluate(model: Transformer, config: Config, data: SudokuData, world: World,
 
 @torch.no_grad()
 def validation_loss(model: Transformer, config: Config, data: SudokuData, world: World) -> float:
-    """Loss of the uniform or block-uniform objective over the first rows.
+    """Loss of the uniform, block-uniform or autoregressive objective over the first rows.
 
     The masks never change whatever the number of ranks; models of the same block size are measured on the same ones.
     """
     n_rows = min(config.validation.n_loss_rows, len(data))
     blocks = build_blocks(config.objective, data.length)
     x0, prompt_mask = (torch.from_numpy(part) for part in data.rows(np.arange(n_rows)))
-    masked = blocks.mask_uniformly(~prompt_mask, torch.Generator().manual_seed(MASK_SEED))  # [B, L]
-    weight = blocks.weights(masked)
-    xt = x0.masked_fill(masked, data.mask_id)
+    if config.causal:
+        target = next_token_targets(x0, ~prompt_mask, data.eos_id)  # [B, L]
+        xt, weight = x0, target_weights(target, target.sum())
+    else:
+        masked = blocks.mask_uniformly(~prompt_mask, torch.Generator().manual_seed(MASK_SEED))  # [B, L]
+        xt, weight = x0.masked_fill(masked, data.mask_id), blocks.weights(masked)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for rows in _own_batches(n_rows, world, config.validation.batch_size):
         own_xt, own_x0, own_weight = (part[rows].to(world.device) for part in (xt, x0, weight))
@@ -149,7 +153,7 @@ def _run_sampler(
     tokens_per_step: int,
     bar: tqdm,
 ) -> SamplerResult:
-    settings, sampler = config.validation, sampler_of(config)
+    settings, sampler = config.validation, sampler_of(config, data.eos_id)
     sums: dict[str, torch.Tensor] = {}
     for rows in _own_batches(n_examples, world, settings.batch_size):
         tokens, prompt_mask = (torch.from_numpy(part).to(world.device) for part in data.rows(rows))

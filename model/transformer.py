@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from config import ModelSettings
+from config import Config, ModelSettings
 from model.attention import Attention, KeyValueCache, rotary_tables
 from model.block_mask import decoding_mask, noisy_and_clean, training_mask
 from model.token_scores import (
@@ -215,3 +215,8 @@ class Transformer(nn.Module):
     def _align(self, hidden: Tensor) -> Tensor:
         """Hidden states [B, L, D] moved to the tokens that they are about."""
         return torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1) if self.shifted else hidden
+
+
+def build_model(config: Config) -> Transformer:
+    """The model of an experiment; its objective says what a position sees and whether scores are shifted."""
+    return Transformer(config.model, causal=config.causal, shifted=config.shifted, block_size=config.block_causal_size)

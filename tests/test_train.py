@@ -23,6 +23,7 @@ from runtime.metrics import read_metrics
 CASES = {
     "uniform": UNIFORM,
     "puma": PUMA,
+    "autoregressive": {"name": "autoregressive"},
     "block_uniform_prefix": {"name": "block_uniform", "block_size": 8, "block_attention": "prefix"},
     "block_uniform_causal": {"name": "block_uniform", "block_size": 8, "block_attention": "block_causal"},
     "block_puma_prefix": PUMA | {"name": "block_puma", "block_size": 8, "block_attention": "prefix"},

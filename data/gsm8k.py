@@ -8,6 +8,7 @@ Shapes: N problems, L positions.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ import numpy as np
 from data.text import encode_prompts, load_tokenizer, prompt_fits
 
 HUB_NAME = "openai/gsm8k"
-ANSWER_MARK = "####"
+COLUMNS = ("question", "answer")
+ANSWER = re.compile(r"####\s*(-?[0-9][0-9,]*(?:\.[0-9]+)?)\s*$")
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,17 @@ def read_problems(source: str, cache_dir: str | Path | None = None) -> list[Prob
             raise ValueError(f"problem file {source} does not exist")
         path = _download(source, cache_dir)
     problems = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
-                raise ValueError("needs question and answer, both text")
-            problems.append(Problem(row["question"], final_answer(row["answer"])))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in COLUMNS):
+                    raise ValueError(f"needs {' and '.join(COLUMNS)}, both text")
+                problems.append(Problem(row["question"], final_answer(row["answer"])))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
     if not problems:
         raise ValueError(f"{path} holds no problems")
     return problems
@@ -72,13 +75,10 @@ def read_problems(source: str, cache_dir: str | Path | None = None) -> list[Prob
 
 def final_answer(solution: str) -> str:
     """The number after `####`, commas removed; raises ValueError where there is none."""
-    _, mark, tail = solution.rpartition(ANSWER_MARK)
-    answer = tail.strip().replace(",", "")
-    try:
-        float(answer)
-    except ValueError:
-        raise ValueError(f"no number after {ANSWER_MARK!r} in {solution[-60:]!r}") from None
-    return answer
+    found = ANSWER.search(solution)
+    if found is None:
+        raise ValueError(f"no number after '####' in {solution[-60:]!r}")
+    return found.group(1).replace(",", "")
 
 
 def build_prompts(problems: Sequence[Problem], tokenizer: Any, mask_id: int, max_len: int) -> Prompts:
@@ -133,7 +133,7 @@ def _download(name: str, cache_dir: str | Path | None) -> Path:
             rows = load_dataset(name, "main" if name == HUB_NAME else None, split="test")
         except Exception as error:  # the library raises a dozen kinds for what is one problem to the user
             raise ValueError(f"data set {name!r} cannot be loaded: {error}. A local test.jsonl does as well") from None
-        lines = [json.dumps({key: row.get(key) for key in ("question", "answer")}) for row in rows]
+        lines = [json.dumps({key: row.get(key) for key in COLUMNS}) for row in rows]
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, "\n".join(lines) + "\n")
     return path

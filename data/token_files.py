@@ -124,10 +124,12 @@ def data_shape(folder: Path, meta: dict[str, Any]) -> tuple[int, int]:
         sizes[name] = (folder / name).stat().st_size
     n_tokens = sizes[LABELS_FILE] // 4
     n_rows, length = meta.get("num_examples"), meta.get("max_len")
-    if n_rows is None and length is None:
-        raise ValueError(f"{folder / META_FILE} has neither num_examples nor max_len")
-    length = length or n_tokens // max(n_rows, 1)
-    n_rows = n_rows if n_rows is not None else n_tokens // length
+    if isinstance(n_rows, int) and n_rows > 0 and length is None:
+        length = n_tokens // n_rows
+    if isinstance(length, int) and length > 0 and n_rows is None:
+        n_rows = n_tokens // length
+    if not isinstance(n_rows, int) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"{folder / META_FILE} must give num_examples or max_len as whole numbers, got {meta}")
     if length % 8:
         raise ValueError(f"{folder / META_FILE}: max_len {length} is not a multiple of 8")
     for name, expected in {LABELS_FILE: n_rows * length * 4, PROMPT_FILE: n_rows * length // 8}.items():

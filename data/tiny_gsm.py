@@ -33,12 +33,13 @@ from tqdm import tqdm
 if __name__ == "__main__":  # `python data/tiny_gsm.py` puts data/ on the path, not the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.text import SEPARATOR, encode_rows, load_tokenizer
-from data.token_files import FORMAT, LABELS_FILE, META_FILE, PROMPT_FILE, TOKENIZER_DIR, data_shape, read_meta
+from data.text import encode_rows, load_tokenizer
+from data.token_files import LABELS_FILE, META_FILE, PROMPT_FILE, TOKENIZER_DIR, data_shape, read_meta, write_meta
 
 PROGRESS_FILE = ".progress.json"
 COLUMNS = ("question", "code")
 CHUNK_ROWS = 500  # rows per task of a worker process: 1 MiB of labels
+CHUNKS_UNDER_WAY = 4  # per worker
 SAVE_EVERY_S = 5.0
 
 
@@ -112,17 +113,8 @@ def pretokenize(
         _sync(files)
     if done.n_written == 0:
         raise ValueError(f"{source} holds no row that fits {max_len} tokens")
-    meta = job | {
-        "split": "train",
-        "sep": SEPARATOR,
-        "eos_id": tokenizer.eos_token_id,
-        "num_examples": done.n_written,
-        "num_left_out": done.n_left_out,
-        "max_token_id": done.max_token_id,
-        **FORMAT,
-    }
-    data_shape(out, meta)
-    write_text(out / META_FILE, json.dumps(meta, indent=1) + "\n")
+    facts = job | {"eos_id": tokenizer.eos_token_id, "num_left_out": done.n_left_out}
+    write_meta(out, facts, done.n_written, done.max_token_id)
     (out / PROGRESS_FILE).unlink(missing_ok=True)
     return done
 
@@ -200,7 +192,7 @@ def _encode_chunks(
     try:
         for questions, codes in chunks:
             pending.append(executor.submit(_work, questions, codes))
-            if len(pending) >= 4 * n_workers:
+            if len(pending) >= CHUNKS_UNDER_WAY * n_workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

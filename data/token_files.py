@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from data.text import SEPARATOR
+
 LABELS_FILE, PROMPT_FILE, META_FILE = "labels.bin", "prompt_mask.bin", "meta.json"
 TOKENIZER_DIR = "tokenizer"
 N_CHECKED = 20_000  # rows, spread over the data, that are searched for the mask token when it is opened
@@ -98,6 +100,27 @@ def read_meta(folder: Path) -> dict[str, Any]:
         if meta.get(key, expected) != expected:
             raise ValueError(f"{path}: {key} is {meta[key]!r}, only {expected!r} can be read")
     return meta
+
+
+def write_token_files(folder: Path, labels: np.ndarray, prompt_bits: np.ndarray, facts: dict[str, Any]) -> None:
+    """Write labels uint32 [N, L], prompt bits uint8 [N, L / 8] and, last, meta.json with `facts` and the sizes."""
+    labels.tofile(folder / LABELS_FILE)
+    prompt_bits.tofile(folder / PROMPT_FILE)
+    write_meta(folder, facts | {"max_len": labels.shape[1]}, len(labels), int(labels.max()))
+
+
+def write_meta(folder: Path, facts: dict[str, Any], n_rows: int, max_token_id: int) -> None:
+    """Write meta.json beside files that fit it, which makes them complete.
+
+    Args:
+        facts: `max_len`, `eos_id`, `tokenizer` and whatever else is worth knowing.
+    """
+    from runtime.checkpoint import write_text  # imports torch, which processes that only tokenize can do without
+
+    sizes = {"sep": SEPARATOR, "num_examples": n_rows, "max_token_id": max_token_id}
+    meta = facts | {"split": "train"} | sizes | FORMAT
+    data_shape(folder, meta)
+    write_text(folder / META_FILE, json.dumps(meta, indent=1) + "\n")
 
 
 def tokenizer_of(data_dir: str | Path) -> str:

@@ -125,6 +125,48 @@ class SudokuSettings(Settings):
         return self.size + 2
 
 
+class TinyGsmSettings(Settings):
+    """Where questions and programs come from. See `data/tiny_gsm.py`, `data/gsm8k.py` and `data/word_problems.py`."""
+
+    dataset: Literal["tiny_gsm"]
+    data_dir: str = Field("data/tiny_gsm", description="folder of the tokenized files, or of the word problems")
+    source: Literal["files", "word_problems"] = Field(
+        "files", description="files: what data/tiny_gsm.py wrote; word_problems: a small set that is generated"
+    )
+    max_len: int = Field(512, ge=8, multiple_of=8, description="tokens per sequence")
+    mask_id: int | None = Field(None, ge=0, description="the mask token; null: the model's last")
+    n_held_out: int = Field(1000, gt=0, description="last rows of the data, for the validation loss alone")
+    tokenizer: str | None = Field(None, description="files: Hugging Face name or folder; null: the files' own")
+    test_source: str | None = Field(
+        None, description="files: test.jsonl of GSM8K, or name of a Hugging Face data set; null: openai/gsm8k"
+    )
+    n_train: int | None = Field(None, gt=0, description="word_problems: rows, the held-out ones included")
+    n_test: int | None = Field(None, gt=0, description="word_problems: problems of the test set, none of them in a row")
+    seed: int | None = Field(None, ge=0, description="word_problems: seed of the problems")
+
+    @model_validator(mode="after")
+    def _source_is_complete(self) -> TinyGsmSettings:
+        problems = []
+        own = {"files": ("tokenizer", "test_source"), "word_problems": ("n_train", "n_test", "seed")}
+        for source, keys in own.items():
+            given = [key for key in keys if getattr(self, key) is not None]
+            if source != self.source and given:
+                problems.append(f"{', '.join(given)}: only source {source!r} reads it, source is {self.source!r}")
+        missing = [key for key in own["word_problems"] if getattr(self, key) is None]
+        if self.source == "word_problems" and missing:
+            problems.append(f"source 'word_problems' needs {', '.join(missing)}")
+        if self.n_train is not None and self.n_train <= self.n_held_out:
+            problems.append(f"n_held_out {self.n_held_out} leaves no training row of n_train {self.n_train}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def min_vocab_size(self) -> int:
+        """The mask token must be among the tokens."""
+        return (self.mask_id or 0) + 1
+
+
 class UniformSettings(Settings):
     """The baseline: masks drawn uniformly (DESIGN: section 2)."""
 
@@ -261,6 +303,9 @@ class ValidationSettings(Settings):
     n_final_examples: int | None = Field(None, gt=0, description="the same after the last step; null: n_examples")
     n_loss_rows: int = Field(1000, gt=0, description="test sequences of the validation loss (fixed masks)")
     batch_size: int = Field(256, gt=0, description="rows per forward in evaluation, on one rank")
+    n_table_rows: int = Field(
+        50, ge=0, description="tiny_gsm: sampled programs that are kept with their verdicts, for each way of sampling"
+    )
 
 
 class WandbSettings(Settings):
@@ -274,6 +319,7 @@ class WandbSettings(Settings):
     entity: str | None = Field(None, description="wandb user or team")
 
 
+DataSettings = SudokuSettings | TinyGsmSettings
 ObjectiveSettings = UniformSettings | PumaSettings | BlockUniformSettings | BlockPumaSettings | AutoregressiveSettings
 
 
@@ -281,7 +327,7 @@ class Config(Settings):
     """One experiment."""
 
     model: ModelSettings
-    data: SudokuSettings
+    data: Annotated[DataSettings, Field(discriminator="dataset")]
     objective: Annotated[ObjectiveSettings, Field(discriminator="name")]
     training: TrainingSettings
     validation: ValidationSettings
@@ -292,7 +338,7 @@ class Config(Settings):
         if self.model.vocab_size < self.data.min_vocab_size:
             raise ValueError(
                 f"model.vocab_size {self.model.vocab_size} is too small for the data: set at least "
-                f"{self.data.min_vocab_size} (empty, {self.data.size} digits, mask)"
+                f"{self.data.min_vocab_size}"
             )
         return self
 
@@ -341,8 +387,15 @@ class Config(Settings):
             else None
         )
 
+    @property
+    def mask_id(self) -> int:
+        """The mask token."""
+        if isinstance(self.data, SudokuSettings):
+            return self.data.size + 1
+        return self.model.vocab_size - 1 if self.data.mask_id is None else self.data.mask_id
+
 
 # Settings that change what is recorded, not what is learnt: a run may be resumed with others.
 FREE_ON_RESUME = re.compile(
-    r"wandb\..*|validation\..*|training\.(log_every|eval_every|save_every|keep_checkpoints)|data\.data_dir"
+    r"wandb\..*|validation\..*|training\.(log_every|eval_every|save_every|keep_checkpoints)|data\.(data_dir|test_source)"
 )

@@ -140,7 +140,7 @@ def export_run(path: str, out: Path) -> str:
         eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         tokenizer.save_pretrained(out)
     exported = Pretrained(path, config.model, config.shifted, model.weights())
-    write_qwen2(out, exported, causal=config.causal, mask_id=config.data.mask_id, eos_id=eos_id, pad_id=pad_id)
+    write_qwen2(out, exported, causal=config.causal, mask_id=config.mask_id, eos_id=eos_id, pad_id=pad_id)
     lines = [f"wrote {out}: {', '.join(sorted(file.name for file in out.iterdir()))}"]
     if not config.causal:
         about = "the next token" if config.shifted else "the position's own token"

@@ -30,9 +30,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from config import Config
-from data.load import describe_source, load_split
-from data.sudoku import SudokuData, count_shared_puzzles
-from eval.evaluate import Evaluation, as_json, evaluate
+from data.load import count_shared, describe_source, load_split
+from eval.evaluate import evaluate
+from eval.results import Evaluation, as_json
+from eval.tasks import Task, load_task
 from run_state import Run, build_run, describe, restore_run, save_run, summarize, where
 from runtime.checkpoint import latest_checkpoint, write_text
 from runtime.config_file import changed_settings, dump_config, flatten, read_config
@@ -72,7 +73,7 @@ def train_step(run: Run, dtype: torch.dtype | None) -> None:
     run.step += 1
 
 
-def train(run: Run, test: SudokuData, recorder: Recorder | None, vote: StopVote) -> Evaluation | Signals:
+def train(run: Run, task: Task, recorder: Recorder | None, vote: StopVote) -> Evaluation | Signals:
     """Train to the end, from wherever `run` stands; record, evaluate and save on the way.
 
     Returns:
@@ -110,18 +111,20 @@ def train(run: Run, test: SudokuData, recorder: Recorder | None, vote: StopVote)
                 bar.set_postfix_str(f"loss {values['train/loss']:.4f}, lr {values['train/learning_rate']:.1e}")
             if measure:
                 n_examples = (last and validation.n_final_examples) or validation.n_examples
-                evaluation = evaluate(run.evaluated_model, run.config, test, run.world, n_examples)
+                evaluation = evaluate(run.evaluated_model, run.config, task, run.world, n_examples)
                 values |= evaluation.metrics()
                 if recorder:
                     bar.write(f"step {run.step}: {evaluation.table().splitlines()[1]}")
             if recorder and (log or measure):
                 recorder.write(values)
+            if recorder and measure and evaluation and evaluation.samples:
+                recorder.table("samples", evaluation.samples, run.step)
             if save:
                 save_run(run, evaluation.accuracy if measure and evaluation else None)
                 saved = run.step
             before = time.perf_counter()
     n_examples = validation.n_final_examples or validation.n_examples
-    return evaluation or evaluate(run.evaluated_model, run.config, test, run.world, n_examples)
+    return evaluation or evaluate(run.evaluated_model, run.config, task, run.world, n_examples)
 
 
 def check_finite(run: Run) -> None:
@@ -162,7 +165,7 @@ def stop_early(run: Run, stopped: Signals, recorder: Recorder | None) -> None:
         sys.exit(130)
 
 
-def start(config: Config, run_dir: Path) -> tuple[Run, SudokuData]:
+def start(config: Config, run_dir: Path) -> tuple[Run, Task]:
     """Load the data and build the run, at its newest checkpoint if it has one.
 
     Raises:
@@ -172,25 +175,24 @@ def start(config: Config, run_dir: Path) -> tuple[Run, SudokuData]:
     run_dir.mkdir(parents=True, exist_ok=True)
     if world.is_main:
         print(f"data: {describe_source(config.data)}", flush=True)
-    train_data, test_data = main_first(
-        world, lambda: (load_split(config.data, "train"), load_split(config.data, "test"))
-    )
+    train_data, task = main_first(world, lambda: (load_split(config, "train"), load_task(config)))
     checkpoint = from_main(latest_checkpoint(run_dir) if world.is_main else None)
     run = build_run(config, world, run_dir, train_data, resuming=checkpoint is not None)
     if checkpoint is not None:
         restore_run(run, checkpoint)
     if world.is_main:
         write_text(run_dir / "config.yaml", dump_config(config))
-        if n_shared := count_shared_puzzles(train_data, test_data):
-            warnings.warn(f"{n_shared} of the {len(test_data)} test puzzles are in the training set", stacklevel=2)
+        if n_shared := count_shared(train_data, task.validation):
+            warnings.warn(f"{n_shared} of the {len(task)} test puzzles are in the training set", stacklevel=2)
         print(describe(run), flush=True)
-    return run, test_data
+    return run, task
 
 
-def print_result(run_dir: Path) -> None:
+def print_result(config: Config, run_dir: Path) -> None:
     """The last line of a finished run."""
+    questions = "puzzles" if config.data.dataset == "sudoku" else "problems"
     final = json.loads((run_dir / FINAL_FILE).read_text(encoding="utf-8"))
-    print(f"solved {100 * final['accuracy']:.1f}% of {final['n']} unseen puzzles")
+    print(f"solved {100 * final['accuracy']:.1f}% of {final['n']} unseen {questions}")
 
 
 def check_unchanged(config: Config, run_dir: Path) -> None:
@@ -220,19 +222,19 @@ def main(arguments: list[str] | None = None) -> None:
             check_unchanged(config, run_dir)
             if (run_dir / FINAL_FILE).exists():
                 print(f"{run_dir} is complete; give another --run-dir to train again")
-                print_result(run_dir)
+                print_result(config, run_dir)
                 return
-            run, test_data = start(config, run_dir)
+            run, task = start(config, run_dir)
         except (ValueError, OSError) as error:
             fail(str(error), status=2)
         recorder = Recorder(run_dir, config.wandb, flatten(config), run.step) if run.world.is_main else None
         with StopVote(run.world) as vote:
-            outcome = train(run, test_data, recorder, vote)
+            outcome = train(run, task, recorder, vote)
         if isinstance(outcome, Signals):
             stop_early(run, outcome, recorder)
         elif recorder is not None:
             finish(run, outcome, recorder)
-            print_result(run_dir)
+            print_result(config, run_dir)
     except TrainingDiverged as error:
         fail(str(error), status=1)
     except KeyboardInterrupt:

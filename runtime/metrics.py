@@ -50,6 +50,17 @@ class Recorder:
             file.write(json.dumps(row) + "\n")
         self._send(row)
 
+    def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
+        """Write rows (all with the same keys) to `<name>_<step>.jsonl` and show them in wandb."""
+        path = self.path.with_name(f"{name}_{step:08d}.jsonl")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        if self._wandb is not None:
+            import wandb
+
+            # As text, since a column of a wandb table holds one type and a program may return any.
+            cells = [[str(value) for value in row.values()] for row in rows]
+            self._send({name: wandb.Table(columns=list(rows[0]), data=cells), "step": step})
+
     def picture(self, name: str, path: Path) -> None:
         """Show a picture file in wandb."""
         if self._wandb is not None:

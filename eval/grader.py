@@ -193,19 +193,6 @@ def equals(number: float, gold: float) -> bool:
     return abs(Fraction(number) - Fraction(gold)) <= TOLERANCE  # exact: no overflow, no rounding
 
 
-def gold_answer(answer: str) -> str:
-    """The number after `####` in a GSM8K answer, without commas.
-
-    Raises:
-        ValueError: there is none.
-    """
-    _, mark, number = answer.rpartition("####")
-    number = number.strip().replace(",", "")
-    if not mark or parse_number(number) is None:
-        raise ValueError(f"no number after #### in the answer {answer[-80:]!r}")
-    return number
-
-
 def gold_number(gold: object, name: str) -> int | float:
     """A gold answer as a number; raises ValueError naming it."""
     number = parse_number(gold)

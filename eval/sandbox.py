@@ -56,6 +56,7 @@ MAX_WORKERS = 8
 WORKER = Path(__file__).resolve().with_name("sandbox_worker.py")
 # What a worker needs beyond a program's wall time to answer, on a loaded machine.
 GRACE_S = 20.0
+START_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,14 @@ def run_programs(
     for name, limit in (("n_workers", n_workers), ("cpu_s", cpu_s), ("wall_s", wall_s), ("memory_mib", memory_mib)):
         if limit is not None and limit <= 0:
             raise ValueError(f"{name} must be positive, got {limit}")
+    report = on_done or (lambda index: None)
     outcomes = [Outcome("syntax_error", message=f"more than {MAX_PROGRAM} characters")] * len(programs)
-    waiting = deque(i for i, program in enumerate(programs) if len(program) <= MAX_PROGRAM)
+    waiting: deque[int] = deque()
+    for i, program in enumerate(programs):
+        if len(program) <= MAX_PROGRAM:
+            waiting.append(i)
+        else:
+            report(i)
     n_workers = min(n_workers or min(_n_cores(), MAX_WORKERS), len(waiting))
     limits = (cpu_s, wall_s, memory_mib << 20)
     workers: list[_Worker] = []
@@ -118,8 +125,7 @@ def run_programs(
                 is_ready = worker.fileno() in ready
                 if is_ready or worker.deadline <= time.monotonic():
                     index, outcomes[index] = worker.receive(is_late=not is_ready)
-                    if on_done is not None:
-                        on_done(index)
+                    report(index)
     finally:
         for worker in workers:
             worker.stop()
@@ -187,11 +193,12 @@ class _Worker:
         self._process.kill()
         with suppress(BrokenPipeError):
             self._process.communicate()
+        self._process.wait()
 
     def _greet(self) -> None:
         """Wait until it has started, and warn once if its protections are not complete."""
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._process.stdout.readline() if wait([self.fileno()], START_S) else b""
         if not line:
             raise RuntimeError("the sandbox's worker could not start; what it printed stands above")
         self._greeted = True

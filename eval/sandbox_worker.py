@@ -51,7 +51,7 @@ SYSCALLS = {
     "x86_64": (
         0xC000003E,
         {
-            "read": 0, "write": 1, "close": 3, "fstat": 5, "lseek": 8, "mmap": 9, "mprotect": 10, "munmap": 11,
+            "read": 0, "write": 1, "close": 3, "lseek": 8, "mmap": 9, "mprotect": 10, "munmap": 11,
             "brk": 12, "rt_sigprocmask": 14, "rt_sigreturn": 15, "sched_yield": 24, "mremap": 25, "madvise": 28,
             "nanosleep": 35, "getpid": 39, "exit": 60, "gettimeofday": 96, "getuid": 102, "getgid": 104,
             "geteuid": 107, "getegid": 108, "getppid": 110, "gettid": 186, "time": 201, "futex": 202,
@@ -62,7 +62,7 @@ SYSCALLS = {
     "aarch64": (
         0xC00000B7,
         {
-            "close": 57, "lseek": 62, "read": 63, "write": 64, "fstat": 80, "exit": 93, "exit_group": 94, "futex": 98,
+            "close": 57, "lseek": 62, "read": 63, "write": 64, "exit": 93, "exit_group": 94, "futex": 98,
             "nanosleep": 101, "clock_gettime": 113, "clock_getres": 114, "clock_nanosleep": 115,
             "sched_yield": 124, "restart_syscall": 128, "rt_sigprocmask": 135, "rt_sigreturn": 139,
             "gettimeofday": 169, "getpid": 172, "getppid": 173, "getuid": 174, "geteuid": 175, "getgid": 176,
@@ -87,6 +87,7 @@ class Confinement(NamedTuple):
 
     cpu_s: int
     memory: int  # bytes of address space
+    worker: int  # this process's id
     prctl: Any  # the C library's function; None where the system has none
     filter: FilterProgram | None
 
@@ -103,7 +104,7 @@ def main() -> None:
         file.write("1000")  # if memory runs out, a program dies and not the training run beside it
     null = os.open(os.devnull, os.O_RDWR)
     os.set_inheritable(null, True)
-    confinement = Confinement(cpu_s, memory, load_prctl(), build_filter())
+    confinement = Confinement(cpu_s, memory, os.getpid(), load_prctl(), build_filter())
     gc.collect()
     gc.freeze()  # the collector would touch, and so copy, the pages that the children share
     reply({"protections": probe(confinement)})
@@ -139,29 +140,29 @@ def run(source: str, null: int, wall_s: float, confinement: Confinement) -> dict
             for source_fd, target in ((null, 0), (output_write, 1), (output_write, 2), (result_write, RESULT_FD)):
                 os.dup2(source_fd, target)
             os.closerange(RESULT_FD + 1, 64)  # the worker never holds this many
+            signal.alarm(math.ceil(wall_s) + 1)  # should this process, which keeps the time, be killed
             confine(confinement)
             os.write(RESULT_FD, json.dumps([nonce, *execute(source)]).encode())
         finally:
             os._exit(1)
-    for descriptor in (result_write, output_read, output_write):
-        os.close(descriptor)
+    os.close(result_write)
     raw, in_time = read_result(result_read, deadline)
-    os.close(result_read)
     for kill in (os.killpg, os.kill):
         with suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)
     _, wait_status, usage = os.wait4(pid, 0)
+    for descriptor in (result_read, output_read, output_write):
+        os.close(descriptor)
     if not in_time:
         return outcome("timeout", message="wall time")
     if raw:
         return parse_result(raw, nonce)
-    if not os.WIFSIGNALED(wait_status):
-        return outcome("killed", message="ended without a result")
-    number = os.WTERMSIG(wait_status)
-    used_up = number == signal.SIGKILL and usage.ru_utime + usage.ru_stime >= confinement.cpu_s
-    if number == signal.SIGXCPU or used_up:
+    number = os.WTERMSIG(wait_status) if os.WIFSIGNALED(wait_status) else None
+    if number == signal.SIGXCPU or usage.ru_utime + usage.ru_stime >= confinement.cpu_s:
         return outcome("timeout", message="CPU time")
-    return outcome("killed", message=f"signal {signal.Signals(number).name}")
+    if number in (None, signal.SIGKILL):  # perhaps the kill above, of a program that closed its descriptors
+        return outcome("killed", message="ended without a result")
+    return outcome("killed", message=f"ended by {signal.Signals(number).name}")
 
 
 def fork() -> int:
@@ -323,6 +324,8 @@ def confine(confinement: Confinement) -> list[str]:
             active.append("user")
     if confinement.prctl is not None:
         confinement.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, None, 0, 0)  # after setuid, which clears it
+        if os.getppid() != confinement.worker:
+            os._exit(1)  # the worker has ended in between
         confinement.prctl(PR_SET_NO_NEW_PRIVS, 1, None, 0, 0)
         if confinement.filter is not None:
             program = ctypes.byref(confinement.filter)

@@ -32,20 +32,22 @@ FAILED: dict[str, Reason] = {
     "memory": "out of memory",
 }
 
+# The patterns below take time in proportion to the text, whatever a model writes.
 # The first line of a function, after a line's start or an opening fence.
-FIRST_DEF = re.compile(r"(?:^|```\w*)(?P<indent>[ \t]*)(?P<code>def[ \t]+\w+[ \t]*\()", re.MULTILINE)
+FIRST_DEF = re.compile(r"(?:^(?P<indent>[ \t]*)|```\w*[ \t]*)(?P<code>def[ \t]+\w+[ \t]*\()", re.MULTILINE)
 IMPORT = re.compile(
-    r"^(?:import[ \t]+[\w.]+(?:[ \t]+as[ \t]+\w+)?(?:[ \t]*,[ \t]*[\w.]+)*"
-    r"|from[ \t]+[\w.]+[ \t]+import[ \t]+[\w*, \t()]+)[ \t]*$",
+    r"^(?:import[ \t]+[\w.]+(?:[ \t]+as[ \t]+\w+)?(?:[ \t]*,[ \t]*[\w.]+)*[ \t]*"
+    r"|from[ \t]+[\w.]+[ \t]+import[ \t][\w*, \t()]+)$",
     re.MULTILINE,
 )
-# Strings (an open docstring runs to the end), or what ends a program: a fence or a special token.
+# Strings (an open one runs to the end of its line, an open docstring to the end of the text), comments, or what ends a
+# program: a fence or a special token.
 STRING_OR_END = re.compile(
     r"""
       \"\"\" (?:[^\\]|\\.)*? (?:\"\"\"|\Z)
     | ''' (?:[^\\]|\\.)*? (?:'''|\Z)
-    | " (?:[^"\\\n]|\\.)* "
-    | ' (?:[^'\\\n]|\\.)* '
+    | " (?:[^"\\\n]|\\.)* "?
+    | ' (?:[^'\\\n]|\\.)* '?
     | \# (?:(?!```|<\|)[^\n])*
     | (?P<end> ``` | <\| )
     """,
@@ -153,16 +155,17 @@ def extract_program(text: str) -> str | None:
         if token["end"]:
             code = code[: token.start()]
             break
+    program = _preamble(text[: start.start("code")]) + code
     if start["indent"]:
-        code = re.sub(f"^{start['indent']}", "", code, flags=re.MULTILINE)
-    return (_preamble(text[: start.start("indent")]) + code)[:MAX_PROGRAM]
+        program = re.sub(f"^{start['indent']}", "", program, flags=re.MULTILINE)
+    return program[:MAX_PROGRAM]
 
 
 def _preamble(head: str) -> str:
     """What the program needs of the text before its first function."""
     before, *fenced = head.rsplit("```", 1)
     if fenced and before.count("```") % 2 == 0:  # that fence opens the program
-        return fenced[0].partition("\n")[2]
+        return fenced[0].partition("\n")[2].rstrip(" \t")
     return "".join(f"{line}\n" for line in IMPORT.findall(head))
 
 

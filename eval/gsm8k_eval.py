@@ -55,6 +55,8 @@ def read_cases(path: Path) -> tuple[list[str], list[float]]:
 
 def grade_file(cases: Path, out: Path, n_workers: int | None) -> str:
     """Grade a file of cases into a file of verdicts; a summary in words. Raises ValueError for bad input."""
+    if n_workers is not None and n_workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {n_workers}")
     check_out(out, cases)
     completions, golds = read_cases(cases)
     start = time.monotonic()

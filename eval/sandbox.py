@@ -28,7 +28,8 @@ What this does not protect against:
   user, processes are not limited either. A worker that a program kills is replaced, and only that program loses.
 - Load: a program may use its CPU time, its memory and its wall time in full, `n_workers` of them at once.
 
-Works on Linux and macOS, as root or not; needs no namespace, no container and no setting of the machine.
+Works on Linux, as root or not, and needs no namespace, no container and no setting of the machine. It should work on
+macOS, without the filter, but has not been tried there.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ VERSION = 1  # of the templates; part of the folder's name, so that old files ar
 # Enough that nearly every word of the templates is one token. The first is EOS, the last the mask.
 VOCAB_SIZE = 544
 EOS, MASK = "<eos>", "<mask>"
-# What a token may span: a digit, a newline with all but the last space of an indent, a word or identifier with the space
-# before it (so that a word is the same token in the question and at the start of a line), signs, other spaces.
+# What a token may span: a digit, a newline with all but the last space of an indent, a word or identifier with the
+# space before it (so that a word is the same token in the question and at the start of a line), signs, other spaces.
 PIECES = r"[0-9]|\n {0,3}| ?[A-Za-z_]+| ?[^A-Za-z_0-9\s]+|\s+"
 N_TOKENIZER_ROWS = 2000
 

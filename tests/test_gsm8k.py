@@ -127,7 +127,7 @@ def test_questions_that_are_too_long_are_left_out_and_counted(tokenizer):
 
 
 def test_a_mask_token_in_a_question_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="occurs in the question 'Anna has 5 books.'"):
+    with pytest.raises(ValueError, match=r"occurs in the question 'Anna has 5 books\.'"):
         build_prompts([Problem("Anna has 5 books.", "5")], tokenizer, tokenizer.encode("5")[0], 32)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, SHARED, run_python
 
 from data import tiny_gsm
@@ -21,6 +22,8 @@ from data.text import decode_programs, load_tokenizer
 from data.tiny_gsm import pretokenize
 from data.token_files import FORMAT, open_tiny_gsm, read_meta, tokenizer_of
 from data.word_problems import generate_problems, train_tokenizer
+from model.transformer import Transformer
+from runtime.config_file import read_config
 
 MAX_LEN = 64
 QWEN = SHARED / "qwen2_tokenizer"
@@ -313,3 +316,31 @@ def test_real_questions_and_programs_come_back(tmp_path):
     assert all(codes[i].startswith(programs[i].rstrip("\ufffd")) and tokens[i, -2] != 151643 for i in cut)
     assert len(cut) < 30
     assert os.path.getsize(tmp_path / "out" / "labels.bin") == 600 * 512 * 4
+
+
+def test_a_data_set_of_the_hub_is_streamed(tmp_path, tokenizer_dir, monkeypatch):
+    import datasets
+
+    rows = write_rows(tmp_path / "rows.jsonl", 1100)
+
+    def load_dataset(name, **options):
+        assert (name, options) == ("TinyGSM/TinyGSM", {"split": "train", "streaming": True})
+        return datasets.IterableDataset.from_generator(lambda: iter(rows))
+
+    pretokenize(str(tmp_path / "rows.jsonl"), str(tokenizer_dir), tmp_path / "local", MAX_LEN, 1050, n_workers=1)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    pretokenize("TinyGSM/TinyGSM", str(tokenizer_dir), tmp_path / "hub", MAX_LEN, 1050, n_workers=1)
+    assert read_meta(tmp_path / "hub")["num_examples"] == 945
+    for name in ("labels.bin", "prompt_mask.bin"):
+        assert (tmp_path / "hub" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+
+
+def test_the_papers_settings():
+    puma, baseline = (read_config(ROOT / "yaml_files" / f"tinygsm_{name}.yaml") for name in ("puma", "baseline"))
+    assert (puma.model, puma.training, puma.validation) == (baseline.model, baseline.training, baseline.validation)
+    assert puma.mask_id == 151644
+    with torch.device("meta"):
+        n_parameters = sum(parameter.numel() for parameter in Transformer(puma.model).parameters())
+    assert n_parameters == pytest.approx(125e6, rel=0.01)
+    steps = [0, 29_999, 30_000, 299_999, 300_000, 900_000]
+    assert [puma.objective.n_stages_at(step) for step in steps] == [12, 12, 15, 39, 42, 42]

@@ -51,8 +51,7 @@ class ModelSettings(Settings):
         """Key and value heads with the default resolved."""
         return self.num_key_value_heads or self.num_attention_heads
 
-    # Checks of single keys, given those before them, so that a problem elsewhere does not hide theirs. A key that was
-    # wrong itself is absent from `info.data`.
+    # Checks of a key given those before it, so that no other problem hides it; wrong keys are absent from `info.data`.
     @field_validator("num_attention_heads")
     @classmethod
     def _heads_divide_the_width(cls, n_heads: int, info: ValidationInfo) -> int:
@@ -61,8 +60,7 @@ class ModelSettings(Settings):
             raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {n_heads}")
         if width // n_heads % 2:
             raise ValueError(
-                f"hidden_size / num_attention_heads = {width // n_heads} must be even: rotary embedding pairs the two "
-                "halves of a head"
+                f"hidden_size / num_attention_heads = {width // n_heads} must be even for rotary positions"
             )
         return n_heads
 
@@ -255,7 +253,7 @@ class TrainingSettings(Settings):
     warmup_steps: int = Field(0, ge=0, description="linear warm-up, then cosine decay to 0")
     num_epochs: float | None = Field(None, gt=0, description="length: updates = epochs * rows // batch_size")
     max_steps: int | None = Field(
-        None, gt=0, validate_default=True, description="length in updates; with num_epochs the smaller of the two"
+        None, gt=0, validate_default=True, description="length in updates; the smaller counts"
     )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
     ema_decay: float | None = Field(
@@ -275,9 +273,8 @@ class TrainingSettings(Settings):
     @field_validator("micro_batch_size")
     @classmethod
     def _microbatches_divide_the_batch(cls, n_rows: int | None, info: ValidationInfo) -> int | None:
-        batch_size = info.data.get("batch_size")
-        if n_rows and batch_size and batch_size % n_rows:
-            raise ValueError(f"batch_size {batch_size} is not a multiple of micro_batch_size {n_rows}")
+        if n_rows and info.data.get("batch_size", n_rows) % n_rows:
+            raise ValueError(f"batch_size {info.data['batch_size']} is not a multiple of micro_batch_size {n_rows}")
         return n_rows
 
     @field_validator("max_steps")

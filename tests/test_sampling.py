@@ -232,6 +232,18 @@ def test_samples_follow_the_tempered_distribution(temperature: float, tokens_per
     assert_distribution(pairs.bincount(minlength=9), torch.outer(single, single).flatten())
 
 
+def test_tokens_are_drawn_anew_at_each_step() -> None:
+    """The position whose draw is more probable is filled; what the other one had drawn is forgotten.
+
+    So the first to be filled gets the rare token only where both have drawn it.
+    """
+    model, mask_id = model_of_one_distribution([0.7, 0.3])
+    found = sample(model, torch.full((10_000, 2), mask_id), mask_id, temperature=1.0)
+    in_order = found.tokens.gather(1, found.order.argsort(1))
+    expected = torch.outer(torch.tensor([0.91, 0.09]), torch.tensor([0.7, 0.3]))
+    assert_distribution((in_order[:, 0] * 2 + in_order[:, 1]).bincount(minlength=4), expected.flatten())
+
+
 def test_random_confidence_fills_in_any_order_equally_often_and_whatever_the_token() -> None:
     model, mask_id = model_of_one_distribution([0.5, 0.5])
     found = sample(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.stream import RowQueue
+from data.row_queue import RowQueue
 from microbatch import Microbatch, split_rows
 from runtime.distributed import sum_over_ranks
 

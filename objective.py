@@ -17,7 +17,8 @@ from torch import Tensor
 
 from autoregressive import AutoregressiveObjective
 from config import AutoregressiveSettings, ObjectiveSettings, ProgressiveSettings, TrainingSettings
-from data.stream import RowQueue, SequenceStream
+from data.row_queue import RowQueue
+from data.stream import SequenceStream
 from microbatch import Microbatch
 from progressive import PumaPool
 from progressive_block import Blocks, build_blocks

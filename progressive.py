@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.stream import RowQueue
+from data.row_queue import RowQueue
 from unmasking import reveal_random, reveal_top
 
 

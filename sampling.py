@@ -20,8 +20,9 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from config import BlockSettings, Confidence, Config, SudokuSettings
-from model.token_scores import mix_keys
+from config import BlockSettings, Confidence, Config
+from config_data import SudokuSettings
+from model.token_predictions import mix_keys
 from model.transformer import Transformer, build_model
 from runtime.checkpoint import find_checkpoint
 from runtime.distributed import autocast, autocast_dtype, start_world

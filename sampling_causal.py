@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from config import Confidence
-from model.token_scores import mix_keys, predict_tokens
+from model.token_predictions import mix_keys, predict_tokens
 from model.transformer import Transformer
 from sampling_step import Samples
 

@@ -18,13 +18,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from config import Config, ModelSettings
 from model.attention import Attention, KeyValueCache, rotary_tables
 from model.block_mask import decoding_mask, noisy_and_clean, training_mask
-from model.token_scores import (
-    ScoredPositions,
-    TokenPredictions,
-    TokenScores,
-    predict_tokens,
-    score_tokens,
-)
+from model.token_predictions import TokenPredictions, predict_tokens
+from model.token_scores import ScoredPositions, TokenScores, score_tokens
 
 # Qwen2's. The published PUMA code starts wider, which costs it the first thousands of steps.
 INIT_STD = 0.02

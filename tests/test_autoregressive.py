@@ -17,10 +17,11 @@ import sampling
 import train
 from autoregressive import AutoregressiveObjective, next_token_targets
 from config import Config, ModelSettings
-from data.stream import RowQueue, SequenceStream
+from data.row_queue import RowQueue
+from data.stream import SequenceStream
 from eval.evaluate import validation_loss
 from model.attention import KeyValueCache
-from model.token_scores import mix_keys, predict_tokens
+from model.token_predictions import mix_keys, predict_tokens
 from model.transformer import Transformer
 from runtime.checkpoint import find_checkpoint
 from runtime.config_file import parse_config

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from data.stream import RowQueue, SequenceStream
+from data.row_queue import RowQueue
+from data.stream import SequenceStream
 from progressive import PumaPool, advance, draw_target, stage_of
 
 SEEDS = st.integers(0, 2**32)

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import token_scores
-from model.token_scores import SMALL_VOCABULARY, TokenScores, gumbel_noise, hash_uniform, predict_tokens, score_tokens
+from model.token_predictions import gumbel_noise, hash_uniform, predict_tokens
+from model.token_scores import SMALL_VOCABULARY, TokenScores, score_tokens
 
 WIDTH = 8
 

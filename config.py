@@ -54,9 +54,7 @@ class ModelSettings(Settings):
         if width % n_heads:
             raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {n_heads}")
         if width // n_heads % 2:
-            raise ValueError(
-                f"hidden_size / num_attention_heads = {width // n_heads} must be even for rotary positions"
-            )
+            raise ValueError(f"hidden_size / num_attention_heads = {width // n_heads} must be even (rotary)")
         return n_heads
 
     @field_validator("num_key_value_heads")
@@ -155,9 +153,7 @@ class TrainingSettings(Settings):
     adam_betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="decay of AdamW's two moments")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up, then cosine decay to 0")
     num_epochs: float | None = Field(None, gt=0, description="length: updates = epochs * rows // batch_size")
-    max_steps: int | None = Field(
-        None, gt=0, validate_default=True, description="length in updates; the smaller counts"
-    )
+    max_steps: int | None = Field(None, gt=0, validate_default=True, description="length in updates; the smaller wins")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
     ema_decay: float | None = Field(
         None, gt=0.0, lt=1.0, description="average of the weights, used by validation and sampling; null: none"

@@ -44,6 +44,9 @@ class AutoregressiveObjective:
         """Nothing is learnt from confidences."""
 
     def end_step(self) -> None:
+        """Each step draws its own rows."""
+
+    def stage_rows(self) -> None:
         """See `Objective`."""
         self.queue.top_up()
 

@@ -39,6 +39,10 @@ class Objective(Protocol):
         """The update is done: retire and admit rows."""
         ...
 
+    def stage_rows(self) -> None:
+        """The host's part after each update: send rows to the device that later updates may need."""
+        ...
+
     def metrics(self) -> dict[str, Tensor]:
         """Figures of this rank. Those named `sequences_...` add up over ranks, all others are averaged."""
         ...
@@ -74,6 +78,9 @@ class UniformObjective:
         """The baseline learns nothing from confidences."""
 
     def end_step(self) -> None:
+        """Each step draws its own rows."""
+
+    def stage_rows(self) -> None:
         """See `Objective`."""
         self.queue.top_up()
 
@@ -145,6 +152,9 @@ class PumaObjective:
     def end_step(self) -> None:
         """See `Objective`."""
         self.pool.advance(self._confidence[: self.n_rows - self.n_uniform])
+
+    def stage_rows(self) -> None:
+        """See `Objective`."""
         self.queue.top_up()
 
     def metrics(self) -> dict[str, Tensor]:

@@ -69,6 +69,7 @@ def train_step(run: Run, dtype: torch.dtype | None) -> None:
     if run.ema is not None:
         run.ema.update_parameters(run.model)
     run.objective.end_step()
+    run.objective.stage_rows()
     run.n_summed += 1
     run.step += 1
 

@@ -180,6 +180,7 @@ def test_a_small_model_learns_to_count_and_stops():
         optimizer.step()
         optimizer.zero_grad()
         objective.end_step()
+        objective.stage_rows()
     tokens, prompt_mask = (torch.from_numpy(part) for part in CountingRows().rows(np.arange(6)))
     samples = sample_left_to_right(model.eval(), tokens.masked_fill(~prompt_mask, MASK), MASK, eos_id=EOS)
     assert torch.equal(samples.tokens, tokens)

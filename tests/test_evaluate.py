@@ -55,7 +55,10 @@ def puzzles() -> SudokuData:
 
 def shares(model: Transformer, data: SudokuData, n_ranks: int, n_rows: int, batch_size: int = 8) -> list[float]:
     """What each of `n_ranks` contributes to the loss; outside a process group nothing is added up."""
-    return [validation_loss(model, data, World(rank, n_ranks, CPU), n_rows, batch_size) for rank in range(n_ranks)]
+    settings = tiny_settings(PUMA, Path())
+    settings["validation"] |= {"n_loss_rows": n_rows, "batch_size": batch_size}
+    config = parse_config(settings, "test")
+    return [validation_loss(model, config, data, World(rank, n_ranks, CPU)) for rank in range(n_ranks)]
 
 
 # The validation loss
@@ -151,7 +154,7 @@ def test_the_averaged_weights_are_what_is_measured(run_dir, tmp_path, capsys):
     data = make_data(np.load(next(Path(checkpoint.config().data.data_dir).glob("*_test.npy"))), 4, "test")
     evaluation.main([str(run_dir), "--json", str(tmp_path / "result.json")])
     loss = json.loads((tmp_path / "result.json").read_text())["loss"]
-    assert loss == pytest.approx(validation_loss(model.eval(), data, World(0, 1, CPU), 10, 8), rel=1e-6)
+    assert loss == pytest.approx(validation_loss(model.eval(), checkpoint.config(), data, World(0, 1, CPU)), rel=1e-6)
 
 
 def test_a_checkpoint_folder_and_other_settings(run_dir, tmp_path, capsys):

@@ -232,7 +232,7 @@ def test_verdicts_name_their_reasons() -> None:
 
 @pytest.mark.parametrize("status", ["syntax_error", "error", "timeout", "memory", "killed"])
 def test_no_value_counts_unless_the_program_ended_well(status: str) -> None:
-    verdict = judge(Outcome(status, 18, "?"), 18)  # type: ignore[arg-type]
+    verdict = judge(Outcome(status, 18, "?"), 18)
     assert not verdict.verdict
     assert verdict.value is None
 

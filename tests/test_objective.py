@@ -59,6 +59,7 @@ def run_step(objective: Objective, step: int, seed: int = 0) -> tuple[Tensor, Te
     # The batch lives in the pool's own tensors, which the step's end changes.
     batch = join(microbatches)
     objective.end_step()
+    objective.stage_rows()
     return batch
 
 
@@ -111,7 +112,9 @@ def test_microbatches_are_the_batch_in_order_and_of_equal_shape(objective: dict[
             parts.observe(microbatch, confidence[microbatch.rows])
         whole.observe(batch, confidence)
         parts.end_step()
+        parts.stage_rows()
         whole.end_step()
+        whole.stage_rows()
 
 
 @every_objective
@@ -158,6 +161,7 @@ def test_every_drawn_row_is_used_and_none_twice_in_an_epoch(objective: dict[str,
         assert used == Counter(SequenceStream(data, 0).draw(used.total())[0][:, 0].tolist())
         built.observe(batch, random_log_probs((10, 12), step))
         built.end_step()
+        built.stage_rows()
     assert used.total() > 10 * len(data)
 
 
@@ -251,6 +255,7 @@ def test_one_pass_serves_the_loss_and_the_pool() -> None:
         for microbatch in microbatches:
             built.observe(microbatch, confidence[microbatch.rows])
         built.end_step()
+        built.stage_rows()
         for row in (built.pool.age > 0).nonzero().flatten().tolist():
             revealed = masked[row] & ~built.pool.masked[row]
             n_revealed += int(revealed.sum())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,7 @@ def run_step(objective: Objective, step: int) -> tuple[Tensor, Tensor, Tensor]:
         assert torch.equal(batch.xt[:, behind], batch.x0[:, behind]), "the prefix is clean"
         assert not batch.weight[:, behind].any()
     objective.end_step()
+    objective.stage_rows()
     return xt, x0, weight
 
 
@@ -101,7 +104,7 @@ def test_one_block_per_row_is_the_row_objective_bit_for_bit(plain, block, layout
     shape = ModelSettings(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    losses = []
+    losses: list[Any] = []
     runs = [
         (build(plain, micro_batch_size=5), Transformer(shape)),
         (
@@ -122,6 +125,7 @@ def test_one_block_per_row_is_the_row_objective_bit_for_bit(plain, block, layout
             optimizer.step()
             optimizer.zero_grad()
             objective.end_step()
+            objective.stage_rows()
     assert losses[0] == losses[1]
     states = [objective.state_dict() for objective, _ in runs]
     assert torch.equal(states[0]["generator"], states[1]["generator"]), "the same random stream"

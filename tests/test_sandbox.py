@@ -424,7 +424,7 @@ def test_statuses_say_what_happened() -> None:
 @pytest.mark.parametrize("limit", ["n_workers", "cpu_s", "wall_s", "memory_mib"])
 def test_limits_must_be_positive(limit: str) -> None:
     with pytest.raises(ValueError, match=f"{limit} must be positive, got 0"):
-        run_programs(["def f():\n    return 18"], **{limit: 0})  # type: ignore[arg-type]
+        run_programs(["def f():\n    return 18"], **{limit: 0})
 
 
 def test_no_programs_take_no_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from conftest import SHARED
 from test_sudoku import boards
 
 from config_data import SudokuSettings
-from data.load import describe_source, load_split
+from data.load import describe_source, load_sudoku
 from data.sudoku_files import (
     CONVERTED_FILES,
     RAW_FILES,
@@ -335,8 +335,8 @@ def test_each_source_is_chosen_by_the_settings(tmp_path, hub):
     }
     for source, keys in sources.items():
         chosen = settings(tmp_path, source=source, size=4, **keys)
-        assert np.array_equal(load_split(chosen, "train").tokens, train)
-        assert np.array_equal(load_split(chosen, "test").tokens, test)
+        assert np.array_equal(load_sudoku(chosen, "train").tokens, train)
+        assert np.array_equal(load_sudoku(chosen, "test").tokens, test)
         assert next(iter(keys.values())) in describe_source(chosen)
 
 
@@ -344,11 +344,11 @@ def test_without_the_published_set_boards_are_generated_and_the_user_is_told(tmp
     chosen = settings(tmp_path, n_train=30, n_test=10)
     assert chosen.source == "published_or_generated"
     assert "the published Sudoku set is not in" in describe_source(chosen)
-    assert (len(load_split(chosen, "train")), len(load_split(chosen, "test"))) == (30, 10)
+    assert (len(load_sudoku(chosen, "train")), len(load_sudoku(chosen, "test"))) == (30, 10)
     for split in ("train", "test"):
         np.save(tmp_path / RAW_FILES[split], published_rows(varied_boards(9, 6), base=0))
     assert describe_source(chosen) == f"the published Sudoku set in {tmp_path}"
-    assert len(load_split(chosen, "train")) == 6
+    assert len(load_sudoku(chosen, "train")) == 6
 
 
 # Real files

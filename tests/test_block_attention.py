@@ -171,4 +171,6 @@ def test_one_block_per_row_is_the_plain_model_bit_for_bit():
         network(*batch()).loss.backward()
     assert torch.equal(plain(*batch()).nll, blocks(*batch()).nll)
     for (name, parameter), other in zip(plain.named_parameters(), blocks.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert other.grad is not None
         assert torch.equal(parameter.grad, other.grad), name

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from config import (
+    BlockAttention,
     BlockPumaSettings,
     BlockUniformSettings,
     ModelSettings,
@@ -19,7 +20,7 @@ from config import (
     UniformSettings,
 )
 from data.stream import SequenceStream
-from model.token_predictions import hash_uniform, mix_keys
+from model.token_scores import hash_uniform, mix_keys
 from model.transformer import Transformer
 from objective import Objective, PumaObjective, build_objective
 from progressive_block import Blocks, build_blocks
@@ -52,12 +53,14 @@ class Rows:
         return self.tokens[indices], self.prompt_mask[indices]
 
 
-def build(settings: ObjectiveSettings, n_rows: int = 10, data: Rows | None = None, **training: int) -> Objective:
-    trained = TrainingSettings(batch_size=n_rows, learning_rate=1.0, max_steps=1, **training)
+def build(
+    settings: ObjectiveSettings, n_rows: int = 10, data: Rows | None = None, micro_batch_size: int | None = None
+) -> Objective:
+    trained = TrainingSettings(batch_size=n_rows, micro_batch_size=micro_batch_size, learning_rate=1.0, max_steps=1)
     return build_objective(settings, trained, SequenceStream(data or Rows(), 0), MASK, CPU)
 
 
-def puma(layout: str = "prefix", size: int = BLOCK, **changes: object) -> BlockPumaSettings:
+def puma(layout: BlockAttention = "prefix", size: int = BLOCK, **changes: Any) -> BlockPumaSettings:
     settings = {"n_stages": 4, "collapse_threshold": None} | changes
     return BlockPumaSettings(name="block_puma", block_size=size, block_attention=layout, **settings)
 
@@ -104,7 +107,7 @@ def test_one_block_per_row_is_the_row_objective_bit_for_bit(plain, block, layout
     shape = ModelSettings(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    losses: list[Any] = []
+    losses: list[list[float]] = []
     runs = [
         (build(plain, micro_batch_size=5), Transformer(shape)),
         (

@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     grading = commands.add_parser("grade", help="run and judge the programs that a model wrote")
     grading.add_argument("cases", type=Path, help="jsonl with completion and gold")
     grading.add_argument("--out", type=Path, required=True, help="jsonl of verdict, value and reason")
-    grading.add_argument("--workers", type=int, help="programs at once; by default one per core")
+    grading.add_argument("--workers", type=int, help="programs at once; by default two per core")
     prompting = commands.add_parser("prompts", help="make prompts from a file of problems")
     prompting.add_argument("test", type=Path, help="jsonl with question and answer, as GSM8K has it")
     prompting.add_argument("--tokenizer", required=True, help="folder or name of a Hugging Face tokenizer")

@@ -53,7 +53,8 @@ from typing import Literal
 Status = Literal["ok", "syntax_error", "error", "timeout", "memory", "killed"]
 
 MAX_PROGRAM = 16_000  # characters: as bytes they still fit a pipe, so that sending a program never blocks
-MAX_WORKERS = 8
+MAX_WORKERS = 16
+WORKERS_PER_CORE = 2  # on a loaded machine handing programs over takes longer than running them
 WORKER = Path(__file__).resolve().with_name("sandbox_worker.py")
 # What a worker needs beyond a program's wall time to answer, on a loaded machine.
 GRACE_S = 20.0
@@ -88,7 +89,7 @@ def run_programs(
     The module `math` is there without an import, and `__name__` is "__main__".
 
     Args:
-        n_workers: programs at once; by default one per core that this process may use, at most 8.
+        n_workers: programs at once; by default two per core that this process may use, at most 16.
         cpu_s, wall_s, memory_mib: limits of one program.
         on_done: called with the program's index as each is finished.
 
@@ -107,7 +108,7 @@ def run_programs(
             waiting.append(i)
         else:
             report(i)
-    n_workers = min(n_workers or min(_n_cores(), MAX_WORKERS), len(waiting))
+    n_workers = min(n_workers or min(WORKERS_PER_CORE * _n_cores(), MAX_WORKERS), len(waiting))
     limits = (cpu_s, wall_s, memory_mib << 20)
     workers: list[_Worker] = []
     try:

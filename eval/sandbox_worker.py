@@ -162,7 +162,7 @@ def run(source: str, null: int, wall_s: float, confinement: Confinement) -> dict
         return outcome("timeout", message="CPU time")
     if number in (None, signal.SIGKILL):  # perhaps the kill above, of a program that closed its descriptors
         return outcome("killed", message="ended without a result")
-    return outcome("killed", message=f"ended by {signal.Signals(number).name}")
+    return outcome("killed", message=f"ended by signal {number}")
 
 
 def fork() -> int:

@@ -125,8 +125,11 @@ requeue() {
         echo "job.sh: stopped, MAX_RESTARTS=$max_restarts is used up: submit the same command again to go on" >&2
         return 1
     fi
-    echo "job.sh: $(date '+%F %T') saved and back into the queue"
-    scontrol requeue "$job"
+    echo "job.sh: $(date '+%F %T') stopped, back into the queue"
+    scontrol requeue "$job" || {
+        echo "job.sh: this cluster does not requeue: submit the same command again to go on" >&2
+        return 1
+    }
 }
 
 # SIGUSR1 is passed on again and again, since a process that is still starting cannot heed it. If training does not end

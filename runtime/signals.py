@@ -5,7 +5,6 @@ presses Ctrl-C (SIGINT). Each asks for a stop, which the training loop grants at
 the process at once. Nothing here imports torch, so that a program can begin to listen before it does anything slow.
 
 Handlers, not a signal mask: programs started from here would inherit a mask, and then could not be ended themselves.
-Only the shutdown of the process is masked.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from runtime.distributed import World
 
 EARLY_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+EXCHANGE_EVERY_S = 0.1
 
 _owner = 0  # the process that listens; one forked from it inherits the handlers, but they are not meant for it
 _received = 0  # number of the last signal that asks for a stop; 0 while there is none
@@ -32,8 +33,9 @@ def listen() -> None:
     """
     global _owner
     if _owner != os.getpid():
-        # Python drops its handlers when it shuts down, and a signal sent again must not fail a run that is saved.
-        atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, EARLY_SIGNALS)
+        # Python drops handlers when it shuts down, and a signal sent again must not fail a run that is saved.
+        for number in EARLY_SIGNALS:
+            atexit.register(signal.signal, number, signal.SIG_IGN)
     _owner = os.getpid()
     for number in EARLY_SIGNALS:
         signal.signal(number, _note)
@@ -52,10 +54,11 @@ def _note(number: int, _: FrameType | None) -> None:
 class StopVote:
     """Whether to stop, asked once a step by every rank, with the same answer at the same step on all of them.
 
-    One process answers at once. Several exchange a number per step on the CPU in the background (gloo, so that the
-    GPU's stream is left alone) and read it at the next step, when it has long arrived: no rank waits for another that
-    is less than a step behind, and a signal is answered two steps after it came, at the latest. Asking every so many
-    steps would save microseconds, and cost too much of SIGTERM's half minute where a step takes seconds.
+    One process answers at once. Several exchange what they received about every tenth of a second, which is every step
+    where steps are long: on the CPU (gloo), so that the GPU's stream is left alone, and in the background, to be read
+    when the next exchange is due and this one has long arrived. So the question costs next to nothing, no rank waits
+    for one that is less than a step behind, and a signal is answered within two steps or 0.2 s, whichever is longer.
+    How many steps lie between two exchanges is part of what is exchanged, so that all ranks agree on it as well.
 
     Within `with`, Ctrl-C asks for a stop as well.
     """
@@ -64,6 +67,7 @@ class StopVote:
         """All ranks create theirs at the same point."""
         self._group: Any = None
         self._pending: tuple[Any, Any] | None = None  # the exchange under way and the tensor that it fills
+        self._interval, self._n_asked, self._since = 1, 0, time.monotonic()  # steps between exchanges; since the last
         self._before: dict[signal.Signals, Any] = {}
         if world.n_ranks > 1:
             import torch.distributed as dist
@@ -88,6 +92,9 @@ class StopVote:
         """The signal to stop for, None to go on. Every rank calls this once a step."""
         if self._group is None:
             return signal.Signals(_received) if _received else None
+        self._n_asked += 1
+        if self._n_asked < self._interval:
+            return None
         import torch
         import torch.distributed as dist
 
@@ -95,9 +102,12 @@ class StopVote:
             exchange, highest = self._pending
             exchange.wait()
             self._pending = None
-            if highest.item():
-                return signal.Signals(int(highest))
-        flag = torch.tensor([_received])  # int64 [1] on the CPU
-        exchange = dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, async_op=True)
-        self._pending = exchange, flag
+            number, self._interval = highest.tolist()
+            if number:
+                return signal.Signals(number)
+        now = time.monotonic()
+        in_time = int(self._n_asked * EXCHANGE_EVERY_S / max(now - self._since, 1e-6))
+        own = torch.tensor([_received, max(1, min(in_time, 2 * self._interval))])  # int64 [2] on the CPU
+        self._pending = dist.all_reduce(own, dist.ReduceOp.MAX, self._group, async_op=True), own
+        self._n_asked, self._since = 0, now
         return None

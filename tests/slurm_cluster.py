@@ -11,7 +11,9 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,6 +38,13 @@ def missing() -> str | None:
         return f"SLURM is not installed: no {', '.join(absent)}"
     if os.geteuid() != 0:
         return "a private SLURM cluster needs root"
+    if not os.access(HOSTS, os.W_OK):
+        return f"a private SLURM cluster needs to name its nodes in {HOSTS}"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _make_device(Path(folder) / "gpu0")
+        except OSError as error:
+            return f"a private SLURM cluster needs device nodes for its GPUs: {error}"
     return None
 
 
@@ -144,7 +153,7 @@ def _write_settings(folder: Path, host: str, nodes: list[str], by_cgroup: bool) 
     key.touch(mode=0o400)
     key.write_bytes(os.urandom(128))
     for number in range(4):
-        subprocess.run(["mknod", folder / f"gpu{number}", "c", "1", "3"], check=True)
+        _make_device(folder / f"gpu{number}")
     (folder / "state").mkdir()
     control, *ports = _free_ports(1 + len(nodes))
     machines = "\n".join(
@@ -187,6 +196,11 @@ PartitionName=urgent Nodes={",".join(nodes)} PriorityTier=10 PreemptMode=OFF
 """)
     (folder / "gres.conf").write_text(f"NodeName={','.join(nodes)} Name=gpu File={folder}/gpu[0-3]\n")
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
+
+
+def _make_device(path: Path) -> None:
+    """A device node, of the null device."""
+    os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
 
 
 @contextmanager

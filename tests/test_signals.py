@@ -207,14 +207,15 @@ def test_one_rank_signalled_stops_all_at_the_same_step(config_file, tmp_path):
     checkpoint = latest_checkpoint(run_dir)
     assert json.loads((checkpoint.path / "manifest.json").read_text())["n_ranks"] == 2
     assert max(losses(run_dir)) == checkpoint.step
-    assert checkpoint.step <= before + 50, "the stop must not take many steps"
+    assert checkpoint.step <= before + 300, "the stop must not take long"
 
 
 def test_a_signal_sent_again_does_not_kill_a_process_that_shuts_down():
     code = """
-import builtins, os, signal
+import builtins, os, signal, threading, time
 from runtime import signals
 signals.listen()
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()  # may get the signal as well
 class Late:  # outlives the handlers
     kill, pid, number, write = os.kill, os.getpid(), int(signal.SIGUSR1), os.write
     def __del__(self):

@@ -232,7 +232,7 @@ def test_data_that_does_not_fit_the_settings_is_refused(arguments, message, file
 
 
 def test_a_row_with_nothing_to_predict_is_refused_by_number(files):
-    bits = np.memmap(files / "prompt_mask.bin", dtype=np.uint8, mode="r+").reshape(-1, MAX_LEN // 8)
+    bits = np.memmap(files / "prompt_mask.bin", dtype=np.uint8, mode="r+", shape=(45, MAX_LEN // 8))
     bits[31] = 255
     bits.flush()
     with pytest.raises(ValueError, match="row 31"):

@@ -20,7 +20,7 @@ from config import (
     UniformSettings,
 )
 from data.stream import SequenceStream
-from model.token_scores import hash_uniform, mix_keys
+from model.token_predictions import hash_uniform, mix_keys
 from model.transformer import Transformer
 from objective import Objective, PumaObjective, build_objective
 from progressive_block import Blocks, build_blocks

@@ -232,10 +232,9 @@ def test_data_that_does_not_fit_the_settings_is_refused(arguments, message, file
 
 
 def test_a_row_with_nothing_to_predict_is_refused_by_number(files):
-    path = files / "prompt_mask.bin"
-    bits = np.fromfile(path, dtype=np.uint8).reshape(-1, MAX_LEN // 8)
+    bits = np.memmap(files / "prompt_mask.bin", dtype=np.uint8, mode="r+", shape=(45, MAX_LEN // 8))
     bits[31] = 255
-    bits.tofile(path)
+    bits.flush()
     with pytest.raises(ValueError, match="row 31"):
         open_tiny_gsm(files, MAX_LEN, 543, 544)
 

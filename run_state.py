@@ -17,8 +17,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from config import Config
 from data.stream import SequenceData, SequenceStream, fingerprint
+from microbatch import Objective
 from model.transformer import Transformer, build_model
-from objective import Objective, build_objective
+from objective import build_objective
 from pretrained import load_initial_weights
 from runtime.checkpoint import Checkpoint, save_checkpoint
 from runtime.distributed import World, autocast_dtype, sum_over_ranks

@@ -20,8 +20,9 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from config import BlockSettings, Confidence, Config
+from config import Confidence, Config
 from config_data import SudokuSettings
+from config_objective import BlockSettings
 from model.token_predictions import mix_keys
 from model.transformer import Transformer, build_model
 from runtime.checkpoint import find_checkpoint

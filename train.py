@@ -14,7 +14,6 @@ import math
 import sys
 import time
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 from signal import SIGINT, Signals
 from typing import NoReturn
@@ -24,9 +23,6 @@ if __name__ == "__main__":  # SLURM's warnings count from here on; importing tor
 
     signals.listen()
 
-import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from config import Config
@@ -38,40 +34,16 @@ from run_state import Run, build_run, describe, restore_run, save_run, summarize
 from runtime.checkpoint import latest_checkpoint, write_text
 from runtime.config_file import changed_settings, dump_config, flatten, read_config
 from runtime.curves import AXES, draw_curves
-from runtime.distributed import autocast, autocast_dtype, from_main, main_first, start_world, stop_world
+from runtime.distributed import from_main, main_first, start_world, stop_world
 from runtime.metrics import Recorder
 from runtime.signals import StopVote
+from update import Updater, check_graph
 
 FINAL_FILE = "final.json"
 
 
 class TrainingDiverged(RuntimeError):
     """The loss or the gradient is no longer a number."""
-
-
-def train_step(run: Run, dtype: torch.dtype | None) -> None:
-    """One update. Nothing is read back from the device."""
-    microbatches = list(run.objective.microbatches(run.step))
-    for number, microbatch in enumerate(microbatches, start=1):
-        last = number == len(microbatches)
-        sync = run.wrapped.no_sync() if isinstance(run.wrapped, DistributedDataParallel) and not last else nullcontext()
-        with sync:
-            with autocast(run.world.device, dtype):
-                scores = run.wrapped(microbatch.xt, microbatch.x0, microbatch.weight)
-            scores.loss.backward()
-        run.totals[0] += scores.loss.detach()
-        run.objective.observe(microbatch, scores.confidence)
-    run.totals[1] += nn.utils.clip_grad_norm_(run.model.parameters(), run.config.training.max_grad_norm)
-    run.optimizer.step()
-    run.learning_rate = float(run.scheduler.get_last_lr()[0])
-    run.scheduler.step()
-    run.optimizer.zero_grad()
-    if run.ema is not None:
-        run.ema.update_parameters(run.model)
-    run.objective.end_step()
-    run.objective.stage_rows()
-    run.n_summed += 1
-    run.step += 1
 
 
 def train(run: Run, task: Task, recorder: Recorder | None, vote: StopVote) -> Evaluation | Signals:
@@ -84,7 +56,7 @@ def train(run: Run, task: Task, recorder: Recorder | None, vote: StopVote) -> Ev
         TrainingDiverged: the loss is no longer finite; nothing is saved then.
     """
     training, validation = run.config.training, run.config.validation
-    dtype = autocast_dtype(training.precision, run.world.device)
+    updater = Updater(run)
     evaluation, saved = None, run.step
     with tqdm(total=run.n_steps, initial=run.step, unit="step", disable=recorder is None) as bar:
         before = time.perf_counter()
@@ -95,7 +67,7 @@ def train(run: Run, task: Task, recorder: Recorder | None, vote: StopVote) -> Ev
                 if run.step > saved:
                     save_run(run, None)
                 return stopped
-            train_step(run, dtype)
+            updater.step()
             bar.update()
             last = run.step == run.n_steps
             log, measure, save = (
@@ -173,6 +145,7 @@ def start(config: Config, run_dir: Path) -> tuple[Run, Task]:
         ValueError: bad data, or settings that do not fit the machine or the checkpoint.
     """
     world = start_world(config.training.device)
+    ignored = check_graph(config, world)
     run_dir.mkdir(parents=True, exist_ok=True)
     if world.is_main:
         print(f"data: {describe_source(config.data)}", flush=True)
@@ -183,6 +156,8 @@ def start(config: Config, run_dir: Path) -> tuple[Run, Task]:
         restore_run(run, checkpoint)
     if world.is_main:
         write_text(run_dir / "config.yaml", dump_config(config))
+        if ignored:
+            warnings.warn(ignored, stacklevel=2)
         if n_shared := count_shared(train_data, task.validation):
             warnings.warn(f"{n_shared} of the {len(task)} test puzzles are in the training set", stacklevel=2)
         print(describe(run), flush=True)

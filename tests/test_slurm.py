@@ -67,8 +67,9 @@ def wait_for_step(cluster: Cluster, job: str, run_dir: Path, step: int) -> None:
 
 
 def log_of(cluster: Cluster, job: str) -> str:
-    """What the job said, its progress bars left out: srun mixes them with what is printed at the same time."""
-    return re.sub(r"[\r\s]*\d+%\|[^|]*\|[^\]]*\]", "\n", Path(cluster.show(job)["StdOut"]).read_text())
+    """What the job said, without the progress bars."""
+    lines = re.split(r"[\r\n]+", Path(cluster.show(job)["StdOut"]).read_text())
+    return "\n".join(line for line in lines if not re.fullmatch(r"\s*\d+%\|.*\]\s*", line))
 
 
 def test_the_header_asks_for_what_a_cluster_has(cluster):
@@ -151,15 +152,31 @@ def test_an_array_trains_two_configs_and_restarts_only_the_one_that_was_warned(c
         assert latest_checkpoint(run_dir).config().objective.name == objective
 
 
-def test_a_warning_while_the_processes_start_is_heeded_and_restarts_are_bounded(cluster, submit, tmp_path, undisturbed):
-    """The time limit is so short that SLURM warns at once, so the job never gets anywhere."""
-    options = "--time=1 --signal=B:USR1@60"
-    job = submit(options, "--config", undisturbed[0], "--run-dir", tmp_path / "run", MAX_RESTARTS="1")
-    facts = cluster.wait_state(job, "COMPLETED", "FAILED", "TIMEOUT", timeout_s=240)
+def test_a_warning_while_the_processes_start_is_not_lost(cluster, submit, tmp_path, data_dir):
+    config = write_config(tmp_path / "endless.yaml", data_dir, n_steps=10**6)
+    job = submit("", "--config", config, "--run-dir", tmp_path / "run", MAX_RESTARTS="0")
+    log_file = Path(cluster.show(job)["StdOut"])
+    wait_for("the batch script", lambda: log_file.exists() and "restart 0" in log_file.read_text())
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    facts = cluster.wait_state(job, "COMPLETED", "FAILED", timeout_s=240)
+    log = log_of(cluster, job)
+    assert facts["JobState"] == "FAILED", log
+    assert "stopped by SIGUSR1 at step" in log
+    assert "MAX_RESTARTS=0 is used up" in log
+
+
+def test_a_job_continues_over_time_limits_as_often_as_it_may(cluster, submit, tmp_path, data_dir):
+    """A limit of a minute, of which SLURM warns up to a minute before: sometimes before the first step."""
+    config = write_config(tmp_path / "endless.yaml", data_dir, n_steps=10**6)
+    options = "--time=1 --signal=B:USR1@50"
+    job = submit(options, "--config", config, "--run-dir", tmp_path / "run", MAX_RESTARTS="1")
+    facts = cluster.wait_state(job, "COMPLETED", "FAILED", "TIMEOUT", timeout_s=300)
     log = log_of(cluster, job)
     assert facts["JobState"] == "FAILED", log
     assert facts["Restarts"] == "1", log
-    assert log.count("stopped by SIGUSR1 at step") == 2, log
+    first, second = (int(step.replace(",", "")) for step in re.findall(r"stopped by SIGUSR1 at step ([\d,]+)", log))
+    assert first <= second
+    assert f"steps {first:,} to 1,000,000" in log
     assert "MAX_RESTARTS=1 is used up" in log
 
 

@@ -89,6 +89,11 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of every rank's `value`, on every rank; the value itself on one process."""
+    return sum_over_ranks(value) / dist.get_world_size() if dist.is_initialized() else value
+
+
 def from_main(value: Any) -> Any:
     """The main process's `value` (plain data), on every rank."""
     if not dist.is_initialized():

@@ -89,6 +89,7 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
     wrapped: nn.Module = model
     if world.n_ranks > 1:
         wrapped = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+        settle_gradient_buckets(wrapped, train.length, world.device)
     optimizer = build_optimizer(model, training)
     return Run(
         config,
@@ -112,6 +113,17 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
         ),
         torch.zeros(2, dtype=torch.float64, device=world.device),
     )
+
+
+def settle_gradient_buckets(wrapped: DistributedDataParallel, length: int, device: torch.device) -> None:
+    """One backward pass that changes nothing.
+
+    After its first backward pass, DistributedDataParallel lays gradients out anew, which changes the order in which
+    ranks are added: a run that was restarted would differ from one that was not.
+    """
+    tokens = torch.zeros(1, length, dtype=torch.long, device=device)
+    wrapped(tokens, tokens, torch.zeros(1, length, device=device)).loss.backward()
+    wrapped.zero_grad()
 
 
 def save_run(run: Run, score: float | None) -> None:

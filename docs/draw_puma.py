@@ -60,11 +60,12 @@ def draw(run_dir: Path, row: int, seed: int, out: Path) -> None:
     x0, clues, pool, drawn = trajectory(run_dir, row, seed)
     size = round(len(x0) ** 0.5)
     figure = Figure(figsize=(1.55 * len(pool), 4.1), layout="constrained")
-    halves = figure.subfigures(2, 1)
+    halves = figure.add_gridspec(2, 1)
     titles = ("baseline: each step masks at random", "PUMA: step by step, the surest cells first (new ones in yellow)")
     for line, (masks, title) in enumerate(zip((drawn, pool), titles, strict=True)):
-        halves[line].suptitle(title, x=0.01, ha="left", fontsize=11)
-        plots = halves[line].subplots(1, len(masks))
+        half = figure.add_subfigure(halves[line])
+        half.suptitle(title, x=0.01, ha="left", fontsize=11)
+        plots = half.subplots(1, len(masks))
         for step, (mask, plot) in enumerate(zip(masks, plots, strict=True)):
             fresh = masks[step - 1] & ~mask if line == 1 and step else torch.zeros_like(mask)
             for cell in range(len(x0)):

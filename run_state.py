@@ -215,8 +215,9 @@ def describe(run: Run) -> str:
     """One line about a run before it starts."""
     n_parameters = sum(parameter.numel() for parameter in run.model.parameters())
     dtype = autocast_dtype(run.config.training.precision, run.world.device) or torch.float32
+    source = run.config.model.init_from
     return (
-        f"{run.run_dir}: {run.config.objective.name}, {n_parameters / 1e6:.2f}M parameters, {run.n_train:,} training "
-        f"sequences, steps {run.step:,} to {run.n_steps:,} on {run.world.n_ranks} x {run.world.device.type} in "
-        f"{str(dtype).removeprefix('torch.')}"
+        f"{run.run_dir}: {run.config.objective.name}, {n_parameters / 1e6:.2f}M parameters"
+        f"{f' from {source}' if source else ''}, {run.n_train:,} training sequences, steps {run.step:,} to "
+        f"{run.n_steps:,} on {run.world.n_ranks} x {run.world.device.type} in {str(dtype).removeprefix('torch.')}"
     )

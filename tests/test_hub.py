@@ -213,44 +213,50 @@ def test_a_name_is_fetched_from_the_hub(tmp_path, tokens, data_dir, monkeypatch)
     torch.testing.assert_close(model.logits(tokens), reference(tokens).logits)
 
 
-@pytest.mark.parametrize("source", ["Qwen/Qwen2.5-0.5B", "runs/not/there", "/not/there"])
-def test_what_is_neither_there_nor_fetched_ends_with_one_message(source, config_file, tmp_path):
-    config = config_file(model__init_from=source)
+def test_without_a_network_a_name_ends_with_one_message(config_file, tmp_path):
+    config = config_file(model__init_from="Qwen/Qwen2.5-0.5B")
     result = run_python("train.py", "--config", config, "--run-dir", tmp_path / "run", HF_HUB_OFFLINE="1")
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    assert f"'{source}' is no folder here, and it cannot be fetched" in result.stderr
+    assert "'Qwen/Qwen2.5-0.5B' is no folder here, and it cannot be fetched" in result.stderr
+
+
+@pytest.mark.parametrize("source", ["runs/not/there", "/not/there"])
+def test_a_folder_that_is_not_there_is_named(source, data_dir):
+    with pytest.raises(ValueError, match=f"'{source}' is no folder here"):
+        loaded(make_config(data_dir, source))
 
 
 # Runs that start from others
 
 
-def test_puma_starts_from_an_autoregressive_run(autoregressive_run, config_file, tmp_path, monkeypatch):
+def test_a_run_starts_with_the_averaged_weights_of_another(autoregressive_run, config_file, tmp_path):
+    config = read_config(config_file(PUMA, model__init_from=str(autoregressive_run)))
+    run, _ = train.start(config, tmp_path / "run")
+    assert run.averaged_model is not None
+    for name, tensor in find_checkpoint(autoregressive_run).weights("ema").items():
+        assert torch.equal(run.model.weights()[name], tensor), name
+        assert torch.equal(run.averaged_model.weights()[name], tensor), name
+    assert str(autoregressive_run) in train.describe(run)
+
+
+def test_a_resumed_run_no_longer_needs_what_it_started_from(autoregressive_run, config_file, tmp_path, monkeypatch):
     source = tmp_path / "source"
     shutil.copytree(autoregressive_run, source)
-    config = str(config_file(PUMA, model__init_from=str(source), training__save_every=1))
+    config = str(config_file(PUMA, model__init_from=str(source)))
 
-    def first_step(run: Any, score: float | None) -> None:
-        if not (tmp_path / "start").exists():
-            start = pretrained._read(str(source))
-            assert "step_00000006" in start.source
-            fresh = train.build_run(run.config, run.world, run.run_dir, run.objective.queue.stream.data)
-            for name, tensor in fresh.model.weights().items():
-                assert torch.equal(tensor, start.weights[name]), name
-                assert torch.equal(tensor, fresh.averaged_model.weights()[name]), name
-            (tmp_path / "start").touch()
+    def interrupted_save(run: Any, score: float | None) -> None:
         save(run, score)
-        if run.step == 3 and run.run_dir.name == "broken":
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
     save = train.save_run
-    monkeypatch.setattr(train, "save_run", first_step)
     train.main(["--config", config, "--run-dir", str(tmp_path / "straight")])
-    with pytest.raises(SystemExit):
-        train.main(["--config", config, "--run-dir", str(tmp_path / "broken")])
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_run", interrupted_save)
+        with pytest.raises(SystemExit):
+            train.main(["--config", config, "--run-dir", str(tmp_path / "broken")])
     shutil.rmtree(source)
     train.main(["--config", config, "--run-dir", str(tmp_path / "broken")])
-    assert (tmp_path / "start").exists()
     straight, broken = (find_checkpoint(tmp_path / name).weights("ema") for name in ("straight", "broken"))
     for name, tensor in straight.items():
         assert torch.equal(tensor, broken[name]), name

@@ -54,7 +54,8 @@ class Blocks:
 
         1 / (number masked in the block * number of blocks of this batch that have masked positions) where masked,
         else 0: the loss is the mean over those blocks of the mean over their masked positions, and the weights of a
-        batch add up to 1. Blocks without masked positions (all prompt, or finished) count nowhere.
+        batch add up to 1. Blocks without masked positions (all prompt, or finished) count nowhere. The batch is this
+        rank's; ranks are averaged alike.
         """
         segments = self.segments(masked)
         return row_weights(segments, segments.any(1).sum()).view_as(masked)

@@ -9,17 +9,13 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from config_data import DataSettings, Seed, Settings, SudokuSettings
+from config_objective import AutoregressiveSettings, BlockSettings, ObjectiveSettings
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Confidence = Literal["top_prob", "top_prob_margin", "neg_entropy", "random"]
-BlockAttention = Literal["prefix", "block_causal"]
-
-
-class Settings(BaseModel):
-    """Base of all sections: unknown keys are errors, values never change after reading, no silent conversion."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSettings(Settings):
@@ -34,140 +30,40 @@ class ModelSettings(Settings):
     tie_word_embeddings: bool = Field(False, description="output head shares the embedding matrix")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
     rms_norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
+    causal: bool | None = Field(
+        None, description="no position sees a later one; null: as the objective needs it, all else is an error"
+    )
+    init_from: str | None = Field(
+        None, description="run directory, checkpoint, Qwen2 folder or Hugging Face name to start from; null: random"
+    )
+    shifted: bool | None = Field(
+        None,
+        description="position i scores token i + 1; null: if autoregressive or init_from; false: init_from is an MDM",
+    )
 
     @property
     def n_key_value_heads(self) -> int:
         """Key and value heads with the default resolved."""
         return self.num_key_value_heads or self.num_attention_heads
 
-    @model_validator(mode="after")
-    def _heads_divide(self) -> ModelSettings:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        if (self.hidden_size // self.num_attention_heads) % 2:
-            raise ValueError(
-                f"hidden_size / num_attention_heads = {self.hidden_size // self.num_attention_heads} must be even: "
-                "rotary embedding pairs the two halves of a head"
-            )
-        if self.num_attention_heads % self.n_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.n_key_value_heads}"
-            )
-        return self
+    # Checks of a key given those before it, so that no other problem hides it; wrong keys are absent from `info.data`.
+    @field_validator("num_attention_heads")
+    @classmethod
+    def _heads_divide_the_width(cls, n_heads: int, info: ValidationInfo) -> int:
+        width = info.data.get("hidden_size", 2 * n_heads)
+        if width % n_heads:
+            raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {n_heads}")
+        if width // n_heads % 2:
+            raise ValueError(f"hidden_size / num_attention_heads = {width // n_heads} must be even (rotary)")
+        return n_heads
 
-
-class SudokuSettings(Settings):
-    """Where Sudoku boards come from. See `data/sudoku.py`."""
-
-    dataset: Literal["sudoku"]
-    data_dir: str = Field("data/sudoku_new", description="folder of the published set and of generated boards")
-    size: Literal[4, 6, 9] = Field(9, description="board size; 6 has boxes of 2 x 3")
-    source: Literal["published_or_generated", "published", "generated", "files", "hub"] = Field(
-        "published_or_generated", description="which of the sources below is read"
-    )
-    n_train: int = Field(1_000_000, gt=0, description="generated: training puzzles")
-    n_test: int = Field(2000, gt=0, description="generated: test puzzles, none of them in the training set")
-    min_clues: int = Field(30, gt=0, description="generated: fewest clues")
-    max_clues: int = Field(40, gt=0, description="generated: most clues")
-    seed: int = Field(0, ge=0, description="generated: seed of the puzzles")
-    train_file: str | None = Field(None, description="files: .csv, .npz or .npy of the training boards")
-    test_file: str | None = Field(None, description="files: the same for the test boards")
-    hub_name: str | None = Field(None, description="hub: name of a Hugging Face data set")
-    train_split: str = Field("train", description="hub: split for training")
-    test_split: str = Field("test", description="hub: split for tests")
-    puzzle_column: str = Field("puzzle", description="hub: column of the puzzles")
-    solution_column: str = Field("solution", description="hub: column of the solutions")
-
-    @model_validator(mode="after")
-    def _source_is_complete(self) -> SudokuSettings:
-        problems = []
-        if self.min_clues > self.max_clues:
-            problems.append(f"min_clues {self.min_clues} is above max_clues {self.max_clues}")
-        if self.source in ("published", "published_or_generated") and self.size != 9:
-            problems.append(f"source {self.source!r} has 9x9 boards only, size is {self.size}: use source: generated")
-        if self.source == "files" and not (self.train_file and self.test_file):
-            problems.append("source 'files' needs train_file and test_file")
-        if self.source != "files" and (self.train_file or self.test_file):
-            problems.append(f"train_file and test_file are ignored by source {self.source!r}: set source: files")
-        if (self.source == "hub") != bool(self.hub_name):
-            problems.append(f"hub_name and source 'hub' go together; source is {self.source!r}")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
-    @property
-    def min_vocab_size(self) -> int:
-        """Empty, the digits and the mask token."""
-        return self.size + 2
-
-
-class UniformSettings(Settings):
-    """The baseline: masks drawn uniformly (DESIGN: section 2)."""
-
-    name: Literal["uniform"]
-
-
-class BlockSettings(Settings):
-    """How the rows of a block objective are cut. See `progressive_block.py`."""
-
-    block_size: int = Field(gt=0, description="tokens per block; divides the length of a sequence")
-    block_attention: BlockAttention = Field(
-        description="prefix: blocks see themselves and the clean tokens before them, one forward per block; "
-        "block_causal: nothing sees a later block, one forward for all blocks, and decoding caches keys and values"
-    )
-
-
-class BlockUniformSettings(BlockSettings):
-    """Block diffusion with masks drawn uniformly in each block."""
-
-    name: Literal["block_uniform"]
-
-
-class ProgressiveSettings(Settings):
-    """Progressive unmasking, arXiv 2602.10314."""
-
-    n_stages: int | None = Field(None, gt=0, description="K, stages of a trajectory; or k_schedule")
-    k_schedule: tuple[tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(ge=0)]], ...] | None = Field(
-        None, description="[[K, from_step], ...], first from_step 0, ascending; or n_stages"
-    )
-    collapse_threshold: float | None = Field(
-        None, gt=0.0, le=1.0, description="tau: also reveal what the model predicts with more than this probability"
-    )
-    uniform_fraction: float = Field(
-        0.0, ge=0.0, lt=1.0, description="share of each batch that stays ordinary uniformly masked rows"
-    )
-
-    @model_validator(mode="after")
-    def _one_schedule(self) -> ProgressiveSettings:
-        if (self.n_stages is None) == (self.k_schedule is None):
-            raise ValueError("give exactly one of n_stages and k_schedule")
-        if self.k_schedule is not None:
-            steps = [from_step for _, from_step in self.k_schedule]
-            if not steps or steps[0] != 0 or sorted(set(steps)) != steps:
-                raise ValueError(f"k_schedule: from_step must start at 0 and ascend, got {steps}")
-        return self
-
-    def n_stages_at(self, step: int) -> int:
-        """K at an update (0 is the first)."""
-        if self.k_schedule is None:
-            assert self.n_stages is not None
-            return self.n_stages
-        return [n_stages for n_stages, from_step in self.k_schedule if from_step <= step][-1]
-
-
-class PumaSettings(ProgressiveSettings):
-    """Progressive unmasking of whole rows."""
-
-    name: Literal["puma"]
-
-
-class BlockPumaSettings(BlockSettings, ProgressiveSettings):
-    """Progressive unmasking in each block."""
-
-    name: Literal["block_puma"]
+    @field_validator("num_key_value_heads")
+    @classmethod
+    def _key_heads_divide_the_heads(cls, n_key_heads: int | None, info: ValidationInfo) -> int | None:
+        n_heads = info.data.get("num_attention_heads")
+        if n_key_heads and n_heads and n_heads % n_key_heads:
+            raise ValueError(f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads {n_key_heads}")
+        return n_key_heads
 
 
 class TrainingSettings(Settings):
@@ -180,31 +76,38 @@ class TrainingSettings(Settings):
     adam_betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="decay of AdamW's two moments")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up, then cosine decay to 0")
     num_epochs: float | None = Field(None, gt=0, description="length: updates = epochs * rows // batch_size")
-    max_steps: int | None = Field(None, gt=0, description="length in updates; with num_epochs the smaller of the two")
+    max_steps: int | None = Field(None, gt=0, validate_default=True, description="length in updates; the smaller wins")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
     ema_decay: float | None = Field(
         None, gt=0.0, lt=1.0, description="average of the weights, used by validation and sampling; null: none"
     )
-    seed: int = Field(0, ge=0, description="weights, data order and masks")
+    seed: Seed = Field(0, description="weights, data order and masks")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="bfloat16 means autocast; auto: where the machine multiplies bfloat16 fast"
     )
     compile: bool = Field(False, description="torch.compile the model; pays off on long runs")
+    cuda_graph: bool = Field(
+        False, description="record an update once and replay it; for small models on one GPU, which wait for launches"
+    )
     log_every: int = Field(50, gt=0, description="steps between records")
     eval_every: int = Field(1000, gt=0, description="steps between evaluations")
     save_every: int = Field(1000, gt=0, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints kept, besides the best")
 
-    @model_validator(mode="after")
-    def _has_a_length(self) -> TrainingSettings:
-        if self.num_epochs is None and self.max_steps is None:
+    @field_validator("micro_batch_size")
+    @classmethod
+    def _microbatches_divide_the_batch(cls, n_rows: int | None, info: ValidationInfo) -> int | None:
+        if n_rows and info.data.get("batch_size", n_rows) % n_rows:
+            raise ValueError(f"batch_size {info.data['batch_size']} is not a multiple of micro_batch_size {n_rows}")
+        return n_rows
+
+    @field_validator("max_steps")
+    @classmethod
+    def _has_a_length(cls, max_steps: int | None, info: ValidationInfo) -> int | None:
+        if max_steps is None and info.data.get("num_epochs", 1) is None:
             raise ValueError("give num_epochs or max_steps")
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
-            )
-        return self
+        return max_steps
 
 
 class ValidationSettings(Settings):
@@ -222,6 +125,9 @@ class ValidationSettings(Settings):
     n_final_examples: int | None = Field(None, gt=0, description="the same after the last step; null: n_examples")
     n_loss_rows: int = Field(1000, gt=0, description="test sequences of the validation loss (fixed masks)")
     batch_size: int = Field(256, gt=0, description="rows per forward in evaluation, on one rank")
+    n_table_rows: int = Field(
+        50, ge=0, description="tiny_gsm: sampled programs that are kept with their verdicts, for each way of sampling"
+    )
 
 
 class WandbSettings(Settings):
@@ -235,14 +141,11 @@ class WandbSettings(Settings):
     entity: str | None = Field(None, description="wandb user or team")
 
 
-ObjectiveSettings = UniformSettings | PumaSettings | BlockUniformSettings | BlockPumaSettings
-
-
 class Config(Settings):
     """One experiment."""
 
     model: ModelSettings
-    data: SudokuSettings
+    data: Annotated[DataSettings, Field(discriminator="dataset")]
     objective: Annotated[ObjectiveSettings, Field(discriminator="name")]
     training: TrainingSettings
     validation: ValidationSettings
@@ -253,9 +156,44 @@ class Config(Settings):
         if self.model.vocab_size < self.data.min_vocab_size:
             raise ValueError(
                 f"model.vocab_size {self.model.vocab_size} is too small for the data: set at least "
-                f"{self.data.min_vocab_size} (empty, {self.data.size} digits, mask)"
+                f"{self.data.min_vocab_size}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _objective_fits_model(self) -> Config:
+        objective, problems = f"objective {self.objective.name!r}", []
+        if self.model.causal not in (None, self.causal):
+            needed = "a causal" if self.causal else "a bidirectional"
+            problems.append(f"model.causal {self.model.causal}: {objective} needs {needed} model; leave it out")
+        if self.causal and not self.shifted:
+            problems.append(f"model.shifted False: {objective} predicts the next token; leave it out")
+        if self.block_causal_size is not None and self.shifted:
+            problems.append(
+                "objective.block_attention 'block_causal' cannot shift scores to the next token, which a start from an "
+                "autoregressive model needs: set block_attention: prefix, or model.shifted: false if it is none"
+            )
+        for key in ("confidence", "tokens_per_step", "threshold") if self.causal else ():
+            value = getattr(self.validation, key)
+            if value != ValidationSettings.model_fields[key].default:
+                problems.append(
+                    f"validation.{key} {value}: {objective} is sampled left to right, token by token; leave it out"
+                )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def causal(self) -> bool:
+        """Whether no position of the model sees a later one."""
+        return isinstance(self.objective, AutoregressiveSettings)
+
+    @property
+    def shifted(self) -> bool:
+        """Whether what the model computes at a position is about the next token."""
+        if self.model.shifted is not None:
+            return self.model.shifted
+        return self.causal or self.model.init_from is not None
 
     @property
     def block_causal_size(self) -> int | None:
@@ -267,8 +205,15 @@ class Config(Settings):
             else None
         )
 
+    @property
+    def mask_id(self) -> int:
+        """The mask token."""
+        if isinstance(self.data, SudokuSettings):
+            return self.data.size + 1
+        return self.model.vocab_size - 1 if self.data.mask_id is None else self.data.mask_id
+
 
 # Settings that change what is recorded, not what is learnt: a run may be resumed with others.
 FREE_ON_RESUME = re.compile(
-    r"wandb\..*|validation\..*|training\.(log_every|eval_every|save_every|keep_checkpoints)|data\.data_dir"
+    r"wandb\..*|validation\..*|training\.(log_every|eval_every|save_every|keep_checkpoints)|data\.(data_dir|test_source)"
 )

@@ -10,57 +10,26 @@ Shapes: B rows of this rank, L positions.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from config import ObjectiveSettings, ProgressiveSettings, TrainingSettings
-from data.stream import RowQueue, SequenceStream
-from microbatch import Microbatch
+from autoregressive import AutoregressiveObjective
+from config import TrainingSettings
+from config_objective import AutoregressiveSettings, ObjectiveSettings, ProgressiveSettings
+from data.row_queue import RowQueue
+from data.stream import SequenceStream
+from microbatch import Microbatch, Objective
 from progressive import PumaPool
 from progressive_block import Blocks, build_blocks
-
-
-class Objective(Protocol):
-    """Everything the training loop knows about an objective."""
-
-    def microbatches(self, step: int) -> Iterator[Microbatch]:
-        """Batches of one update; as many and of the same shapes on every rank."""
-        ...
-
-    def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
-        """Take the max log-probabilities (float32 [b, L]) that the forward pass found where weight is not 0."""
-        ...
-
-    def end_step(self) -> None:
-        """The update is done: retire and admit rows."""
-        ...
-
-    def metrics(self) -> dict[str, Tensor]:
-        """Figures of this rank. Those named `sequences_...` add up over ranks, all others are averaged."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a restart needs on this rank."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo `state_dict`."""
-        ...
 
 
 class UniformObjective:
     """The baseline: fresh sequences at every step, masks drawn uniformly in each block."""
 
     def __init__(
-        self,
-        blocks: Blocks,
-        queue: RowQueue,
-        mask_id: int,
-        n_rows: int,
-        micro_rows: int,
-        generator: torch.Generator,
+        self, blocks: Blocks, queue: RowQueue, mask_id: int, n_rows: int, micro_rows: int, generator: torch.Generator
     ) -> None:
         self.blocks, self.queue, self.mask_id, self.generator = blocks, queue, mask_id, generator
         self.n_rows, self.micro_rows = n_rows, micro_rows
@@ -72,12 +41,15 @@ class UniformObjective:
         masked = self.blocks.mask_uniformly(maskable, self.generator)
         self.masked_fraction = (masked.sum(1) / maskable.sum(1)).mean()
         xt = x0.masked_fill(masked, self.mask_id)
-        return self.blocks.microbatches(xt, x0, self.blocks.weights(masked), self.micro_rows)
+        return self.blocks.microbatches(xt, x0, self.blocks.weights(masked, over_ranks=True), self.micro_rows)
 
     def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
         """The baseline learns nothing from confidences."""
 
     def end_step(self) -> None:
+        """Each step draws its own rows."""
+
+    def stage_rows(self) -> None:
         """See `Objective`."""
         self.queue.top_up()
 
@@ -140,7 +112,7 @@ class PumaObjective:
             x0 = torch.cat([x0, fresh])  # [B, L]
             masked = torch.cat([masked, self.blocks.mask_uniformly(maskable, self.generator)])
         xt = x0.masked_fill(masked, self.mask_id)
-        return self.blocks.microbatches(xt, x0, self.blocks.weights(masked), self.micro_rows)
+        return self.blocks.microbatches(xt, x0, self.blocks.weights(masked, over_ranks=True), self.micro_rows)
 
     def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
         """See `Objective`."""
@@ -149,6 +121,9 @@ class PumaObjective:
     def end_step(self) -> None:
         """See `Objective`."""
         self.pool.advance(self._confidence[: self.n_rows - self.n_uniform])
+
+    def stage_rows(self) -> None:
+        """See `Objective`."""
         self.queue.top_up()
 
     def metrics(self) -> dict[str, Tensor]:
@@ -190,9 +165,12 @@ def build_objective(
         raise ValueError(
             f"training.micro_batch_size {micro_rows} does not divide the {n_rows} rows that each process has"
         )
+    queue = RowQueue(stream, n_rows, device)
+    if isinstance(settings, AutoregressiveSettings):
+        return AutoregressiveObjective(queue, stream.data.eos_id, n_rows, micro_rows)
     # Masks differ between ranks, and from the weights' seed.
     generator = torch.Generator(device).manual_seed(training.seed * 1_000_003 + stream.rank + 1)
-    blocks, queue = build_blocks(settings, stream.data.length), RowQueue(stream, n_rows, device)
+    blocks = build_blocks(settings, stream.data.length)
     if isinstance(settings, ProgressiveSettings):
         return PumaObjective(settings, blocks, queue, mask_id, n_rows, micro_rows, generator)
     return UniformObjective(blocks, queue, mask_id, n_rows, micro_rows, generator)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.stream import RowQueue
+from data.row_queue import RowQueue
 from unmasking import reveal_random, reveal_top
 
 
@@ -123,7 +123,7 @@ class PumaPool:
             return
         self.n_stages = n_stages
         n_maskable, n_masked = self._segments(self.maskable).sum(1), self._segments(self.masked).sum(1)
-        self.stage = torch.where(n_masked > 0, stage_of(n_maskable - n_masked, n_maskable, n_stages), n_stages)
+        self.stage.copy_(torch.where(n_masked > 0, stage_of(n_maskable - n_masked, n_maskable, n_stages), n_stages))
 
     def advance(self, confidence: Tensor) -> None:
         """Reveal by confidence (float32 [B, L]), retire finished rows, admit fresh sequences in their place."""
@@ -144,11 +144,12 @@ class PumaPool:
         self.n_finished_steps += (self.age * retired).sum()
         self.age *= ~retired
         x0, maskable = self.queue.take(retired)
-        self.x0 = torch.where(retired[:, None], x0, self.x0)
-        self.maskable = torch.where(retired[:, None], maskable, self.maskable)
+        # In place, so that a captured step finds the pool where it left it.
+        self.x0.copy_(torch.where(retired[:, None], x0, self.x0))
+        self.maskable.copy_(torch.where(retired[:, None], maskable, self.maskable))
         fresh_stage, fresh_masked = self._enter(torch.zeros_like(stage))
-        self.masked = torch.where(retired[:, None], fresh_masked, masked)
-        self.stage = torch.where(retired.repeat_interleave(self.n_segments), fresh_stage, stage)
+        self.masked.copy_(torch.where(retired[:, None], fresh_masked, masked))
+        self.stage.copy_(torch.where(retired.repeat_interleave(self.n_segments), fresh_stage, stage))
 
     def metrics(self) -> dict[str, Tensor]:
         """State of the pool for the records; the stage histogram [K] holds shares of the segments in flight."""

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from config import BlockAttention, BlockSettings, ObjectiveSettings
+from config_objective import BlockAttention, BlockSettings, ObjectiveSettings
 from microbatch import Microbatch, split_rows
+from runtime.distributed import mean_over_ranks
 from unmasking import mask_uniformly, row_weights
 
 
@@ -49,16 +50,22 @@ class Blocks:
         """Draw the baseline's masks in each block on its own; both bool [B, L]. See `unmasking.mask_uniformly`."""
         return mask_uniformly(self.segments(maskable), generator).view_as(maskable)
 
-    def weights(self, masked: Tensor) -> Tensor:
+    def weights(self, masked: Tensor, *, over_ranks: bool = False) -> Tensor:
         """Loss weight of each position, float32 [B, L], given `masked`, bool [B, L].
 
         1 / (number masked in the block * number of blocks of this batch that have masked positions) where masked,
         else 0: the loss is the mean over those blocks of the mean over their masked positions, and the weights of a
-        batch add up to 1. Blocks without masked positions (all prompt, or finished) count nowhere. The batch is this
-        rank's; ranks are averaged alike.
+        batch add up to 1. Blocks without masked positions (all prompt, or finished) count nowhere.
+
+        Args:
+            over_ranks: `masked` is this rank's share of a batch, and losses are averaged over ranks afterwards: divide
+                by the mean number of blocks of all ranks, so that every block weighs the same wherever it is.
         """
         segments = self.segments(masked)
-        return row_weights(segments, segments.any(1).sum()).view_as(masked)
+        n_counted = segments.any(1).sum()
+        if over_ranks and self.n_blocks > 1:  # whole rows are as many on every rank
+            n_counted = mean_over_ranks(n_counted)
+        return row_weights(segments, n_counted).view_as(masked)
 
     def microbatches(self, xt: Tensor, x0: Tensor, weight: Tensor, n_rows: int) -> Iterator[Microbatch]:
         """The passes that train a batch, each over at most `n_rows` rows; as many and of the same shapes for any data.

@@ -17,8 +17,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from config import Config
 from data.stream import SequenceData, SequenceStream, fingerprint
-from model.transformer import Transformer
-from objective import Objective, build_objective
+from microbatch import Objective
+from model.transformer import Transformer, build_model
+from objective import build_objective
+from pretrained import load_initial_weights
 from runtime.checkpoint import Checkpoint, save_checkpoint
 from runtime.distributed import World, autocast_dtype, sum_over_ranks
 from runtime.metrics import peak_memory_gib, reduce_metrics
@@ -60,11 +62,21 @@ class Run:
         return self.averaged_model or self.model
 
 
-def build_run(config: Config, world: World, run_dir: Path, train: SequenceData) -> Run:
-    """Everything at step 0. Raises ValueError where the batch does not divide over the ranks."""
+def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, *, resuming: bool = False) -> Run:
+    """Everything at step 0.
+
+    Args:
+        resuming: a checkpoint follows, which has all weights: those that the run started from are not needed.
+
+    Raises:
+        ValueError: the batch does not divide over the ranks, or `model.init_from` cannot be used.
+    """
     training = config.training
-    model = Transformer(config.model, block_size=config.block_causal_size)
-    model.reset_parameters(torch.Generator().manual_seed(training.seed))
+    model = build_model(config)
+    if config.model.init_from is None:
+        model.reset_parameters(torch.Generator().manual_seed(training.seed))
+    elif not resuming:
+        load_initial_weights(model, config)
     model.to(world.device)
     ema = build_ema(model, training.ema_decay)
     if training.compile:

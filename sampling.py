@@ -3,6 +3,7 @@
 `sample` fills whole batches without a loop over rows. As a command it reads a checkpoint:
 
     python sampling.py --checkpoint runs/sudoku_puma --puzzle 530070000600195000098000060800060003400803001...
+    python sampling.py --checkpoint runs/tinygsm_puma --prompt "Anna has 5 books and buys 3 more. How many has she now?"
 
 Shapes: B rows, b of them in a pass, L positions.
 """
@@ -19,12 +20,15 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from config import BlockSettings, Confidence, Config
-from model.token_scores import mix_keys
-from model.transformer import Transformer
+from config import Confidence, Config
+from config_data import SudokuSettings
+from config_objective import BlockSettings
+from model.token_predictions import mix_keys
+from model.transformer import Transformer, build_model
 from runtime.checkpoint import find_checkpoint
 from runtime.distributed import autocast, autocast_dtype, start_world
 from sampling_block import sample_blocks
+from sampling_causal import sample_left_to_right
 from sampling_step import Samples, fill, noise_keys
 
 
@@ -81,6 +85,8 @@ def sampler_of(config: Config, eos_id: int | None = None) -> Callable[..., Sampl
     """
     if isinstance(config.objective, BlockSettings):
         return partial(sample_blocks, block_size=config.objective.block_size, eos_id=eos_id)
+    if config.causal:
+        return partial(sample_left_to_right, eos_id=eos_id)
     return sample
 
 
@@ -98,8 +104,12 @@ def load_model(path: str, overrides: Sequence[str] = ()) -> tuple[Transformer, C
     weights = checkpoint.weights("ema") or checkpoint.weights("model")
     if weights is None:
         raise ValueError(f"checkpoint {checkpoint.path} holds no weights")
-    model = Transformer(config.model, block_size=config.block_causal_size)
-    model.load_weights(weights)
+    model = build_model(config)
+    try:
+        model.load_weights(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise ValueError(f"the settings describe another model than checkpoint {checkpoint.path}: {first}") from None
     return model.eval(), config
 
 
@@ -129,12 +139,14 @@ def format_boards(puzzle: Tensor, solution: Tensor, order: Tensor, size: int) ->
 
 
 def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Solve a Sudoku puzzle with a trained model, step by step.")
+    parser = argparse.ArgumentParser(description="Let a trained model solve a puzzle or write a program.")
     parser.add_argument("--checkpoint", required=True, help="run directory or checkpoint folder")
-    parser.add_argument("--puzzle", required=True, help="cells row by row, . or 0 where empty")
+    question = parser.add_mutually_exclusive_group(required=True)
+    question.add_argument("--puzzle", help="Sudoku: cells row by row, . or 0 where empty")
+    question.add_argument("--prompt", help="TinyGSM: a question; the program and its value are printed")
     parser.add_argument("--confidence", default="top_prob", choices=get_args(Confidence))
     parser.add_argument("--tokens-per-step", type=int, default=1)
-    parser.add_argument("--threshold", type=float, help="also fill all cells above this probability")
+    parser.add_argument("--threshold", type=float, help="also fill all positions above this probability")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -148,32 +160,77 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def read_question(options: argparse.Namespace, config: Config) -> tuple[Tensor, int | None, Callable[[Samples], str]]:
+    """What the command line asks, as a row int64 [1, L], the token that ends an answer, and how it is shown.
+
+    Raises:
+        ValueError: it is no question for this model.
+    """
+    if isinstance(config.data, SudokuSettings):
+        if options.puzzle is None:
+            raise ValueError("this is a Sudoku model: give it a --puzzle, not a --prompt")
+        size, n_cells = config.data.size, config.data.size**2
+        puzzle = torch.tensor(parse_puzzle(options.puzzle, size))
+
+        def show_board(result: Samples) -> str:
+            return format_boards(puzzle, result.tokens[0, n_cells:], result.order[0, n_cells:], size)
+
+        return torch.cat([puzzle, torch.full_like(puzzle, config.mask_id)])[None], None, show_board
+    if options.prompt is None:
+        raise ValueError("this is a TinyGSM model: give it a --prompt, not a --puzzle")
+    # Sudoku needs none of these, and they are slow to import.
+    from data.load import find_tokenizer
+    from data.text import decode_programs, encode_prompts, prompt_fits
+    from eval.grader import extract_program
+    from eval.sandbox import run_programs
+
+    tokenizer = find_tokenizer(config.data)
+    ids = encode_prompts(tokenizer.backend_tokenizer, [options.prompt])[0]
+    if not prompt_fits(len(ids), config.data.max_len):
+        raise ValueError(f"the prompt has {len(ids)} tokens, which leaves no room in {config.data.max_len}")
+    xt = torch.full((1, config.data.max_len), config.mask_id)
+    xt[0, : len(ids)] = torch.tensor(ids)
+
+    def show_program(result: Samples) -> str:
+        text = decode_programs(tokenizer, result.tokens.numpy(), (xt != config.mask_id).numpy())[0]
+        program = extract_program(text)
+        if program is None:
+            return f"{text}\n\nno program"
+        outcome = run_programs([program], n_workers=1)[0]
+        value = f"returns {outcome.value}" if outcome.status == "ok" else f"{outcome.status}: {outcome.message}"
+        return f"{text}\n\n{value}"
+
+    return xt, tokenizer.eos_token_id, show_program
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
     options = _parse_arguments(arguments)
     try:
         device = start_world(options.device).device
-        model, config = load_model(options.checkpoint)
-        size = config.data.size
-        puzzle = torch.tensor(parse_puzzle(options.puzzle, size))
+        rule = {
+            "confidence": f"[{options.confidence}]",
+            "tokens_per_step": f"[{options.tokens_per_step}]",
+            "threshold": "null" if options.threshold is None else options.threshold,
+        }
+        # As settings, so that a rule which the model cannot be sampled by is refused.
+        model, config = load_model(options.checkpoint, [f"validation.{key}={value}" for key, value in rule.items()])
+        xt, eos_id, show = read_question(options, config)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    mask_id = size + 1
-    xt = torch.cat([puzzle, torch.full_like(puzzle, mask_id)])[None].to(device)
     with autocast(device, autocast_dtype(config.training.precision, device)):
-        result = sampler_of(config)(
+        result = sampler_of(config, eos_id)(
             model.to(device),
-            xt,
-            mask_id,
+            xt.to(device),
+            config.mask_id,
             confidence=options.confidence,
             tokens_per_step=options.tokens_per_step,
             threshold=options.threshold,
             temperature=options.temperature,
             seed=options.seed,
         )
-    n_cells = size * size
-    print(format_boards(puzzle, result.tokens[0, n_cells:].cpu(), result.order[0, n_cells:].cpu(), size))
+    print(show(Samples(result.tokens.cpu(), result.order.cpu(), result.nfe.cpu())))
     print(f"{int(result.nfe[0])} network forward evaluations")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from config import Confidence
 from model.attention import KeyValueCache
-from model.token_scores import mix_keys
+from model.token_predictions import mix_keys
 from model.transformer import Transformer
 from sampling_step import Samples, fill, noise_keys
 

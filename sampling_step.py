@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from config import Confidence
-from model.token_scores import TokenPredictions, hash_uniform, mix_keys
+from model.token_predictions import TokenPredictions, hash_uniform, mix_keys
 from unmasking import reveal_top
 
 

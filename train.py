@@ -14,32 +14,30 @@ import math
 import sys
 import time
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
+from signal import SIGINT, Signals
 from typing import NoReturn
 
-import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+if __name__ == "__main__":  # SLURM's warnings count from here on; importing torch takes seconds
+    from runtime import signals
+
+    signals.listen()
+
 from tqdm import tqdm
 
 from config import Config
-from data.load import describe_source, load_split
-from data.sudoku import SudokuData, count_shared_puzzles
-from eval.evaluate import Evaluation, as_json, evaluate
+from data.load import count_shared, describe_source, load_split
+from eval.evaluate import evaluate
+from eval.results import Evaluation, as_json
+from eval.tasks import Task, load_task
 from run_state import Run, build_run, describe, restore_run, save_run, summarize, where
 from runtime.checkpoint import latest_checkpoint, write_text
 from runtime.config_file import changed_settings, dump_config, flatten, read_config
 from runtime.curves import AXES, draw_curves
-from runtime.distributed import (
-    autocast,
-    autocast_dtype,
-    from_main,
-    main_first,
-    start_world,
-    stop_world,
-)
+from runtime.distributed import from_main, main_first, start_world, stop_world
 from runtime.metrics import Recorder
+from runtime.signals import StopVote
+from update import Updater, check_graph
 
 FINAL_FILE = "final.json"
 
@@ -48,43 +46,28 @@ class TrainingDiverged(RuntimeError):
     """The loss or the gradient is no longer a number."""
 
 
-def train_step(run: Run, dtype: torch.dtype | None) -> None:
-    """One update. Nothing is read back from the device."""
-    microbatches = list(run.objective.microbatches(run.step))
-    for number, microbatch in enumerate(microbatches, start=1):
-        last = number == len(microbatches)
-        sync = run.wrapped.no_sync() if isinstance(run.wrapped, DistributedDataParallel) and not last else nullcontext()
-        with sync:
-            with autocast(run.world.device, dtype):
-                scores = run.wrapped(microbatch.xt, microbatch.x0, microbatch.weight)
-            scores.loss.backward()
-        run.totals[0] += scores.loss.detach()
-        run.objective.observe(microbatch, scores.confidence)
-    run.totals[1] += nn.utils.clip_grad_norm_(run.model.parameters(), run.config.training.max_grad_norm)
-    run.optimizer.step()
-    run.learning_rate = float(run.scheduler.get_last_lr()[0])
-    run.scheduler.step()
-    run.optimizer.zero_grad()
-    if run.ema is not None:
-        run.ema.update_parameters(run.model)
-    run.objective.end_step()
-    run.n_summed += 1
-    run.step += 1
-
-
-def train(run: Run, test: SudokuData, recorder: Recorder | None) -> Evaluation:
+def train(run: Run, task: Task, recorder: Recorder | None, vote: StopVote) -> Evaluation | Signals:
     """Train to the end, from wherever `run` stands; record, evaluate and save on the way.
+
+    Returns:
+        The last evaluation, or the signal that the run stopped for, saved, before its end.
 
     Raises:
         TrainingDiverged: the loss is no longer finite; nothing is saved then.
     """
     training, validation = run.config.training, run.config.validation
-    dtype = autocast_dtype(training.precision, run.world.device)
-    evaluation = None
+    updater = Updater(run)
+    evaluation, saved = None, run.step
     with tqdm(total=run.n_steps, initial=run.step, unit="step", disable=recorder is None) as bar:
         before = time.perf_counter()
         while run.step < run.n_steps:
-            train_step(run, dtype)
+            if stopped := vote.stop():
+                check_finite(run)
+                run.seconds += time.perf_counter() - before
+                if run.step > saved:
+                    save_run(run, None)
+                return stopped
+            updater.step()
             bar.update()
             last = run.step == run.n_steps
             log, measure, save = (
@@ -101,17 +84,20 @@ def train(run: Run, test: SudokuData, recorder: Recorder | None) -> Evaluation:
                 bar.set_postfix_str(f"loss {values['train/loss']:.4f}, lr {values['train/learning_rate']:.1e}")
             if measure:
                 n_examples = (last and validation.n_final_examples) or validation.n_examples
-                evaluation = evaluate(run.evaluated_model, run.config, test, run.world, n_examples)
+                evaluation = evaluate(run.evaluated_model, run.config, task, run.world, n_examples)
                 values |= evaluation.metrics()
                 if recorder:
                     bar.write(f"step {run.step}: {evaluation.table().splitlines()[1]}")
             if recorder and (log or measure):
                 recorder.write(values)
+            if recorder and measure and evaluation and evaluation.samples:
+                recorder.table("samples", evaluation.samples, run.step)
             if save:
                 save_run(run, evaluation.accuracy if measure and evaluation else None)
+                saved = run.step
             before = time.perf_counter()
     n_examples = validation.n_final_examples or validation.n_examples
-    return evaluation or evaluate(run.evaluated_model, run.config, test, run.world, n_examples)
+    return evaluation or evaluate(run.evaluated_model, run.config, task, run.world, n_examples)
 
 
 def check_finite(run: Run) -> None:
@@ -143,36 +129,46 @@ def finish(run: Run, evaluation: Evaluation, recorder: Recorder) -> None:
     write_text(run.run_dir / FINAL_FILE, json.dumps(final, indent=1) + "\n")
 
 
-def start(config: Config, run_dir: Path) -> tuple[Run, SudokuData]:
+def stop_early(run: Run, stopped: Signals, recorder: Recorder | None) -> None:
+    """Say where the run stands, which is saved. Only Ctrl-C gives a status that stops a script as well."""
+    if recorder is not None:
+        print(f"stopped by {stopped.name} at step {run.step:,}; the same command goes on from there", flush=True)
+        recorder.close()
+    if stopped == SIGINT:
+        sys.exit(130)
+
+
+def start(config: Config, run_dir: Path) -> tuple[Run, Task]:
     """Load the data and build the run, at its newest checkpoint if it has one.
 
     Raises:
         ValueError: bad data, or settings that do not fit the machine or the checkpoint.
     """
     world = start_world(config.training.device)
+    ignored = check_graph(config, world)
     run_dir.mkdir(parents=True, exist_ok=True)
     if world.is_main:
         print(f"data: {describe_source(config.data)}", flush=True)
-    train_data, test_data = main_first(
-        world, lambda: (load_split(config.data, "train"), load_split(config.data, "test"))
-    )
-    run = build_run(config, world, run_dir, train_data)
+    train_data, task = main_first(world, lambda: (load_split(config, "train"), load_task(config)))
     checkpoint = from_main(latest_checkpoint(run_dir) if world.is_main else None)
+    run = build_run(config, world, run_dir, train_data, resuming=checkpoint is not None)
     if checkpoint is not None:
         restore_run(run, checkpoint)
     if world.is_main:
         write_text(run_dir / "config.yaml", dump_config(config))
-        n_shared = count_shared_puzzles(train_data, test_data)
-        if n_shared:
-            warnings.warn(f"{n_shared} of the {len(test_data)} test puzzles are in the training set", stacklevel=2)
+        if ignored:
+            warnings.warn(ignored, stacklevel=2)
+        if n_shared := count_shared(train_data, task.validation):
+            warnings.warn(f"{n_shared} of the {len(task)} test puzzles are in the training set", stacklevel=2)
         print(describe(run), flush=True)
-    return run, test_data
+    return run, task
 
 
-def print_result(run_dir: Path) -> None:
+def print_result(config: Config, run_dir: Path) -> None:
     """The last line of a finished run."""
+    questions = "puzzles" if config.data.dataset == "sudoku" else "problems"
     final = json.loads((run_dir / FINAL_FILE).read_text(encoding="utf-8"))
-    print(f"solved {100 * final['accuracy']:.1f}% of {final['n']} unseen puzzles")
+    print(f"solved {100 * final['accuracy']:.1f}% of {final['n']} unseen {questions}")
 
 
 def check_unchanged(config: Config, run_dir: Path) -> None:
@@ -202,16 +198,19 @@ def main(arguments: list[str] | None = None) -> None:
             check_unchanged(config, run_dir)
             if (run_dir / FINAL_FILE).exists():
                 print(f"{run_dir} is complete; give another --run-dir to train again")
-                print_result(run_dir)
+                print_result(config, run_dir)
                 return
-            run, test_data = start(config, run_dir)
+            run, task = start(config, run_dir)
         except (ValueError, OSError) as error:
             fail(str(error), status=2)
         recorder = Recorder(run_dir, config.wandb, flatten(config), run.step) if run.world.is_main else None
-        evaluation = train(run, test_data, recorder)
-        if recorder is not None:
-            finish(run, evaluation, recorder)
-            print_result(run_dir)
+        with StopVote(run.world) as vote:
+            outcome = train(run, task, recorder, vote)
+        if isinstance(outcome, Signals):
+            stop_early(run, outcome, recorder)
+        elif recorder is not None:
+            finish(run, outcome, recorder)
+            print_result(config, run_dir)
     except TrainingDiverged as error:
         fail(str(error), status=1)
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ from numba import njit, uint64
 from tqdm import tqdm
 
 from data.sudoku import BOX_SHAPE, SudokuData, make_data, puzzle_keys
-from data.sudoku_files import load_sudoku_file, save_array
+from data.sudoku_files import save_array
 
 # No puzzle with fewer clues has one solution.
 FEWEST_CLUES = {4: 4, 6: 8, 9: 17}
@@ -76,7 +76,7 @@ def generate_sudoku(
             if len(seen) == n_wanted:
                 break
             n_stale = n_stale + 1 if len(seen) - n_before < CHUNK_ROWS // 100 else 0
-            if n_stale == MAX_STALE_CHUNKS:
+            if n_stale == MAX_STALE_CHUNKS or len(chunk) == 0:  # hundreds of grids per number, and no puzzle at all
                 raise ValueError(
                     f"only {len(seen)} distinct {size}x{size} puzzles with {min_clues} to {max_clues} clues could be "
                     f"found, {n_wanted} are wanted: ask for fewer, or widen the range of clues"
@@ -89,16 +89,15 @@ def generate_sudoku(
 
 def cached_generated(
     data_dir: str | Path, size: int, n_train: int, n_test: int, min_clues: int, max_clues: int, seed: int
-) -> tuple[SudokuData, SudokuData]:
-    """Training and test puzzles from `data_dir`, made and stored there on first use; see `generate_sudoku`."""
+) -> tuple[Path, Path]:
+    """Files of training and test puzzles in `data_dir`, made there on first use; see `generate_sudoku`."""
     name = f"sudoku_{size}x{size}_{n_train}_{n_test}_clues{min_clues}to{max_clues}_seed{seed}"
-    paths = [Path(data_dir) / f"{name}_{split}.npy" for split in ("train", "test")]
+    paths = Path(data_dir) / f"{name}_train.npy", Path(data_dir) / f"{name}_test.npy"
     if not all(path.exists() for path in paths):
         for data, path in zip(generate_sudoku(size, n_train, n_test, min_clues, max_clues, seed), paths, strict=True):
             assert data is not None  # the settings ask for at least one of each
             save_array(path, data.tokens)
-    train, test = (load_sudoku_file(path, size) for path in paths)
-    return train, test
+    return paths
 
 
 def check_request(size: int, min_clues: int, max_clues: int) -> None:
@@ -307,8 +306,8 @@ def main(arguments: list[str] | None = None) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
-    if options.seed < 0:
-        parser.error(f"--seed must not be negative, got {options.seed}")
+    if not 0 <= options.seed < 2**32:
+        parser.error(f"--seed must be from 0 to {2**32 - 1}, got {options.seed}")
     try:
         data, _ = generate_sudoku(
             options.size,

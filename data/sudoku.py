@@ -44,6 +44,11 @@ class SudokuData:
         return self.size + 1
 
     @property
+    def eos_id(self) -> None:
+        """Boards have no end token."""
+        return None
+
+    @property
     def puzzles(self) -> np.ndarray:
         """uint8 [N, C]."""
         return self.tokens[:, : self.n_cells]
@@ -73,17 +78,23 @@ def make_data(tokens: np.ndarray, size: int, source: str) -> SudokuData:
     Raises:
         ValueError: there are none, the shape is wrong or a board is bad; the message names the first bad rows.
     """
-    expected = 2 * size * size
-    if tokens.ndim != 2 or tokens.shape[1] != expected:
-        raise ValueError(
-            f"{source}: rows must have {expected} numbers for {size}x{size} boards, got shape {tokens.shape}"
-        )
-    if len(tokens) == 0:
-        raise ValueError(f"{source} holds no boards")
+    check_shape(tokens, size, source)
     bad = check_boards(tokens, size)
     if bad:
         raise ValueError(f"{source}: {format_bad_rows(bad, len(tokens))}")
     return SudokuData(np.ascontiguousarray(tokens, dtype=np.uint8), size)
+
+
+def check_shape(tokens: np.ndarray, size: int, source: str) -> None:
+    """Raise ValueError unless `tokens` are numbers [N, 2 * C], N at least 1."""
+    expected = 2 * size * size
+    if tokens.ndim != 2 or tokens.shape[1] != expected or tokens.dtype.kind not in "uif":
+        raise ValueError(
+            f"{source}: rows must have {expected} numbers for {size}x{size} boards, got shape {tokens.shape} of type "
+            f"{tokens.dtype}"
+        )
+    if len(tokens) == 0:
+        raise ValueError(f"{source} holds no boards")
 
 
 def check_boards(tokens: np.ndarray, size: int) -> list[tuple[int, str]]:
@@ -162,6 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         tokens = read_boards(options.file, options.size)
+        check_shape(tokens, options.size, options.file)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from tqdm import tqdm
@@ -40,18 +41,18 @@ def read_boards(path: str | Path, size: int) -> np.ndarray:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"Sudoku file {path} does not exist")
-    if path.suffix == ".csv":
-        return _read_csv(path, size)
     try:
+        if path.suffix == ".csv":
+            return _read_csv(path, size)
         content = np.load(path)  # refuses pickles by default
-    except (ValueError, OSError, EOFError) as error:
+        if isinstance(content, np.ndarray):
+            return content
+        missing = {"puzzle", "solution"} - set(content.files)
+        if missing:
+            raise ValueError(f"it lacks {sorted(missing)} and holds {content.files}")
+        puzzles, solutions = content["puzzle"], content["solution"]
+    except (ValueError, OSError, EOFError, BadZipFile, csv.Error) as error:
         raise ValueError(f"Sudoku file {path} cannot be read: {error}") from None
-    if isinstance(content, np.ndarray):
-        return content
-    missing = {"puzzle", "solution"} - set(content.files)
-    if missing:
-        raise ValueError(f"Sudoku file {path} lacks {sorted(missing)}; it holds {content.files}")
-    puzzles, solutions = content["puzzle"], content["solution"]
     if puzzles.shape != solutions.shape or puzzles.ndim != 2:
         raise ValueError(
             f"Sudoku file {path}: puzzle {puzzles.shape} and solution {solutions.shape} must both be [N, {size**2}]"
@@ -89,8 +90,11 @@ def convert_published(path: Path) -> np.ndarray:
     Raises:
         ValueError: another shape, or quadruples that do not name each cell once.
     """
-    raw = np.load(path, mmap_mode="r")
-    if raw.ndim != 2 or raw.shape[1] != RAW_WIDTH or len(raw) == 0:
+    try:
+        raw = np.load(path, mmap_mode="r")
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"Sudoku file {path} cannot be read: {error}") from None
+    if raw.ndim != 2 or raw.shape[1] != RAW_WIDTH or len(raw) == 0 or raw.dtype.kind not in "uif":
         raise ValueError(f"{path}: rows must have {RAW_WIDTH} integers, got shape {raw.shape}")
     boards = np.zeros((len(raw), 2, 81), dtype=np.uint8)
     # Every row names all cells, so the smallest index of the first row tells where the file counts from.
@@ -104,9 +108,12 @@ def convert_published(path: Path) -> np.ndarray:
         cell = row * 9 + column  # [n, 81]
         in_range = (row >= 0) & (row < 9) & (column >= 0) & (column < 9) & (value >= 0) & (value <= 255)
         good = in_range.all(1) & (np.sort(cell, axis=1) == np.arange(81)).all(1)
+        good &= (n_clues[:, 0] >= 0) & (n_clues[:, 0] <= 81)
         if not good.all():
             first = start + int(np.flatnonzero(~good)[0])
-            raise ValueError(f"{path}: row {first} (from 0) does not name each of the 81 cells once, with a value")
+            raise ValueError(
+                f"{path}: row {first} (from 0) must hold 0 to 81 clues and name each of the 81 cells once, with a value"
+            )
         out = boards[start : start + len(chunk)]
         np.put_along_axis(out[:, 0], cell, np.where(np.arange(81) < n_clues, value, 0).astype(np.uint8), axis=1)
         np.put_along_axis(out[:, 1], cell, value.astype(np.uint8), axis=1)
@@ -119,11 +126,15 @@ def load_hub(name: str, split: str, puzzle_column: str, solution_column: str, si
     Raises:
         ValueError: it cannot be loaded, lacks a column, or a row is bad.
     """
-    from datasets import load_dataset  # slow to import, and only this source needs it
+    from datasets import load_dataset, load_dataset_builder  # slow to import, and only this source needs it
+    from datasets.packaged_modules.csv.csv import Csv
 
     source = f"data set {name!r}, split {split!r}"
     try:
-        table = load_dataset(name, split=split)
+        # A csv file's puzzles are read as numbers otherwise, without their leading zeros.
+        as_text = {"converters": {puzzle_column: str, solution_column: str}}
+        options: dict[str, Any] = as_text if isinstance(load_dataset_builder(name), Csv) else {}
+        table = load_dataset(name, split=split, **options)
     except Exception as error:  # the library raises a dozen kinds for what is one problem to the user
         raise ValueError(f"{source} cannot be loaded: {error}") from None
     missing = {puzzle_column, solution_column} - set(table.column_names)
@@ -147,31 +158,37 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def _read_csv(path: Path, size: int) -> np.ndarray:
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
         lines = csv.reader(file)
         header = next(lines, [])
         missing = {"puzzle", "solution"} - set(header)
         if missing:
-            raise ValueError(f"Sudoku file {path} lacks the columns {sorted(missing)}; it has {header}")
+            raise ValueError(f"it lacks the columns {sorted(missing)} and has {header}")
         at = [header.index("puzzle"), header.index("solution")]
         rows = [line for line in lines if line]
     short = next((number for number, line in enumerate(rows) if len(line) <= max(at)), None)
     if short is not None:
-        raise ValueError(f"Sudoku file {path}: row {short} (from 0) is cut short: {rows[short]}")
-    columns = [_cells([line[i] for line in rows], size, f"{path}, column {header[i]!r}") for i in at]
+        raise ValueError(f"row {short} (from 0) is cut short: {rows[short]}")
+    columns = [_cells([line[i] for line in rows], size, f"column {header[i]!r}") for i in at]
     return np.concatenate(columns, axis=1)
 
 
 def _cells(rows: Sequence[Any], size: int, source: str) -> np.ndarray:
     """Boards given as text or as lists of integers, [N, C]; ValueError naming the first row of another length."""
     n_cells = size * size
-    wrong = next((number for number, row in enumerate(rows) if len(row) != n_cells), None)
-    if wrong is not None:
-        raise ValueError(
-            f"{source}: row {wrong} (from 0) has {len(rows[wrong])} cells, a {size}x{size} board has {n_cells}"
-        )
-    if not rows or not isinstance(rows[0], str):
-        return np.array(rows, dtype=np.int64).reshape(-1, n_cells)
+    kind = str if rows and isinstance(rows[0], str) else list
+    for number, row in enumerate(rows):
+        if not isinstance(row, kind):
+            raise ValueError(f"{source}: row {number} (from 0) is {row!r}, not {'text' if kind is str else 'a list'}")
+        if len(row) != n_cells:
+            raise ValueError(
+                f"{source}: row {number} (from 0) has {len(row)} cells, a {size}x{size} board has {n_cells}"
+            )
+    if kind is list:
+        try:
+            return np.array(rows, dtype=np.float64).reshape(-1, n_cells)  # missing cells become NaN
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: cells must be integers ({error})") from None
     # Anything that is no ASCII character becomes `?`, which fails the check of digits with its row number.
     codes = np.frombuffer("".join(rows).encode("ascii", errors="replace"), dtype=np.uint8).reshape(-1, n_cells)
     return np.where(codes == ord("."), 0, codes.astype(np.int16) - ord("0"))

@@ -1,22 +1,27 @@
 """The output head in chunks: loss, NLL and confidence per position, never a [B, L, V] tensor.
 
-Only positions that carry weight are scored. Their logits exist a chunk at a time; the gradient is computed in the same
-sweep, so that nothing of size V is kept for the backward pass.
+Only positions that carry weight are scored, unless the vocabulary is so small that fixed shapes are worth more. Logits
+exist a chunk at a time, and the gradient is computed in the same sweep: nothing of size V waits for the backward pass.
 
 Shapes: B rows, L positions, N scored positions, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# A chunk of logits holds at most this many float32 numbers (64 MiB), however large the vocabulary.
+# A chunk of logits holds at most this many numbers, however large the vocabulary: 64 MiB in float32, 512 MiB on a GPU,
+# where smaller matrix products would leave most of the machine idle.
 CHUNK_ELEMENTS = 1 << 24
-# Below this vocabulary the head costs nothing, so it stays in float32: bfloat16 logits tie where the model is sure.
+CHUNK_ELEMENTS_GPU = 1 << 27
+# Up to this vocabulary the head costs nothing, so it stays in float32 (bfloat16 logits tie where the model is sure) and
+# scores every position: all shapes are fixed then.
 SMALL_VOCABULARY = 4096
 
 
@@ -28,16 +33,47 @@ class TokenScores(NamedTuple):
     confidence: Tensor  # float32 [B, L], max log-probability; -inf where weight is 0
 
 
-class TokenPredictions(NamedTuple):
-    """What a sampler needs at N positions; `log_prob` is of `token`, the others of the whole distribution."""
+class ScoredPositions:
+    """Which positions carry weight; made before the backbone runs, so that their number is known when the head starts.
 
-    token: Tensor  # int64 [N]
-    log_prob: Tensor  # float32 [N]
-    margin: Tensor  # float32 [N], largest minus second largest probability
-    neg_entropy: Tensor  # float32 [N], sum of p log p
+    On a GPU the host must know the number to launch the head. It travels there while the backbone computes; `indices`
+    waits for it, but not for the backbone, so the device never runs dry.
+    """
+
+    def __init__(self, weight: Tensor, n_tokens: int) -> None:
+        """For `weight` (float32 [B, L]) and a vocabulary of `n_tokens`."""
+        flat = weight.flatten()
+        self._event: torch.cuda.Event | None = None
+        self._indices = self._count = None
+        if n_tokens <= SMALL_VOCABULARY:
+            self._indices = torch.arange(len(flat), device=weight.device)
+        elif not weight.is_cuda:
+            self._indices = flat.nonzero().squeeze(1)
+        else:
+            self._order = (flat == 0).to(torch.uint8).argsort(stable=True)
+            self._count = torch.empty((), dtype=torch.long, pin_memory=True)
+            self._count.copy_((flat != 0).sum(), non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def indices(self) -> Tensor:
+        """Flat positions to score, int64 [N]."""
+        if self._indices is not None:
+            return self._indices
+        assert self._event is not None
+        assert self._count is not None
+        self._event.synchronize()
+        return self._order[: int(self._count)]
 
 
-def score_tokens(hidden: Tensor, head: Tensor, x0: Tensor, weight: Tensor) -> TokenScores:
+def score_tokens(
+    hidden: Tensor,
+    head: Tensor,
+    x0: Tensor,
+    weight: Tensor,
+    scored: ScoredPositions | None = None,
+    compiled: bool = False,
+) -> TokenScores:
     """Score the true tokens where `weight` is not 0.
 
     Args:
@@ -45,84 +81,21 @@ def score_tokens(hidden: Tensor, head: Tensor, x0: Tensor, weight: Tensor) -> To
         head: [V, D], the output matrix.
         x0: int64 [B, L].
         weight: float32 [B, L].
+        scored: what is known of `weight` already.
+        compiled: fuse the sweeps over a large vocabulary's logits.
     """
-    scored = weight.flatten().nonzero().squeeze(1)  # [N]
+    indices = (scored or ScoredPositions(weight, head.shape[0])).indices()  # [N]
+    own_weight = weight.flatten()[indices]
     loss, nll, confidence = _ScoreChunks.apply(
-        hidden.flatten(0, 1)[scored], head, x0.flatten()[scored], weight.flatten()[scored], compute_dtype(head)
+        hidden.flatten(0, 1)[indices], head, x0.flatten()[indices], own_weight, compute_dtype(head), compiled
     )
+    # Of a small vocabulary, positions without weight have been scored too.
+    nll, confidence = nll.masked_fill(own_weight == 0, 0.0), confidence.masked_fill(own_weight == 0, -torch.inf)
     return TokenScores(
         loss,
-        torch.zeros_like(weight).flatten().index_copy(0, scored, nll).view_as(weight),
-        torch.full_like(weight, -torch.inf).flatten().index_copy(0, scored, confidence).view_as(weight),
+        torch.zeros_like(weight).flatten().index_copy(0, indices, nll).view_as(weight),
+        torch.full_like(weight, -torch.inf).flatten().index_copy(0, indices, confidence).view_as(weight),
     )
-
-
-@torch.no_grad()
-def predict_tokens(
-    hidden: Tensor,
-    head: Tensor,
-    banned: int,
-    *,
-    temperature: float = 0.0,
-    noise_key: Tensor | None = None,
-) -> TokenPredictions:
-    """The most probable token at each position, or with a temperature a random one by the Gumbel-max rule.
-
-    Args:
-        hidden: [N, D].
-        head: [V, D].
-        banned: the mask token, which is never produced and takes no probability.
-        temperature: 0 for the most probable token; log-probabilities are divided by it otherwise.
-        noise_key: int64 [N], one random key per position; needed with a temperature.
-    """
-    dtype = compute_dtype(head)
-    matrix = head.to(dtype).t()
-    chunks = []
-    for rows in torch.arange(len(hidden), device="cpu").split(_chunk_rows(head)):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        logits = _matmul(hidden[part].to(dtype), matrix).float()  # [n, V]
-        logits[:, banned] = -torch.inf
-        log_prob = logits.log_softmax(dim=1)
-        prob = log_prob.exp()
-        best = prob.topk(2, dim=1)
-        token = best.indices[:, 0]
-        if temperature > 0:
-            assert noise_key is not None
-            token = (log_prob.double() / temperature + gumbel_noise(noise_key[part], head.shape[0])).argmax(dim=1)
-        neg_entropy = (prob * log_prob).nan_to_num(0.0).sum(dim=1)  # the banned token gives 0 * -inf
-        chosen = log_prob.gather(1, token[:, None]).squeeze(1)
-        chunks.append(TokenPredictions(token, chosen, best.values[:, 0] - best.values[:, 1], neg_entropy))
-    if not chunks:
-        empty = torch.empty(0, device=hidden.device)
-        return TokenPredictions(empty.long(), empty, empty, empty)
-    return TokenPredictions(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
-
-
-def hash_uniform(key: Tensor) -> Tensor:
-    """Uniform numbers in (0, 1), float64, from int64 keys of any shape (the finalizer of SplitMix64).
-
-    Random numbers that depend on nothing but a key make a row's sample independent of its neighbours in the batch.
-    """
-    key = key * -7046029254386353131  # odd, 2^64 / golden ratio; products wrap
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        key = (key ^ ((key >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    key = key ^ ((key >> 31) & ((1 << 33) - 1))
-    return (((key >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
-
-
-def mix_keys(key: Tensor, other: Tensor | int) -> Tensor:
-    """One int64 key from two (broadcast together); a change in either changes it throughout."""
-    return (hash_uniform(key) * 2.0**53).long() * 1_000_003 + other
-
-
-def gumbel_noise(key: Tensor, n: int) -> Tensor:
-    """Gumbel noise for N keys (int64 [N]) and n tokens, float64 [N, n].
-
-    In float64, since float32 uniforms end at 1 - 2^-24: their noise never exceeds 16.6, which starves rare tokens and
-    makes sampling colder than its temperature says.
-    """
-    tokens = torch.arange(n, device=key.device)
-    return -(-hash_uniform(mix_keys(key[:, None], tokens)).log()).log()
 
 
 def compute_dtype(head: Tensor) -> torch.dtype:
@@ -133,14 +106,36 @@ def compute_dtype(head: Tensor) -> torch.dtype:
     return head.dtype
 
 
-def _chunk_rows(head: Tensor) -> int:
-    return max(1, CHUNK_ELEMENTS // head.shape[0])
+def chunk_rows(head: Tensor) -> int:
+    """Positions whose logits make one chunk."""
+    return max(1, (CHUNK_ELEMENTS_GPU if head.is_cuda else CHUNK_ELEMENTS) // head.shape[0])
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+def plain_matmul(a: Tensor, b: Tensor) -> Tensor:
     """A product in the type of its arguments, whatever autocast says."""
     with torch.autocast(a.device.type, enabled=False):
         return a @ b
+
+
+def _score_chunk(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """NLL and confidence (float32 [n]), and d (weight * nll) / d logits, of logits [n, V] in any float type.
+
+    float32 logits are overwritten; in as few sweeps over them as can be, since memory is what limits this.
+    """
+    wide = logits.float()
+    largest, own = wide.amax(dim=1), wide.gather(1, target[:, None]).squeeze(1)
+    exponentials = wide.sub_(largest[:, None]).exp_()
+    total = exponentials.sum(dim=1)
+    # weight * (softmax - one hot), from the exponentials in one sweep.
+    gradient = exponentials.mul_((weight / total)[:, None])
+    gradient.scatter_add_(1, target[:, None], -weight[:, None])
+    log_total = total.log()
+    return largest + log_total - own, -log_total, gradient.to(logits.dtype)
+
+
+@cache
+def _compiled_score_chunk() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_score_chunk, dynamic=True)
 
 
 class _ScoreChunks(torch.autograd.Function):
@@ -148,30 +143,29 @@ class _ScoreChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor, dtype: torch.dtype
+        ctx: Any, hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor, dtype: torch.dtype, compiled: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with_gradient = any(ctx.needs_input_grad)
         matrix = head.to(dtype)  # [V, D]
-        grad_hidden = torch.empty_like(hidden) if with_gradient else None
-        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if with_gradient else None
+        grad_hidden = grad_head = None
+        if any(ctx.needs_input_grad):
+            grad_hidden = torch.empty_like(hidden)
+            grad_head = torch.zeros(head.shape, dtype=torch.promote_types(dtype, torch.float32), device=head.device)
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         confidence = torch.empty_like(nll)
-        n_rows = _chunk_rows(head)
+        n_rows = chunk_rows(head)
+        score = _compiled_score_chunk() if compiled and head.shape[0] > SMALL_VOCABULARY else _score_chunk
         for start in range(0, len(hidden), n_rows):
             part = slice(start, start + n_rows)
             states = hidden[part].to(dtype)  # [n, D]
-            logits = _matmul(states, matrix.t()).float()  # [n, V]
-            log_total = logits.logsumexp(dim=1)
-            nll[part] = log_total - logits.gather(1, target[part, None]).squeeze(1)
-            confidence[part] = logits.amax(dim=1) - log_total
+            logits = plain_matmul(states, matrix.t())  # [n, V]
+            nll[part], confidence[part], gradient = score(logits, target[part], weight[part])
             if grad_hidden is not None and grad_head is not None:
-                # d loss / d logits = weight * (softmax - one hot), written over the logits.
-                gradient = logits.sub_(log_total[:, None]).exp_()
-                gradient.scatter_add_(1, target[part, None], torch.full_like(nll[part, None], -1.0))
-                gradient = gradient.mul_(weight[part, None]).to(dtype)
-                grad_hidden[part] = _matmul(gradient, matrix).to(hidden.dtype)
-                grad_head += _matmul(gradient.t(), states)
-        if with_gradient:
+                grad_hidden[part] = plain_matmul(gradient, matrix).to(hidden.dtype)
+                if grad_head.dtype == gradient.dtype:
+                    grad_head.addmm_(gradient.t(), states)  # without a matrix of its size in between
+                else:
+                    grad_head += plain_matmul(gradient.t(), states)
+        if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(nll, confidence)
         return (weight * nll).sum(), nll, confidence
@@ -180,4 +174,4 @@ class _ScoreChunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grads[0], grad_head * grads[0], None, None, None
+        return grad_hidden * grads[0], grad_head * grads[0], None, None, None, None

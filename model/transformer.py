@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from config import ModelSettings
+from config import Config, ModelSettings
 from model.attention import Attention, KeyValueCache, rotary_tables
 from model.block_mask import decoding_mask, noisy_and_clean, training_mask
-from model.token_scores import TokenPredictions, TokenScores, predict_tokens, score_tokens
+from model.token_predictions import TokenPredictions, predict_tokens
+from model.token_scores import ScoredPositions, TokenScores, score_tokens
 
 # Qwen2's. The published PUMA code starts wider, which costs it the first thousands of steps.
 INIT_STD = 0.02
@@ -151,6 +152,8 @@ class Transformer(nn.Module):
                 module.weight.normal_(0.0, INIT_STD, generator=generator)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
+            if isinstance(module, nn.RMSNorm):
+                module.weight.fill_(1.0)
 
     def compile_training(self) -> None:
         """Compile the pass of train mode alone: its shapes never change, while evaluation's do at every call."""
@@ -158,14 +161,16 @@ class Transformer(nn.Module):
 
     def forward(self, xt: Tensor, x0: Tensor, weight: Tensor) -> TokenScores:
         """Loss, NLL and confidence of the clean tokens x0 (int64 [B, L]) given xt, where weight (float32) is not 0."""
-        backbone = self.training_backbone if self.training and self.training_backbone else self.model
+        scored = ScoredPositions(weight, self.lm_head.weight.shape[0])
+        compiled = self.training_backbone if self.training else None
+        backbone = compiled or self.model
         if self.block_size is None:
             hidden = self._align(backbone(xt))
         else:
             tokens, where = noisy_and_clean(xt, x0, self.block_size)
             mask = training_mask(xt.shape[1], self.block_size, xt.device, self.model.head_width)
             hidden = backbone(tokens, positions=where, mask=mask)[:, : xt.shape[1]]  # [B, L, D]
-        return score_tokens(hidden, self.lm_head.weight, x0, weight)
+        return score_tokens(hidden, self.lm_head.weight, x0, weight, scored, compiled=compiled is not None)
 
     def predict(
         self,
@@ -205,3 +210,8 @@ class Transformer(nn.Module):
     def _align(self, hidden: Tensor) -> Tensor:
         """Hidden states [B, L, D] moved to the tokens that they are about."""
         return torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1) if self.shifted else hidden
+
+
+def build_model(config: Config) -> Transformer:
+    """The model of an experiment; its objective says what a position sees and whether scores are shifted."""
+    return Transformer(config.model, causal=config.causal, shifted=config.shifted, block_size=config.block_causal_size)

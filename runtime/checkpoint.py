@@ -89,7 +89,7 @@ def save_checkpoint(
     sealed = {name: facts for part in gather(files) for name, facts in part}
     if world.is_main:
         manifest = {"format": FORMAT, "step": step, "n_ranks": world.n_ranks, "score": score, "files": sealed}
-        write_text(scratch / MANIFEST, json.dumps(manifest, indent=1))
+        write_text(scratch / MANIFEST, json.dumps(manifest | {"sha256": _own_digest(manifest)}, indent=1))
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
         _sync_folder(folder)
@@ -130,21 +130,26 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files, n_ranks = dict(manifest["files"]), int(manifest["n_ranks"])
-        step, score = int(manifest["step"]), manifest["score"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']!r}, this code reads {FORMAT}")
+        if manifest.pop("sha256") != _own_digest(manifest):
+            raise ValueError("its content has changed since it was written")
+        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+        ranks = {f"rank_{rank}.pt" for rank in range(manifest["n_ranks"])}
+        missing = ranks.union(("model.safetensors", "train.pt", "config.yaml")) - files.keys()
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"checkpoint {path}: {MANIFEST} cannot be read ({error})") from None
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"checkpoint {path} has format {manifest.get('format')!r}, this code reads {FORMAT}")
-    for name, facts in files.items():
+    for name, (n_bytes, digest) in files.items():
         file = path / name
         if Path(name).name != name or not file.is_file():
             raise ValueError(f"checkpoint {path}: {name} is missing")
-        if file.stat().st_size != facts["bytes"]:
-            raise ValueError(f"checkpoint {path}: {name} has {file.stat().st_size} bytes, not {facts['bytes']}")
-        if _sha256(file) != facts["sha256"]:
+        if file.stat().st_size != n_bytes:
+            raise ValueError(f"checkpoint {path}: {name} has {file.stat().st_size} bytes, not {n_bytes}")
+        if _sha256(file) != digest:
             raise ValueError(f"checkpoint {path}: the content of {name} has changed since it was written")
-    return Checkpoint(path, step, n_ranks, None if score is None else float(score))
+    return Checkpoint(path, manifest["step"], manifest["n_ranks"], manifest["score"])
 
 
 def write_text(path: Path, text: str) -> None:
@@ -168,6 +173,11 @@ def _seal(path: Path) -> tuple[str, dict[str, Any]]:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return path.name, {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _own_digest(manifest: dict[str, Any]) -> str:
+    """Seals the manifest itself, in which a flipped bit could mean another step."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -200,6 +210,6 @@ def _prune(folder: Path, n_newest: int) -> None:
 
 def _score(path: Path) -> float | None:
     try:
-        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))["score"]
-    except (OSError, ValueError, KeyError):
+        return float(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["score"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None

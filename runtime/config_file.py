@@ -1,13 +1,17 @@
-"""Read one YAML file into a `Config`, and say everything that is wrong with it at once."""
+"""Read one YAML file into a `Config`, and say everything that is wrong with it at once.
+
+python -m runtime.config_file README.md     # writes the table of all settings into it
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,7 +21,15 @@ from config import FREE_ON_RESUME, Config
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML reads `3e-4` as text, since YAML 1.1 wants `3.0e-4`; everybody writes the former."""
+    """PyYAML, but `3e-4` is a number, though YAML 1.1 wants `3.0e-4`, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node; see PyYAML."""
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -50,10 +62,10 @@ def parse_config(raw: dict[str, Any], source: str) -> Config:
         # Through JSON, since pydantic's strict mode then takes lists for tuples but still no text for numbers.
         return Config.model_validate_json(json.dumps(raw, default=str))
     except ValidationError as error:
-        problems = [_explain(details) for details in error.errors(include_url=False)]
+        problems = [_explain(details) for details in _all_errors(error, raw)]
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         raise ValueError(f"config {source}: {count}\n" + "\n".join(f"  {problem}" for problem in problems)) from None
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"config {source} holds what settings cannot: {error}") from None
 
 
@@ -99,6 +111,31 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     target[last] = value
 
 
+def _all_errors(error: ValidationError, raw: dict[str, Any]) -> list[ErrorDetails]:
+    """What `raw` is refused for, and with it what pydantic checks only where all sections are right."""
+    errors = error.errors(include_url=False)
+    # A list whose entries are all wrong is called too short as well.
+    places = {details["loc"][:-1] for details in errors}
+    errors = [details for details in errors if not (details["type"] == "too_short" and details["loc"] in places)]
+    model = raw.get("model")
+    if isinstance(model, dict) and all(details["loc"] for details in errors):
+        model = _RIGHT["model"] | {"vocab_size": model.get("vocab_size")}
+        try:
+            Config.model_validate_json(json.dumps(_RIGHT | {"model": model, "data": raw.get("data")}, default=str))
+        except ValidationError as second:
+            errors += [details for details in second.errors(include_url=False) if not details["loc"]]
+    return errors
+
+
+# Sections that hold no problem, to check the vocabulary against the data whatever else is wrong.
+_RIGHT: dict[str, Any] = {
+    "model": dict.fromkeys(("intermediate_size", "num_hidden_layers", "num_attention_heads"), 1) | {"hidden_size": 2},
+    "objective": {"name": "uniform"},
+    "training": {"batch_size": 1, "learning_rate": 1.0, "max_steps": 1},
+    "validation": {},
+}
+
+
 def _explain(details: ErrorDetails) -> str:
     """One line for one problem: the key, the value, what is allowed."""
     location = [part for part in details["loc"] if part not in _union_tags()]
@@ -129,7 +166,8 @@ def _union_tags() -> set[str]:
 
 
 def _literal(model: type[BaseModel], field: str) -> tuple[str, ...]:
-    return get_args(model.model_fields[field].annotation) if field in model.model_fields else ()
+    annotation = model.model_fields[field].annotation if field in model.model_fields else None
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def _sections() -> Iterator[tuple[str, list[type[BaseModel]]]]:
@@ -165,3 +203,16 @@ def settings_table() -> str:
                 default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
                 lines.append(f"| `{label}` `{key}` | {default} | {field.description} |")
     return "\n".join(lines)
+
+
+def insert_settings(text: str) -> str:
+    """A document with the table of settings between its two marks; raises ValueError where it has none."""
+    begin, end = (re.search(mark, text) for mark in (r"<!-- settings: .*-->\n", r"<!-- /settings -->"))
+    if begin is None or end is None:
+        raise ValueError("the document lacks the marks <!-- settings: ... --> and <!-- /settings -->")
+    return f"{text[: begin.end()]}{settings_table()}\n{text[end.start() :]}"
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        Path(name).write_text(insert_settings(Path(name).read_text(encoding="utf-8")), encoding="utf-8")

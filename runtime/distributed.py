@@ -44,13 +44,14 @@ def start_world(device: str) -> World:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("training.device = 'cuda': this machine has no CUDA GPU; use auto or cpu")
-    n_ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    launched = "RANK" in os.environ  # by torchrun; clusters set WORLD_SIZE alone, too
+    n_ranks, rank = (int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])) if launched else (1, 0)
     if device == "cpu" or not torch.cuda.is_available():
         own = torch.device("cpu")
     else:
         own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(own)
-    if "RANK" in os.environ:
+    if launched:
         backend = "nccl" if own.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=own if own.type == "cuda" else None)
     return World(rank, n_ranks, own)
@@ -86,6 +87,11 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     values = values.clone()
     dist.all_reduce(values)
     return values
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of every rank's `value`, on every rank; the value itself on one process."""
+    return sum_over_ranks(value) / dist.get_world_size() if dist.is_initialized() else value
 
 
 def from_main(value: Any) -> Any:

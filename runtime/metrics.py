@@ -50,12 +50,26 @@ class Recorder:
             file.write(json.dumps(row) + "\n")
         self._send(row)
 
-    def picture(self, name: str, path: Path) -> None:
-        """Show a picture file in wandb."""
+    def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
+        """Write rows (all with the same keys) to `<name>_<step>.jsonl` and show them in wandb."""
+        path = self.path.with_name(f"{name}_{step:08d}.jsonl")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         if self._wandb is not None:
             import wandb
 
-            self._send({name: wandb.Image(str(path))})
+            # As text, since a column of a wandb table holds one type and a program may return any.
+            cells = [[str(value) for value in row.values()] for row in rows]
+            self._send({name: wandb.Table(columns=list(rows[0]), data=cells), "step": step})
+
+    def picture(self, name: str, path: Path) -> None:
+        """Show a picture file in wandb."""
+        if self._wandb is not None:
+            try:
+                import wandb
+
+                self._wandb.log({name: wandb.Image(str(path))})
+            except Exception as error:
+                self._give_up(error)
 
     def close(self) -> None:
         """Finish the wandb run."""
@@ -79,8 +93,11 @@ class Recorder:
             }
             self._wandb.log(row | histograms)
         except Exception as error:  # whatever a network or a service does, training goes on
-            _warn(error)
-            self._wandb = None
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        _warn(error)
+        self._wandb = None
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
@@ -88,7 +105,7 @@ def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
     path = run_dir / METRICS_FILE
     if not path.exists():
         return
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 yield json.loads(line)
@@ -145,6 +162,7 @@ def _start_wandb(run_dir: Path, settings: WandbSettings, config: dict[str, Any])
                 RuntimeWarning,
                 stacklevel=3,
             )
+            wandb.teardown()  # its service would refuse the id, which the failed run still holds
             run = wandb.init(mode="offline", **options)
         for axis in ("step", "seconds", "sequences_distinct"):
             run.define_metric(axis)

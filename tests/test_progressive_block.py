@@ -9,18 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from config import (
+from config import ModelSettings, TrainingSettings
+from config_objective import (
     BlockAttention,
     BlockPumaSettings,
     BlockUniformSettings,
-    ModelSettings,
     ObjectiveSettings,
     PumaSettings,
-    TrainingSettings,
     UniformSettings,
 )
 from data.stream import SequenceStream
-from model.token_scores import hash_uniform, mix_keys
+from model.token_predictions import hash_uniform, mix_keys
 from model.transformer import Transformer
 from objective import Objective, PumaObjective, build_objective
 from progressive import PumaPool
@@ -88,6 +87,7 @@ def run_step(objective: Objective, step: int) -> tuple[Tensor, Tensor, Tensor]:
         assert torch.equal(batch.xt[:, behind], batch.x0[:, behind]), "the prefix is clean"
         assert not batch.weight[:, behind].any()
     objective.end_step()
+    objective.stage_rows()
     return xt, x0, weight
 
 
@@ -128,6 +128,7 @@ def test_one_block_per_row_is_the_row_objective_bit_for_bit(plain, block, layout
             optimizer.step()
             optimizer.zero_grad()
             objective.end_step()
+            objective.stage_rows()
     assert losses[0] == losses[1]
     states = [objective.state_dict() for objective, _ in runs]
     assert torch.equal(states[0]["generator"], states[1]["generator"]), "the same random stream"

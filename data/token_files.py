@@ -1,0 +1,168 @@
+"""Tokenized rows in flat files that are mapped into memory, in the layout of the published PUMA code.
+
+`labels.bin`: uint32 [N, L], question, newline, program, then EOS to the end. `prompt_mask.bin`: uint8 [N, L / 8], eight
+positions a byte, the first in the lowest bit. `meta.json`: number of rows and their length among other facts, written
+last. Beside them `tokenizer/`, in folders that this code has written. `data/tiny_gsm.py` and `data/word_problems.py`
+write them.
+
+Shapes: N rows, L tokens per row.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.text import SEPARATOR
+
+LABELS_FILE, PROMPT_FILE, META_FILE = "labels.bin", "prompt_mask.bin", "meta.json"
+TOKENIZER_DIR = "tokenizer"
+N_CHECKED = 20_000  # rows, spread over the data, that are searched for the mask token when it is opened
+# What the published code writes and this code reads; other values are refused.
+FORMAT = {"labels_dtype": "uint32", "prompt_mask_packed": True, "prompt_mask_bitorder": "little"}
+
+
+@dataclass(frozen=True)
+class TinyGsmData:
+    """Rows in memory-mapped files; see `data.stream.SequenceData`. Open it with `open_tiny_gsm`."""
+
+    labels: np.ndarray  # uint32 [N, L]
+    prompt_bits: np.ndarray  # uint8 [N, L / 8]
+    mask_id: int
+    eos_id: int
+
+    @property
+    def length(self) -> int:
+        """Tokens per sequence."""
+        return self.labels.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (int64 [n, L]) and prompt mask (bool [n, L]) of these rows."""
+        prompt_mask = np.unpackbits(self.prompt_bits[indices], axis=1, bitorder="little").astype(bool)
+        return self.labels[indices].astype(np.int64), prompt_mask
+
+    def part(self, rows: slice) -> TinyGsmData:
+        """A run of consecutive rows."""
+        return replace(self, labels=self.labels[rows], prompt_bits=self.prompt_bits[rows])
+
+
+def open_tiny_gsm(data_dir: str | Path, max_len: int, mask_id: int, vocab_size: int) -> TinyGsmData:
+    """Map the files of `data_dir`.
+
+    Raises:
+        ValueError: they are missing, unfinished or of another length, their sizes do not fit meta.json, a row has
+            nothing to predict, or a token is the mask token or outside the vocabulary.
+    """
+    folder = Path(data_dir)
+    meta = read_meta(folder)
+    n_rows, length = data_shape(folder, meta)
+    if length != max_len:
+        raise ValueError(f"{folder} has rows of {length} tokens and data.max_len is {max_len}: set it to {length}")
+    labels = np.memmap(folder / LABELS_FILE, dtype=np.uint32, mode="r", shape=(n_rows, length))
+    prompt_bits = np.memmap(folder / PROMPT_FILE, dtype=np.uint8, mode="r", shape=(n_rows, length // 8))
+    for start in range(0, n_rows, N_CHECKED):
+        full = np.flatnonzero((prompt_bits[start : start + N_CHECKED] == 255).all(1))
+        if len(full):
+            raise ValueError(
+                f"{folder}: row {start + int(full[0])} (from 0) is all prompt, there is nothing to predict"
+            )
+    checked = labels[np.unique(np.linspace(0, n_rows - 1, min(N_CHECKED, n_rows)).astype(np.int64))]
+    highest = max(int(checked.max()), int(meta.get("max_token_id", 0)))
+    if highest >= vocab_size:
+        raise ValueError(f"{folder} holds token {highest} and model.vocab_size is {vocab_size}: raise it")
+    if (checked == mask_id).any():
+        raise ValueError(f"{folder} holds the mask token {mask_id}: set data.mask_id to a token that no row has")
+    # Every row ends in EOS, should meta.json not name it.
+    return TinyGsmData(labels, prompt_bits, mask_id, int(meta.get("eos_id", labels[0, -1])))
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What meta.json says, of ours or of the published code; raises ValueError where it is missing or unreadable."""
+    path = folder / META_FILE
+    if not path.exists():
+        state = "is unfinished" if (folder / LABELS_FILE).exists() else "is not there"
+        raise ValueError(
+            f"{path} is missing: the tokenized data {state}. "
+            f"`python data/tiny_gsm.py --out {folder}` makes it, and continues where it was interrupted"
+        )
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(meta, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(meta).__name__}")
+    for key, expected in FORMAT.items():
+        if meta.get(key, expected) != expected:
+            raise ValueError(f"{path}: {key} is {meta[key]!r}, only {expected!r} can be read")
+    return meta
+
+
+def write_token_files(folder: Path, labels: np.ndarray, prompt_bits: np.ndarray, facts: dict[str, Any]) -> None:
+    """Write labels uint32 [N, L], prompt bits uint8 [N, L / 8] and, last, meta.json with `facts` and the sizes."""
+    labels.tofile(folder / LABELS_FILE)
+    prompt_bits.tofile(folder / PROMPT_FILE)
+    write_meta(folder, facts | {"max_len": labels.shape[1]}, len(labels), int(labels.max()))
+
+
+def write_meta(folder: Path, facts: dict[str, Any], n_rows: int, max_token_id: int) -> None:
+    """Write meta.json beside files that fit it, which makes them complete.
+
+    Args:
+        facts: `max_len`, `eos_id`, `tokenizer` and whatever else is worth knowing.
+    """
+    from runtime.checkpoint import write_text  # imports torch, which processes that only tokenize can do without
+
+    sizes = {"sep": SEPARATOR, "num_examples": n_rows, "max_token_id": max_token_id}
+    meta = facts | {"split": "train"} | sizes | FORMAT
+    data_shape(folder, meta)
+    write_text(folder / META_FILE, json.dumps(meta, indent=1) + "\n")
+
+
+def tokenizer_of(data_dir: str | Path) -> str:
+    """Name or folder of the tokenizer that made the files of `data_dir`: their own copy, else what meta.json names."""
+    folder = Path(data_dir)
+    if (folder / TOKENIZER_DIR).is_dir():
+        return str(folder / TOKENIZER_DIR)
+    name = read_meta(folder).get("tokenizer")
+    if not isinstance(name, str):
+        raise ValueError(f"{folder / META_FILE} names no tokenizer: set data.tokenizer")
+    return name
+
+
+def data_shape(folder: Path, meta: dict[str, Any]) -> tuple[int, int]:
+    """Rows and tokens per row; what meta.json does not say follows from the sizes of the files.
+
+    Raises:
+        ValueError: a file is missing or its size does not fit.
+    """
+    sizes = {}
+    for name in (LABELS_FILE, PROMPT_FILE):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing")
+        sizes[name] = (folder / name).stat().st_size
+    n_tokens = sizes[LABELS_FILE] // 4
+    n_rows, length = meta.get("num_examples"), meta.get("max_len")
+    if isinstance(n_rows, int) and n_rows > 0 and length is None:
+        length = n_tokens // n_rows
+    if isinstance(length, int) and length > 0 and n_rows is None:
+        n_rows = n_tokens // length
+    if not isinstance(n_rows, int) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"{folder / META_FILE} must give num_examples or max_len as whole numbers, got {meta}")
+    if length % 8:
+        raise ValueError(f"{folder / META_FILE}: max_len {length} is not a multiple of 8")
+    for name, expected in {LABELS_FILE: n_rows * length * 4, PROMPT_FILE: n_rows * length // 8}.items():
+        if sizes[name] != expected:
+            raise ValueError(
+                f"{folder / name} has {sizes[name]} bytes, but {n_rows} rows of {length} tokens, as {META_FILE} says, "
+                f"take {expected}"
+            )
+    if n_rows == 0:
+        raise ValueError(f"{folder} holds no rows")
+    return n_rows, length

@@ -1,0 +1,241 @@
+"""A small stand-in for TinyGSM and GSM8K that needs no network: word problems from templates, with programs.
+
+Names, things and numbers vary; a problem takes one to three operations. The program does the arithmetic, so a model has
+to find the right numbers and write the right expression. What is written has the form of the real data (tokenized rows,
+a tokenizer, a test.jsonl as GSM8K's), so that everything after it is the same code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.text import encode_prompts, encode_rows, encode_texts
+from data.token_files import META_FILE, TOKENIZER_DIR, write_token_files
+
+TEST_FILE = "test.jsonl"
+VERSION = 1  # of the templates; part of the folder's name, so that old files are not taken for new ones
+# Enough that nearly every word of the templates is one token. The first is EOS, the last the mask.
+VOCAB_SIZE = 544
+EOS, MASK = "<eos>", "<mask>"
+# What a token may span: a digit, a newline with all but the last space of an indent, a word or identifier with the
+# space before it (so that a word is the same token in the question and at the start of a line), signs, other spaces.
+PIECES = r"[0-9]|\n {0,3}| ?[A-Za-z_]+| ?[^A-Za-z_0-9\s]+|\s+"
+N_TOKENIZER_ROWS = 2000
+
+NAMES = {
+    "Anna": "she", "Ben": "he", "Carla": "she", "David": "he", "Emma": "she", "Felix": "he", "Grace": "she",
+    "Henry": "he", "Iris": "she", "Jack": "he", "Kate": "she", "Liam": "he", "Mia": "she", "Noah": "he",
+    "Olga": "she", "Paul": "he",
+}  # fmt: skip
+THINGS = (
+    "apples", "books", "cards", "coins", "cookies", "eggs", "marbles", "pens", "plums", "shells", "stamps", "stickers"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Template:
+    """A kind of problem. `{name}`, `{he}`, `{things}` and the numbers stand in question and program."""
+
+    question: str
+    program: str  # lines of the function's body before `return result`
+    numbers: dict[str, tuple[int, int]]  # lowest and highest
+    answer: Callable[..., int]  # of the numbers by name
+    allowed: Callable[..., bool] = lambda **numbers: True  # which numbers make sense together
+
+
+TEMPLATES = (
+    Template(
+        "{name} has {a} {things}. Then {he} buys {b} more. How many {things} does {name} have now?",
+        "{things} = {a}\nbought = {b}\nresult = {things} + bought",
+        {"a": (2, 99), "b": (2, 99)},
+        lambda a, b: a + b,
+    ),
+    Template(
+        "{name} has {a} {things} and gives {b} of them to a friend. How many {things} are left?",
+        "{things} = {a}\ngiven = {b}\nresult = {things} - given",
+        {"a": (2, 99), "b": (2, 99)},
+        lambda a, b: a - b,
+        lambda a, b: a > b,
+    ),
+    Template(
+        "{name} buys {a} boxes of {things}. There are {b} {things} in each box. How many {things} does {he} buy?",
+        "boxes = {a}\nper_box = {b}\nresult = boxes * per_box",
+        {"a": (2, 20), "b": (2, 30)},
+        lambda a, b: a * b,
+    ),
+    Template(
+        "{name} shares {a} {things} equally among {b} friends. How many {things} does each friend get?",
+        "{things} = {a}\nfriends = {b}\nresult = {things} // friends",
+        {"a": (4, 99), "b": (2, 9)},
+        lambda a, b: a // b,
+        lambda a, b: a % b == 0,
+    ),
+    Template(
+        "{name} has {a} {things}. Then {he} buys {b} boxes with {c} {things} each. How many {things} does {he} have?",
+        "{things} = {a}\nboxes = {b}\nper_box = {c}\nresult = {things} + boxes * per_box",
+        {"a": (2, 99), "b": (2, 20), "c": (2, 30)},
+        lambda a, b, c: a + b * c,
+    ),
+    Template(
+        "{name} buys {a} {things} for ${b} each and pays with ${c}. How much change does {he} get?",
+        "{things} = {a}\nprice = {b}\npaid = {c}\nresult = paid - {things} * price",
+        {"a": (2, 9), "b": (2, 11), "c": (10, 100)},
+        lambda a, b, c: c - a * b,
+        lambda a, b, c: c > a * b,
+    ),
+    Template(
+        "{name} works {a} hours a day for {b} days and earns ${c} an hour. How much does {he} earn?",
+        "hours = {a}\ndays = {b}\nwage = {c}\nresult = hours * days * wage",
+        {"a": (2, 10), "b": (2, 30), "c": (8, 40)},
+        lambda a, b, c: a * b * c,
+    ),
+    Template(
+        "{name} sells {a} {things} for ${b} each and then spends ${c}. How much money does {he} have left?",
+        "{things} = {a}\nprice = {b}\nspent = {c}\nresult = {things} * price - spent",
+        {"a": (2, 30), "b": (2, 20), "c": (2, 99)},
+        lambda a, b, c: a * b - c,
+        lambda a, b, c: a * b > c,
+    ),
+    Template(
+        "{name} has {a} {things}. {other} has {b} times as many. How many {things} do they have together?",
+        "{things} = {a}\ntimes = {b}\nresult = {things} + {things} * times",
+        {"a": (2, 60), "b": (2, 9)},
+        lambda a, b: a + a * b,
+    ),
+    Template(
+        "A book has {a} pages. {name} reads {b} pages a day for {c} days. How many pages are left?",
+        "pages = {a}\nper_day = {b}\ndays = {c}\nresult = pages - per_day * days",
+        {"a": (50, 400), "b": (2, 30), "c": (2, 14)},
+        lambda a, b, c: a - b * c,
+        lambda a, b, c: a > b * c,
+    ),
+    Template(
+        "{name} buys {a} {things} for ${b} each and {c} cups for ${d} each. How much does {he} pay?",
+        "{things} = {a}\nprice = {b}\ncups = {c}\ncup_price = {d}\nresult = {things} * price + cups * cup_price",
+        {"a": (2, 20), "b": (2, 20), "c": (2, 9), "d": (2, 9)},
+        lambda a, b, c, d: a * b + c * d,
+    ),
+    Template(
+        "{name} shares {a} boxes of {b} {things} equally among {c} friends. How many {things} does each friend get?",
+        "boxes = {a}\nper_box = {b}\nfriends = {c}\nresult = boxes * per_box // friends",
+        {"a": (2, 12), "b": (2, 20), "c": (2, 8)},
+        lambda a, b, c: a * b // c,
+        lambda a, b, c: a * b % c == 0,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class WordProblem:
+    """A question, a program in TinyGSM's form that computes the answer, and the answer."""
+
+    question: str
+    code: str
+    answer: int
+
+
+def generate_problems(n_problems: int, seed: int) -> list[WordProblem]:
+    """Problems in random order, no question twice; the first k are the same however many are asked for."""
+    generator = random.Random(f"word problems {seed}")
+    problems: dict[str, WordProblem] = {}
+    while len(problems) < n_problems:
+        problem = _draw_problem(generator)
+        problems.setdefault(problem.question, problem)
+    return list(problems.values())
+
+
+def _draw_problem(generator: random.Random) -> WordProblem:
+    template = generator.choice(TEMPLATES)
+    name, other = generator.sample(sorted(NAMES), 2)
+    words = {"name": name, "other": other, "he": NAMES[name], "things": generator.choice(THINGS)}
+    while True:
+        numbers = {key: generator.randint(*bounds) for key, bounds in template.numbers.items()}
+        if template.allowed(**numbers):
+            break
+    body = template.program.format(**words, **numbers) + "\nreturn result"
+    code = "def simple_math_problem() -> int:\n" + "\n".join(f"    {line}" for line in body.split("\n"))
+    return WordProblem(template.question.format(**words, **numbers), code, template.answer(**numbers))
+
+
+def train_tokenizer(problems: Sequence[WordProblem]) -> Any:
+    """A byte-pair tokenizer of `VOCAB_SIZE` tokens for such problems, each digit a token of its own."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast  # slow to import
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - 1,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # any text can be encoded
+        show_progress=False,
+    )
+    texts = [text for problem in problems[:N_TOKENIZER_ROWS] for text in (problem.question, problem.code)]
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([MASK])  # the last one, as `data.mask_id: null` expects
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE
+    assert tokenizer.token_to_id(MASK) == VOCAB_SIZE - 1
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, mask_token=MASK)
+
+
+def cached_word_problems(data_dir: str | Path, n_train: int, n_test: int, seed: int, max_len: int) -> Path:
+    """The folder of these problems in `data_dir`, written on first use, whole or not at all.
+
+    It holds what `data/tiny_gsm.py` writes (`n_train` rows), and `test.jsonl` with `n_test` problems of which none is
+    among the rows.
+
+    Raises:
+        ValueError: a problem does not fit `max_len` tokens.
+    """
+    folder = Path(data_dir) / f"word_problems_v{VERSION}_{n_train}_{n_test}_seed{seed}_len{max_len}"
+    if (folder / META_FILE).exists():
+        return folder
+    print(f"writing {n_train + n_test:,} word problems to {folder}", flush=True)
+    problems = generate_problems(n_train + n_test, seed)
+    tokenizer = train_tokenizer(problems)
+    questions, codes = [problem.question for problem in problems], [problem.code for problem in problems]
+    longest = _longest(tokenizer, questions, codes)
+    if longest > max_len:
+        raise ValueError(
+            f"data.max_len {max_len} is too short for the word problems: set it to {longest + -longest % 8}"
+        )
+    labels, prompt_bits, _ = encode_rows(
+        tokenizer.backend_tokenizer, tokenizer.eos_token_id, questions[:n_train], codes[:n_train], max_len
+    )
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}.incomplete")
+    shutil.rmtree(scratch, ignore_errors=True)
+    tokenizer.save_pretrained(scratch / TOKENIZER_DIR)
+    with open(scratch / TEST_FILE, "w", encoding="utf-8") as file:
+        for problem in problems[n_train:]:
+            row = {"question": problem.question, "answer": f"{problem.code}\n#### {problem.answer}"}
+            file.write(json.dumps(row) + "\n")
+    facts = {"dataset": "word problems", "tokenizer": TOKENIZER_DIR, "eos_id": tokenizer.eos_token_id}
+    write_token_files(scratch, labels, prompt_bits, facts)
+    assert len(labels) == n_train  # all fit
+    try:
+        scratch.rename(folder)
+    except OSError:  # another run was faster
+        shutil.rmtree(scratch)
+        if not (folder / META_FILE).exists():
+            raise
+    return folder
+
+
+def _longest(tokenizer: Any, questions: list[str], codes: list[str]) -> int:
+    """Tokens of the longest row, EOS included."""
+    prompts = encode_prompts(tokenizer.backend_tokenizer, questions)
+    programs = encode_texts(tokenizer.backend_tokenizer, codes)
+    return max(len(prompt) + len(program) for prompt, program in zip(prompts, programs, strict=True)) + 1

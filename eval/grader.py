@@ -1,0 +1,204 @@
+"""From what a model wrote about a maths problem to a verdict: text, program, value, comparison with the gold answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import isfinite
+from typing import Literal, get_args
+
+from eval.sandbox import MAX_PROGRAM, Outcome, run_programs
+
+TOLERANCE = 1e-3  # absolute; two integers must be equal
+
+Reason = Literal[
+    "right",
+    "wrong value",
+    "no number",  # it returned something else
+    "no program",  # the text holds no function
+    "syntax error",  # no part of the function compiles
+    "failed to run",  # an exception, or an end without a result
+    "out of time",
+    "out of memory",
+]
+REASONS: tuple[Reason, ...] = get_args(Reason)
+FAILED: dict[str, Reason] = {
+    "syntax_error": "syntax error",
+    "error": "failed to run",
+    "killed": "failed to run",
+    "timeout": "out of time",
+    "memory": "out of memory",
+}
+
+# The patterns below take time in proportion to the text, whatever a model writes.
+# The first line of a function, after a line's start or an opening fence.
+FIRST_DEF = re.compile(r"(?:^(?P<indent>[ \t]*)|```\w*[ \t]*)(?P<code>def[ \t]+\w+[ \t]*\()", re.MULTILINE)
+IMPORT = re.compile(
+    r"^(?:import[ \t]+[\w.]+(?:[ \t]+as[ \t]+\w+)?(?:[ \t]*,[ \t]*[\w.]+)*[ \t]*"
+    r"|from[ \t]+[\w.]+[ \t]+import[ \t][\w*, \t()]+)$",
+    re.MULTILINE,
+)
+# Strings (an open one runs to the end of its line, an open docstring to the end of the text), comments, or what ends a
+# program: a fence or a special token.
+STRING_OR_END = re.compile(
+    r"""
+      \"\"\" (?:[^\\]|\\.)*? (?:\"\"\"|\Z)
+    | ''' (?:[^\\]|\\.)*? (?:'''|\Z)
+    | " (?:[^"\\\n]|\\.)* "?
+    | ' (?:[^'\\\n]|\\.)* '?
+    | \# (?:(?!```|<\|)[^\n])*
+    | (?P<end> ``` | <\| )
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+CURRENCY = r"(?:US\$|[$€£¥₹]|USD|EUR|GBP)"
+NUMBER = re.compile(
+    rf"""
+    (?P<sign>[-+]?) \s* {CURRENCY}? \s* (?P<inner_sign>[-+]?)
+    (?P<digits> (?:[0-9]{{1,3}}(?:,[0-9]{{3}})+ | [0-9]+) (?P<fraction>\.[0-9]*)? | \.[0-9]+ )
+    (?P<exponent>[eE][-+]?[0-9]+)?
+    \s* (?:{CURRENCY} | % | dollars? | cents? | euros? | pounds?)?
+    """,
+    re.VERBOSE,
+)
+MAX_NUMBER = 100  # characters
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a completion is worth."""
+
+    verdict: bool
+    value: float | str | None  # what the program returned: int, float or string (at most 200 characters)
+    reason: Reason
+    message: str = ""  # what went wrong, where the reason alone does not say
+
+
+def grade(
+    completions: Sequence[str],
+    golds: Sequence[str | float],
+    *,
+    n_workers: int | None = None,
+    on_done: Callable[[int], None] | None = None,
+) -> list[Verdict]:
+    """Grade what a model wrote; verdicts in order.
+
+    The gold answers stay here: they reach neither the choice of the program nor the sandbox.
+
+    Args:
+        completions: model output, the program somewhere in it.
+        golds: the right answers, as numbers or text.
+        n_workers: programs at once; see `eval.sandbox.run_programs`.
+        on_done: called with the completion's index as each is finished.
+
+    Raises:
+        ValueError: the lengths differ, or a gold answer is not a number.
+    """
+    if len(completions) != len(golds):
+        raise ValueError(f"{len(completions)} completions but {len(golds)} gold answers")
+    numbers = [gold_number(gold, f"gold answer {i}") for i, gold in enumerate(golds)]
+    programs = {i: program for i, text in enumerate(completions) if (program := extract_program(text)) is not None}
+    indices = list(programs)
+    verdicts = [Verdict(False, None, "no program")] * len(completions)
+    if on_done is not None:
+        for i in range(len(completions)):
+            if i not in programs:
+                on_done(i)
+    report = None if on_done is None else (lambda position: on_done(indices[position]))
+    outcomes = run_programs(list(programs.values()), n_workers=n_workers, on_done=report)
+    for i, outcome in zip(indices, outcomes, strict=True):
+        verdicts[i] = judge(outcome, numbers[i])
+    return verdicts
+
+
+def judge(outcome: Outcome, gold: float) -> Verdict:
+    """Compare what a program returned with the gold answer."""
+    if outcome.status != "ok":
+        return Verdict(False, None, FAILED[outcome.status], outcome.message)
+    number = parse_number(outcome.value)
+    if number is None:
+        return Verdict(False, outcome.value, "no number", outcome.message)
+    is_right = equals(number, gold)
+    return Verdict(is_right, outcome.value, "right" if is_right else "wrong value")
+
+
+def reason_shares(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Shares of programs that fail to parse, fail to run (memory too) or run out of time, for the records."""
+    groups: dict[str, tuple[Reason, ...]] = {
+        "fails_to_parse": ("no program", "syntax error"),
+        "fails_to_run": ("failed to run", "out of memory"),
+        "out_of_time": ("out of time",),
+    }
+    n = max(1, len(verdicts))
+    return {name: sum(verdict.reason in reasons for verdict in verdicts) / n for name, reasons in groups.items()}
+
+
+def extract_program(text: str) -> str | None:
+    """The program in a model's output: its first function and what follows, up to a fence or special token.
+
+    Imports above the function come along, and inside an open fence all that stands above it. A fence in a string is no
+    fence. The end may still hold lines that do not compile: the sandbox cuts those, because compiling hostile text can
+    hang or crash an interpreter.
+
+    Returns:
+        The program, at most `eval.sandbox.MAX_PROGRAM` characters; None if the text holds no function.
+    """
+    text = text.replace("\r\n", "\n")
+    start = FIRST_DEF.search(text)
+    if start is None:
+        return None
+    code = text[start.start("code") :][:MAX_PROGRAM]
+    for token in STRING_OR_END.finditer(code):
+        if token["end"]:
+            code = code[: token.start()]
+            break
+    program = _preamble(text[: start.start("code")]) + code
+    if start["indent"]:
+        program = re.sub(f"^{start['indent']}", "", program, flags=re.MULTILINE)
+    return program[:MAX_PROGRAM]
+
+
+def _preamble(head: str) -> str:
+    """What the program needs of the text before its first function."""
+    before, *fenced = head.rsplit("```", 1)
+    if fenced and before.count("```") % 2 == 0:  # that fence opens the program
+        return fenced[0].partition("\n")[2].rstrip(" \t")
+    return "".join(f"{line}\n" for line in IMPORT.findall(head))
+
+
+def parse_number(value: object) -> int | float | None:
+    """The finite number that a value is or spells; None if it is none.
+
+    Strings may carry a sign, commas between thousands, an exponent, a currency or a percent sign: "-$1,234.50", "+3e2",
+    "18 dollars". True and False are not numbers.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value if isinstance(value, int) or isfinite(value) else None
+    if not isinstance(value, str) or len(value) > MAX_NUMBER:
+        return None
+    match = NUMBER.fullmatch(value.strip().replace("\N{MINUS SIGN}", "-"))
+    if match is None or (match["sign"] and match["inner_sign"]):
+        return None
+    spelled = (match["sign"] or match["inner_sign"]) + match["digits"].replace(",", "")
+    if "." not in spelled and not match["exponent"]:
+        return int(spelled)
+    number = float(spelled + (match["exponent"] or ""))
+    return number if isfinite(number) else None
+
+
+def equals(number: float, gold: float) -> bool:
+    """Whether an answer is right: integers exactly, otherwise within 1e-3."""
+    if isinstance(number, int) and isinstance(gold, int):
+        return number == gold
+    return abs(Fraction(number) - Fraction(gold)) <= TOLERANCE  # exact: no overflow, no rounding
+
+
+def gold_number(gold: object, name: str) -> int | float:
+    """A gold answer as a number; raises ValueError naming it."""
+    number = parse_number(gold)
+    if number is None:
+        raise ValueError(f"{name} is not a number: {gold!r}")
+    return number

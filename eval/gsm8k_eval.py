@@ -1,0 +1,137 @@
+"""Grade-school maths problems from files to files: make prompts for any model, judge what any model wrote.
+
+    python -m eval.gsm8k_eval prompts TEST.jsonl --tokenizer DIR --mask-id 151644 --max-len 512 --out FILE.json
+    python -m eval.gsm8k_eval grade CASES.jsonl --out VERDICTS.jsonl
+
+The prompts are a JSON list of `input_ids` (question, newline, then mask tokens to the full length) and `answer`. Each
+line of the cases holds `completion` (what the model wrote) and `gold` (the right answer); each line of the verdicts,
+in the same order, `verdict` (true or false), `value` (what the program returned) and `reason`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from tqdm import tqdm
+
+from eval.grader import REASONS, gold_number, grade
+
+
+def read_cases(path: Path) -> tuple[list[str], list[float]]:
+    """Completions and gold answers of a file, one case per line.
+
+    Raises:
+        ValueError: the file is missing or empty, or a line is not of that form; the message names the first such line,
+            counted from 1.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    completions: list[str] = []
+    golds: list[float] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        place = f"{path} line {number}"
+        try:
+            case = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place} is not JSON: {error}") from None
+        if not isinstance(case, dict):
+            raise ValueError(f"{place} must be an object with completion and gold, got {type(case).__name__}")
+        missing = [key for key in ("completion", "gold") if key not in case]
+        if missing:
+            raise ValueError(f"{place} lacks {' and '.join(missing)}")
+        if not isinstance(case["completion"], str):
+            raise ValueError(f"{place}: completion must be text, got {json.dumps(case['completion'])[:80]}")
+        completions.append(case["completion"])
+        golds.append(gold_number(case["gold"], f"{place}: gold"))
+    if not completions:
+        raise ValueError(f"{path} holds no cases")
+    return completions, golds
+
+
+def grade_file(cases: Path, out: Path, n_workers: int | None) -> str:
+    """Grade a file of cases into a file of verdicts; a summary in words. Raises ValueError for bad input."""
+    if n_workers is not None and n_workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {n_workers}")
+    check_out(out, cases)
+    completions, golds = read_cases(cases)
+    start = time.monotonic()
+    with tqdm(total=len(completions), desc="grading", unit="program") as bar:
+
+        def advance(index: int) -> None:
+            bar.update()
+
+        verdicts = grade(completions, golds, n_workers=n_workers, on_done=advance)
+    per_s = len(verdicts) / (time.monotonic() - start)
+    lines = (
+        {
+            "verdict": verdict.verdict,
+            "value": verdict.value,
+            "reason": f"{verdict.reason}: {verdict.message}" if verdict.message else verdict.reason,
+        }
+        for verdict in verdicts
+    )
+    write_whole(out, "".join(json.dumps(line) + "\n" for line in lines))
+    counts = Counter(verdict.reason for verdict in verdicts)
+    shares = ", ".join(
+        f"{reason} {100 * counts[reason] / len(verdicts):.1f}%" for reason in REASONS if counts[reason] > 0
+    )
+    return f"{len(verdicts)} graded: {shares} ({per_s:.0f} programs/s)"
+
+
+def write_prompts(test: Path, tokenizer: str, mask_id: int, max_len: int, out: Path) -> str:
+    """Make the prompts of a file of problems; a summary in words. Raises ValueError for bad input."""
+    from data.gsm8k import prompt_records  # the tokenizer's library is slow to import, and grading needs none
+
+    check_out(out, test)
+    records, n_left_out = prompt_records(str(test), tokenizer, mask_id, max_len)
+    write_whole(out, json.dumps(records))
+    return f"wrote {len(records)} prompts of {max_len} tokens to {out}, left out {n_left_out}"
+
+
+def check_out(out: Path, source: Path) -> None:
+    """Raise ValueError, before any work is done, if the result has no place to go."""
+    if not out.parent.is_dir():
+        raise ValueError(f"--out: the folder {out.parent} does not exist")
+    if out.resolve() == source.resolve():
+        raise ValueError(f"--out {out} would overwrite the input")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    scratch = path.with_name(f".{path.name}.incomplete")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; bad input ends with one message and exit status 2."""
+    parser = argparse.ArgumentParser(description="Evaluation on grade-school maths problems.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    grading = commands.add_parser("grade", help="run and judge the programs that a model wrote")
+    grading.add_argument("cases", type=Path, help="jsonl with completion and gold")
+    grading.add_argument("--out", type=Path, required=True, help="jsonl of verdict, value and reason")
+    grading.add_argument("--workers", type=int, help="programs at once; by default two per core")
+    prompting = commands.add_parser("prompts", help="make prompts from a file of problems")
+    prompting.add_argument("test", type=Path, help="jsonl with question and answer, as GSM8K has it")
+    prompting.add_argument("--tokenizer", required=True, help="folder or name of a Hugging Face tokenizer")
+    prompting.add_argument("--mask-id", type=int, required=True, help="the mask token")
+    prompting.add_argument("--max-len", type=int, default=512, help="tokens of a row")
+    prompting.add_argument("--out", type=Path, required=True, help="json list of input_ids and answer")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "grade":
+            print(grade_file(options.cases, options.out, options.workers))
+        else:
+            print(write_prompts(options.test, options.tokenizer, options.mask_id, options.max_len, options.out))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+#!/usr/bin/env bash
+# Train on a SLURM cluster, over all nodes and GPUs that the job was given:
+#
+#     sbatch job.sh --config yaml_files/tinygsm_puma.yaml [key=value ...] [--run-dir DIR]
+#     sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 job.sh --config yaml_files/tinygsm_puma.yaml
+#     sbatch --array=0-1 job.sh --config yaml_files/sudoku_puma.yaml --config yaml_files/sudoku_baseline.yaml
+#     sbatch --array=1-5 job.sh --config yaml_files/sudoku_puma.yaml training.seed=%a
+#     bash job.sh [sbatch options --] ...     # the same, after reading site.sh for partition and account
+#
+# Submit from the checkout. The log is slurm-puma-<job>.log. Before its time limit, and when it is preempted, the job
+# saves, goes back into the queue and continues in the same run directory, MAX_RESTARTS times at most.
+# An array's task takes the --config of its number, and %a stands for that number in every argument.
+# What differs between clusters goes into site.sh (see site.example.sh) or into sbatch options.
+
+#SBATCH --job-name=puma
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.log
+#SBATCH --signal=B:USR1@300
+# GPUs and CPUs are per node (--gpus-per-node=0 trains on CPUs); the name of the log needs no folder to exist, without
+# which SLURM would end the job unheard; the signal comes to this script five minutes before the time limit.
+
+set -euo pipefail
+
+die() {
+    echo "job.sh: $*" >&2
+    exit 2
+}
+
+# -- Site ------------------------------------------------------------------------------------------------------------
+# SLURM runs a copy of this file in the folder of submission, so everything is found from there and not from $0.
+[[ -f train.py ]] || die "no train.py in $PWD: submit from the checkout, or give sbatch --chdir"
+site=${SITE:-site.sh}
+if [[ -f $site ]]; then
+    set +u # scripts of conda and modules use what is not set
+    # shellcheck disable=SC1090
+    source "$site"
+    set -u
+elif [[ -n ${SITE:-} ]]; then
+    die "SITE=$SITE: no such file"
+fi
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then # on a login node
+    options=()
+    if [[ " $* " == *" -- "* ]]; then
+        while [[ $1 != -- ]]; do
+            options+=("$1")
+            shift
+        done
+        shift
+    fi
+    exec sbatch ${options[@]+"${options[@]}"} job.sh "$@"
+fi
+
+if [[ -z ${PYTHON:-} ]]; then
+    PYTHON=python
+    [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python # what `make` installs
+fi
+type -P "$PYTHON" > /dev/null || die "no program $PYTHON: run make, or set PYTHON or activate an environment in $site"
+export PYTHON
+
+# -- What to train ---------------------------------------------------------------------------------------------------
+configs=() others=() run_dir=
+while (($#)); do
+    case $1 in
+        --config | --run-dir) (($# > 1)) || die "$1 needs a value" ;;&
+        --config) configs+=("$2") && shift 2 ;;
+        --config=*) configs+=("${1#*=}") && shift ;;
+        --run-dir) run_dir=$2 && shift 2 ;;
+        --run-dir=*) run_dir=${1#*=} && shift ;;
+        *) others+=("$1") && shift ;;
+    esac
+done
+((${#configs[@]})) || configs=(yaml_files/sudoku_puma.yaml)
+job=$SLURM_JOB_ID
+if [[ -z ${SLURM_ARRAY_TASK_ID:-} ]]; then
+    ((${#configs[@]} == 1)) || die "${#configs[@]} configs need an array: sbatch --array=0-$((${#configs[@]} - 1)) job.sh ..."
+    config=${configs[0]}
+    run_dir=${run_dir:-runs/$(basename "$config" .yaml)}
+else
+    # The number of an array's first job is the array's own, so SLURM would signal or requeue all of the array by it.
+    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    task=$SLURM_ARRAY_TASK_ID count=${#configs[@]}
+    [[ "${others[*]-}" == *%a* ]] || ((task < count)) || die "array task $task of $count configs would repeat another" \
+        "task: number the tasks from 0 to $((count - 1)), or tell them apart by %a, as in training.seed=%a"
+    config=${configs[task % count]}
+    run_dir=${run_dir:-runs/$(basename "$config" .yaml)_%a}
+    [[ $run_dir == *%a* ]] || die "--run-dir $run_dir: the tasks of an array need one each; put %a into its name"
+    run_dir=${run_dir//%a/$task}
+    others=(${others[@]+"${others[@]//%a/$task}"})
+fi
+
+# -- Where to train --------------------------------------------------------------------------------------------------
+nodes=$SLURM_JOB_NUM_NODES
+gpus=${SLURM_GPUS_ON_NODE:-0}
+per_node=${PROCS_PER_NODE:-$((gpus ? gpus : 1))} # one process for each GPU
+cpus=$(tr ',' '\n' <<< "$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | sed -n 1p) # of the smallest node
+per_process=$((cpus / per_node ? cpus / per_node : 1))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$per_process}
+export PYTHONUNBUFFERED=1 TQDM_MININTERVAL=${TQDM_MININTERVAL:-30} # the log is a file
+# The first node by its name in SLURM, which all nodes resolve and can reach; a port of this job below the range from
+# which systems lend ports to programs.
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT
+# The step is described in full below. What srun would take from the job's own description can contradict it: another
+# number of GPUs if they were asked for by --gres, one CPU per process if by --cpus-per-gpu.
+unset SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK
+unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_DISTRIBUTION
+step=(--nodes="$nodes" --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node" --cpus-per-task="$per_process")
+step+=(--distribution=block --kill-on-bad-exit=1)
+((gpus == 0)) || step+=(--gpus-per-node="$gpus" --gpu-bind=none) # each process sees all of its node, for peer access
+
+# -- Train -----------------------------------------------------------------------------------------------------------
+restarts=${SLURM_RESTART_COUNT:-0} max_restarts=${MAX_RESTARTS:-50}
+((restarts <= max_restarts)) || die "restarted $restarts times, MAX_RESTARTS is $max_restarts: submit again to go on"
+echo "job.sh: $(date '+%F %T') job $job, restart $restarts, $nodes x $per_node processes on $SLURM_JOB_NODELIST, $run_dir"
+
+requeue() {
+    if ((restarts >= max_restarts)); then
+        echo "job.sh: stopped, MAX_RESTARTS=$max_restarts is used up: submit the same command again to go on" >&2
+        return 1
+    fi
+    echo "job.sh: $(date '+%F %T') stopped, back into the queue"
+    scontrol requeue "$job" || {
+        echo "job.sh: this cluster does not requeue: submit the same command again to go on" >&2
+        return 1
+    }
+}
+
+# SIGUSR1 is passed on again and again, since a process that is still starting cannot heed it. If training does not end
+# (a long evaluation, a rank that hangs), the job is requeued all the same before its time is up, from its last checkpoint.
+save_and_stop() {
+    [[ -z $stopping ]] || return 0
+    stopping=1
+    (
+        trap '' USR1
+        for ((second = 0; second < ${SAVE_SECONDS:-240}; second += 3)); do
+            scancel --signal=USR1 "$job" 2> /dev/null || true # to the step's processes, not to this script
+            sleep 3
+        done
+        requeue
+    ) &
+    reminder=$!
+}
+
+stopping='' ending='' reminder=''
+trap save_and_stop USR1
+trap 'ending=1' TERM # preempted, requeued or cancelled: the processes get it too and save, within SLURM's KillWait
+
+# One task for each process, without torchrun: SLURM signals the tasks that it has started, and not their children.
+# shellcheck disable=SC2016
+srun "${step[@]}" bash -c '
+    trap "" USR1 # until train.py listens
+    if [[ $SLURM_NTASKS != 1 ]]; then
+        export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+    fi
+    exec "$PYTHON" train.py "$@" 2>&1 # one stream, so that the log keeps the order
+' train --config "$config" --run-dir "$run_dir" ${others[@]+"${others[@]}"} < /dev/null &
+training=$!
+while kill -0 $training 2> /dev/null; do
+    wait $training || true # a signal ends this as well, so its status says nothing
+done
+wait $training && status=0 || status=$?
+[[ -z $reminder ]] || kill "$reminder" 2> /dev/null || true
+
+if [[ -n $ending ]]; then
+    exit 143 # SLURM decides what becomes of the job
+elif [[ -f $run_dir/final.json ]]; then
+    exit "$status"
+elif [[ -n $stopping ]] || ((status == 0)); then # stopped on request, in time or not
+    requeue && exit 0
+    exit 1
+fi
+echo "job.sh: training failed with status $status; not requeued" >&2
+exit "$status"

@@ -1,0 +1,337 @@
+"""Checkpoints: there whole or not at all, damage is noticed, old ones go, nothing that is read is executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import UNIFORM, tiny_settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from config import Config
+from runtime import checkpoint as module
+from runtime.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    find_checkpoint,
+    latest_checkpoint,
+    open_checkpoint,
+    save_checkpoint,
+    write_text,
+)
+from runtime.config_file import parse_config
+from runtime.distributed import World
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+def config(keep: int = 2) -> Config:
+    values = tiny_settings(UNIFORM, Path("boards"))
+    values["training"]["keep_checkpoints"] = keep
+    return parse_config(values, "test")
+
+
+def save(run_dir: Path, step: int, score: float | None = None, keep: int = 2) -> Path:
+    """A small checkpoint whose tensors hold the step."""
+    save_checkpoint(
+        run_dir,
+        WORLD,
+        config(keep),
+        step,
+        weights={
+            "model": {"w": torch.full((3, 4), float(step)), "v": torch.arange(5).t()},
+            "ema": {"w": torch.ones(2)},
+        },
+        train_state={"optimizer": {"state": {0: torch.tensor(float(step))}}, "seconds": 1.5},
+        rank_state={"generator": torch.Generator().manual_seed(step).get_state(), "n_drawn": step},
+        score=score,
+    )
+    return folder(run_dir, step)
+
+
+def folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def steps(run_dir: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").iterdir())
+
+
+def check(checkpoint: Checkpoint | None, step: int) -> None:
+    """It is the one of that step and holds what was saved."""
+    assert checkpoint is not None
+    assert (checkpoint.step, checkpoint.n_ranks) == (step, 1)
+    weights = checkpoint.weights("model")
+    assert weights is not None
+    assert torch.equal(weights["w"], torch.full((3, 4), float(step)))
+    assert checkpoint.state("rank_0")["n_drawn"] == step
+
+
+# Saving and reading
+
+
+def test_everything_saved_is_read_back(tmp_path):
+    save(tmp_path, 7, score=0.25)
+    checkpoint = find_checkpoint(tmp_path)
+    check(checkpoint, 7)
+    assert checkpoint.score == 0.25
+    assert checkpoint.config() == config()
+    assert checkpoint.config(["training.seed=4"]).training.seed == 4
+    assert set(checkpoint.weights("model") or {}) == {"w", "v"}
+    assert torch.equal((checkpoint.weights("ema") or {})["w"], torch.ones(2))
+    assert checkpoint.weights("other") is None
+    assert checkpoint.state("train") == {"optimizer": {"state": {0: torch.tensor(7.0)}}, "seconds": 1.5}
+    generator = torch.Generator()
+    generator.set_state(checkpoint.state("rank_0")["generator"])
+    assert generator.initial_seed() == 7
+
+
+def test_the_manifest_lists_every_file(tmp_path):
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / MANIFEST).read_text())
+    assert set(manifest["files"]) == {file.name for file in path.iterdir()} - {MANIFEST}
+    assert set(manifest["files"]) == {"model.safetensors", "ema.safetensors", "train.pt", "rank_0.pt", "config.yaml"}
+    for name, facts in manifest["files"].items():
+        assert facts["bytes"] == (path / name).stat().st_size
+
+
+def test_a_run_directory_a_checkpoint_folder_and_a_copy_are_found(tmp_path):
+    path = save(tmp_path, 3)
+    save(tmp_path, 5)
+    check(find_checkpoint(tmp_path), 5)
+    check(find_checkpoint(path), 3)
+    shutil.copytree(path, tmp_path / "elsewhere")
+    check(find_checkpoint(str(tmp_path / "elsewhere")), 3)
+
+
+def test_no_checkpoint(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    for path in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(ValueError, match="holds no usable checkpoint"):
+            find_checkpoint(path)
+
+
+def test_a_step_saved_again_is_replaced(tmp_path):
+    save(tmp_path, 3, score=0.1)
+    save(tmp_path, 3, score=0.2)
+    assert find_checkpoint(tmp_path).score == 0.2
+    assert steps(tmp_path) == [3]
+
+
+# A kill at any moment
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename", "replace"])
+def test_a_kill_at_any_moment_leaves_the_old_checkpoint_or_the_new(call, tmp_path, monkeypatch):
+    """Save, dying at the first file that is synced or renamed, then at the second, and so on until nothing is left."""
+    for n_calls in range(100):
+        run_dir = tmp_path / str(n_calls)
+        save(run_dir, 1)
+        left = n_calls
+
+        def die(original):
+            def wrapped(*arguments, **options):
+                nonlocal left
+                if left == 0:
+                    raise Killed
+                left -= 1
+                return original(*arguments, **options)
+
+            return wrapped
+
+        owner = os if call == "fsync" else Path
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, call, die(getattr(owner, call)))
+            try:
+                save(run_dir, 2)
+                finished = True
+            except Killed:
+                finished = False
+        newest = latest_checkpoint(run_dir)  # a warning would fail the test
+        assert newest is not None
+        check(newest, newest.step)
+        assert newest.step in ((2,) if finished else (1, 2))
+        save(run_dir, 3)
+        assert all(not path.name.startswith(".") for path in (run_dir / "checkpoints").iterdir())
+        if finished:
+            break
+    assert finished
+    assert n_calls >= 1, "the call is never made, so nothing was tested"
+
+
+def test_the_manifest_is_written_last(tmp_path, monkeypatch):
+    written = []
+
+    def spy(path: Path, text: str) -> None:
+        written.append(sorted(file.name for file in path.parent.iterdir()))
+        write_text(path, text)
+
+    monkeypatch.setattr(module, "write_text", spy)
+    path = save(tmp_path, 1)
+    assert written == [sorted({file.name for file in path.iterdir()} - {MANIFEST})]
+
+
+def test_text_is_replaced_at_once(tmp_path, monkeypatch):
+    path = tmp_path / "final.json"
+    write_text(path, "old")
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(Killed()))
+    with pytest.raises(Killed):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+# Damage
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    """A checkpoint folder to take copies of."""
+    return save(tmp_path_factory.mktemp("sound"), 4, score=0.5)
+
+
+FILES = ["model.safetensors", "ema.safetensors", "train.pt", "rank_0.pt", "config.yaml", MANIFEST]
+
+
+@pytest.mark.parametrize("name", FILES)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_one_flipped_bit_anywhere_is_noticed(name, place, bit, sound):
+    file = sound / name
+    content = file.read_bytes()
+    damaged = bytearray(content)
+    damaged[int(place * len(content))] ^= 1 << bit
+    file.write_bytes(damaged)
+    try:
+        with pytest.raises(ValueError, match="checkpoint" if name == MANIFEST else name):
+            open_checkpoint(sound)
+    finally:
+        file.write_bytes(content)
+    check(open_checkpoint(sound), 4)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_truncated_file_is_noticed(name, share, sound, tmp_path):
+    copy = Path(shutil.copytree(sound, tmp_path / "copy"))
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=str(copy)):
+        open_checkpoint(copy)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_noticed(name, sound, tmp_path):
+    copy = Path(shutil.copytree(sound, tmp_path / "copy"))
+    (copy / name).unlink()
+    with pytest.raises(ValueError, match=name):
+        open_checkpoint(copy)
+
+
+def test_damaged_checkpoints_are_passed_over_with_a_warning(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=3)
+    (folder(tmp_path, 3) / MANIFEST).unlink()
+    (folder(tmp_path, 2) / "train.pt").write_bytes(b"")
+    with pytest.warns(RuntimeWarning) as warned:
+        check(latest_checkpoint(tmp_path), 1)
+    messages = [str(warning.message) for warning in warned]
+    assert len(messages) == 2
+    assert "step_00000003" in messages[0]
+    assert "step_00000002" in messages[1]
+    assert "train.pt has 0 bytes" in messages[1]
+
+
+def test_a_run_with_nothing_but_damage_has_no_checkpoint(tmp_path):
+    (save(tmp_path, 1) / MANIFEST).write_text("[]")
+    with pytest.warns(RuntimeWarning, match="step_00000001"):
+        assert latest_checkpoint(tmp_path) is None
+    save(tmp_path, 2, score=0.5)  # a damaged neighbour does no harm
+    check(latest_checkpoint(tmp_path), 2)
+
+
+# Which are kept
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    scores = {1: 0.5, 2: 0.9, 3: None, 4: 0.2, 5: 0.3}
+    kept = {1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 4, 5]}
+    for step, score in scores.items():
+        save(tmp_path, step, score)
+        assert steps(tmp_path) == kept[step]
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_how_many_are_kept_is_a_setting(keep, tmp_path):
+    for step in range(1, 7):
+        save(tmp_path, step, keep=keep)
+    assert steps(tmp_path) == list(range(7 - keep, 7))
+
+
+def test_of_equally_good_ones_the_newest_is_kept(tmp_path):
+    for step in range(1, 4):
+        save(tmp_path, step, score=1.0, keep=1)
+    assert steps(tmp_path) == [3]
+    save(tmp_path, 4, score=0.0, keep=1)
+    assert steps(tmp_path) == [3, 4]
+
+
+# Hostile content
+
+
+def reseal(path: Path, **changes: object) -> None:
+    """Rewrite a manifest so that its own digest fits."""
+    manifest = json.loads((path / MANIFEST).read_text()) | changes
+    manifest.pop("sha256", None)
+    (path / MANIFEST).write_text(json.dumps(manifest | {"sha256": module._own_digest(manifest)}))
+
+
+@pytest.mark.parametrize("name", ["../outside.txt", "../../outside.txt", "ABSOLUTE", "a/b", "", ".", "..", "a\x00b"])
+def test_names_that_lead_out_of_the_folder_are_refused(name, sound, tmp_path):
+    copy = Path(shutil.copytree(sound, tmp_path / "checkpoint"))
+    outside = tmp_path / "outside.txt"
+    outside.write_text("x")
+    facts = {"bytes": 1, "sha256": module._sha256(outside)}
+    reseal(copy, files={name if name != "ABSOLUTE" else str(outside): facts})
+    with pytest.raises(ValueError, match="checkpoint"):
+        open_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"files": []}, {"files": {"train.pt": 3}}, {"files": {"train.pt": {}}}, {"format": 2}, {"files": {}}]
+)
+def test_manifests_that_make_no_sense_are_refused(changes, sound, tmp_path):
+    copy = Path(shutil.copytree(sound, tmp_path / "copy"))
+    reseal(copy, **changes)
+    with pytest.raises(ValueError, match="checkpoint"):
+        open_checkpoint(copy)
+
+
+class Malicious:
+    """A pickle that would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def test_pickled_code_is_refused_even_where_the_manifest_fits(sound, tmp_path):
+    copy, trace = Path(shutil.copytree(sound, tmp_path / "copy")), tmp_path / "executed"
+    torch.save({"optimizer": Malicious(trace)}, copy / "train.pt")
+    facts = {"bytes": (copy / "train.pt").stat().st_size, "sha256": module._sha256(copy / "train.pt")}
+    files = json.loads((copy / MANIFEST).read_text())["files"]
+    reseal(copy, files=files | {"train.pt": facts})
+    checkpoint = open_checkpoint(copy)
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        checkpoint.state("train")
+    assert not trace.exists()

@@ -1,0 +1,363 @@
+"""Settings: shipped files, overrides, and one message that names everything that is wrong."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import PUMA, ROOT, UNIFORM, tiny_settings
+
+from config import Config
+from config_data import Settings
+from config_objective import PumaSettings
+from runtime.config_file import changed_settings, dump_config, flatten, parse_config, read_config, settings_table
+
+SHIPPED = sorted((ROOT / "yaml_files").glob("*.yaml"))
+
+
+def write(path: Path, settings: Any) -> Path:
+    path.write_text(settings if isinstance(settings, str) else yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A correct config file."""
+    return write(tmp_path / "tiny.yaml", tiny_settings(PUMA, tmp_path))
+
+
+def problems(path: Path, *overrides: str) -> list[str]:
+    """The lines of the message that reading ends with; the first says how many problems there are."""
+    with pytest.raises(ValueError) as error:
+        read_config(path, overrides)
+    return str(error.value).splitlines()
+
+
+# What is shipped
+
+
+def test_there_are_shipped_files():
+    assert {path.stem for path in SHIPPED} >= {"sudoku_puma", "sudoku_baseline", "sudoku_mini_puma"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_file_loads(path):
+    config = read_config(path)
+    assert config.training.max_steps or config.training.num_epochs
+
+
+def test_the_two_paper_experiments_differ_in_the_objective_alone():
+    puma, baseline = (
+        flatten(read_config(ROOT / "yaml_files" / f"sudoku_{name}.yaml")) for name in ("puma", "baseline")
+    )
+    different = {key for key in puma.keys() | baseline.keys() if puma.get(key) != baseline.get(key)}
+    assert {key.split(".")[0] for key in different} <= {"objective", "wandb"}
+
+
+def test_the_paper_experiment_has_the_papers_settings():
+    config = read_config(ROOT / "yaml_files" / "sudoku_puma.yaml")
+    model, training = config.model, config.training
+    assert (model.hidden_size, model.intermediate_size, model.num_hidden_layers) == (256, 768, 8)
+    assert model.num_attention_heads == 8
+    assert (training.batch_size, training.learning_rate, training.warmup_steps) == (32, 3e-4, 1000)
+    assert training.num_epochs == 2
+    assert isinstance(config.objective, PumaSettings)
+    assert config.objective.n_stages_at(0) == 8
+    assert config.validation.confidence == ("top_prob", "top_prob_margin")
+    assert config.validation.tokens_per_step == (1, 2, 3)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_dumped_config_reads_back_the_same(path, tmp_path):
+    config = read_config(path)
+    again = read_config(write(tmp_path / "again.yaml", dump_config(config)))
+    assert again == config
+    assert changed_settings(config, again) == []
+
+
+# Settings and code
+
+
+def settings_classes() -> list[type[Settings]]:
+    """All sections of a config, every member of a union."""
+    return [section for section in Settings.__subclasses__() if section is not Config]
+
+
+def names_read() -> set[str]:
+    """Attributes that the program reads, in code and in those properties and methods of config.py that code uses."""
+    read: set[str] = set()
+    for path in ROOT.rglob("*.py"):
+        inside = path.relative_to(ROOT).parts
+        if inside[0] not in ("tests", "config.py", "bench") and not inside[0].startswith("."):
+            read |= attributes(ast.parse(path.read_text(encoding="utf-8")))
+    tree = ast.parse((ROOT / "config.py").read_text(encoding="utf-8"))
+    helpers = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and not is_validator(node)]
+    while True:
+        more = set().union(*(attributes(helper) for helper in helpers if helper.name in read)) - read
+        if not more:
+            return read
+        read |= more
+
+
+def attributes(tree: ast.AST) -> set[str]:
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+
+
+def is_validator(function: ast.FunctionDef) -> bool:
+    return any("validator" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def test_every_setting_is_read_somewhere():
+    read = names_read()
+    unread = {
+        f"{section.__name__}.{key}" for section in settings_classes() for key in section.model_fields if key not in read
+    }
+    tags = {f"{section.__name__}.{tag}" for section in settings_classes() for tag in ("dataset", "name")}
+    assert unread - tags == set()
+    assert "no_such_setting" not in read
+
+
+def test_every_setting_is_described():
+    table = settings_table()
+    for section in settings_classes():
+        for key, field in section.model_fields.items():
+            if (section.__name__.endswith("Settings") and key in ("dataset", "name")) and field.is_required():
+                continue  # the tag that chooses the class
+            assert field.description, f"{section.__name__}.{key}"
+            assert f"`{key}`" in table, key
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("3e-4", 3e-4), ("3.0e-4", 3e-4), ("1E-3", 1e-3), ("+2e-3", 2e-3), ("1.", 1.0)]
+)
+def test_exponents_are_numbers(text, value, tiny):
+    content = tiny.read_text()
+    tiny.write_text(re.sub(r"learning_rate: .*", f"learning_rate: {text}", content))
+    assert read_config(tiny).training.learning_rate == value
+    assert read_config(tiny, [f"training.learning_rate={text}"]).training.learning_rate == value
+
+
+def test_overrides_change_what_they_name_and_nothing_else(tiny):
+    before = flatten(read_config(tiny))
+    overrides = {
+        "training.seed=7": 7,
+        "training.ema_decay=null": None,
+        "validation.confidence=[random, neg_entropy]": ["random", "neg_entropy"],
+        "objective.k_schedule=[[2, 0], [4, 100]]": [[2, 0], [4, 100]],
+        "wandb.name=a=b": "a=b",
+        "wandb.mode=offline": "offline",
+    }
+    after = flatten(read_config(tiny, list(overrides)))
+    assert {key: value for key, value in after.items() if before[key] != value} == {
+        override.partition("=")[0]: value for override, value in overrides.items()
+    }
+
+
+def test_the_last_override_wins(tiny):
+    assert read_config(tiny, ["training.seed=1", "training.seed=2"]).training.seed == 2
+
+
+def test_the_objective_can_be_exchanged_as_a_whole(tiny):
+    assert read_config(tiny, ["objective={name: uniform}"]).objective.name == "uniform"
+
+
+def test_settings_cannot_be_changed_after_reading(tiny):
+    config = read_config(tiny)
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.seed = 3  # type: ignore[misc]
+
+
+def test_the_schedule_gives_k_at_every_step(tiny):
+    config = read_config(tiny, ["objective.k_schedule=[[2, 0], [4, 10], [3, 20]]"])
+    assert isinstance(config.objective, PumaSettings)
+    assert [config.objective.n_stages_at(step) for step in (0, 9, 10, 19, 20, 1000)] == [2, 2, 4, 4, 3, 3]
+
+
+def test_key_value_heads_default_to_the_query_heads(tiny):
+    assert read_config(tiny).model.n_key_value_heads == 2
+    assert read_config(tiny, ["model.num_key_value_heads=1"]).model.n_key_value_heads == 1
+
+
+# What is refused
+
+BAD = {
+    "unknown key": ("training.batch_sise=8", "training.batch_sise = 8: unknown key; did you mean 'batch_size'?"),
+    "unknown section": ("trainig={}", "did you mean 'training'?"),
+    "unknown key of an objective": ("objective.n_stage=8", "n_stage = 8: unknown key; did you mean 'n_stages'"),
+    "key of another objective": ("objective={name: uniform, n_stages: 4}", "objective.n_stages = 4: unknown key"),
+    "unknown objective": ("objective.name=pumma", "'uniform', 'puma'"),
+    "no name of the objective": ("objective={n_stages: 4}", "objective"),
+    "text for a number": ("training.batch_size=many", "training.batch_size = 'many'"),
+    "number in quotes": ("training.batch_size='8'", "training.batch_size = '8'"),
+    "fraction for an integer": ("training.batch_size=8.5", "training.batch_size = 8.5"),
+    "truth value for an integer": ("training.batch_size=true", "training.batch_size = True"),
+    "list for a number": ("training.batch_size=[8]", "training.batch_size = [8]"),
+    "nothing for a number": ("training.batch_size=null", "training.batch_size = None"),
+    "number for a truth value": ("training.compile=1", "training.compile = 1"),
+    "section that is none": ("training=fast", "training = 'fast'"),
+    "not a number": ("training.learning_rate=.nan", "training.learning_rate"),
+    "infinite": ("training.learning_rate=.inf", "training.learning_rate"),
+    "learning rate of 0": ("training.learning_rate=0", "training.learning_rate = 0"),
+    "negative seed": ("training.seed=-1", "training.seed = -1"),
+    "seed too large for the generators": (f"training.seed={10**30}", "training.seed"),
+    "batch of 0": ("training.batch_size=0", "training.batch_size = 0"),
+    "K of 0": ("objective={name: puma, n_stages: 0}", "objective.n_stages = 0: input should be greater than 0"),
+    "K of 0 in a schedule": ("objective.k_schedule=[[0, 0]]", "objective.k_schedule.0.0 = 0"),
+    "tau of 1.5": ("objective.collapse_threshold=1.5", "threshold = 1.5: input should be less than or equal to 1"),
+    "unsorted schedule": ("objective.k_schedule=[[3, 0], [5, 9], [7, 4]]", "ascend, got [0, 9, 4]"),
+    "schedule with a step twice": ("objective.k_schedule=[[3, 0], [5, 0]]", "ascend, got [0, 0]"),
+    "schedule that starts late": ("objective.k_schedule=[[3, 5]]", "start at 0"),
+    "empty schedule": ("objective.k_schedule=[]", "k_schedule"),
+    "schedule of single numbers": ("objective.k_schedule=[3]", "objective.k_schedule.0 = 3"),
+    "two schedules": ("objective.n_stages=4", "exactly one of n_stages and k_schedule"),
+    "no schedule": ("objective={name: puma}", "exactly one of n_stages and k_schedule"),
+    "all rows uniform": ("objective.uniform_fraction=1.0", "objective.uniform_fraction = 1.0"),
+    "heads do not divide the width": ("model.hidden_size=15", "15 is not a multiple of num_attention_heads 2"),
+    "odd head width": ("model.hidden_size=6", "must be even"),
+    "key heads do not divide the heads": ("model.num_key_value_heads=3", "num_key_value_heads 3"),
+    "vocabulary too small": ("model.vocab_size=5", "model.vocab_size 5 is too small for the data: set at least 6"),
+    "microbatches do not divide": ("training.micro_batch_size=3", "8 is not a multiple of micro_batch_size 3"),
+    "no length": ("training.max_steps=null", "num_epochs or max_steps"),
+    "unknown confidence rule": ("validation.confidence=[top_prop]", "validation.confidence.0 = 'top_prop'"),
+    "no confidence rule": ("validation.confidence=[]", "validation.confidence = []"),
+    "no tokens per step": ("validation.tokens_per_step=[0]", "validation.tokens_per_step.0 = 0"),
+    "board of 5": ("data.size=5", "data.size = 5: input should be 4, 6 or 9"),
+    "unknown source": ("data.source=internet", "data.source = 'internet'"),
+    "published boards of 4x4": ("data.source=published", "9x9 boards only"),
+    "files that are not named": ("data.source=files", "needs train_file and test_file"),
+    "file that nothing reads": ("data.train_file=a.csv", "ignored by source 'generated'"),
+    "hub without a name": ("data.source=hub", "hub_name and source 'hub' go together"),
+    "clues the wrong way round": ("data.min_clues=9", "min_clues 9 is above max_clues 8"),
+    "unknown wandb mode": ("wandb.mode=maybe", "wandb.mode = 'maybe'"),
+    "override without a value": ("training.seed", "'training.seed' is not of the form section.key=value"),
+    "override without a key": ("=3", "'=3' is not of the form section.key=value"),
+    "override that is no YAML": ("training.seed=[1", "'[1' is not a YAML value"),
+    "override below a value": ("training.batch_size.x=1", "'batch_size' is not a section"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("override", "expected"), BAD.values(), ids=BAD.keys())
+def test_bad_settings_are_named(override, expected, tiny):
+    lines = problems(tiny, override)
+    assert any(expected in line for line in lines), lines
+    if len(lines) > 1:
+        assert str(tiny) in lines[0]
+        assert "1 problem" in lines[0], lines
+
+
+def test_all_problems_are_named_at_once(tiny):
+    lines = problems(
+        tiny,
+        "training.batch_sise=4",
+        "training.learning_rate=fast",
+        "objective.collapse_threshold=1.5",
+        "objective.k_schedule=[[0, 0]]",
+        "model.hidden_size=15",
+        "data.source=files",
+        "validation.n_examples=0",
+        "extra=1",
+    )
+    assert "8 problems" in lines[0]
+    for line in (
+        "training.batch_sise",
+        "training.learning_rate",
+        "objective.collapse_threshold",
+        "objective.k_schedule.0.0",
+        "hidden_size 15",
+        "train_file",
+        "validation.n_examples",
+        "extra",
+    ):
+        assert sum(line in text for text in lines[1:]) == 1, (line, lines)
+
+
+def test_checks_over_several_keys_are_made_even_where_other_keys_are_wrong(tiny):
+    lines = problems(
+        tiny,
+        "model.vocab_size=5",
+        "model.num_hidden_layers=0",
+        "model.hidden_size=15",
+        "objective.k_schedule=[[3, 0], [5, 9], [7, 4]]",
+        "objective.collapse_threshold=1.5",
+        "training.seed=-1",
+        "training.micro_batch_size=3",
+    )
+    for expected in (
+        "vocab_size 5 is too small",
+        "num_hidden_layers = 0",
+        "hidden_size 15",
+        "ascend",
+        "collapse_threshold = 1.5",
+        "seed = -1",
+        "micro_batch_size 3",
+    ):
+        assert any(expected in line for line in lines[1:]), (expected, lines)
+
+
+@pytest.mark.parametrize("section", ["model", "data", "objective", "training", "validation"])
+def test_a_missing_section_is_named(section, tmp_path):
+    settings = tiny_settings(UNIFORM, tmp_path)
+    del settings[section]
+    assert problems(write(tmp_path / "part.yaml", settings))[1:] == [f"  {section}: missing"]
+
+
+def test_a_missing_key_is_named(tmp_path):
+    settings = tiny_settings(UNIFORM, tmp_path)
+    del settings["training"]["batch_size"]
+    assert problems(write(tmp_path / "part.yaml", settings))[1:] == ["  training.batch_size: missing"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "must be a mapping"),
+        ("just text", "must be a mapping"),
+        ("- a\n- list", "must be a mapping"),
+        ("a: [unclosed", "not valid YAML"),
+        ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("a: &loop [*loop]", "loop.yaml"),
+        ("2026-01-01: 3", "keys must be"),
+        ("? [a, b]\n: 3", "not valid YAML"),
+        ("1: 2", "unknown key"),
+        ("training: {seed: 1, seed: 2}", "'seed' stands there twice"),
+    ],
+)
+def test_files_that_hold_no_settings_are_refused(text, expected, tmp_path):
+    lines = problems(write(tmp_path / "loop.yaml", text))
+    assert "loop.yaml" in lines[0]
+    assert any(expected in line for line in lines), lines
+
+
+def test_a_missing_file_a_folder_and_binary_data_are_refused(tmp_path):
+    assert "No such file" in problems(tmp_path / "none.yaml")[0]
+    assert "directory" in problems(tmp_path)[0]
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(bytes(range(256)))
+    assert "binary.yaml" in problems(binary)[0]
+
+
+# Comparing runs
+
+
+def test_only_differences_that_change_the_result_count(tiny):
+    old = read_config(tiny)
+    free = ["validation.n_examples=5", "training.save_every=9", "wandb.mode=offline", "data.data_dir=elsewhere"]
+    assert changed_settings(old, read_config(tiny, free)) == []
+    assert changed_settings(old, read_config(tiny, [*free, "training.seed=3"])) == ["training.seed: 0 -> 3"]
+
+
+def test_another_objective_shows_up_key_by_key(tiny):
+    lines = changed_settings(read_config(tiny), read_config(tiny, ["objective={name: uniform}"]))
+    assert any(line.startswith("objective.name: puma -> uniform") for line in lines), lines
+    assert any(line.startswith("objective.k_schedule") for line in lines)
+
+
+def test_a_mapping_can_be_checked_without_a_file(tmp_path):
+    assert parse_config(tiny_settings(PUMA, tmp_path), "memory").model.vocab_size == 6

@@ -1,0 +1,216 @@
+"""Evaluation: fixed masks, every item counted once over ranks, intervals, and the command on a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import PUMA, run_python, tiny_settings
+from test_sudoku import boards
+
+import train
+from data.sudoku import SudokuData, make_data
+from eval import evaluate as evaluation
+from eval.evaluate import validation_loss, wilson_interval
+from model.transformer import Transformer
+from runtime.checkpoint import find_checkpoint
+from runtime.config_file import parse_config
+from runtime.distributed import World
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, data_dir) -> Path:
+    """A finished run of a few steps, with four ways of sampling."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    settings = tiny_settings(PUMA, data_dir)
+    settings["validation"] |= {"confidence": ["top_prob", "top_prob_margin"], "tokens_per_step": [1, 3]}
+    config = folder / "tiny.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    train.main(["--config", str(config), "--run-dir", str(folder / "run")])
+    return folder / "run"
+
+
+@pytest.fixture
+def model(data_dir) -> Transformer:
+    """An untrained model of the tiny settings."""
+    model = Transformer(parse_config(tiny_settings(PUMA, data_dir), "test").model)
+    model.reset_parameters(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # losses that differ from token to token
+    return model.eval()
+
+
+@pytest.fixture
+def puzzles() -> SudokuData:
+    tokens = boards(4, 37, n_clues=16)
+    digits = np.array([np.random.default_rng(row).permutation(4) for row in range(37)]) + 1  # [37, 4]
+    return make_data(np.take_along_axis(digits, tokens - 1, axis=1), 4, "test")
+
+
+def shares(model: Transformer, data: SudokuData, n_ranks: int, n_rows: int, batch_size: int = 8) -> list[float]:
+    """What each of `n_ranks` contributes to the loss; outside a process group nothing is added up."""
+    settings = tiny_settings(PUMA, Path())
+    settings["validation"] |= {"n_loss_rows": n_rows, "batch_size": batch_size}
+    config = parse_config(settings, "test")
+    return [validation_loss(model, config, data, World(rank, n_ranks, CPU)) for rank in range(n_ranks)]
+
+
+# The validation loss
+
+
+def test_the_loss_does_not_depend_on_ranks_or_batches(model, puzzles):
+    (alone,) = shares(model, puzzles, 1, 37)
+    assert alone > 0
+    for n_ranks in (2, 3, 5, 50):
+        assert sum(shares(model, puzzles, n_ranks, 37)) == pytest.approx(alone, rel=1e-6)
+    for batch_size in (1, 7, 100):
+        assert shares(model, puzzles, 1, 37, batch_size)[0] == pytest.approx(alone, rel=1e-6)
+
+
+def test_masks_are_fixed(model, puzzles):
+    torch.manual_seed(1)
+    first = shares(model, puzzles, 1, 37)
+    torch.manual_seed(2)
+    assert shares(model, puzzles, 1, 37) == first
+
+
+def test_the_loss_is_that_of_the_uniform_objective(puzzles):
+    """A head of zeros gives every token the same probability, whatever is masked."""
+
+    model = Transformer(parse_config(tiny_settings(PUMA, Path()), "test").model)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert shares(model, puzzles, 1, 37)[0] == pytest.approx(np.log(6), rel=1e-5)
+
+
+def test_no_more_rows_than_there_are(model, puzzles):
+    assert shares(model, puzzles, 1, 10_000) == shares(model, puzzles, 1, 37)
+
+
+# Intervals
+
+
+@pytest.mark.parametrize(
+    ("n_right", "n", "low", "high"),
+    [
+        # Newcombe, Statistics in Medicine 17 (1998), table I: 81/263, 15/148, 0/20, 1/29.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (20, 20, 0.8389, 1.0),
+    ],
+)
+def test_wilson_interval(n_right, n, low, high):
+    assert wilson_interval(n_right, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_intervals_hold_the_share_and_narrow_with_more_trials():
+    for n in (1, 10, 1000, 10**6):
+        for n_right in {0, 1, n // 2, n}:
+            low, high = wilson_interval(n_right, n)
+            assert 0 <= low <= n_right / n + 1e-12
+            assert n_right / n <= high + 1e-12
+            assert high <= 1
+    widths = [high - low for low, high in (wilson_interval(n // 4, n) for n in (100, 400, 1600))]
+    assert widths[0] / widths[1] == pytest.approx(2, rel=0.05)
+    assert widths[1] / widths[2] == pytest.approx(2, rel=0.05)
+
+
+# The command
+
+
+def test_the_command_measures_what_training_measured_last(run_dir, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    evaluation.main([str(run_dir), "--json", str(out)])
+    printed = capsys.readouterr().out
+    result = json.loads(out.read_text())
+    final = json.loads((run_dir / "final.json").read_text())
+    assert result["loss"] == final["evaluation"]["loss"]
+    assert result["samplers"] == final["evaluation"]["samplers"]
+    cells = [(sampler["confidence"], sampler["tokens_per_step"]) for sampler in result["samplers"]]
+    assert cells == [("top_prob", 1), ("top_prob", 3), ("top_prob_margin", 1), ("top_prob_margin", 3)]
+    for sampler in result["samplers"]:
+        assert sampler["n"] == 10
+        assert 0 <= sampler["accuracy_low"] <= sampler["accuracy"] <= sampler["accuracy_high"] <= 1
+        assert (sampler["accuracy_low"], sampler["accuracy_high"]) == wilson_interval(10 * sampler["accuracy"], 10)
+        assert sampler["nfe"] == {1: 16, 3: 6}[sampler["tokens_per_step"]]
+        assert 0 < sampler["details"]["cell_accuracy"] < 1
+    assert printed.count("forward evaluations") == 4
+    assert f"validation loss {result['loss']:.4f}" in printed
+
+
+def test_the_averaged_weights_are_what_is_measured(run_dir, tmp_path, capsys):
+    checkpoint = find_checkpoint(run_dir)
+    weights = checkpoint.weights("ema")
+    assert weights is not None
+    model = Transformer(checkpoint.config().model)
+    model.load_weights(weights)
+    data = make_data(np.load(next(Path(checkpoint.config().data.data_dir).glob("*_test.npy"))), 4, "test")
+    evaluation.main([str(run_dir), "--json", str(tmp_path / "result.json")])
+    loss = json.loads((tmp_path / "result.json").read_text())["loss"]
+    assert loss == pytest.approx(validation_loss(model.eval(), checkpoint.config(), data, World(0, 1, CPU)), rel=1e-6)
+
+
+def test_a_checkpoint_folder_and_other_settings(run_dir, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    overrides = ["validation.n_examples=7", "validation.confidence=[random]", "validation.tokens_per_step=[16]"]
+    evaluation.main([str(run_dir / "checkpoints" / "step_00000003"), *overrides, "--json", str(out)])
+    (sampler,) = json.loads(out.read_text())["samplers"]
+    assert (sampler["confidence"], sampler["n"], sampler["nfe"]) == ("random", 7, 1)
+
+
+def test_no_more_examples_than_there_are(run_dir, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    evaluation.main(
+        [str(run_dir), "validation.n_final_examples=5000", "validation.tokens_per_step=[16]", "--json", str(out)]
+    )
+    assert {sampler["n"] for sampler in json.loads(out.read_text())["samplers"]} == {20}
+
+
+@pytest.mark.slow
+def test_two_processes_count_every_item_once(run_dir, tmp_path):
+    """Eleven items on two ranks, in batches of four."""
+    words = [run_dir, "validation.n_examples=11", "validation.n_loss_rows=11", "validation.batch_size=4", "--json"]
+    alone = run_python("-m", "eval.evaluate", *words, tmp_path / "alone.json")
+    together = run_python(
+        *["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "eval.evaluate"],
+        *words,
+        tmp_path / "together.json",
+    )
+    assert alone.returncode == 0, alone.stderr
+    assert together.returncode == 0, together.stderr
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "together"))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    for ours, theirs in zip(one["samplers"], two["samplers"], strict=True):
+        assert ours["n"] == 11
+        assert 0 < ours["details"]["cell_accuracy"] < 1
+        assert theirs["details"] == pytest.approx(ours["details"])
+        assert {key: value for key, value in ours.items() if key != "details"} == pytest.approx(
+            {key: value for key, value in theirs.items() if key != "details"}
+        )
+    assert together.stdout.count("validation loss") == 1, "one process prints"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["/nonexistent"], "holds no usable checkpoint"),
+        (["RUN", "validation.n_exmples=3"], "did you mean 'n_examples'?"),
+        (["RUN", "validation.tokens_per_step=[0]"], "validation.tokens_per_step.0 = 0"),
+        (["RUN", "model.hidden_size=32"], "the settings describe another model than checkpoint"),
+        (["RUN", "validation.n_examples=1", "--json", "/nonexistent/out.json"], "/nonexistent"),
+    ],
+)
+def test_bad_input_ends_with_one_message(words, expected, run_dir, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([word.replace("RUN", str(run_dir)) for word in words])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert "Traceback" not in error

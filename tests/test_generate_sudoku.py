@@ -1,0 +1,222 @@
+"""Generated puzzles: one solution each, proved by a second solver; seeded; the same on any number of cores."""
+
+from __future__ import annotations
+
+import csv
+import time
+
+import numpy as np
+import pytest
+from conftest import run_python
+from test_sudoku import groups_of
+
+from data import generate_sudoku as generator
+from data.generate_sudoku import cached_generated, generate_sudoku
+from data.sudoku import SudokuData, count_shared_puzzles, puzzle_keys
+from data.sudoku_files import load_sudoku_file
+
+# Board size, fewest and most clues.
+RANGES = [(4, 4, 8), (4, 16, 16), (6, 14, 22), (6, 36, 36), (9, 30, 40), (9, 24, 25), (9, 81, 81)]
+
+
+def generate(size: int, n_train: int, n_test: int, min_clues: int, max_clues: int, seed: int = 0, n_workers: int = 1):
+    train, test = generate_sudoku(
+        size, n_train, n_test, min_clues, max_clues, seed, n_workers=n_workers, show_progress=False
+    )
+    return train, test
+
+
+def train_set(*arguments: int, **options: int) -> SudokuData:
+    data, _ = generate(*arguments, **options)
+    assert data is not None
+    return data
+
+
+def solutions(puzzle: list[int], size: int, limit: int = 2) -> list[list[int]]:
+    """Up to `limit` solutions, by plain backtracking over sets: nothing in common with the generator's solver."""
+    groups = groups_of(size)
+    peers = [set().union(*(group for group in groups if cell in group)) - {cell} for cell in range(size * size)]
+    grid, found = list(puzzle), []
+
+    def search() -> None:
+        options = {
+            cell: set(range(1, size + 1)) - {grid[peer] for peer in peers[cell]}
+            for cell, digit in enumerate(grid)
+            if digit == 0
+        }
+        if not options:
+            found.append(list(grid))
+            return
+        cell = min(options, key=lambda cell: len(options[cell]))
+        for digit in sorted(options[cell]):
+            grid[cell] = digit
+            search()
+            grid[cell] = 0
+            if len(found) == limit:
+                return
+
+    search()
+    return found
+
+
+def test_the_second_solver_counts_right():
+    assert len(solutions([0] * 16, 4, limit=1000)) == 288
+    assert len(solutions([1, 1] + [0] * 14, 4)) == 0
+    assert len(solutions([1, 2, 3, 4] + [0] * 12, 4, limit=1000)) == 12
+
+
+@pytest.mark.parametrize(("size", "min_clues", "max_clues"), RANGES)
+def test_puzzles_have_one_solution_and_clues_in_range(size, min_clues, max_clues):
+    n = {4: 30, 6: 30, 9: 15}[size]
+    data = train_set(size, n, 0, min_clues, max_clues)
+    assert len(data) == n
+    n_clues = (data.puzzles > 0).sum(1)
+    assert n_clues.min() >= min_clues
+    assert n_clues.max() <= max_clues
+    for puzzle, solution in zip(data.puzzles.tolist(), data.solutions.tolist(), strict=True):
+        assert solutions(puzzle, size) == [solution]
+
+
+def test_all_clue_counts_of_the_range_occur():
+    n_clues = (train_set(9, 1100, 0, 30, 40).puzzles > 0).sum(1)
+    counts = np.bincount(n_clues, minlength=41)[30:]
+    assert len(counts) == 11
+    assert counts.min() > 50, "uniform would be 100 each"
+    assert counts.max() < 150
+
+
+def test_grids_are_varied():
+    data = train_set(9, 500, 0, 30, 40)
+    assert len(set(puzzle_keys(data.solutions))) == 500
+    counts = np.stack([(data.solutions == digit).sum(0) for digit in range(1, 10)])  # [9, 81]
+    assert counts.min() > 20, "uniform would be 56 each"
+    assert counts.max() < 110
+
+
+def test_all_puzzles_are_distinct_and_train_and_test_share_none():
+    train, test = generate(4, 4000, 1000, 4, 8)
+    assert train is not None
+    assert test is not None
+    assert (len(train), len(test)) == (4000, 1000)
+    assert len(set(puzzle_keys(train.puzzles))) == 4000
+    assert len(set(puzzle_keys(test.puzzles))) == 1000
+    assert count_shared_puzzles(train, test) == 0
+
+
+def test_the_seed_decides_and_neighbouring_seeds_have_nothing_in_common():
+    data = [train_set(6, 300, 0, 14, 22, seed=seed) for seed in (0, 0, 1, 2**32 - 1)]
+    assert np.array_equal(data[0].tokens, data[1].tokens)
+    for other in data[2:]:
+        assert count_shared_puzzles(data[0], other) == 0
+
+
+@pytest.mark.parametrize("n_workers", [2, 3, 8])
+def test_the_number_of_workers_changes_nothing(n_workers):
+    alone, together = (generate(6, 1700, 30, 14, 22, n_workers=n) for n in (1, n_workers))
+    for ours, theirs in zip(alone, together, strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert np.array_equal(ours.tokens, theirs.tokens)
+
+
+def test_more_puzzles_begin_with_the_same_ones():
+    assert np.array_equal(train_set(9, 100, 0, 30, 40).tokens, train_set(9, 700, 0, 30, 40).tokens[:100])
+
+
+def test_an_exhausted_range_says_so():
+    """There are 288 grids of 4x4, so 4,608 puzzles with one empty cell."""
+    assert len(set(puzzle_keys(train_set(4, 288, 0, 16, 16).puzzles))) == 288
+    with pytest.raises(ValueError, match=r"only 288 distinct 4x4 puzzles with 16 to 16 clues .* 289 are wanted"):
+        generate(4, 280, 9, 16, 16)
+
+
+def test_clues_too_few_to_be_found_say_so_instead_of_searching_for_hours(monkeypatch):
+    monkeypatch.setattr(generator, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(generator, "N_TRIES", 2)
+    with pytest.raises(ValueError, match="only 0 distinct 9x9 puzzles with 17 to 18 clues"):
+        generate(9, 10, 0, 17, 18)
+
+
+@pytest.mark.parametrize(
+    ("size", "min_clues", "max_clues"), [(5, 4, 8), (9, 16, 20), (9, 30, 82), (9, 40, 30), (4, 3, 8), (6, 7, 8)]
+)
+def test_impossible_requests_are_refused(size, min_clues, max_clues):
+    with pytest.raises(ValueError, match=r"size 5 is not supported|clues from"):
+        generate(size, 10, 0, min_clues, max_clues)
+
+
+def test_a_thousand_9x9_puzzles_per_second_and_core():
+    generate(9, 10, 0, 30, 40)  # compiles
+    n = 2000
+    before = time.process_time()  # of this process alone, whatever else runs on the machine
+    generate(9, n, 0, 30, 40, seed=1)
+    assert n / (time.process_time() - before) > 1000
+
+
+def test_generated_boards_are_kept_and_read_again(tmp_path, monkeypatch):
+    request = (tmp_path / "new" / "folder", 4, 50, 10, 4, 8, 3)
+    paths = cached_generated(*request)
+    made = generate(*request[1:])
+    assert [len(load_sudoku_file(path, 4)) for path in paths] == [50, 10]
+    for path, data in zip(paths, made, strict=True):
+        assert data is not None
+        assert np.array_equal(load_sudoku_file(path, 4).tokens, data.tokens)
+    monkeypatch.setattr(generator, "generate_sudoku", None)  # a second call would fail
+    assert cached_generated(*request) == paths
+    assert not list((tmp_path / "new" / "folder").glob("*.incomplete"))
+
+
+def test_other_settings_are_other_files(tmp_path):
+    cached_generated(tmp_path, 4, 20, 5, 4, 8, 0)
+    cached_generated(tmp_path, 4, 20, 5, 4, 8, 1)
+    cached_generated(tmp_path, 4, 20, 5, 4, 9, 0)
+    assert len(list(tmp_path.glob("*.npy"))) == 6
+
+
+# The command
+
+
+def command(*arguments: object) -> list[object]:
+    return ["-m", "data.generate_sudoku", *arguments]
+
+
+def test_the_command_writes_puzzles_and_solutions(tmp_path):
+    out = tmp_path / "puzzles.csv"
+    result = run_python(
+        *command("--size", 9, "--count", 25, "--min-clues", 30, "--max-clues", 40, "--seed", 5, "--out", out)
+    )
+    assert result.returncode == 0, result.stderr
+    assert "wrote 25 puzzles" in result.stdout
+    with open(out, newline="", encoding="ascii") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 25
+    assert list(rows[0]) == ["puzzle", "solution"]
+    for row in rows:
+        assert len(row["puzzle"]) == len(row["solution"]) == 81
+        assert 30 <= 81 - row["puzzle"].count("0") <= 40
+    assert np.array_equal(load_sudoku_file(out, 9).tokens, train_set(9, 25, 0, 30, 40, seed=5).tokens)
+    assert "25 good rows" in run_python("-m", "data.sudoku", "check", out).stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"--count": 0}, "--count must be at least 1"),
+        ({"--count": "many"}, "invalid int"),
+        ({"--workers": 0}, "--workers must be at least 1"),
+        ({"--seed": -1}, "--seed must be from 0"),
+        ({"--seed": 10**30}, "--seed must be from 0"),
+        ({"--size": 5}, "--size"),
+        ({"--min-clues": 3}, "clues from 3 to 8"),
+        ({"--min-clues": 9}, "clues from 9 to 8"),
+        ({"--count": 300, "--min-clues": 16, "--max-clues": 16}, "only 288 distinct"),
+        ({"--out": "/nonexistent/folder/out.csv"}, "/nonexistent/folder"),
+    ],
+)
+def test_the_command_refuses_with_one_message(change, expected, tmp_path, capsys):
+    options = {"--size": 4, "--count": 5, "--min-clues": 4, "--max-clues": 8, "--out": tmp_path / "out.csv"} | change
+    with pytest.raises(SystemExit) as stop:
+        generator.main([str(word) for option in options.items() for word in option])
+    assert stop.value.code == 2
+    assert expected in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

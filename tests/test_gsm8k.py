@@ -1,0 +1,159 @@
+"""GSM8K problems and prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import SHARED
+
+from data import gsm8k
+from data.gsm8k import Problem, build_prompts, final_answer, prompt_records, read_problems
+from data.word_problems import generate_problems, train_tokenizer
+
+QWEN = SHARED / "qwen2_tokenizer"
+needs_shared = pytest.mark.skipif(not QWEN.is_dir(), reason="needs GSM8K and the Qwen2 tokenizer in ../shared/data")
+MASK_ID = 543
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(generate_problems(2000, seed=0))
+
+
+def write_problems(path: Path, rows: list) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("She makes 9 * 2 = $<<9*2=18>>18.\n#### 18", "18"),
+        ("#### 1,450,000", "1450000"),
+        ("#### -3 \n", "-3"),
+        ("####0.5", "0.5"),
+        ("first #### 4\nthen\n#### 5", "5"),
+    ],
+)
+def test_final_answer(solution, answer):
+    assert final_answer(solution) == answer
+
+
+@pytest.mark.parametrize("solution", ["", "18", "#### ", "#### many", "#### 5\nand more", "#### 5 apples"])
+def test_a_solution_without_an_answer_is_refused(solution):
+    with pytest.raises(ValueError, match="no number after '####'"):
+        final_answer(solution)
+
+
+def test_problems_of_a_file(tmp_path):
+    rows = [{"question": "A\u2028line separator?", "answer": "#### 1,000"}, {"question": "B?", "answer": "x\n#### 2"}]
+    path = tmp_path / "test.jsonl"
+    path.write_text(json.dumps(rows[0], ensure_ascii=False) + "\n\n" + json.dumps(rows[1]) + "\n", encoding="utf-8")
+    assert read_problems(str(path)) == [Problem("A\u2028line separator?", "1000"), Problem("B?", "2")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"test.jsonl, line 2: "),
+        ('{"question": "a"}', r"line 2: needs question and answer, both text"),
+        ('{"question": "a", "answer": 5}', r"line 2: needs question and answer, both text"),
+        ("[]", r"line 2: needs question and answer, both text"),
+        ('{"question": "a", "answer": "five"}', r"line 2: no number after"),
+    ],
+)
+def test_a_bad_line_is_named(line, message, tmp_path):
+    path = tmp_path / "test.jsonl"
+    path.write_text('{"question": "a", "answer": "#### 1"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_problems(str(path))
+
+
+@pytest.mark.parametrize("source", ["nowhere.jsonl", "/nowhere/at/all", "a/b/c"])
+def test_a_missing_file_is_named(source):
+    with pytest.raises(ValueError, match=f"problem file {source} does not exist"):
+        read_problems(source)
+
+
+def test_a_downloaded_split_is_kept(tmp_path, monkeypatch):
+    import datasets
+
+    calls = []
+
+    def load_dataset(name, subset, split):
+        calls.append((name, subset, split))
+        return [{"question": "A?", "answer": "#### 1"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for _ in range(2):
+        assert read_problems(gsm8k.HUB_NAME, cache_dir=tmp_path / "cache") == [Problem("A?", "1")]
+    assert calls == [("openai/gsm8k", "main", "test")]
+
+
+def test_an_unreachable_hub_ends_with_one_message(tmp_path, monkeypatch):
+    import datasets
+
+    def load_dataset(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"'openai/gsm8k' cannot be loaded: no network. A local test.jsonl does"):
+        read_problems(gsm8k.HUB_NAME, cache_dir=tmp_path)
+
+
+def test_a_prompt_is_the_question_a_newline_and_masks(tokenizer):
+    problems = [Problem("Anna has 5 books.", "5"), Problem("How many plums are left?", "2")]
+    prompts = build_prompts(problems, tokenizer, MASK_ID, 32)
+    assert prompts.xt.shape == (2, 32)
+    assert prompts.problems == problems
+    assert prompts.n_left_out == 0
+    for row, problem in zip(prompts.xt.tolist(), problems, strict=True):
+        ids = tokenizer.encode(problem.question) + tokenizer.encode("\n")
+        assert row == ids + [MASK_ID] * (32 - len(ids))
+
+
+def test_questions_that_are_too_long_are_left_out_and_counted(tokenizer):
+    question = "Anna has 5 books."
+    n_tokens = len(tokenizer.encode(question)) + 1
+    problems = [Problem(question, "1"), Problem(question + " " + question, "2"), Problem(question, "3")]
+    with pytest.warns(UserWarning, match="1 of 3 questions are left out"):
+        prompts = build_prompts(problems, tokenizer, MASK_ID, n_tokens + 2)
+    assert [problem.answer for problem in prompts.problems] == ["1", "3"]
+    assert prompts.n_left_out == 1
+    with pytest.raises(ValueError, match="none of the 3 questions fits"):
+        build_prompts(problems, tokenizer, MASK_ID, n_tokens + 1)
+
+
+def test_a_mask_token_in_a_question_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"occurs in the question 'Anna has 5 books\.'"):
+        build_prompts([Problem("Anna has 5 books.", "5")], tokenizer, tokenizer.encode("5")[0], 32)
+
+
+def test_records_of_a_file(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    file = write_problems(tmp_path / "test.jsonl", [{"question": "How many?", "answer": "#### 1,234"}])
+    records, n_left_out = prompt_records(file, str(tmp_path / "tokenizer"), MASK_ID, 24)
+    ids = tokenizer.encode("How many?") + tokenizer.encode("\n")
+    assert records == [{"input_ids": ids + [MASK_ID] * (24 - len(ids)), "answer": "1234"}]
+    assert n_left_out == 0
+    json.dumps(records)
+
+
+@needs_shared
+def test_all_of_gsm8k():
+    for split, n_problems in (("test", 1319), ("train", 7473)):
+        problems = read_problems(str(SHARED / "gsm8k" / f"{split}.jsonl"))
+        assert len(problems) == n_problems
+        assert all(float(problem.answer) == int(float(problem.answer)) for problem in problems)
+    records, n_left_out = prompt_records(str(SHARED / "gsm8k" / "test.jsonl"), str(QWEN), 151644, 512)
+    assert n_left_out == 0
+    assert len(records) == 1319
+    assert records[0]["answer"] == "18"
+    for record in records:
+        ids = record["input_ids"]
+        assert len(ids) == 512
+        first_mask = ids.index(151644)
+        assert ids[first_mask - 1] == 198
+        assert set(ids[first_mask:]) == {151644}

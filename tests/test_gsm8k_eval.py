@@ -1,0 +1,111 @@
+"""The command line that grades files and makes prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eval.gsm8k_eval import main
+from tests.conftest import SHARED, run_python
+
+GOOD = {"completion": "def f():\n    return 18", "gold": "18"}
+CASES = [
+    GOOD,
+    {"completion": "```python\ndef f():\n    return '$1,000'\n```\nDone.", "gold": 1000, "id": 7},
+    {"completion": "def f():\n    return 1e999", "gold": "18"},
+    {"completion": "def f():\n    return 1 / 0", "gold": "18"},
+    {"completion": "no idea", "gold": "18"},
+    {"completion": "def f():\n    return 17", "gold": 18.5},
+]
+VERDICTS = [
+    {"verdict": True, "value": 18, "reason": "right"},
+    {"verdict": True, "value": "$1,000", "reason": "right"},
+    {"verdict": False, "value": "inf", "reason": "no number"},
+    {"verdict": False, "value": None, "reason": "failed to run: ZeroDivisionError: division by zero"},
+    {"verdict": False, "value": None, "reason": "no program"},
+    {"verdict": False, "value": 17, "reason": "wrong value"},
+]
+
+
+def write_lines(path: Path, cases: list[object]) -> Path:
+    path.write_text("".join(f"{case if isinstance(case, str) else json.dumps(case)}\n" for case in cases))
+    return path
+
+
+def test_a_file_of_cases_is_graded_in_order(tmp_path: Path) -> None:
+    cases, out = write_lines(tmp_path / "cases.jsonl", list(CASES)), tmp_path / "verdicts.jsonl"
+    done = run_python("-m", "eval.gsm8k_eval", "grade", cases, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line) for line in out.read_text().splitlines()] == VERDICTS
+    assert done.stdout.startswith("6 graded: right 33.3%, wrong value 16.7%, no number 16.7%, no program 16.7%")
+    assert "6/6" in done.stderr  # the progress bar
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cases.jsonl", "verdicts.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("{", "line 2 is not JSON"),
+        ("", "line 2 is not JSON"),
+        ("[" * 100_000, "line 2 is not JSON"),
+        ([1], "line 2 must be an object with completion and gold, got list"),
+        ({"gold": "18"}, "line 2 lacks completion"),
+        ({}, "line 2 lacks completion and gold"),
+        ({"completion": None, "gold": "18"}, "line 2: completion must be text, got null"),
+        ({"completion": "x", "gold": "eighteen"}, "line 2: gold is not a number: 'eighteen'"),
+        ({"completion": "x", "gold": True}, "line 2: gold is not a number: True"),
+        ({"completion": "x", "gold": None}, "line 2: gold is not a number: None"),
+    ],
+)
+def test_a_bad_line_is_refused_by_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: object, message: str
+) -> None:
+    cases = write_lines(tmp_path / "cases.jsonl", [GOOD, bad, "also bad"])
+    refuse(capsys, ["grade", str(cases), "--out", str(tmp_path / "out.jsonl")], message)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_bad_paths_and_settings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases, empty = write_lines(tmp_path / "cases.jsonl", [GOOD]), write_lines(tmp_path / "empty.jsonl", [])
+    out = str(tmp_path / "out.jsonl")
+    refuse(capsys, ["grade", str(tmp_path / "none.jsonl"), "--out", out], "none.jsonl does not exist")
+    refuse(capsys, ["grade", str(empty), "--out", out], "holds no cases")
+    refuse(capsys, ["grade", str(cases), "--out", str(cases)], "would overwrite the input")
+    refuse(capsys, ["grade", str(cases), "--out", str(tmp_path / "no" / "out")], "does not exist")
+    refuse(capsys, ["grade", str(cases), "--out", out, "--workers", "0"], "--workers must be at least 1, got 0")
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = tmp_path / "cases.jsonl"
+    cases.write_bytes(json.dumps(GOOD).encode() + b'\n{"completion": "\xff", "gold": 1}\n')
+    refuse(capsys, ["grade", str(cases), "--out", str(tmp_path / "out.jsonl")], "line 2 is not JSON")
+
+
+def refuse(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    """The command ends with status 2 and one line that holds the message."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is not here")
+def test_prompts_end_in_mask_tokens(tmp_path: Path) -> None:
+    lines = (SHARED / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:3]
+    test, out = write_lines(tmp_path / "test.jsonl", list(lines)), tmp_path / "prompts.json"
+    main(
+        ["prompts", str(test), "--tokenizer", str(SHARED / "qwen2_tokenizer"), "--mask-id", "151644", "--out", str(out)]
+    )
+    records = json.loads(out.read_text())
+    assert [record["answer"] for record in records] == [json.loads(line)["answer"].split("#### ")[1] for line in lines]
+    for record in records:
+        ids = record["input_ids"]
+        assert len(ids) == 512
+        n_prompt = ids.index(151644)
+        assert ids[n_prompt - 1] == 198  # the newline
+        assert set(ids[n_prompt:]) == {151644}

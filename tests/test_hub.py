@@ -1,0 +1,353 @@
+"""Qwen2 folders in and out, and runs that start from trained weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PUMA, ROOT, UNIFORM, run_python, tiny_settings
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+import pretrained
+import train
+from config import Config, ModelSettings
+from model import hub
+from model.hub import read_qwen2
+from model.transformer import Transformer, build_model
+from pretrained import fit_vocabulary, load_initial_weights
+from runtime.checkpoint import find_checkpoint
+from runtime.config_file import flatten, parse_config, read_config
+from sampling import load_model
+from sampling_causal import sample_left_to_right
+
+AUTOREGRESSIVE = {"name": "autoregressive"}
+SHAPE = {
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def write_reference(folder: Path, *, shards: bool = False, **changes: Any) -> Any:
+    """A random Qwen2 model of transformers and the folder it writes."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**(SHAPE | {"initializer_range": 0.3} | changes))).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    model.save_pretrained(folder, max_shard_size="10KB" if shards else "5GB")
+    return model
+
+
+def make_config(
+    data_dir: Path, source: Path | str, objective: dict = AUTOREGRESSIVE, model: dict | None = None
+) -> Config:
+    settings = tiny_settings(dict(objective), data_dir)
+    settings["model"] = SHAPE | {"init_from": str(source)} | (model or {})
+    return parse_config(settings, "test")
+
+
+def loaded(config: Config) -> Transformer:
+    model = build_model(config)
+    load_initial_weights(model, config)
+    return model.eval()
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(0, 20, (3, 11), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def autoregressive_run(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
+    """A finished run of six steps with averaged weights."""
+    folder = tmp_path_factory.mktemp("arm")
+    (folder / "arm.json").write_text(json.dumps(tiny_settings(AUTOREGRESSIVE, data_dir)))  # JSON is YAML too
+    train.main(["--config", str(folder / "arm.json"), "--run-dir", str(folder / "run")])
+    return folder / "run"
+
+
+# Reading
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_qwen2_folder_gives_equal_logits(tied, shards, tmp_path, tokens, data_dir):
+    reference = write_reference(tmp_path / "qwen2", shards=shards, tie_word_embeddings=tied)
+    assert (tmp_path / "qwen2" / "model.safetensors").exists() != shards
+    model = loaded(make_config(data_dir, tmp_path / "qwen2", model={"tie_word_embeddings": tied}))
+    torch.testing.assert_close(model.logits(tokens), reference(tokens).logits)
+
+
+def test_a_diffusion_model_scores_the_next_token_with_them(tmp_path, tokens, data_dir):
+    reference = write_reference(tmp_path / "qwen2")
+    config = make_config(data_dir, tmp_path / "qwen2", PUMA)
+    assert config.shifted
+    assert not config.causal
+    model = loaded(config)
+    positions = torch.zeros_like(tokens, dtype=torch.bool)
+    positions[:, 1] = True
+    expected = reference(tokens[:, :1]).logits[:, 0]
+    expected[:, 19] = -torch.inf
+    found = loaded(make_config(data_dir, tmp_path / "qwen2")).predict(tokens, positions, 19)
+    assert torch.equal(found.token, expected.argmax(1)), "what is computed at position 0 is about token 1"
+    weight = torch.zeros(tokens.shape)
+    weight[:, 4] = 1 / 3
+    nll = -model.logits(tokens)[:, 3].log_softmax(1).gather(1, tokens[:, 4:5]).mean()
+    torch.testing.assert_close(model(tokens, tokens, weight).loss, nll)
+
+
+def test_rotary_base_is_read_in_old_and_new_spelling(tmp_path, tokens, data_dir):
+    reference = write_reference(
+        tmp_path / "qwen2", rope_parameters={"rope_type": "default", "rope_theta": 1e6}, rms_norm_eps=1e-5
+    )
+    same = {"rope_theta": 1e6, "rms_norm_eps": 1e-5}
+    new = loaded(make_config(data_dir, tmp_path / "qwen2", model=same))
+    raw = json.loads((tmp_path / "qwen2" / "config.json").read_text())
+    del raw["rope_parameters"]
+    (tmp_path / "qwen2" / "config.json").write_text(json.dumps(raw | {"rope_theta": 1000000}))
+    old = loaded(make_config(data_dir, tmp_path / "qwen2", model=same))
+    for model in (new, old):
+        torch.testing.assert_close(model.logits(tokens), reference(tokens).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("vocab_size", [15, 20, 23])
+def test_the_vocabulary_is_cut_or_grown(vocab_size, tied, tmp_path, data_dir):
+    reference = write_reference(tmp_path / "qwen2", tie_word_embeddings=True)
+    model = loaded(
+        make_config(data_dir, tmp_path / "qwen2", model={"vocab_size": vocab_size, "tie_word_embeddings": tied})
+    )
+    tokens = torch.arange(15)[None]
+    logits, expected = model.logits(tokens), reference(tokens).logits
+    n_common = min(vocab_size, 20)
+    assert logits.shape == (1, 15, vocab_size)
+    torch.testing.assert_close(logits[..., :n_common], expected[..., :n_common])
+    if vocab_size > 20:
+        new = logits.softmax(2)[..., 20:]
+        assert (new < 1 / 20).all(), "a new token is no more probable than the mean token"
+        assert torch.equal(model.model.embed_tokens.weight[20], model.model.embed_tokens.weight[22])
+
+
+def test_new_rows_are_the_mean_row():
+    matrix = torch.tensor([[1.0, 5.0], [3.0, 1.0]])
+    assert fit_vocabulary(matrix, 4).tolist() == [[1, 5], [3, 1], [2, 3], [2, 3]]
+    assert fit_vocabulary(matrix, 1).tolist() == [[1, 5]]
+
+
+def test_another_shape_is_refused_with_both_numbers(tmp_path, data_dir):
+    write_reference(tmp_path / "qwen2")
+    other = {"hidden_size": 32, "num_hidden_layers": 5, "rope_theta": 1e6, "tie_word_embeddings": True}
+    with pytest.raises(ValueError, match="does not fit") as error:
+        loaded(make_config(data_dir, tmp_path / "qwen2", model=other))
+    for key, ours, theirs in (("hidden_size", 32, 16), ("num_hidden_layers", 5, 2), ("rope_theta", 1e6, 1e4)):
+        assert f"{key}: {ours} in the settings, {theirs} there" in str(error.value)
+    assert "tie_word_embeddings" in str(error.value)
+    assert "intermediate_size" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4}}, "rope_scaling"),
+        ({"head_dim": 64}, "head_dim"),
+        ({"hidden_size": None}, "hidden_size"),
+    ],
+)
+def test_variants_without_a_counterpart_are_refused(change, expected, tmp_path):
+    write_reference(tmp_path / "qwen2")
+    raw = json.loads((tmp_path / "qwen2" / "config.json").read_text()) | change
+    (tmp_path / "qwen2" / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
+    with pytest.raises(ValueError, match=expected):
+        read_qwen2(tmp_path / "qwen2", "the source")
+
+
+def test_broken_folders_are_refused(tmp_path, data_dir):
+    folder = tmp_path / "qwen2"
+    write_reference(folder)
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    weights = load(content)
+    config = make_config(data_dir, folder)
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="no Qwen2 model that can be read"):
+        loaded(config)
+    weights.pop("model.norm.weight")
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=r"(?s)does not hold the weights.*model\.norm\.weight"):
+        loaded(config)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        loaded(config)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"neither a checkpoint of a run nor a config\.json"):
+        loaded(config)
+
+
+def test_a_name_is_fetched_from_the_hub(tmp_path, tokens, data_dir, monkeypatch):
+    import huggingface_hub
+
+    reference = write_reference(tmp_path / "cache")
+    asked: list[str] = []
+
+    def fetch(name: str, **_: Any) -> str:
+        asked.append(name)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    model = loaded(make_config(data_dir, "Qwen/Qwen2-tiny"))
+    assert asked == ["Qwen/Qwen2-tiny"]
+    torch.testing.assert_close(model.logits(tokens), reference(tokens).logits)
+
+
+@pytest.mark.parametrize("source", ["Qwen/Qwen2.5-0.5B", "runs/not/there", "/not/there"])
+def test_what_is_neither_there_nor_fetched_ends_with_one_message(source, config_file, tmp_path):
+    config = config_file(model__init_from=source)
+    result = run_python("train.py", "--config", config, "--run-dir", tmp_path / "run", HF_HUB_OFFLINE="1")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert f"'{source}' is no folder here, and it cannot be fetched" in result.stderr
+
+
+# Runs that start from others
+
+
+def test_puma_starts_from_an_autoregressive_run(autoregressive_run, config_file, tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    shutil.copytree(autoregressive_run, source)
+    config = str(config_file(PUMA, model__init_from=str(source), training__save_every=1))
+
+    def first_step(run: Any, score: float | None) -> None:
+        if not (tmp_path / "start").exists():
+            start = pretrained._read(str(source))
+            assert "step_00000006" in start.source
+            fresh = train.build_run(run.config, run.world, run.run_dir, run.objective.queue.stream.data)
+            for name, tensor in fresh.model.weights().items():
+                assert torch.equal(tensor, start.weights[name]), name
+                assert torch.equal(tensor, fresh.averaged_model.weights()[name]), name
+            (tmp_path / "start").touch()
+        save(run, score)
+        if run.step == 3 and run.run_dir.name == "broken":
+            raise KeyboardInterrupt
+
+    save = train.save_run
+    monkeypatch.setattr(train, "save_run", first_step)
+    train.main(["--config", config, "--run-dir", str(tmp_path / "straight")])
+    with pytest.raises(SystemExit):
+        train.main(["--config", config, "--run-dir", str(tmp_path / "broken")])
+    shutil.rmtree(source)
+    train.main(["--config", config, "--run-dir", str(tmp_path / "broken")])
+    assert (tmp_path / "start").exists()
+    straight, broken = (find_checkpoint(tmp_path / name).weights("ema") for name in ("straight", "broken"))
+    for name, tensor in straight.items():
+        assert torch.equal(tensor, broken[name]), name
+    model, settings = load_model(str(tmp_path / "broken"))
+    assert model.shifted
+    assert settings.shifted
+
+
+def test_whether_scores_are_shifted_must_agree_with_the_source(autoregressive_run, data_dir, tmp_path):
+    def from_source(source: Path, **model: Any) -> Config:
+        settings = tiny_settings(dict(UNIFORM), data_dir)
+        settings["model"] |= {"init_from": str(source), **model}
+        return parse_config(settings, "test")
+
+    with pytest.raises(ValueError, match=r"model\.shifted is False, but .* about the next token"):
+        loaded(from_source(autoregressive_run, shifted=False))
+    path = tmp_path / "mdm.json"
+    path.write_text(json.dumps(tiny_settings(dict(UNIFORM), data_dir)))
+    train.main(["--config", str(path), "--run-dir", str(tmp_path / "mdm"), "training.max_steps=1"])
+    with pytest.raises(ValueError, match=r"the position's own token: set model\.shifted: false"):
+        loaded(from_source(tmp_path / "mdm"))
+    model = loaded(from_source(tmp_path / "mdm", shifted=False))
+    assert torch.equal(model.lm_head.weight, find_checkpoint(tmp_path / "mdm").weights("ema")["lm_head.weight"])
+
+
+# Writing
+
+
+def test_an_exported_autoregressive_model_opens_with_equal_logits(autoregressive_run, tmp_path):
+    from transformers import Qwen2ForCausalLM
+
+    out = tmp_path / "exported"
+    result = run_python("-m", "model.hub", "export", autoregressive_run, out)
+    assert result.returncode == 0, result.stderr
+    model, _ = load_model(str(autoregressive_run))
+    reference = Qwen2ForCausalLM.from_pretrained(out).eval()
+    tokens = torch.randint(0, 5, (4, 32), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.logits(tokens), reference(tokens).logits)
+    written = sample_left_to_right(model, torch.cat([tokens[:, :16], torch.full((4, 16), 5)], dim=1), 5)
+    assert torch.equal(reference.generate(tokens[:, :16], max_new_tokens=16), written.tokens)
+    again = read_qwen2(out, str(out))
+    assert again.shifted
+    assert all(torch.equal(tensor, again.weights[name]) for name, tensor in model.weights().items())
+    result = run_python("-m", "model.hub", "export", autoregressive_run, out)
+    assert result.returncode == 2
+    assert "no empty folder" in result.stderr
+    result = run_python("-m", "model.hub", "export", tmp_path, tmp_path / "other")
+    assert result.returncode == 2
+    assert "no usable checkpoint" in result.stderr
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_an_exported_diffusion_model_looks_both_ways(shifted, tmp_path, tokens):
+    from transformers import Qwen2ForCausalLM
+
+    settings = ModelSettings.model_validate(SHAPE | {"tie_word_embeddings": True, "rope_theta": 500.0})
+    model = Transformer(settings, shifted=shifted).eval()
+    source = hub.Pretrained("a test", settings, shifted, model.weights())
+    hub.write_qwen2(tmp_path, source, causal=False, mask_id=19, eos_id=0, pad_id=0)
+    reference = Qwen2ForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(model.logits(tokens), reference(tokens).logits)
+    assert read_qwen2(tmp_path, "the same").shifted == shifted
+
+
+def test_an_export_holds_the_tokenizer_of_the_data(tmp_path):
+    from transformers import AutoTokenizer, GenerationConfig, Qwen2ForCausalLM
+
+    mini = read_config(ROOT / "yaml_files" / "tinygsm_mini_puma.yaml").model_dump(mode="json")
+    mini["objective"] = AUTOREGRESSIVE
+    mini["model"] |= {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    mini["data"] |= {"data_dir": str(tmp_path / "data"), "n_train": 600, "n_test": 20}
+    mini["training"] |= {"max_steps": 2, "batch_size": 4}
+    mini["validation"] = {"n_examples": 2, "n_final_examples": 2, "n_loss_rows": 4}
+    (tmp_path / "mini.json").write_text(json.dumps(mini))
+    train.main(["--config", str(tmp_path / "mini.json"), "--run-dir", str(tmp_path / "run")])
+    message = pretrained.export_run(str(tmp_path / "run"), tmp_path / "out")
+    assert "tokenizer.json" in message
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    generation = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert generation.eos_token_id == tokenizer.eos_token_id is not None
+    assert generation.suppress_tokens == [543]
+    prompt = tokenizer("Anna has 5 books.\n", return_tensors="pt").input_ids
+    reference: Any = Qwen2ForCausalLM.from_pretrained(tmp_path / "out")
+    answer = reference.generate(prompt, max_new_tokens=20)
+    model, config = load_model(str(tmp_path / "run"))
+    xt = torch.cat([prompt, torch.full((1, 20), config.mask_id)], dim=1)
+    ours = sample_left_to_right(model, xt, config.mask_id, eos_id=tokenizer.eos_token_id)
+    assert torch.equal(ours.tokens[:, : answer.shape[1]], answer)
+
+
+@pytest.mark.parametrize("name", ["baseline", "puma"])
+def test_experiments_from_an_autoregressive_model_change_nothing_else(name):
+    plain, started = (
+        flatten(read_config(ROOT / "yaml_files" / f"tinygsm_{stem}.yaml")) for stem in (name, f"{name}_from_arm")
+    )
+    assert {key for key in plain if plain[key] != started[key]} == {"model.init_from"}
+    source = flatten(read_config(ROOT / "yaml_files" / f"{Path(started['model.init_from']).name}.yaml"))
+    for section in ("model", "data", "training"):
+        own = {key: value for key, value in source.items() if key.startswith(f"{section}.")}
+        assert {key for key in own if own[key] != plain[key]} == set(), section

@@ -1,0 +1,253 @@
+"""Records: metrics.jsonl whatever happens, wandb as far as it goes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from config import WandbSettings
+from runtime.distributed import World
+from runtime.metrics import METRICS_FILE, Recorder, peak_memory_gib, read_metrics, reduce_metrics
+
+CPU = torch.device("cpu")
+
+
+def record(run_dir: Path, from_step: int = 0, **settings: Any) -> Recorder:
+    return Recorder(run_dir, WandbSettings(**settings), {"training.seed": 0}, from_step)
+
+
+def row(step: int, **values: Any) -> dict[str, Any]:
+    return {"step": step, "seconds": step / 2, "sequences_distinct": 8 * step} | values
+
+
+# metrics.jsonl
+
+
+def test_rows_are_json_objects_one_per_line(tmp_path):
+    recorder = record(tmp_path)
+    rows = [row(1, **{"train/loss": 0.5, "train/stage_histogram": [0.25, 0.75]}), row(2, **{"validation/loss": 0.25})]
+    for values in rows:
+        recorder.write(values)
+        lines = (tmp_path / METRICS_FILE).read_text().splitlines()
+        assert json.loads(lines[-1]) == values, "on disk at once"
+    recorder.close()
+    assert list(read_metrics(tmp_path)) == rows
+
+
+def test_what_is_not_finite_is_left_out(tmp_path):
+    recorder = record(tmp_path)
+    recorder.write(row(1, a=float("nan"), b=float("inf"), c=-float("inf"), d=0.0))
+    assert list(read_metrics(tmp_path)) == [row(1, d=0.0)]
+    assert "NaN" not in (tmp_path / METRICS_FILE).read_text()
+
+
+def test_no_records_no_rows(tmp_path):
+    assert list(read_metrics(tmp_path)) == []
+    assert list(read_metrics(tmp_path / "nowhere")) == []
+    record(tmp_path)
+    assert list(read_metrics(tmp_path)) == []
+
+
+def test_a_resumed_run_cuts_the_rows_of_the_past_that_was_lost(tmp_path):
+    recorder = record(tmp_path)
+    for step in range(1, 6):
+        recorder.write(row(step, attempt=1))
+    recorder = record(tmp_path, from_step=3)
+    assert [values["step"] for values in read_metrics(tmp_path)] == [1, 2, 3]
+    recorder.write(row(4, attempt=2))
+    assert [values["attempt"] for values in read_metrics(tmp_path)] == [1, 1, 1, 2]
+    record(tmp_path, from_step=0)
+    assert list(read_metrics(tmp_path)) == []
+    assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out_wherever_it_was_cut(tmp_path):
+    recorder = record(tmp_path)
+    for step in (1, 2):
+        recorder.write(row(step))
+    path = tmp_path / METRICS_FILE
+    content = path.read_bytes()
+    first = content.index(b"\n") + 1
+    for length in range(first, len(content) - 1):
+        path.write_bytes(content[:length])
+        assert list(read_metrics(tmp_path)) == [row(1)], length
+    for rest in (b"\x00" * 50, b"\xff\xfe{", b"}\n"):
+        path.write_bytes(content[:first] + rest)
+        assert list(read_metrics(tmp_path)) == [row(1)], rest
+    recorder = record(tmp_path, from_step=5)
+    recorder.write(row(6))
+    assert list(read_metrics(tmp_path)) == [row(1), row(6)], "the remains are gone"
+
+
+def test_disabled_wandb_is_not_even_imported(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import would raise
+    recorder = record(tmp_path, mode="disabled")
+    recorder.write(row(1))
+    recorder.picture("curves", tmp_path / "curves.png")
+    recorder.close()
+    assert list(read_metrics(tmp_path)) == [row(1)]
+
+
+# wandb, by a stand-in that can fail
+
+
+class FakeWandb(types.ModuleType):
+    """Keeps what it is given; raises in the calls named in `failing`, `online` meaning init in that mode."""
+
+    def __init__(self, *failing: str) -> None:
+        super().__init__("wandb")
+        self.failing = failing
+        self.inits: list[dict[str, Any]] = []
+        self.logged: list[dict[str, Any]] = []
+        self.n_finished = 0
+        self.held: str | None = None
+        self.axes: list[tuple[str, dict[str, Any]]] = []
+        self.Settings = lambda **options: options
+
+    def _may_fail(self, call: str) -> None:
+        if call in self.failing:
+            raise OSError(f"no {call}")
+
+    def init(self, mode: str, **options: Any) -> FakeWandb:
+        assert options["id"] != self.held, "the real wandb refuses an id that a failed run holds"
+        self.held = options["id"]
+        self.inits.append({"mode": mode} | options)
+        self._may_fail("init")
+        self._may_fail(mode)
+        self.held = None
+        return self
+
+    def teardown(self) -> None:
+        self.held = None
+
+    def define_metric(self, name: str, **options: Any) -> None:
+        self.axes.append((name, options))
+
+    def log(self, values: dict[str, Any]) -> None:
+        self._may_fail("log")
+        self.logged.append(values)
+
+    def Histogram(self, np_histogram: Any) -> Any:
+        return ("histogram", np_histogram[0].tolist(), np_histogram[1].tolist())
+
+    def Image(self, path: str) -> Any:
+        self._may_fail("Image")
+        return ("image", path)
+
+    def finish(self) -> None:
+        self._may_fail("finish")
+        self.n_finished += 1
+
+
+def use(monkeypatch: pytest.MonkeyPatch, *failing: str) -> FakeWandb:
+    fake = FakeWandb(*failing)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_wandb_gets_the_same_rows(tmp_path, monkeypatch):
+    fake = use(monkeypatch)
+    recorder = record(tmp_path, mode="online", project="p", entity="e")
+    recorder.write(row(1, histogram=[0.25, 0.75], bad=float("nan")))
+    recorder.picture("curves", tmp_path / "curves.png")
+    recorder.close()
+    recorder.close()
+    assert fake.logged == [
+        row(1, histogram=("histogram", [0.25, 0.75], [0, 1, 2])),
+        {"curves": ("image", str(tmp_path / "curves.png"))},
+    ]
+    assert fake.n_finished == 1
+    (options,) = fake.inits
+    assert (options["mode"], options["project"], options["entity"]) == ("online", "p", "e")
+    assert options["name"] == tmp_path.name
+    assert options["config"] == {"training.seed": 0}
+    assert {name for name, _ in fake.axes} >= {"step", "seconds", "sequences_distinct"}
+
+
+def test_a_resumed_run_is_the_same_wandb_run(tmp_path, monkeypatch):
+    fake = use(monkeypatch)
+    record(tmp_path, mode="online", name="mine")
+    record(tmp_path, from_step=3, mode="online", name="mine")
+    first, second = fake.inits
+    assert first["id"] == second["id"]
+    assert second["resume"] == "allow"
+    assert first["name"] == "mine"
+
+
+def test_without_a_network_wandb_keeps_its_records_on_disk(tmp_path, monkeypatch):
+    fake = use(monkeypatch, "online")
+    with pytest.warns(RuntimeWarning, match=r"cannot go online \(no online\).*wandb sync"):
+        recorder = record(tmp_path, mode="online")
+    assert [options["mode"] for options in fake.inits] == ["online", "offline"]
+    recorder.write(row(1))
+    assert fake.logged == [row(1)]
+
+
+@pytest.mark.parametrize("failing", ["init", "log", "Image", "finish"])
+def test_whatever_fails_in_wandb_is_said_once_and_the_run_goes_on(failing, tmp_path, monkeypatch):
+    use(monkeypatch, failing)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        recorder = record(tmp_path, mode="offline")
+        recorder.write(row(1))
+        recorder.picture("curves", tmp_path / "curves.png")
+        recorder.write(row(2))
+        recorder.close()
+        recorder.close()
+    assert [f"no {failing}" in str(warning.message) for warning in warned] == [True]
+    assert list(read_metrics(tmp_path)) == [row(1), row(2)]
+
+
+def test_a_machine_without_wandb(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.warns(RuntimeWarning, match="wandb is given up"):
+        recorder = record(tmp_path, mode="online")
+    recorder.write(row(1))
+    assert list(read_metrics(tmp_path)) == [row(1)]
+
+
+@pytest.mark.slow
+def test_real_wandb_offline(tmp_path, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        recorder = record(tmp_path, mode="offline")
+        recorder.write(row(1, **{"train/loss": 0.5, "train/stage_histogram": [0.5, 0.5]}))
+        recorder.close()
+    (stored,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert stored.stat().st_size > 0
+
+
+# Figures
+
+
+def test_figures_become_plain_numbers_and_lists():
+    values = {
+        "loss": torch.tensor(0.5),
+        "n_stages": torch.tensor(8),
+        "histogram": torch.tensor([0.25, 0.75]),
+        "sequences_finished": torch.tensor(12),
+    }
+    assert reduce_metrics(values, World(0, 1, CPU)) == {
+        "loss": 0.5,
+        "n_stages": 8,
+        "histogram": [0.25, 0.75],
+        "sequences_finished": 12,
+    }
+
+
+def test_peak_memory_is_what_the_machine_says():
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("no /proc on this system")
+    (kib,) = (int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    assert peak_memory_gib(CPU) == pytest.approx(kib / 2**20, rel=0.01)

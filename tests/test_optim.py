@@ -1,0 +1,117 @@
+"""Optimizer, learning-rate schedule and weight average, against their formulas."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import UNIFORM, tiny_settings
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from config import TrainingSettings
+from model.transformer import Transformer
+from runtime.config_file import parse_config
+from runtime.optim import build_ema, build_optimizer, build_scheduler
+
+CONFIG = parse_config(tiny_settings(UNIFORM, Path("boards")), "test")
+
+
+def averaged(layer: nn.Linear, decay: float) -> tuple[AveragedModel, nn.Linear]:
+    """The average of a layer, and the layer that holds it."""
+    ema = build_ema(layer, decay)
+    assert ema is not None
+    assert isinstance(ema.module, nn.Linear)
+    return ema, ema.module
+
+
+def settings(**values: object) -> TrainingSettings:
+    return TrainingSettings.model_validate({"batch_size": 1, "learning_rate": 0.1, "max_steps": 1} | values)
+
+
+def test_norms_and_biases_are_not_decayed_and_matrices_are():
+    model = Transformer(CONFIG.model)
+    optimizer = build_optimizer(model, settings(weight_decay=0.5))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        decayed = name.endswith("weight") and "norm" not in name
+        torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.1 * 0.5 if decayed else 1), msg=name)
+    n_seen = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+    assert n_seen == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_adamw_follows_its_formula():
+    layer = nn.Linear(3, 2)
+    weight, bias = (parameter.detach().double().clone() for parameter in layer.parameters())
+    optimizer = build_optimizer(layer, settings(weight_decay=0.1, adam_betas=(0.8, 0.95)))
+    generator = torch.Generator().manual_seed(0)
+    moments = {id(value): [torch.zeros_like(value), torch.zeros_like(value)] for value in (weight, bias)}
+    for step in range(1, 6):
+        for parameter, value, decay in ((layer.weight, weight, 0.1), (layer.bias, bias, 0.0)):
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = gradient
+            first, second = moments[id(value)]
+            first.mul_(0.8).add_(0.2 * gradient)
+            second.mul_(0.95).add_(0.05 * gradient.double() ** 2)
+            value.mul_(1 - 0.1 * decay)
+            value.sub_(0.1 * (first / (1 - 0.8**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-8))
+        optimizer.step()
+    torch.testing.assert_close(layer.weight.detach().double(), weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.bias.detach().double(), bias, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tied_head_is_one_parameter():
+    model = Transformer(CONFIG.model.model_copy(update={"tie_word_embeddings": True}))
+    optimizer = build_optimizer(model, settings())
+    parameters = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(parameters) == len(set(parameters))
+
+
+@pytest.mark.parametrize(("warmup_steps", "n_steps"), [(0, 10), (4, 20), (10, 11), (30, 20)])
+def test_linear_warm_up_then_half_a_cosine(warmup_steps, n_steps):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.3)
+    scheduler = build_scheduler(optimizer, warmup_steps, n_steps)
+    for step in range(n_steps + 1):
+        if step < warmup_steps:
+            expected = 0.3 * step / warmup_steps
+        else:
+            expected = 0.3 * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, n_steps - warmup_steps)))
+        assert scheduler.get_last_lr()[0] == pytest.approx(expected, abs=1e-12), step
+        optimizer.step()
+        scheduler.step()
+
+
+def test_the_average_follows_its_formula():
+    """The first update copies the weights; after that average = decay * average + (1 - decay) * weights."""
+    layer = nn.Linear(3, 2)
+    ema, average = averaged(layer, 0.9)
+    generator = torch.Generator().manual_seed(0)
+    expected = None
+    for _ in range(20):
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(2, 3, generator=generator))
+        ema.update_parameters(layer)
+        weight = layer.weight.detach().double()
+        expected = weight.clone() if expected is None else 0.9 * expected + 0.1 * weight
+    assert expected is not None
+    torch.testing.assert_close(average.weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_average_is_a_model_of_its_own():
+    layer = nn.Linear(3, 2)
+    ema, average = averaged(layer, 0.9)
+    ema.update_parameters(layer)
+    before = average.weight.detach().clone()
+    with torch.no_grad():
+        layer.weight.add_(1.0)
+    assert torch.equal(average.weight, before)
+
+
+def test_no_decay_no_average():
+    assert build_ema(nn.Linear(3, 2), None) is None

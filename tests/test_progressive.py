@@ -1,0 +1,469 @@
+"""The PUMA pool: stages, transitions against the oracle, and the invariants of DESIGN.md, section 2."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from helpers import NumberedRows, assert_distribution, numbered_rows, random_generator, random_log_probs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from data.row_queue import RowQueue
+from data.stream import SequenceStream
+from progressive import PumaPool, advance, draw_target, stage_of
+
+SEEDS = st.integers(0, 2**32)
+STAGES = st.integers(1, 12)
+SEGMENTS = st.sampled_from([1, 2, 3])  # of the 12 positions of a row; some hold prompts alone
+THRESHOLDS = st.sampled_from([None, 0.1, 0.5, 0.9, 1.0])
+
+
+def make_pool(
+    n_rows: int = 8,
+    n_stages: int = 4,
+    collapse_threshold: float | None = None,
+    seed: int = 0,
+    data: NumberedRows | None = None,
+    n_segments: int = 1,
+) -> PumaPool:
+    """A pool over numbered rows."""
+    queue = RowQueue(SequenceStream(data or numbered_rows(23, 12, seed), seed), n_rows, torch.device("cpu"))
+    return PumaPool(queue, n_rows, n_stages, collapse_threshold, random_generator(seed + 1), n_segments)
+
+
+def step(pool: PumaPool, seed: int) -> Tensor:
+    """One training step with random confidences, which it returns; -inf where nothing is masked, as in training."""
+    confidence = random_log_probs(tuple(pool.x0.shape), seed).masked_fill(~pool.masked, -torch.inf)
+    pool.advance(confidence)
+    pool.queue.top_up()
+    return confidence
+
+
+def row_numbers(x0: Tensor) -> list[int]:
+    """Which rows of the data these are."""
+    return x0[:, 0].tolist()
+
+
+def places(mask: Tensor) -> set[int]:
+    """Positions where a row's mask [L] is True."""
+    return set(mask.nonzero().flatten().tolist())
+
+
+# Targets and stages
+
+
+@given(SEEDS, STAGES, st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_targets_are_those_of_the_stage_and_leave_one_position_masked(seed: int, n_stages: int, n: int) -> None:
+    stage = torch.arange(n_stages).repeat(20)
+    target = draw_target(stage, n_stages, torch.full_like(stage, n), random_generator(seed))
+    assert target.dtype == torch.int64
+    for j, count in zip(stage.tolist(), target.tolist(), strict=True):
+        assert count in oracle.possible_targets(j, n_stages, n)
+        assert 0 <= count <= n - 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "n_stages", "n_maskable"), [(0, 4, 10), (2, 4, 10), (3, 4, 10), (7, 8, 81), (0, 1, 6)]
+)
+def test_targets_have_the_distribution_of_a_uniform_ratio(stage: int, n_stages: int, n_maskable: int) -> None:
+    n_draws = 20_000
+    full = torch.full((n_draws,), stage)
+    counts = draw_target(full, n_stages, torch.full_like(full, n_maskable), random_generator(2)).bincount(
+        minlength=n_maskable
+    )
+    expected = [oracle.target_probability(target, stage, n_stages, n_maskable) for target in range(n_maskable)]
+    assert math.isclose(sum(expected), 1)
+    assert_distribution(counts, torch.tensor(expected))
+
+
+def test_stages_of_all_counts_equal_the_oracle() -> None:
+    for n_stages in range(1, 14):
+        for n in range(1, 30):
+            revealed = torch.arange(n + 1)
+            expected = [oracle.stage_of_ratio(count, n, n_stages) for count in range(n + 1)]
+            assert stage_of(revealed, torch.full_like(revealed, n), n_stages).tolist() == expected
+
+
+# One transition
+
+
+@given(SEEDS, st.integers(1, 6), st.integers(1, 20), STAGES, THRESHOLDS)
+@settings(max_examples=150, deadline=None)
+def test_advance_equals_the_oracle(
+    seed: int, n_rows: int, length: int, n_stages: int, collapse_threshold: float | None
+) -> None:
+    generator = random_generator(seed)
+    maskable = torch.rand(n_rows, length, generator=generator) < 0.7
+    maskable[:, 0] = True
+    masked = maskable & (torch.rand(n_rows, length, generator=generator) < 0.7)
+    masked[:, 0] = True
+    stage = torch.randint(n_stages, (n_rows,), generator=generator)
+    confidence = random_log_probs((n_rows, length), seed + 1).masked_fill(~masked, -torch.inf)
+    after, new_stage, finished = advance(
+        masked.clone(),
+        stage.clone(),
+        maskable,
+        confidence,
+        n_stages=n_stages,
+        collapse_threshold=collapse_threshold,
+        generator=generator,
+    )
+    for row in range(n_rows):
+        n, j = int(maskable[row].sum()), int(stage[row])
+        if j + 1 == n_stages:
+            assert finished[row]
+            continue
+        possible = [
+            oracle.advance_row(places(masked[row]), n, j, confidence[row], target, n_stages, collapse_threshold)
+            for target in oracle.possible_targets(j + 1, n_stages, n)
+        ]
+        found = oracle.Transition(frozenset(places(after[row])), int(new_stage[row]), bool(finished[row]))
+        assert found in possible
+
+
+def test_without_a_threshold_only_the_target_is_revealed() -> None:
+    """However sure the model is."""
+    masked = torch.ones(1, 100, dtype=torch.bool)
+    after, stage, finished = advance(
+        masked,
+        torch.tensor([0]),
+        masked,
+        torch.zeros(1, 100),
+        n_stages=10,
+        collapse_threshold=None,
+        generator=random_generator(0),
+    )
+    assert 10 <= 100 - int(after.sum()) <= 20
+    assert (stage.item(), finished.item()) == (1, False)
+
+
+def test_a_threshold_reveals_all_above_it_and_sets_the_stage_from_the_ratio() -> None:
+    """70 of 100 positions are above tau, which is stage 7 of 10 though the row came from stage 0."""
+    masked = torch.ones(1, 100, dtype=torch.bool)
+    confidence = torch.where(torch.arange(100) < 70, 0.91, 0.89).log()[None]
+    after, stage, finished = advance(
+        masked,
+        torch.tensor([0]),
+        masked,
+        confidence,
+        n_stages=10,
+        collapse_threshold=0.9,
+        generator=random_generator(0),
+    )
+    assert places(after[0]) == set(range(70, 100))
+    assert (stage.item(), finished.item()) == (7, False)
+
+
+def test_a_threshold_of_1_reveals_nothing_more() -> None:
+    """No probability exceeds 1, not even that of a model which is sure."""
+    masked = torch.ones(1, 100, dtype=torch.bool)
+    after, _, finished = advance(
+        masked,
+        torch.tensor([0]),
+        masked,
+        torch.zeros(1, 100),
+        n_stages=10,
+        collapse_threshold=1.0,
+        generator=random_generator(0),
+    )
+    assert int(after.sum()) >= 80
+    assert not finished.item()
+
+
+def test_a_short_row_is_never_sent_back_by_its_ratio() -> None:
+    """One maskable position stays masked at every stage, so its ratio is always 0: it must retire after K steps."""
+    masked, stage = torch.ones(1, 1, dtype=torch.bool), torch.tensor([0])
+    for expected in range(1, 5):
+        masked, stage, finished = advance(
+            masked,
+            stage,
+            torch.ones(1, 1, dtype=torch.bool),
+            torch.full((1, 1), -9.0),
+            n_stages=4,
+            collapse_threshold=0.9,
+            generator=random_generator(0),
+        )
+        assert finished.item() == (expected == 4)
+
+
+# The pool
+
+
+@given(SEEDS, st.integers(1, 9), STAGES, THRESHOLDS, SEGMENTS)
+@settings(max_examples=40, deadline=None)
+def test_prompts_never_change_and_every_row_has_a_masked_position(
+    seed: int, n_rows: int, n_stages: int, collapse_threshold: float | None, n_segments: int
+) -> None:
+    """`x0` is at every moment a row of the data, and what is masked lies off its prompt."""
+    data = numbered_rows(23, 12, seed % 1000)
+    pool = make_pool(n_rows, n_stages, collapse_threshold, seed, data, n_segments)
+    for number in range(3 * n_stages):
+        tokens, prompt_mask = data.rows(np.array(row_numbers(pool.x0)))
+        assert np.array_equal(pool.x0.numpy(), tokens)
+        assert np.array_equal(pool.maskable.numpy(), ~prompt_mask)
+        assert not (pool.masked & ~pool.maskable).any()
+        assert pool.masked.any(1).all()
+        in_flight = pool.masked.view(n_rows * n_segments, -1).any(1)
+        assert ((pool.stage >= 0) & (pool.stage < n_stages))[in_flight].all()
+        assert (pool.stage == n_stages)[~in_flight].all()
+        step(pool, seed + number)
+
+
+@given(SEEDS, STAGES, THRESHOLDS, SEGMENTS)
+@settings(max_examples=40, deadline=None)
+def test_every_transition_of_the_pool_is_one_of_the_oracles(
+    seed: int, n_stages: int, collapse_threshold: float | None, n_segments: int
+) -> None:
+    """Segments of rows that stay follow the oracle; a row leaves if and only if the oracle lets all of them finish."""
+    pool = make_pool(6, n_stages, collapse_threshold, seed, n_segments=n_segments)
+    for number in range(2 * n_stages):
+        masked, stage, maskable, x0 = (part.clone() for part in (pool.masked, pool.stage, pool.maskable, pool.x0))
+        confidence = step(pool, seed + number)
+        stayed = (pool.age > 0).tolist()
+        for row in range(6):
+            possible = possible_transitions(
+                masked[row].view(n_segments, -1),
+                stage.view(6, n_segments)[row].tolist(),
+                maskable[row].view(n_segments, -1),
+                confidence[row].view(n_segments, -1),
+                n_stages,
+                collapse_threshold,
+            )
+            if not stayed[row]:
+                assert all(any(transition.finished for transition in segment) for segment in possible)
+                continue
+            assert torch.equal(pool.x0[row], x0[row])
+            assert pool.masked[row].any()
+            segments = zip(possible, pool.masked[row].view(n_segments, -1), pool.stage.view(6, -1)[row], strict=True)
+            for transitions, left, new_stage in segments:
+                if left.any():
+                    assert oracle.Transition(frozenset(places(left)), int(new_stage), finished=False) in transitions
+                else:
+                    assert new_stage == n_stages
+                    assert any(transition.finished for transition in transitions)
+
+
+def possible_transitions(
+    masked: Tensor,
+    stage: list[int],
+    maskable: Tensor,
+    confidence: Tensor,
+    n_stages: int,
+    collapse_threshold: float | None,
+) -> list[list[oracle.Transition]]:
+    """What each segment of a row ([S, L / S]) may become; a segment that has finished stays so."""
+    found = []
+    for segment, j in enumerate(stage):
+        n = int(maskable[segment].sum())
+        if j == n_stages:
+            found.append([oracle.Transition(frozenset(), j, finished=True)])
+            continue
+        found.append(
+            [
+                oracle.advance_row(
+                    places(masked[segment]), n, j, confidence[segment], target, n_stages, collapse_threshold
+                )
+                for target in oracle.possible_targets(min(j + 1, n_stages - 1), n_stages, n)
+            ]
+        )
+    return found
+
+
+@given(SEEDS, THRESHOLDS)
+@settings(max_examples=30, deadline=None)
+def test_what_is_revealed_stays_revealed(seed: int, collapse_threshold: float | None) -> None:
+    pool = make_pool(6, 5, collapse_threshold, seed)
+    for number in range(12):
+        if number == 7:
+            pool.set_n_stages(9)
+        masked = pool.masked.clone()
+        step(pool, seed + number)
+        stayed = pool.age > 0
+        assert not (pool.masked & ~masked)[stayed].any()
+
+
+def test_a_fully_revealed_row_retires_at_once() -> None:
+    """The published code keeps a finished row for the rest of its stages, though it can give no loss."""
+    pool = make_pool(8, n_stages=16, collapse_threshold=0.9)
+    before = row_numbers(pool.x0)
+    pool.advance(torch.zeros(pool.x0.shape))  # sure of everything
+    assert (pool.age == 0).all()
+    assert int(pool.n_finished) == 8
+    assert not set(before) & set(row_numbers(pool.x0))
+    assert pool.masked.any(1).all()
+
+
+@pytest.mark.parametrize(("n_rows", "n_stages"), [(12, 4), (13, 4), (3, 8), (8, 8), (5, 1)])
+def test_stages_are_spread_evenly_at_the_start(n_rows: int, n_stages: int) -> None:
+    pool = make_pool(n_rows, n_stages, data=numbered_rows(40, 12))
+    counts = pool.stage.bincount(minlength=n_stages)
+    assert len(counts) == n_stages
+    assert int(counts.max() - counts.min()) <= 1
+    n_maskable = pool.maskable.sum(1)
+    for j, n, masked in zip(pool.stage.tolist(), n_maskable.tolist(), pool.masked.sum(1).tolist(), strict=True):
+        assert n - masked in oracle.possible_targets(j, n_stages, n)
+
+
+def test_stages_are_shuffled_over_the_rows_at_the_start() -> None:
+    """Else the split into microbatches, or the shares of the ranks, would see few stages each."""
+    starts = [make_pool(32, 8, seed=seed, data=numbered_rows(40, 12)).stage.tolist() for seed in range(4)]
+    assert all(stages != sorted(stages) for stages in starts)
+    assert len({tuple(stages) for stages in starts}) == 4
+
+
+def test_a_fresh_row_enters_at_stage_0_with_random_positions_revealed() -> None:
+    n_maskable = 10
+    pool = make_pool(64, 2, data=numbered_rows(500, 12, n_maskable=n_maskable))
+    pool.set_n_stages(1)  # so that every row retires at every step
+    counts = torch.zeros(n_maskable, dtype=torch.long)
+    ranks = torch.zeros(n_maskable, dtype=torch.long)
+    for number in range(100):
+        step(pool, number)
+        assert (pool.age == 0).all()
+        assert (pool.stage == 0).all()
+        revealed = (pool.maskable & ~pool.masked)[pool.maskable].view(64, n_maskable)
+        counts += revealed.sum(1).bincount(minlength=n_maskable)
+        ranks += revealed.sum(0)
+    expected = [oracle.target_probability(target, 0, 1, n_maskable) for target in range(n_maskable)]
+    assert_distribution(counts, torch.tensor(expected))
+    assert_distribution(ranks, torch.full((n_maskable,), 1 / n_maskable))
+
+
+def test_a_trajectory_takes_k_steps_without_a_threshold() -> None:
+    pool = make_pool(6, 5, data=numbered_rows(60, 12, n_maskable=11))
+    for number in range(5):  # the first rows start anywhere
+        step(pool, number)
+    assert pool.age.max() < 5
+    finished_before, steps_before = int(pool.n_finished), int(pool.n_finished_steps)
+    for number in range(20):
+        step(pool, number)
+    n_finished = int(pool.n_finished) - finished_before
+    assert n_finished == 6 * 20 // 5
+    assert int(pool.n_finished_steps) - steps_before == 5 * n_finished
+
+
+# The data
+
+
+def run_and_count(pool: PumaPool, n_steps: int) -> list[Counter[int]]:
+    """How often each row of the data has been in the pool: at the start, then after each step."""
+    used = Counter(row_numbers(pool.x0))
+    history = [used.copy()]
+    for number in range(n_steps):
+        step(pool, number)
+        used.update(row_numbers(pool.x0[pool.age == 0]))
+        history.append(used.copy())
+    return history
+
+
+@pytest.mark.parametrize("collapse_threshold", [None, 0.5])
+@pytest.mark.parametrize("n_rows", [5, 16, 40])
+def test_no_drawn_sequence_is_discarded_and_none_comes_twice_in_an_epoch(
+    n_rows: int, collapse_threshold: float | None
+) -> None:
+    """The rows that have been in the pool are the first ones of the shuffled data, without a gap, over many epochs.
+
+    The published code drops rows at an epoch's end and where fewer than a batch retire. 40 rows are more than the 23
+    of an epoch.
+    """
+    data = numbered_rows(23, 12)
+    pool = make_pool(n_rows, 3, collapse_threshold, data=data)
+    history = run_and_count(pool, 60)
+    total = history[-1].total()
+    assert total == n_rows + int(pool.n_finished) == int(pool.queue.n_taken)
+    assert total > 4 * len(data)
+    in_order = row_numbers(SequenceStream(data, 0).draw(total)[0])
+    for used in history:
+        assert used == Counter(in_order[: used.total()])
+
+
+def test_a_k_switch_neither_restarts_the_data_nor_drops_rows() -> None:
+    """The published code builds a new pool and a new loader."""
+    data = numbered_rows(40, 12)
+    pool = make_pool(8, 4, data=data)
+    used = run_and_count(pool, 5)[-1]
+    numbers, masked, age = row_numbers(pool.x0), pool.masked.clone(), pool.age.clone()
+    pool.set_n_stages(7)
+    assert row_numbers(pool.x0) == numbers
+    assert torch.equal(pool.masked, masked)
+    assert torch.equal(pool.age, age)
+    expected = [
+        oracle.stage_of_ratio(n - m, n, 7)
+        for n, m in zip(pool.maskable.sum(1).tolist(), masked.sum(1).tolist(), strict=True)
+    ]
+    assert pool.stage.tolist() == expected
+    for number in range(10):
+        step(pool, number)
+        used.update(row_numbers(pool.x0[pool.age == 0]))
+    assert used == Counter(row_numbers(SequenceStream(data, 0).draw(used.total())[0]))
+
+
+def test_segments_that_have_finished_stay_so_under_another_k() -> None:
+    pool = make_pool(8, 4, collapse_threshold=0.6, n_segments=3)
+    for number in range(3):
+        step(pool, number)
+    finished = ~pool.masked.view(24, -1).any(1)
+    assert finished.any()
+    assert not finished.all()
+    pool.set_n_stages(6)
+    assert torch.equal(pool.stage == 6, finished)
+
+
+def test_setting_the_same_k_changes_nothing() -> None:
+    """The objective sets K at every step."""
+    pool = make_pool(8, 5, data=numbered_rows(40, 4))  # short rows, whose ratio lags behind their stage
+    for number in range(6):
+        step(pool, number)
+        stage = pool.stage.clone()
+        pool.set_n_stages(5)
+        assert torch.equal(pool.stage, stage)
+
+
+def test_metrics_describe_the_pool() -> None:
+    pool = make_pool(8, 4, collapse_threshold=0.8)
+    assert math.isnan(float(pool.metrics()["trajectory_length"]))
+    age = pool.age.clone()
+    n_finished = n_steps = 0
+    for number in range(20):
+        step(pool, number)
+        gone = pool.age == 0
+        n_finished += int(gone.sum())
+        n_steps += int((age + 1)[gone].sum())
+        age = pool.age.clone()
+    metrics = pool.metrics()
+    assert int(metrics["n_stages"]) == 4
+    assert int(metrics["sequences_finished"]) == n_finished > 0
+    assert float(metrics["trajectory_length"]) == pytest.approx(n_steps / n_finished)
+    shares = [pool.stage.tolist().count(stage) / 8 for stage in range(4)]
+    assert metrics["stage_histogram"].tolist() == pytest.approx(shares)
+    masked = [int(m) / int(n) for m, n in zip(pool.masked.sum(1), pool.maskable.sum(1), strict=True)]
+    assert float(metrics["masked_fraction"]) == pytest.approx(sum(masked) / 8)
+
+
+@pytest.mark.parametrize("n_steps", [0, 1, 7])
+def test_a_restored_pool_goes_on_exactly(n_steps: int) -> None:
+    """Also after a K change and over an epoch's end."""
+    data = numbered_rows(23, 12)
+    first = make_pool(8, 4, 0.7, data=data)
+    second = make_pool(8, 4, 0.7, data=data)
+    for number in range(n_steps):
+        step(first, number)
+    first.set_n_stages(6)
+    state = copy.deepcopy(first.state_dict())
+    second.queue.load_state_dict(first.queue.state_dict())
+    second.generator.set_state(first.generator.get_state())
+    second.load_state_dict(state)
+    for number in range(30):
+        for key in ("x0", "maskable", "masked", "stage", "age", "n_finished", "n_finished_steps"):
+            assert torch.equal(getattr(first, key), getattr(second, key)), key
+        step(first, number)
+        step(second, number)
+    assert int(first.queue.n_taken) == int(second.queue.n_taken) > len(data)

@@ -1,0 +1,228 @@
+"""Signals through the command line: one saves and ends, the run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_python
+from test_train import assert_same_checkpoint
+
+import train
+from runtime import signals
+from runtime.checkpoint import latest_checkpoint
+from runtime.metrics import read_metrics
+
+
+@contextmanager
+def started(*arguments: object, group: bool = False) -> Iterator[subprocess.Popen[str]]:
+    """A program of the repository while it runs; it is killed if the test fails before its end."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=group,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
+    """Poll the records until `step` is there."""
+    deadline = time.monotonic() + timeout_s
+    while not any(row["step"] >= step for row in read_metrics(run_dir)):
+        assert process.poll() is None, f"ended with {process.returncode} before step {step}: {process.communicate()}"
+        assert time.monotonic() < deadline, f"no step {step} within {timeout_s} s"
+        time.sleep(0.02)
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return {row["step"]: row["train/loss"] for row in read_metrics(run_dir) if "train/loss" in row}
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_ends_training_after_the_step_in_hand(number, config_file, tmp_path, monkeypatch, capsys):
+    config = str(config_file(training__save_every=100))
+    train.main(["--config", config, "--run-dir", str(tmp_path / "straight")])
+    step = train.Updater.step
+
+    def signalled_step(updater):
+        if updater.run.step == 3:
+            os.kill(os.getpid(), number)
+        step(updater)
+
+    handlers = [signal.getsignal(each) for each in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)]
+    arguments = ["--config", config, "--run-dir", str(tmp_path / "stopped")]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Updater, "step", signalled_step)
+        if number == signal.SIGINT:
+            with pytest.raises(SystemExit) as stop:
+                train.main(arguments)
+            assert stop.value.code == 130, "a shell's loop over runs must end as well"
+        else:
+            train.main(arguments)
+    assert f"stopped by {number.name} at step 4" in capsys.readouterr().out
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)]
+    assert latest_checkpoint(tmp_path / "stopped").step == 4
+    assert not (tmp_path / "stopped" / "final.json").exists()
+    train.main(arguments)
+    assert_same_checkpoint(tmp_path / "straight", tmp_path / "stopped")
+    assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
+
+
+def test_a_step_that_was_saved_already_is_not_saved_again(config_file, tmp_path, monkeypatch, capsys):
+    save, saves = train.save_run, []
+
+    def signalled_save(run, score):
+        save(run, score)
+        saves.append((run.step, score))
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(train, "save_run", signalled_save)
+    train.main(["--config", str(config_file()), "--run-dir", str(tmp_path / "run")])
+    assert [step for step, _ in saves] == [3]
+    assert saves[0][1] is not None, "the score of the evaluation at that step must stay with the checkpoint"
+    assert "at step 3" in capsys.readouterr().out
+
+
+def test_a_signal_before_the_first_step_is_kept_and_costs_nothing(config_file, tmp_path):
+    run_dir = tmp_path / "run"
+    with started("train.py", "--config", config_file(), "--run-dir", run_dir) as process:
+        status = Path(f"/proc/{process.pid}/status")
+
+        def caught() -> int:
+            return int(
+                next(line for line in status.read_text().splitlines() if line.startswith("SigCgt")).split()[1], 16
+            )
+
+        deadline = time.monotonic() + 60
+        while not caught() & 1 << (signal.SIGUSR1 - 1):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text(), "torch must come after the handlers"
+        process.send_signal(signal.SIGUSR1)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "stopped by SIGUSR1 at step 0" in out
+    assert not (run_dir / "final.json").exists()
+    assert latest_checkpoint(run_dir) is None
+
+
+@pytest.mark.slow
+def test_two_interrupts_end_at_once(config_file, tmp_path):
+    """The first comes in a long evaluation, which nothing interrupts; the second does not wait for its end."""
+    config = config_file(training__eval_every=2, data__n_test=200, validation__n_examples=200, validation__batch_size=1)
+    with started("train.py", "--config", config, "--run-dir", tmp_path / "run") as process:
+        wait_for_step(tmp_path / "run", 1, process)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert process.poll() is None, "one asks for a stop after the evaluation"
+        process.send_signal(signal.SIGINT)
+        before = time.monotonic()
+        process.communicate(timeout=60)
+    assert time.monotonic() - before < 5
+    assert process.returncode == -signal.SIGINT
+    assert latest_checkpoint(tmp_path / "run") is None
+
+
+@pytest.mark.slow
+def test_wandb_that_dies_of_the_same_signal_costs_no_step(config_file, tmp_path):
+    """SIGTERM to the whole process group, as a terminal's end or some clusters send it."""
+    pytest.importorskip("wandb")
+    config = config_file(training__max_steps=100_000, training__save_every=100_000, training__eval_every=100_000)
+    settings = config.read_text() + "wandb: {mode: offline}\n"
+    config.write_text(settings)
+    run_dir = tmp_path / "run"
+    with started("train.py", "--config", config, "--run-dir", run_dir, group=True) as process:
+        wait_for_step(run_dir, 5, process)
+        assert list((run_dir / "wandb").glob("offline-run-*"))
+        os.killpg(process.pid, signal.SIGTERM)
+        before = time.monotonic()
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    assert "stopped by SIGTERM" in out
+    assert time.monotonic() - before < 20, "SIGKILL follows half a minute later"
+    step = latest_checkpoint(run_dir).step
+    assert step >= 5
+    assert max(losses(run_dir)) == step
+
+
+def test_a_forked_process_keeps_the_usual_meaning_of_a_signal():
+    code = """
+import multiprocessing, time
+from runtime import signals
+signals.listen()
+if __name__ == "__main__":
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    time.sleep(0.2)
+    child.terminate()
+    child.join(10)
+    print(child.exitcode)
+"""
+    result = run_python("-c", code)
+    assert result.stdout.strip() == str(-signal.SIGTERM), result.stderr
+
+
+def test_listening_imports_nothing_slow():
+    result = run_python("-c", "import sys, runtime.signals; print('torch' in sys.modules, 'numpy' in sys.modules)")
+    assert result.stdout.split() == ["False", "False"], result.stderr
+    assert signals.EARLY_SIGNALS == (signal.SIGUSR1, signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_one_rank_signalled_stops_all_at_the_same_step(config_file, tmp_path):
+    config = config_file(training__max_steps=100_000, training__save_every=100_000, training__eval_every=100_000)
+    run_dir = tmp_path / "run"
+    arguments = ["--standalone", "--nproc-per-node=2", "train.py", "--config", config, "--run-dir", run_dir]
+    with started("-m", "torch.distributed.run", *arguments) as process:
+        wait_for_step(run_dir, 5, process)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = [
+            int(pid) for pid in workers if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes() + b"\0"
+        ]
+        assert len(ranks) == 1, workers
+        os.kill(ranks[0], signal.SIGUSR1)
+        before = len(losses(run_dir))
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "stopped by SIGUSR1" in out
+    checkpoint = latest_checkpoint(run_dir)
+    assert json.loads((checkpoint.path / "manifest.json").read_text())["n_ranks"] == 2
+    assert max(losses(run_dir)) == checkpoint.step
+    assert checkpoint.step <= before + 300, "the stop must not take long"
+
+
+def test_a_signal_sent_again_does_not_kill_a_process_that_shuts_down():
+    code = """
+import builtins, os, signal, threading, time
+from runtime import signals
+signals.listen()
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()  # may get the signal as well
+class Late:  # outlives the handlers
+    kill, pid, number, write = os.kill, os.getpid(), int(signal.SIGUSR1), os.write
+    def __del__(self):
+        self.kill(self.pid, self.number)
+        self.write(1, b"survived")
+builtins.late = Late()
+"""
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "survived"

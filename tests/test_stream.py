@@ -1,0 +1,143 @@
+"""SequenceStream: every row once per epoch over all ranks, whatever is drawn, and a state that resumes exactly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.stream import SequenceStream, fingerprint
+
+
+@dataclass
+class NumberedRows:
+    """Row i holds the token i twice, so that a drawn row tells where it comes from; the first is the prompt."""
+
+    n_rows: int
+    length: int = 2
+    mask_id: int = -1
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.repeat(indices.astype(np.int64)[:, None], self.length, axis=1)
+        return tokens, np.arange(self.length) < np.ones((len(indices), 1))
+
+
+def streams(n_rows: int, n_ranks: int, seed: int = 0) -> list[SequenceStream]:
+    return [SequenceStream(NumberedRows(n_rows), seed, rank, n_ranks) for rank in range(n_ranks)]
+
+
+def draw(stream: SequenceStream, n_rows: int) -> list[int]:
+    return stream.draw(n_rows)[0][:, 0].tolist()
+
+
+sizes = st.lists(st.integers(0, 30), min_size=1, max_size=8)
+
+
+@settings(deadline=None, max_examples=60)
+@given(n_rows=st.integers(1, 40), draws=sizes, seed=st.integers(0, 2**32 - 1))
+def test_one_rank_gives_each_row_once_per_epoch(n_rows, draws, seed):
+    (stream,) = streams(n_rows, 1, seed)
+    drawn = [row for n in draws for row in draw(stream, n)]
+    assert len(drawn) == sum(draws), "exactly the rows asked for"
+    for start in range(0, len(drawn), n_rows):
+        epoch = drawn[start : start + n_rows]
+        assert len(set(epoch)) == len(epoch)
+        assert set(epoch) <= set(range(n_rows))
+    if len(drawn) >= n_rows:
+        assert set(drawn[:n_rows]) == set(range(n_rows)), "a whole epoch wastes none"
+
+
+@settings(deadline=None, max_examples=60)
+@given(n_rows=st.integers(1, 40), n_ranks=st.integers(1, 7), draws=sizes, n_epochs=st.integers(1, 3))
+def test_ranks_together_give_each_row_once_per_epoch(n_rows, n_ranks, draws, n_epochs):
+    """However the ranks cut their draws: over all ranks, n epochs hold each row n times, up to the last round."""
+    n_each = -(-n_rows * n_epochs // n_ranks)  # rows per rank until the epochs are over
+    drawn = []
+    for stream in streams(n_rows, n_ranks):
+        own: list[int] = []
+        turn = 0
+        while len(own) < n_each:
+            own += draw(stream, min(draws[turn % len(draws)] or 1, n_each - len(own)))
+            turn += 1
+        drawn.append(own)
+    in_order = [row for rows in zip(*drawn, strict=True) for row in rows]
+    assert Counter(in_order[: n_rows * n_epochs]) == dict.fromkeys(range(n_rows), n_epochs)
+    for start in range(0, n_rows * n_epochs, n_rows):
+        assert set(in_order[start : start + n_rows]) == set(range(n_rows))
+
+
+@settings(deadline=None, max_examples=60)
+@given(n_rows=st.integers(1, 40), n_drawn=st.lists(st.integers(0, 50), min_size=2, max_size=5))
+def test_ranks_that_draw_at_different_speeds_share_no_row_of_an_epoch(n_rows, n_drawn):
+    """PUMA's ranks retire different numbers of rows; none may get what another has had in the same epoch."""
+    n_ranks = len(n_drawn)
+    seen: set[tuple[int, int]] = set()  # (epoch, row)
+    for rank, (stream, n) in enumerate(zip(streams(n_rows, n_ranks), n_drawn, strict=True)):
+        for number, row in enumerate(draw(stream, n)):
+            epoch = (number * n_ranks + rank) // n_rows
+            assert (epoch, row) not in seen
+            seen.add((epoch, row))
+    assert len(seen) == sum(n_drawn)
+
+
+@settings(deadline=None, max_examples=60)
+@given(n_rows=st.integers(1, 40), n_ranks=st.integers(1, 4), before=sizes, after=sizes)
+def test_the_state_resumes_exactly(n_rows, n_ranks, before, after):
+    for rank, straight in enumerate(streams(n_rows, n_ranks)):
+        for n in before:
+            draw(straight, n)
+        state = straight.state_dict()
+        assert all(isinstance(value, int) for value in state.values())
+        resumed = SequenceStream(NumberedRows(n_rows), 0, rank, n_ranks)
+        draw(resumed, 3)  # what a fresh pool has drawn before its state is loaded
+        resumed.load_state_dict(state)
+        assert resumed.n_drawn == straight.n_drawn == sum(before)
+        for n in after:
+            assert draw(resumed, n) == draw(straight, n)
+
+
+@settings(deadline=None, max_examples=60)
+@given(cut=st.integers(0, 100))
+def test_the_order_does_not_depend_on_how_draws_are_cut(cut):
+    (whole,), (parts,) = streams(33, 1), streams(33, 1)
+    assert draw(parts, cut) + draw(parts, 100 - cut) == draw(whole, 100)
+
+
+def test_epochs_and_seeds_shuffle_differently():
+    (first,), (second,) = streams(100, 1, seed=0), streams(100, 1, seed=1)
+    epochs = [draw(first, 100), draw(first, 100), draw(second, 100)]
+    assert all(sorted(epoch) == list(range(100)) for epoch in epochs)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert sum(a == b for a, b in zip(epochs[i], epochs[j], strict=True)) < 20
+    assert epochs[0] != list(range(100))
+
+
+def test_what_is_drawn_is_tokens_and_prompt_mask():
+    (stream,) = streams(5, 1)
+    tokens, prompt_mask = stream.draw(4)
+    assert tokens.dtype == torch.int64
+    assert prompt_mask.dtype == torch.bool
+    assert tokens.shape == prompt_mask.shape == (4, 2)
+    nothing, _ = stream.draw(0)
+    assert nothing.shape == (0, 2)
+
+
+def test_a_set_without_rows_is_refused():
+    with pytest.raises(ValueError, match="no rows"):
+        SequenceStream(NumberedRows(0), 0)
+
+
+@pytest.mark.parametrize("n_rows", [1, 5, 1000])
+def test_the_fingerprint_tells_data_sets_apart(n_rows):
+    data = NumberedRows(n_rows)
+    assert fingerprint(data) == fingerprint(NumberedRows(n_rows))
+    others = [NumberedRows(n_rows + 1), NumberedRows(n_rows, length=3), NumberedRows(n_rows, mask_id=9)]
+    assert len({fingerprint(data), *map(fingerprint, others)}) == 4

@@ -1,0 +1,346 @@
+"""Tokenized TinyGSM: layout, resume, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHARED, run_python
+
+from data import tiny_gsm
+from data.stream import SequenceStream
+from data.text import decode_programs, load_tokenizer
+from data.tiny_gsm import pretokenize
+from data.token_files import FORMAT, open_tiny_gsm, read_meta, tokenizer_of
+from data.word_problems import generate_problems, train_tokenizer
+from model.transformer import Transformer
+from runtime.config_file import read_config
+
+MAX_LEN = 64
+QWEN = SHARED / "qwen2_tokenizer"
+needs_shared = pytest.mark.skipif(not QWEN.is_dir(), reason="needs the Qwen2 tokenizer in ../shared/data")
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(generate_problems(2000, seed=0)).save_pretrained(path)
+    return path
+
+
+def write_rows(path: Path, n_rows: int, seed: int = 1) -> list[dict[str, str]]:
+    """Word problems as a .jsonl file, every tenth with a question that fills the sequence."""
+    rows = [{"question": p.question, "code": p.code, "extra": "x"} for p in generate_problems(n_rows, seed)]
+    for row in rows[3::10]:
+        row["question"] = row["question"] * 4
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def slow_row(tokenizer, row: dict[str, str]) -> tuple[list[int], list[bool]] | None:
+    """Section "A sequence" of `data/text.py`, token by token; None if it is left out."""
+    question, separator, code = (
+        tokenizer.encode(text, add_special_tokens=False) for text in (row["question"], "\n", row["code"])
+    )
+    prompt = question + separator
+    if len(prompt) > MAX_LEN - 2:
+        return None
+    ids = (prompt + code)[: MAX_LEN - 1]
+    return (
+        ids + [tokenizer.eos_token_id] * (MAX_LEN - len(ids)),
+        [position < len(prompt) for position in range(MAX_LEN)],
+    )
+
+
+def test_files_hold_what_a_slow_loop_finds(tmp_path, tokenizer_dir):
+    rows = write_rows(tmp_path / "rows.jsonl", 1203)
+    done = pretokenize(str(tmp_path / "rows.jsonl"), str(tokenizer_dir), tmp_path / "out", MAX_LEN, n_workers=2)
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    expected = [found for row in rows if (found := slow_row(tokenizer, row)) is not None]
+    assert (done.n_read, done.n_written, done.n_left_out) == (1203, len(expected), 120)
+    labels = np.fromfile(tmp_path / "out" / "labels.bin", dtype="<u4").reshape(-1, MAX_LEN)
+    assert labels.tolist() == [ids for ids, _ in expected]
+    assert any(row[-2] != tokenizer.eos_token_id for row in labels.tolist()), "no row was cut"
+    assert (labels[:, -1] == tokenizer.eos_token_id).all()
+    bits = np.fromfile(tmp_path / "out" / "prompt_mask.bin", dtype=np.uint8)
+    position = 7  # bit 7 of byte 0 is position 7: little-endian order
+    assert [bool(byte >> position & 1) for byte in bits[:: MAX_LEN // 8]] == [mask[position] for _, mask in expected]
+    data = open_tiny_gsm(tmp_path / "out", MAX_LEN, len(tokenizer) - 1, len(tokenizer))
+    tokens, prompt_mask = data.rows(np.arange(len(data)))
+    assert tokens.dtype == np.int64
+    assert tokens.tolist() == [ids for ids, _ in expected]
+    assert prompt_mask.tolist() == [mask for _, mask in expected]
+    kept = [row for row in rows if slow_row(tokenizer, row) is not None]
+    whole = [i for i, row in enumerate(tokens) if row[-2] == tokenizer.eos_token_id]
+    programs = decode_programs(tokenizer, tokens[whole], prompt_mask[whole])
+    assert programs == [kept[i]["code"] for i in whole]
+
+
+def test_meta_is_the_published_one(tmp_path, tokenizer_dir):
+    write_rows(tmp_path / "rows.jsonl", 30)
+    pretokenize(str(tmp_path / "rows.jsonl"), str(tokenizer_dir), tmp_path / "out", MAX_LEN, limit=20, n_workers=1)
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert meta["num_examples"] == 18
+    assert meta["max_len"] == MAX_LEN
+    assert meta["eos_id"] == 0
+    assert meta["sep"] == "\n"
+    assert FORMAT.items() <= meta.items()
+    assert tokenizer_of(tmp_path / "out") == str(tmp_path / "out" / "tokenizer")
+
+
+def test_parquet_and_jsonl_folders_make_the_same_files(tmp_path, tokenizer_dir):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = write_rows(tmp_path / "all.jsonl", 700)
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:333]))
+    (tmp_path / "parts" / "1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[333:]))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "all.parquet")
+    contents = []
+    for source in ("all.jsonl", "parts", "all.parquet"):
+        pretokenize(str(tmp_path / source), str(tokenizer_dir), tmp_path / f"out_{source}", MAX_LEN, n_workers=1)
+        contents.append([(tmp_path / f"out_{source}" / f).read_bytes() for f in ("labels.bin", "prompt_mask.bin")])
+    assert contents[0] == contents[1] == contents[2]
+
+
+def test_an_interrupted_call_continues(tmp_path, tokenizer_dir, monkeypatch):
+    write_rows(tmp_path / "rows.jsonl", 2200)
+    arguments = (str(tmp_path / "rows.jsonl"), str(tokenizer_dir))
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    pretokenize(*arguments, straight, MAX_LEN, n_workers=1)
+    read = tiny_gsm._read_chunks
+    starts = []
+
+    def failing(source, n_skipped, limit):
+        starts.append(n_skipped)
+        for number, chunk in enumerate(read(source, n_skipped, limit)):
+            if number == 2 and len(starts) < 3:
+                raise KeyboardInterrupt
+            yield chunk
+
+    monkeypatch.setattr(tiny_gsm, "_read_chunks", failing)
+    monkeypatch.setattr(tiny_gsm, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(tiny_gsm, "CHUNKS_UNDER_WAY", 1)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            pretokenize(*arguments, broken, MAX_LEN, n_workers=1)
+        assert not (broken / "meta.json").exists()
+        with open(broken / "labels.bin", "ab") as file:
+            file.write(b"half a row, written after the last save")
+    pretokenize(*arguments, broken, MAX_LEN, n_workers=1)
+    assert starts[0] == 0
+    assert 0 < starts[1] < starts[2]
+    for name in ("labels.bin", "prompt_mask.bin", "meta.json"):
+        assert (broken / name).read_bytes() == (straight / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_killed_call_continues_and_leaves_no_process(tmp_path, tokenizer_dir):
+    write_rows(tmp_path / "rows.jsonl", 6_000)
+    command = ["data/tiny_gsm.py", "--source", tmp_path / "rows.jsonl", "--tokenizer", tokenizer_dir]
+    command += ["--max-len", MAX_LEN, "--workers", 1, "--out"]
+    killed = tmp_path / "killed"
+    with subprocess.Popen(
+        [sys.executable, *map(str, command), str(killed)], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        while not (killed / ".progress.json").exists():
+            assert process.poll() is None, "the call ended before it could be killed"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert not (killed / "meta.json").exists()
+    n_read = json.loads((killed / ".progress.json").read_text())["done"]["n_read"]
+    assert 0 < n_read < 6_000
+    deadline = time.monotonic() + 30
+    while group_is_alive(process.pid):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.05)
+    for out in (killed, tmp_path / "straight"):
+        result = run_python(*command, out)
+        assert result.returncode == 0, result.stderr
+        assert re.search(r"5,400 rows, 600 left out whose question is too long; [\d,]+ rows/s", result.stdout)
+    for name in ("labels.bin", "prompt_mask.bin", "meta.json"):
+        assert (killed / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
+    assert "already complete" in run_python(*command, killed).stdout
+
+
+def group_is_alive(group: int) -> bool:
+    """Whether a process group has members that have not ended."""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            return True
+    return False
+
+
+@pytest.fixture
+def files(tmp_path, tokenizer_dir) -> Path:
+    """Tokenized rows to damage."""
+    write_rows(tmp_path / "rows.jsonl", 50)
+    pretokenize(str(tmp_path / "rows.jsonl"), str(tokenizer_dir), tmp_path / "out", MAX_LEN, n_workers=1)
+    return tmp_path / "out"
+
+
+def rewrite_meta(folder: Path, **changes: object) -> None:
+    """Set facts of meta.json; None takes them out."""
+    meta = read_meta(folder) | changes
+    (folder / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
+
+
+@pytest.mark.parametrize("missing", ["num_examples", "max_len"])
+def test_what_meta_lacks_follows_from_the_sizes(missing, files):
+    rewrite_meta(files, max_token_id=None, num_left_out=None, limit=None, **{missing: None})
+    data = open_tiny_gsm(files, MAX_LEN, 543, 544)
+    assert len(data) == 45
+    assert data.length == MAX_LEN
+
+
+def test_sizes_that_do_not_fit_are_refused_with_both_numbers(files):
+    rewrite_meta(files, num_examples=46)
+    with pytest.raises(ValueError, match=rf"labels.bin has {45 * MAX_LEN * 4} bytes.* take {46 * MAX_LEN * 4}"):
+        open_tiny_gsm(files, MAX_LEN, 543, 544)
+    rewrite_meta(files, num_examples=45)
+    with open(files / "prompt_mask.bin", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=rf"prompt_mask.bin has {45 * 8 + 1} bytes.* take {45 * 8}"):
+        open_tiny_gsm(files, MAX_LEN, 543, 544)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((128, 543, 544), f"rows of {MAX_LEN} tokens and data.max_len is 128"),
+        ((MAX_LEN, 0, 544), "holds the mask token 0"),
+        ((MAX_LEN, 99, 100), r"holds token \d+ and model.vocab_size is 100"),
+    ],
+)
+def test_data_that_does_not_fit_the_settings_is_refused(arguments, message, files):
+    with pytest.raises(ValueError, match=message):
+        open_tiny_gsm(files, *arguments)
+
+
+def test_a_row_with_nothing_to_predict_is_refused_by_number(files):
+    bits = np.memmap(files / "prompt_mask.bin", dtype=np.uint8, mode="r+", shape=(45, MAX_LEN // 8))
+    bits[31] = 255
+    bits.flush()
+    with pytest.raises(ValueError, match="row 31"):
+        open_tiny_gsm(files, MAX_LEN, 543, 544)
+
+
+def test_unreadable_meta_is_refused(files):
+    rewrite_meta(files, labels_dtype="uint16")
+    with pytest.raises(ValueError, match="labels_dtype is 'uint16', only 'uint32'"):
+        open_tiny_gsm(files, MAX_LEN, 543, 544)
+    (files / "meta.json").write_text("[]")
+    with pytest.raises(ValueError, match="must hold a JSON object"):
+        open_tiny_gsm(files, MAX_LEN, 543, 544)
+    (files / "meta.json").unlink()
+    with pytest.raises(ValueError, match="is missing: the tokenized data is unfinished"):
+        open_tiny_gsm(files, MAX_LEN, 543, 544)
+
+
+def test_the_stream_hands_out_every_row_once_per_epoch(files):
+    data = open_tiny_gsm(files, MAX_LEN, 543, 544)
+    stream = SequenceStream(data, seed=3)
+    tokens, prompt_mask = stream.draw(len(data))
+    assert sorted(map(tuple, tokens.tolist())) == sorted(map(tuple, data.labels.tolist()))
+    assert (prompt_mask.sum(1) > 0).all()
+
+
+def test_other_settings_are_refused_and_a_finished_call_does_nothing(files, tmp_path, tokenizer_dir):
+    before = (files / "meta.json").stat().st_mtime_ns
+    done = pretokenize(str(tmp_path / "rows.jsonl"), str(tokenizer_dir), files, MAX_LEN, n_workers=1)
+    assert done.n_written == 45
+    assert (files / "meta.json").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="max_len 64, now 128"):
+        pretokenize(str(tmp_path / "rows.jsonl"), str(tokenizer_dir), files, 128)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ('{"question": "a", "program": "b"}\n', r"no column \['code'\]"),
+        ('{"question": "a", "code": null}\n', "code of row 0 .* is no text"),
+        ('{"question": "a", ', "cannot be read"),
+    ],
+)
+def test_bad_sources_end_with_one_message(content, message, tmp_path, tokenizer_dir, capsys):
+    path = tmp_path / "rows.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        tiny_gsm.main(f"--source {path} --tokenizer {tokenizer_dir} --out {tmp_path / 'out'} --workers 1".split())
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert "Traceback" not in error
+    assert not (tmp_path / "out" / "meta.json").exists()
+
+
+@needs_shared
+def test_the_separator_is_a_token_of_its_own_and_special_text_is_text(tmp_path):
+    rows = [{"question": "How many <|im_start|> are left?", "code": "def f():\n    return 1<|endoftext|>"}] * 3
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pretokenize(str(tmp_path / "rows.jsonl"), str(QWEN), tmp_path / "out", 64, n_workers=1)
+    data = open_tiny_gsm(tmp_path / "out", 64, 151644, 151645)
+    tokens, prompt_mask = data.rows(np.array([1]))
+    assert tokens[0][prompt_mask[0]][-2:].tolist() == [30, 198], "'?' and the newline must not become one token"
+    answer = tokens[0][~prompt_mask[0]]
+    assert list(answer).index(151643) == len(answer) - (answer == 151643).sum(), "EOS stands at the end alone"
+
+
+@needs_shared
+def test_real_questions_and_programs_come_back(tmp_path):
+    source = SHARED / "tinygsm_like" / "tinygsm_questions_programs.jsonl"
+    done = pretokenize(str(source), str(QWEN), tmp_path / "out", 512, limit=600, n_workers=1)
+    assert done.n_written == 600
+    data = open_tiny_gsm(tmp_path / "out", 512, 151644, 151645)
+    tokens, prompt_mask = data.rows(np.arange(600))
+    programs = decode_programs(load_tokenizer(str(QWEN)), tokens, prompt_mask)
+    with open(source, encoding="utf-8") as file:
+        codes = [json.loads(next(file))["code"] for _ in range(600)]
+    cut = [i for i in range(600) if programs[i] != codes[i]]
+    assert all(codes[i].startswith(programs[i].rstrip("\ufffd")) and tokens[i, -2] != 151643 for i in cut)
+    assert len(cut) < 30
+    assert os.path.getsize(tmp_path / "out" / "labels.bin") == 600 * 512 * 4
+
+
+def test_a_data_set_of_the_hub_is_streamed(tmp_path, tokenizer_dir, monkeypatch):
+    import datasets
+
+    rows = write_rows(tmp_path / "rows.jsonl", 1100)
+
+    def load_dataset(name, **options):
+        assert (name, options) == ("TinyGSM/TinyGSM", {"split": "train", "streaming": True})
+        return datasets.IterableDataset.from_generator(lambda: iter(rows))
+
+    pretokenize(str(tmp_path / "rows.jsonl"), str(tokenizer_dir), tmp_path / "local", MAX_LEN, 1050, n_workers=1)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    pretokenize("TinyGSM/TinyGSM", str(tokenizer_dir), tmp_path / "hub", MAX_LEN, 1050, n_workers=1)
+    assert read_meta(tmp_path / "hub")["num_examples"] == 945
+    for name in ("labels.bin", "prompt_mask.bin"):
+        assert (tmp_path / "hub" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+
+
+def test_the_papers_settings():
+    puma, baseline = (read_config(ROOT / "yaml_files" / f"tinygsm_{name}.yaml") for name in ("puma", "baseline"))
+    assert (puma.model, puma.training, puma.validation) == (baseline.model, baseline.training, baseline.validation)
+    assert puma.mask_id == 151644
+    with torch.device("meta"):
+        n_parameters = sum(parameter.numel() for parameter in Transformer(puma.model).parameters())
+    assert n_parameters == pytest.approx(125e6, rel=0.01)
+    steps = [0, 29_999, 30_000, 299_999, 300_000, 900_000]
+    assert [puma.objective.n_stages_at(step) for step in steps] == [12, 12, 15, 39, 42, 42]

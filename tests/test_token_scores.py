@@ -1,0 +1,292 @@
+"""The output head in chunks against dense logits, and what it allocates."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from helpers import assert_distribution, random_generator
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import token_scores
+from model.token_predictions import gumbel_noise, hash_uniform, predict_tokens
+from model.token_scores import SMALL_VOCABULARY, TokenScores, score_tokens
+
+WIDTH = 8
+
+
+def random_case(
+    n_rows: int = 3,
+    length: int = 7,
+    vocabulary: int = 11,
+    share: float = 0.5,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, head, x0 and weights, of which about `share` are not 0."""
+    generator = random_generator(seed)
+    hidden = torch.randn(n_rows, length, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+    head = torch.randn(vocabulary, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+    x0 = torch.randint(vocabulary, (n_rows, length), generator=generator)
+    weight = torch.rand(n_rows, length, generator=generator)
+    weight *= torch.rand(n_rows, length, generator=generator) < share
+    return hidden.requires_grad_(), head.requires_grad_(), x0, weight
+
+
+def assert_equals_oracle(
+    scores: TokenScores,
+    case: tuple[Tensor, Tensor, Tensor, Tensor],
+    tolerance: float,
+    loss_scale: float = 1.0,
+) -> None:
+    """Scores, and after a backward pass of loss_scale * loss the gradients too."""
+    hidden, head, x0, weight = case
+    dense_hidden, dense_head = hidden.detach().double(), head.detach().double()
+    expected = oracle.score_batch(dense_hidden @ dense_head.T, x0, weight)
+    (loss_scale * scores.loss).backward()
+    flat = expected.grad_logits.flatten(0, 1)
+    compared = {
+        "loss": (scores.loss.detach(), torch.tensor(expected.loss, dtype=torch.float64)),
+        "nll": (scores.nll, expected.nll),
+        "confidence": (scores.confidence, expected.confidence),
+        "hidden": (hidden.grad, loss_scale * expected.grad_logits @ dense_head),
+        "head": (head.grad, loss_scale * flat.T @ dense_hidden.flatten(0, 1)),
+    }
+    for name, (found, wanted) in compared.items():
+        torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance, msg=f"{name}: ".__add__)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that any operation gives, in numbers."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+# Training
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 11, 40, 77, 1 << 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_and_gradients_equal_the_oracle_whatever_the_chunk(
+    monkeypatch: pytest.MonkeyPatch, chunk_elements: int, dtype: torch.dtype
+) -> None:
+    """Chunks of less than a row, one row, several with a rest, several without, and all at once."""
+    monkeypatch.setattr(token_scores, "CHUNK_ELEMENTS", chunk_elements)
+    case = random_case(dtype=dtype)
+    scores = score_tokens(*case)
+    assert scores.loss.dtype == scores.nll.dtype == scores.confidence.dtype == torch.float32
+    assert_equals_oracle(scores, case, tolerance=2e-5)
+    assert case[0].grad.dtype == case[1].grad.dtype == dtype
+
+
+@pytest.mark.parametrize("n_scored", [0, 1, 21])
+def test_any_number_of_scored_positions(n_scored: int) -> None:
+    """None at all gives loss 0 and gradients of 0; then one; then all."""
+    hidden, head, x0, weight = random_case(share=2.0)
+    weight.view(-1)[n_scored:] = 0
+    case = (hidden, head, x0, weight)
+    scores = score_tokens(*case)
+    assert int((scores.nll != 0).sum()) == n_scored
+    assert_equals_oracle(scores, case, tolerance=2e-5)
+
+
+def test_a_scaled_loss_has_scaled_gradients() -> None:
+    """As gradient accumulation and loss scaling need; the gradients are computed before the scale is known."""
+    case = random_case()
+    assert_equals_oracle(score_tokens(*case), case, tolerance=2e-5, loss_scale=-3.5)
+
+
+def test_positions_without_weight_have_no_nll_and_no_confidence() -> None:
+    hidden, head, x0, weight = random_case()
+    scores = score_tokens(hidden, head, x0, weight)
+    assert (scores.nll[weight == 0] == 0).all()
+    assert (scores.confidence[weight == 0] == -torch.inf).all()
+    assert (scores.nll[weight != 0] > 0).all()
+
+
+def test_only_the_loss_has_a_gradient() -> None:
+    scores = score_tokens(*random_case())
+    assert scores.loss.requires_grad
+    assert not scores.nll.requires_grad
+    assert not scores.confidence.requires_grad
+
+
+def test_scores_without_gradients_are_the_same() -> None:
+    case = random_case()
+    trained = score_tokens(*case)
+    with torch.no_grad():
+        scored = score_tokens(*case)
+    assert not scored.loss.requires_grad
+    for ours, theirs in zip(trained, scored, strict=True):
+        torch.testing.assert_close(ours.detach(), theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", [0, 1], ids=["hidden", "head"])
+def test_a_frozen_input_gets_no_gradient_and_the_other_still_does(frozen: int) -> None:
+    both = random_case()
+    score_tokens(*both).loss.backward()
+    one = random_case()
+    one[frozen].requires_grad_(False)
+    score_tokens(*one).loss.backward()
+    assert one[frozen].grad is None
+    torch.testing.assert_close(one[1 - frozen].grad, both[1 - frozen].grad)
+
+
+def test_a_sure_model_gives_finite_scores() -> None:
+    """Logits of thousands: the loss is large where it is sure and wrong, never infinite or NaN."""
+    hidden, head, x0, weight = random_case()
+    with torch.no_grad():
+        hidden *= 1e4
+    case = (hidden, head, x0, weight)
+    scores = score_tokens(*case)
+    scores.loss.backward()
+    assert torch.isfinite(scores.loss)
+    assert torch.isfinite(scores.nll).all()
+    assert (scores.confidence <= 0).all()
+    assert hidden.grad is not None
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_bfloat16_autocast_is_close_for_a_large_vocabulary() -> None:
+    """Bfloat16 keeps 8 bits of each product's factors; sums and the softmax stay float32."""
+    case = random_case(vocabulary=SMALL_VOCABULARY + 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = score_tokens(*case)
+    assert scores.loss.dtype == torch.float32
+    exact = score_tokens(*random_case(vocabulary=SMALL_VOCABULARY + 1))
+    assert not torch.equal(scores.nll, exact.nll)  # bfloat16 was in use
+    assert_equals_oracle(scores, case, tolerance=0.05)
+    assert case[0].grad.dtype == case[1].grad.dtype == torch.float32
+
+
+def test_a_small_vocabulary_stays_in_float32_under_autocast() -> None:
+    """Bfloat16 logits tie where the model is sure, and ties would choose the order in which positions are revealed."""
+    case = random_case()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = score_tokens(*case)
+    assert_equals_oracle(scores, case, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_no_tensor_of_rows_by_length_by_vocabulary_is_made(monkeypatch: pytest.MonkeyPatch, autocast: bool) -> None:
+    n_rows, length, vocabulary = 4, 32, 5000
+    chunk_elements = 4 * vocabulary
+    monkeypatch.setattr(token_scores, "CHUNK_ELEMENTS", chunk_elements)
+    case = random_case(n_rows, length, vocabulary, share=2.0)
+    hidden, head, _, _ = case
+    with LargestTensor() as largest, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        score_tokens(*case).loss.backward()
+        predict_tokens(hidden.detach().flatten(0, 1), head, 0)
+        predict_tokens(hidden.detach().flatten(0, 1), head, 0, temperature=1.0, noise_key=torch.arange(n_rows * length))
+    assert head.numel() <= largest.numel <= max(head.numel(), chunk_elements)
+    assert largest.numel * 8 < n_rows * length * vocabulary
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 11, 40, 1 << 24])
+@pytest.mark.parametrize("banned", [0, 4, 10])
+def test_predictions_equal_the_oracle(monkeypatch: pytest.MonkeyPatch, chunk_elements: int, banned: int) -> None:
+    monkeypatch.setattr(token_scores, "CHUNK_ELEMENTS", chunk_elements)
+    hidden, head, _, _ = random_case()
+    states = hidden.detach().flatten(0, 1)
+    predicted = predict_tokens(states, head, banned)
+    logits = states.double() @ head.detach().double().T
+    for place in range(len(states)):
+        token, confidence = oracle.prediction(logits[place], banned)
+        assert int(predicted.token[place]) == token
+        assert float(predicted.log_prob[place]) == pytest.approx(confidence["top_prob"], abs=1e-5)
+        assert float(predicted.margin[place]) == pytest.approx(confidence["top_prob_margin"], abs=1e-5)
+        assert float(predicted.neg_entropy[place]) == pytest.approx(confidence["neg_entropy"], abs=1e-5)
+
+
+def test_no_position_gives_no_prediction() -> None:
+    predicted = predict_tokens(torch.empty(0, WIDTH), torch.randn(11, WIDTH), 0)
+    assert [len(part) for part in predicted] == [0, 0, 0, 0]
+    assert predicted.token.dtype == torch.int64
+
+
+def test_neg_entropy_of_a_uniform_and_of_a_sure_distribution() -> None:
+    """Higher is less uncertain, 0 is certain, though many probabilities underflow to 0."""
+    head = torch.eye(WIDTH)
+    states = torch.stack([torch.zeros(WIDTH), torch.tensor([1000.0] + [0.0] * (WIDTH - 1))])
+    predicted = predict_tokens(states, head, banned=WIDTH - 1)
+    assert predicted.neg_entropy.tolist() == pytest.approx([-math.log(WIDTH - 1), 0], abs=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 5.0])
+def test_the_banned_token_is_never_produced_and_takes_no_probability(temperature: float) -> None:
+    """Though its logit is by far the largest."""
+    head = torch.zeros(5, WIDTH)
+    head[3] = 100.0
+    states = torch.ones(2000, WIDTH)
+    predicted = predict_tokens(states, head, 3, temperature=temperature, noise_key=torch.arange(2000))
+    assert not (predicted.token == 3).any()
+    torch.testing.assert_close(predicted.log_prob, torch.full((2000,), math.log(1 / 4)))
+    if temperature > 0:
+        assert set(predicted.token.tolist()) == {0, 1, 2, 4}
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_a_temperature_samples_from_the_tempered_distribution(temperature: float) -> None:
+    """Token k comes with probability proportional to p(k)^(1 / temperature), rare tokens too."""
+    n_draws = 40_000
+    head = torch.tensor([[0.0], [1.0], [-1.0], [5.0], [0.5]])  # token 3 is banned
+    logits = torch.tensor([0.0, 1.0, -1.0, -torch.inf, 0.5], dtype=torch.float64)
+    predicted = predict_tokens(
+        torch.ones(n_draws, 1), head, 3, temperature=temperature, noise_key=torch.arange(n_draws)
+    )
+    expected = oracle.log_softmax(logits / temperature).exp()
+    assert_distribution(predicted.token.bincount(minlength=5), expected)
+    torch.testing.assert_close(
+        predicted.log_prob.double(), oracle.log_softmax(logits)[predicted.token], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_tokens_of_neighbouring_positions_are_drawn_independently() -> None:
+    """Pairs of draws under successive keys, as neighbouring positions of a row could have."""
+    predicted = predict_tokens(
+        torch.ones(60_000, 1), torch.zeros(4, 1), 3, temperature=1.0, noise_key=torch.arange(60_000)
+    )
+    pairs = predicted.token[:-1] * 3 + predicted.token[1:]
+    assert_distribution(pairs.bincount(minlength=9), torch.full((9,), 1 / 9))
+
+
+def test_a_key_gives_the_same_token_wherever_it_stands() -> None:
+    hidden, head, _, _ = random_case(n_rows=8)
+    states, keys = hidden.detach().flatten(0, 1), torch.arange(56) * 12_345
+    together = predict_tokens(states, head, 0, temperature=1.0, noise_key=keys).token
+    turned = predict_tokens(states.flip(0), head, 0, temperature=1.0, noise_key=keys.flip(0)).token
+    assert torch.equal(together, turned.flip(0))
+    alone = [predict_tokens(states[i : i + 1], head, 0, temperature=1.0, noise_key=keys[i : i + 1]) for i in range(56)]
+    assert together.tolist() == [int(predicted.token) for predicted in alone]
+
+
+def test_uniform_numbers_are_finer_than_float32_and_never_0_or_1() -> None:
+    """Float32 uniforms end at 1 - 2^-24, which would end Gumbel noise at 16.6 and starve rare tokens."""
+    uniform = hash_uniform(torch.cat([torch.arange(-50_000, 50_000), torch.tensor([2**63 - 1, -(2**63)])]))
+    assert uniform.dtype == torch.float64
+    assert ((uniform > 0) & (uniform < 1)).all()
+    assert (uniform * 2**24 % 1 > 0).float().mean() > 0.99
+    assert_distribution((uniform * 100).long().bincount(minlength=100), torch.full((100,), 0.01))
+
+
+def test_gumbel_noise_has_its_distribution() -> None:
+    """P(noise < x) = exp(-exp(-x))."""
+    noise = gumbel_noise(torch.arange(500), 200)
+    assert noise.shape == (500, 200)
+    assert noise.dtype == torch.float64
+    share = (-(-noise).exp()).exp()  # uniform if so
+    assert_distribution((share * 50).long().flatten().bincount(minlength=50), torch.full((50,), 0.02))

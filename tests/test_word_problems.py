@@ -1,0 +1,181 @@
+"""Word problems: what they are, and the whole path from data to graded programs on them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, run_python
+
+import sampling
+import train
+from data import word_problems
+from data.gsm8k import read_problems
+from data.text import decode_programs, load_tokenizer
+from data.token_files import open_tiny_gsm
+from data.word_problems import VOCAB_SIZE, cached_word_problems, generate_problems, train_tokenizer
+from eval.grader import grade
+from runtime.metrics import read_metrics
+
+MINI = ROOT / "yaml_files" / "tinygsm_mini_puma.yaml"
+
+
+def test_every_program_returns_the_answer():
+    problems = generate_problems(1500, seed=3)
+    for problem in problems:
+        names: dict = {}
+        exec(problem.code, names)
+        assert names["simple_math_problem"]() == problem.answer, problem
+        assert isinstance(problem.answer, int)
+        assert problem.answer > 0
+    operations = [len(re.findall(r"[-+*]|//", problem.code.split("result =")[1])) for problem in problems]
+    assert set(operations) == {1, 2, 3}
+
+
+def test_numbers_of_the_program_stand_in_the_question():
+    for problem in generate_problems(500, seed=4):
+        assert set(re.findall(r"\d+", problem.code)) == set(re.findall(r"\d+", problem.question))
+
+
+def test_problems_are_distinct_and_depend_on_the_seed_alone():
+    problems = generate_problems(3000, seed=0)
+    assert len({problem.question for problem in problems}) == 3000
+    assert generate_problems(100, seed=0) == problems[:100]
+    assert generate_problems(100, seed=1) != problems[:100]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cached_word_problems(tmp_path_factory.mktemp("data"), n_train=3000, n_test=40, seed=0, max_len=72)
+
+
+def test_rows_and_test_problems_are_disjoint(folder):
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    data = open_tiny_gsm(folder, 72, VOCAB_SIZE - 1, VOCAB_SIZE)
+    tokens, prompt_mask = data.rows(np.arange(3000))
+    questions = {tokenizer.decode(row[given][:-1]) for row, given in zip(tokens, prompt_mask, strict=True)}
+    problems = generate_problems(3040, seed=0)
+    assert questions == {problem.question for problem in problems[:3000]}
+    assert decode_programs(tokenizer, tokens, prompt_mask) == [problem.code for problem in problems[:3000]]
+    test = read_problems(str(folder / "test.jsonl"))
+    assert [problem.question for problem in test] == [problem.question for problem in problems[3000:]]
+    assert not questions & {problem.question for problem in test}
+    verdicts = grade([problem.code for problem in problems[3000:]], [problem.answer for problem in test], n_workers=1)
+    assert all(verdict.verdict for verdict in verdicts)
+
+
+def test_the_tokenizer_splits_digits_and_keeps_any_text(folder):
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    assert len(tokenizer) == VOCAB_SIZE
+    assert tokenizer.mask_token_id == VOCAB_SIZE - 1
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("1234")] == list("1234")
+    for text in ("Émile bought 12 kiwis,\n\n  didn't he?\t£5", generate_problems(1, 9)[0].code):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_tokenizer_is_the_same_every_time(folder):
+    again = train_tokenizer(generate_problems(3040, seed=0))
+    assert again.get_vocab() == load_tokenizer(str(folder / "tokenizer")).get_vocab()
+
+
+def test_problems_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"max_len 40 is too short for the word problems: set it to \d+"):
+        cached_word_problems(tmp_path, n_train=2000, n_test=10, seed=0, max_len=40)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_call_reads_what_the_first_wrote(folder, monkeypatch):
+    monkeypatch.setattr(word_problems, "generate_problems", lambda *_: pytest.fail("generated again"))
+    assert cached_word_problems(folder.parent, 3000, 40, 0, 72) == folder
+
+
+def tiny_run(folder: Path, path: Path, **data: object) -> Path:
+    """The mini experiment with a model and a length of seconds, as a config file."""
+    settings = yaml.safe_load(MINI.read_text())
+    settings["model"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings["data"] |= {"data_dir": str(folder.parent), "n_train": 3000, "n_test": 40, "n_held_out": 50} | data
+    settings["training"] |= {"batch_size": 8, "max_steps": 4, "eval_every": 2, "save_every": 4, "log_every": 1}
+    settings["training"] |= {"precision": "float32", "device": "cpu"}
+    settings["validation"] = {"tokens_per_step": [8, 16], "n_examples": 6, "n_table_rows": 4, "n_loss_rows": 20}
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_dir(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps."""
+    path = tmp_path_factory.mktemp("run")
+    config = tiny_run(folder, path / "tiny.yaml")
+    train.main(["--config", str(config), "--run-dir", str(path / "run")])
+    return path / "run"
+
+
+def test_training_records_accuracy_and_samples(run_dir, capsys):
+    train.main(["--config", str(run_dir.parent / "tiny.yaml"), "--run-dir", str(run_dir)])
+    assert re.fullmatch(r"solved \d+\.\d% of 6 unseen problems", capsys.readouterr().out.splitlines()[-1])
+    row = list(read_metrics(run_dir))[-1]
+    for name in ("accuracy", "accuracy_low", "accuracy_high", "fails_to_parse", "fails_to_run", "out_of_time", "nfe"):
+        assert f"validation/{name}/top_prob_8" in row
+    assert row["validation/accuracy_low/top_prob_8"] <= row["validation/accuracy/top_prob_8"]
+    assert row["validation/fails_to_parse/top_prob_8"] > 0.5, "an untrained model writes no programs"
+    for step in (2, 4):
+        samples = [json.loads(line) for line in (run_dir / f"samples_{step:08d}.jsonl").read_text().splitlines()]
+        assert [(s["tokens_per_step"], s["row"]) for s in samples] == [(t, r) for t in (8, 16) for r in range(4)]
+        assert samples[0].keys() >= {"question", "program", "value", "answer", "verdict", "confidence"}
+        assert "How" in samples[0]["question"]
+
+
+def test_a_checkpoint_writes_a_program(run_dir, capsys):
+    sampling.main(["--checkpoint", str(run_dir), "--prompt", "Anna has 5 books.", "--tokens-per-step", "8"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "9 network forward evaluations", "65 masked positions, 8 at a time"
+    for arguments, message in ((["--puzzle", "1" * 81], "--prompt"), (["--prompt", "Anna " * 80], "leaves no room")):
+        with pytest.raises(SystemExit) as stop:
+            sampling.main(["--checkpoint", str(run_dir), *arguments])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_evaluation_on_two_processes_finds_the_same(run_dir, tmp_path):
+    command = ["-m", "eval.evaluate", run_dir, "validation.n_examples=7", "--json", tmp_path / "1.json"]
+    assert run_python(*command, "--samples", tmp_path / "1.jsonl").returncode == 0
+    spread = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-port=0",
+        *command[:-1],
+        tmp_path / "2.json",
+    ]
+    result = run_python(*spread, "--samples", tmp_path / "2.jsonl")
+    assert result.returncode == 0, result.stderr
+    alone, together = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
+    assert together["samplers"] == alone["samplers"]
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert (tmp_path / "2.jsonl").read_text() == (tmp_path / "1.jsonl").read_text()
+    assert len((tmp_path / "1.jsonl").read_text().splitlines()) == 8
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"n_train": None}, "source 'word_problems' needs n_train"),
+        ({"tokenizer": "Qwen/Qwen2-0.5B"}, "tokenizer: only source 'files' reads it"),
+        ({"n_held_out": 3000}, "n_held_out 3000 leaves no training row"),
+        ({"max_len": 70}, "multiple of 8"),
+        ({"mask_id": 544}, "model.vocab_size 544 is too small"),
+        ({"mask_id": 0}, "holds the mask token 0"),
+        ({"source": "files", "n_train": None, "n_test": None, "seed": None}, "meta.json is missing"),
+    ],
+)
+def test_wrong_settings_end_with_one_message(data, message, folder, tmp_path, capsys):
+    config = tiny_run(folder, tmp_path / "wrong.yaml", **data)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", str(config), "--run-dir", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

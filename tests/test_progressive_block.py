@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import progressive_block
 from config import ModelSettings, TrainingSettings
 from config_objective import (
     BlockAttention,
@@ -160,6 +161,15 @@ def test_weights_are_those_of_a_mean_over_blocks(name, layout):
                 for position in block:
                     expected[row, position] = 1 / (len(block) * n_live)
         torch.testing.assert_close(weight, expected, rtol=1e-6, atol=0)
+
+
+def test_over_ranks_a_block_weighs_the_same_wherever_it_is(monkeypatch):
+    blocks, masked = Blocks(LENGTH, BLOCK, "prefix"), torch.zeros(4, LENGTH, dtype=torch.bool)
+    masked[:2, :BLOCK], masked[2:, 0] = True, True  # 4 blocks here, 10 on the other rank
+    monkeypatch.setattr(progressive_block, "mean_over_ranks", lambda n_counted: (n_counted + 10) / 2)
+    weight = blocks.weights(masked, over_ranks=True)
+    torch.testing.assert_close(weight.sum(1), torch.full((4,), 1 / 7))
+    assert float(blocks.weights(masked).sum()) == pytest.approx(1), "in evaluation all ranks count all rows"
 
 
 def test_uniform_masks_each_number_of_positions_of_a_block_equally_often():

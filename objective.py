@@ -41,7 +41,7 @@ class UniformObjective:
         masked = self.blocks.mask_uniformly(maskable, self.generator)
         self.masked_fraction = (masked.sum(1) / maskable.sum(1)).mean()
         xt = x0.masked_fill(masked, self.mask_id)
-        return self.blocks.microbatches(xt, x0, self.blocks.weights(masked), self.micro_rows)
+        return self.blocks.microbatches(xt, x0, self.blocks.weights(masked, over_ranks=True), self.micro_rows)
 
     def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
         """The baseline learns nothing from confidences."""
@@ -112,7 +112,7 @@ class PumaObjective:
             x0 = torch.cat([x0, fresh])  # [B, L]
             masked = torch.cat([masked, self.blocks.mask_uniformly(maskable, self.generator)])
         xt = x0.masked_fill(masked, self.mask_id)
-        return self.blocks.microbatches(xt, x0, self.blocks.weights(masked), self.micro_rows)
+        return self.blocks.microbatches(xt, x0, self.blocks.weights(masked, over_ranks=True), self.micro_rows)
 
     def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
         """See `Objective`."""

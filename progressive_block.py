@@ -50,17 +50,20 @@ class Blocks:
         """Draw the baseline's masks in each block on its own; both bool [B, L]. See `unmasking.mask_uniformly`."""
         return mask_uniformly(self.segments(maskable), generator).view_as(maskable)
 
-    def weights(self, masked: Tensor) -> Tensor:
+    def weights(self, masked: Tensor, *, over_ranks: bool = False) -> Tensor:
         """Loss weight of each position, float32 [B, L], given `masked`, bool [B, L].
 
         1 / (number masked in the block * number of blocks of this batch that have masked positions) where masked,
         else 0: the loss is the mean over those blocks of the mean over their masked positions, and the weights of a
-        batch add up to 1. Blocks without masked positions (all prompt, or finished) count nowhere. Gradients are
-        averaged over ranks, so a rank divides by the mean number of blocks of all ranks; rows are as many everywhere.
+        batch add up to 1. Blocks without masked positions (all prompt, or finished) count nowhere.
+
+        Args:
+            over_ranks: `masked` is this rank's share of a batch, and losses are averaged over ranks afterwards: divide
+                by the mean number of blocks of all ranks, so that every block weighs the same wherever it is.
         """
         segments = self.segments(masked)
         n_counted = segments.any(1).sum()
-        if self.n_blocks > 1:
+        if over_ranks and self.n_blocks > 1:  # whole rows are as many on every rank
             n_counted = mean_over_ranks(n_counted)
         return row_weights(segments, n_counted).view_as(masked)
 

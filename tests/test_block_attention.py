@@ -13,6 +13,8 @@ from model.block_mask import decoding_mask, dense_mask, flex_mask
 from model.token_scores import score_tokens
 from model.transformer import Transformer
 
+# It warns that it is slow without compilation, which CPUs have no backward pass for.
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 LENGTH, BLOCK, VOCAB, MASK = 24, 6, 11, 10
 CPU = torch.device("cpu")
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import progressive_block
 from config import ModelSettings, TrainingSettings
 from config_objective import (
     BlockAttention,
@@ -22,6 +23,7 @@ from data.stream import SequenceStream
 from model.token_predictions import hash_uniform, mix_keys
 from model.transformer import Transformer
 from objective import Objective, PumaObjective, build_objective
+from progressive import PumaPool
 from progressive_block import Blocks, build_blocks
 
 LENGTH, BLOCK, VOCAB, MASK = 12, 4, 9, 8
@@ -161,6 +163,15 @@ def test_weights_are_those_of_a_mean_over_blocks(name, layout):
         torch.testing.assert_close(weight, expected, rtol=1e-6, atol=0)
 
 
+def test_over_ranks_a_block_weighs_the_same_wherever_it_is(monkeypatch):
+    blocks, masked = Blocks(LENGTH, BLOCK, "prefix"), torch.zeros(4, LENGTH, dtype=torch.bool)
+    masked[:2, :BLOCK], masked[2:, 0] = True, True  # 4 blocks here, 10 on the other rank
+    monkeypatch.setattr(progressive_block, "mean_over_ranks", lambda n_counted: (n_counted + 10) / 2)
+    weight = blocks.weights(masked, over_ranks=True)
+    torch.testing.assert_close(weight.sum(1), torch.full((4,), 1 / 7))
+    assert float(blocks.weights(masked).sum()) == pytest.approx(1), "in evaluation all ranks count all rows"
+
+
 def test_uniform_masks_each_number_of_positions_of_a_block_equally_often():
     settings = BlockUniformSettings(name="block_uniform", block_size=BLOCK, block_attention="prefix")
     data = Rows()
@@ -179,65 +190,69 @@ def test_uniform_masks_each_number_of_positions_of_a_block_equally_often():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tau", [None, 0.8])
 def test_blocks_follow_their_own_confidence_and_rows_retire_with_their_last_block(layout, tau):
-    """Every step of the pool, position by position, against DESIGN's rules for each block."""
-    data = Rows(n=60)
-    objective = build(puma(layout, collapse_threshold=tau), 10, data)
+    """Every step of the pool, block by block, against DESIGN's rules."""
+    data, n_stages, n_retired = Rows(n=60), 4, 0
+    objective = build(puma(layout, n_stages=n_stages, collapse_threshold=tau), 10, data)
     assert isinstance(objective, PumaObjective)
-    pool, n_stages, n_retired = objective.pool, 4, 0
+    pool, threshold = objective.pool, np.log(tau) if tau else np.inf
     for step in range(60):
-        x0, masked, stage = pool.x0.clone(), pool.masked.clone(), pool.stage.view(10, -1).clone()
-        maskable, taken = pool.maskable.clone(), int(objective.queue.n_taken)
+        x0, masked, maskable = pool.x0.clone(), pool.masked.clone(), pool.maskable.clone()
+        stage, n_taken = pool.stage.view(10, -1).clone(), int(objective.queue.n_taken)
         xt, trained, weight = run_step(objective, step)
         assert torch.equal(trained, x0)
         assert torch.equal(xt, x0.masked_fill(masked, MASK))
-        assert (weight.bool() == masked).all()
-        assert (weight > 0).any(1).all(), "every row gives a loss"
+        assert torch.equal(weight > 0, masked)
+        assert masked.any(1).all(), "every row gives a loss"
+        assert torch.equal(stage < n_stages, masked.view(10, -1, BLOCK).any(2)), "finished blocks say so"
+        assert not (pool.masked & ~pool.maskable).any(), "prompts never change"
         confidence = invented_confidence(x0, step)
-        fresh = taken
         for row in range(10):
-            ends = []
-            for block in range(LENGTH // BLOCK):
-                place = slice(block * BLOCK, (block + 1) * BLOCK)
-                before = masked[row, place]
-                alive = bool(before.any())
-                assert alive == (int(stage[row, block]) < n_stages), "finished blocks say so"
-                certain = before & (confidence[row, place] > (np.log(tau) if tau else np.inf))
-                left = int(before.sum() - certain.sum())
-                ends.append(not alive or int(stage[row, block]) + 1 >= n_stages or left == 0)
-            if torch.equal(pool.x0[row], x0[row]) and int(pool.age[row]) > 0:
-                for block in range(LENGTH // BLOCK):
-                    place = slice(block * BLOCK, (block + 1) * BLOCK)
-                    before, after = masked[row, place], pool.masked[row, place]
-                    assert not (after & ~before).any(), "revealed positions stay revealed"
-                    revealed, scores = before & ~after, confidence[row, place]
-                    if ends[block]:
-                        assert not after.any(), "a finished block is clean until its row retires"
-                        continue
-                    certain = scores > np.log(tau) if tau else torch.zeros(BLOCK, dtype=torch.bool)
-                    assert not (after & certain).any()
-                    if revealed.any() and after.any():
-                        assert scores[revealed].min() > scores[after].max(), "most confident first"
-                    n_maskable = int(maskable[row, place].sum())
-                    n_revealed, now = n_maskable - int(after.sum()), int(stage[row, block]) + 1
-                    assert n_revealed >= min(round(now / n_stages * n_maskable), n_maskable - 1)
+            blocks = [slice(first, first + BLOCK) for first in range(0, LENGTH, BLOCK)]
+            ends = [
+                int(now) + 1 >= n_stages or not (masked[row, block] & (confidence[row, block] <= threshold)).any()
+                for block, now in zip(blocks, stage[row], strict=True)
+            ]
+            if all(ends):
+                assert_next_of_the_data(pool, row, data, n_taken)
+                n_taken, n_retired = n_taken + 1, n_retired + 1
+                continue
+            assert torch.equal(pool.x0[row], x0[row]), "a row stays until its last block has finished"
+            for block, end, now in zip(blocks, ends, stage[row].tolist(), strict=True):
+                if end:
+                    assert not pool.masked[row, block].any(), "a finished block is clean until its row retires"
+                else:
+                    assert_revealed_by_confidence(
+                        masked[row, block], pool.masked[row, block], confidence[row, block], threshold
+                    )
+                    n_maskable, n_masked = int(maskable[row, block].sum()), int(pool.masked[row, block].sum())
+                    lowest, highest = (
+                        min(round(edge / n_stages * n_maskable), n_maskable - 1) for edge in (now + 1, now + 2)
+                    )
+                    assert n_maskable - n_masked >= lowest
                     if tau is None:
-                        highest = min(round((now + 1) / n_stages * n_maskable), n_maskable - 1)
-                        assert n_revealed <= max(highest, n_maskable - int(before.sum()))
-            else:
-                assert all(ends), "a row stays until its last block has finished"
-                fresh_x0, fresh_prompt = objective.queue.stream.data.rows(
-                    objective.queue.stream._shuffled(fresh // 60)[[fresh % 60]]
-                )
-                assert torch.equal(pool.x0[row], torch.from_numpy(fresh_x0)[0]), "the next of the data, none lost"
-                assert torch.equal(pool.maskable[row], ~torch.from_numpy(fresh_prompt)[0])
-                fresh += 1
-                n_retired += 1
-                assert (
-                    pool.stage.view(10, -1)[row] == torch.where(pool.maskable[row].view(-1, BLOCK).any(1), 0, n_stages)
-                ).all(), "blocks of prompt alone have finished at once, the others start"
-            assert not (pool.masked[row] & ~pool.maskable[row]).any(), "prompts never change"
-        assert fresh == int(objective.queue.n_taken)
-    assert n_retired > 60, "the test saw more than an epoch"
+                        assert n_maskable - n_masked <= highest
+        assert n_taken == int(objective.queue.n_taken), "no sequence is lost"
+    assert n_retired > len(data), "the test saw more than an epoch"
+
+
+def assert_next_of_the_data(pool: PumaPool, row: int, data: Rows, n_taken: int) -> None:
+    """The row holds the sequence that comes after the first `n_taken` of the stream, at its very beginning."""
+    stream = SequenceStream(data, 0)
+    x0, prompt_mask = (part[-1] for part in stream.draw(n_taken + 1))
+    assert torch.equal(pool.x0[row], x0)
+    assert torch.equal(pool.maskable[row], ~prompt_mask)
+    assert pool.age[row] == 0
+    starts = (~prompt_mask).view(-1, BLOCK).any(1)
+    assert torch.equal(pool.stage.view(10, -1)[row], torch.where(starts, 0, pool.n_stages)), "all prompt: finished"
+
+
+def assert_revealed_by_confidence(before: Tensor, after: Tensor, confidence: Tensor, threshold: float) -> None:
+    """One step of one block (bool [S]): what was revealed is more confident than what was not."""
+    assert not (after & ~before).any(), "revealed positions stay revealed"
+    assert not (after & (confidence > threshold)).any()
+    revealed = before & ~after
+    if revealed.any():
+        assert confidence[revealed].min() > confidence[after].max(), "most confident first"
 
 
 def test_finished_blocks_stay_finished_when_the_number_of_stages_changes():

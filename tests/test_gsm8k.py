@@ -10,16 +10,16 @@ from conftest import SHARED
 
 from data import gsm8k
 from data.gsm8k import Problem, build_prompts, final_answer, prompt_records, read_problems
-from data.word_problems import generate_problems, train_tokenizer
+from data.word_problems import train_tokenizer
 
 QWEN = SHARED / "qwen2_tokenizer"
 needs_shared = pytest.mark.skipif(not QWEN.is_dir(), reason="needs GSM8K and the Qwen2 tokenizer in ../shared/data")
-MASK_ID = 543
+MASK_ID = 639
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(generate_problems(2000, seed=0))
+    return train_tokenizer()
 
 
 def write_problems(path: Path, rows: list) -> str:

@@ -148,7 +148,7 @@ def test_evaluation_on_two_processes_finds_the_same(run_dir, tmp_path):
         "-m",
         "torch.distributed.run",
         "--nproc-per-node=2",
-        "--master-port=0",
+        "--standalone",
         *command[:-1],
         tmp_path / "2.json",
     ]

@@ -1,7 +1,7 @@
 """Measure the project against plain implementations of the same science, side by side in one process.
 
-    python -m bench step --config yaml_files/sudoku_puma.yaml [--batch N] [--length N] [--vocab N] [--json FILE]
-    python -m bench head | sample | data | block [--json FILE]
+python -m bench step --config yaml_files/sudoku_puma.yaml [--batch N] [--length N] [--vocab N] [--json FILE]
+python -m bench head | sample | data | block [--json FILE]
 """
 
 from __future__ import annotations
@@ -37,10 +37,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     head.add_argument("--scored", type=float, default=0.4, help="share of the positions that carry weight")
     sample = commands.add_parser("sample", parents=[common], help="the sampler")
     sample.add_argument("--steps", type=_positive, default=4, help="network evaluations per row")
+    sample.add_argument("--rows", type=_positive, help="by default 64 boards and 8 programs")
     sample.add_argument("--only", choices=("sudoku", "tinygsm"), help="by default both")
     sample.add_argument("--small", action="store_true", help="a tiny model, to try the command")
     data = commands.add_parser("data", parents=[common], help="generator, stream, tokens, grader")
-    data.add_argument("--rows", type=_positive, default=2000, help="rows, puzzles / 10 and programs / 20 per round")
+    data.add_argument(
+        "--rows", type=_positive, default=2000, help="rows per round; a tenth as many puzzles, a 40th programs"
+    )
     data.add_argument("--tokenizer", help="Hugging Face name or folder; by default the word problems' own")
     block = commands.add_parser("block", help="block diffusion")
     block.add_argument("--json", type=Path)
@@ -84,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif options.command == "sample":
             from bench import sample as benchmark  # type: ignore[no-redef]
         else:
-            from bench import data as benchmark  # type: ignore[no-redef]
+            from bench import pipeline as benchmark  # type: ignore[no-redef]
         report = benchmark.run(options)
         if report is not None:
             publish(report, options, benchmark.about(options))

@@ -138,11 +138,14 @@ def matrix_product(dtype: torch.dtype | None, device: torch.device) -> tuple[Cal
     return lambda: a @ b, 2.0 * size**3
 
 
-def peak_of(build: Callable[[], Callable[[], object]], device: torch.device) -> float:
-    """GiB at most in use while a path is built and called twice, beyond what this process had before."""
+def peak_of(build: Callable[[], Callable[[], object]], device: torch.device, n_calls: int = 2) -> float:
+    """GiB at most in use while a path is built and called, beyond what this process had before.
+
+    A training step is called twice: in the first, there is no state of the optimizer yet.
+    """
     before = _resident_gib(device)
     call = build()
-    for _ in range(2):
+    for _ in range(n_calls):
         call()
     synchronize(device)
     if device.type == "cuda":

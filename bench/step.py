@@ -181,7 +181,10 @@ def compare(options: Namespace, config: Config, world: World) -> Report:
                 utilisation=f"{1000 * work.total / peak_flops / ours_ms:.0%}",
             )
         )
-    lines = [f"# Training step, {options.config.stem}, batch {n_rows} x {length}, {config.model.vocab_size:,} tokens", ""]
+    lines = [
+        f"# Training step, {options.config.stem}, batch {n_rows} x {length}, {config.model.vocab_size:,} tokens",
+        "",
+    ]
     lines += [*table(rows, COLUMNS), "", *_remarks(times, peak_flops, len(times["product"]))]
     return Report(rows, lines)
 
@@ -201,10 +204,10 @@ def _counted(call: Callable[[], object], objective: Any, shares: list[float]) ->
 
 def _remarks(times: dict[str, list[float]], peak_flops: float, n_rounds: int) -> list[str]:
     lines = [
-        f"Medians of {n_rounds} rounds. Peak memory beyond that of the imports, each path in its own process. The floor "
-        "is 6 * parameters * tokens for the backbone, attention's products, and the head on the scored positions, at the "
-        f"speed of a large matrix product timed between the steps: {peak_flops / 1e9:,.0f} GFLOP/s. Utilisation is floor "
-        "/ ours.",
+        f"Medians of {n_rounds} rounds. Peak memory is what a path adds to the imports, in a process of its own. The "
+        "floor is 6 * parameters * tokens for the backbone, attention's products, and the head on the scored "
+        f"positions, at the speed of a large matrix product timed between the steps ({peak_flops / 1e9:,.0f} GFLOP/s); "
+        "utilisation is floor / ours.",
     ]
     if "puma/ours" in times and "uniform/ours" in times:
         for side in ("ours", "dense"):

@@ -107,6 +107,11 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def own_share(total: int, rank: int, n_ranks: int) -> slice:
+    """Which of `total` things in a row are this rank's, where each has an equal part up to one."""
+    return slice(total * rank // n_ranks, total * (rank + 1) // n_ranks)
+
+
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The type for autocast, None for plain float32.
 

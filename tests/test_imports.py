@@ -20,10 +20,11 @@ ALLOWED: dict[str, set[str]] = {
     "unmasking": set(),
     "microbatch": set(),
     "autoregressive": {"data", "microbatch", "runtime"},
-    "progressive": {"data", "unmasking"},
+    "progressive": {"data", "runtime", "unmasking"},
     "progressive_block": SETTINGS | {"microbatch", "runtime", "unmasking"},
     "objective": SETTINGS
     | {"autoregressive", "data", "microbatch", "progressive", "progressive_block", "runtime", "unmasking"},
+    "elastic": {"data", "runtime"},
     "sampling_step": SETTINGS | {"model", "unmasking"},
     "sampling_block": SAMPLERS,
     "sampling_causal": SAMPLERS,
@@ -31,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "eval": SETTINGS
     | {"autoregressive", "data", "model", "progressive_block", "runtime", "sampling", "sampling_step", "unmasking"},
     "pretrained": SETTINGS | {"data", "model", "runtime", "sampling"},
-    "run_state": SETTINGS | {"data", "model", "objective", "pretrained", "runtime"},
+    "run_state": SETTINGS | {"data", "elastic", "model", "objective", "pretrained", "runtime"},
     "train": SETTINGS | {"data", "eval", "run_state", "runtime"},
 }
 # Not part of the flow: they may import anything, and nothing imports them.

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 .DELETE_ON_ERROR:
-.PHONY: train test check format lock clean
+.PHONY: train test check format settings lock clean
 
 train: $(READY)
 	$(BIN)/python train.py --config yaml_files/sudoku_mini_puma.yaml
@@ -20,6 +20,10 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The table in README.
+settings: $(READY)
+	$(BIN)/python -m runtime.config_file README.md
 
 # The stamp is written last, so that an interrupted install is tried again.
 $(READY): requirements.txt

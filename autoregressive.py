@@ -29,6 +29,7 @@ class AutoregressiveObjective:
     def __init__(self, queue: RowQueue, eos_id: int | None, n_rows: int, micro_rows: int) -> None:
         self.queue, self.eos_id = queue, eos_id
         self.n_rows, self.micro_rows = n_rows, micro_rows
+        self.generator = None  # nothing is random here
         self.target_fraction = torch.zeros((), device=queue.device)
 
     def microbatches(self, step: int) -> Iterator[Microbatch]:

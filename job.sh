@@ -159,7 +159,7 @@ srun "${step[@]}" bash -c '
     if [[ $SLURM_NTASKS != 1 ]]; then
         export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
     fi
-    exec "$PYTHON" train.py "$@"
+    exec "$PYTHON" train.py "$@" 2>&1 # one stream, so that the log keeps the order
 ' train --config "$config" --run-dir "$run_dir" ${others[@]+"${others[@]}"} < /dev/null &
 training=$!
 while kill -0 $training 2> /dev/null; do

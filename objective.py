@@ -10,50 +10,19 @@ Shapes: B rows of this rank, L positions.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from autoregressive import AutoregressiveObjective
-from config import AutoregressiveSettings, ObjectiveSettings, ProgressiveSettings, TrainingSettings
+from config import TrainingSettings
+from config_objective import AutoregressiveSettings, ObjectiveSettings, ProgressiveSettings
 from data.row_queue import RowQueue
 from data.stream import SequenceStream
-from microbatch import Microbatch
+from microbatch import Microbatch, Objective
 from progressive import PumaPool, rows_in_flight
 from progressive_block import Blocks, build_blocks
-
-
-class Objective(Protocol):
-    """Everything the training loop knows about an objective."""
-
-    def microbatches(self, step: int) -> Iterator[Microbatch]:
-        """Batches of one update; as many and of the same shapes on every rank."""
-        ...
-
-    def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
-        """Take the max log-probabilities (float32 [b, L]) that the forward pass found where weight is not 0."""
-        ...
-
-    def end_step(self) -> None:
-        """The update is done: retire and admit rows."""
-        ...
-
-    def stage_rows(self) -> None:
-        """The host's part after each update: send rows to the device that later updates may need."""
-        ...
-
-    def metrics(self) -> dict[str, Tensor]:
-        """Figures of this rank. Those named `sequences_...` add up over ranks, all others are averaged."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a restart needs on this rank."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo `state_dict`."""
-        ...
 
 
 class UniformObjective:

@@ -1,18 +1,24 @@
 """Trained weights from elsewhere as the start of a run, and a run's weights for elsewhere.
 
-`model/hub.py` knows Hugging Face's folders, `runtime/checkpoint.py` this repository's; here the two meet.
+`model/hub.py` knows Hugging Face's folders, `runtime/checkpoint.py` this repository's; here the two meet. The command:
+
+    python -m model.hub export runs/tinygsm_arm exported/tinygsm_arm
 
 Shapes: V vocabulary, D width.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from config import Config, ModelSettings
+from config_data import SudokuSettings
 from model.hub import CONFIG_FILE, EMBEDDING, HEAD, INDEX_FILE, Pretrained, read_qwen2, write_qwen2
 from model.transformer import Transformer
 from runtime.checkpoint import MANIFEST, find_checkpoint
@@ -27,7 +33,6 @@ SHAPE = (
     "rope_theta",
     "rms_norm_eps",
 )
-TOKENIZER_DIR = "tokenizer"  # in the folder of a data set that has one
 
 
 def load_initial_weights(model: Transformer, config: Config) -> None:
@@ -121,7 +126,8 @@ def export_run(path: str, out: Path) -> str:
     Averaged weights where there are any; the tokenizer where the data set has one.
 
     Raises:
-        ValueError: no usable checkpoint, a model that transformers has no counterpart of, or `out` holds something.
+        ValueError: no usable checkpoint, a model that transformers has no counterpart of, no tokenizer where the data
+            has one, or `out` holds something.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no empty folder: name another, or delete it")
@@ -131,12 +137,9 @@ def export_run(path: str, out: Path) -> str:
             f"{path} is block-causal, which transformers' Qwen2 cannot be: its checkpoints hold the weights under "
             "Hugging Face's names"
         )
+    tokenizer = _tokenizer_of(config)
     eos_id = pad_id = None
-    tokenizer_dir = Path(config.data.data_dir) / TOKENIZER_DIR
-    if tokenizer_dir.is_dir():
-        from transformers import AutoTokenizer  # slow to import, and a Sudoku run needs none
-
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    if tokenizer is not None:
         eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         tokenizer.save_pretrained(out)
     exported = Pretrained(path, config.model, config.shifted, model.weights())
@@ -150,3 +153,33 @@ def export_run(path: str, out: Path) -> str:
             "generate() does not unmask."
         )
     return "\n".join(lines)
+
+
+def _tokenizer_of(config: Config) -> Any:
+    """The tokenizer of the data; None for Sudoku, which has none."""
+    if isinstance(config.data, SudokuSettings):
+        return None
+    from data.load import find_tokenizer  # slow to import
+
+    return find_tokenizer(config.data)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; bad input ends with one message and exit status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m model.hub", description="Export a trained model for Hugging Face transformers."
+    )
+    commands = parser.add_subparsers(required=True)
+    export = commands.add_parser("export", help="write a folder for Qwen2ForCausalLM.from_pretrained")
+    export.add_argument("checkpoint", metavar="RUN_DIR", help="run directory (its newest checkpoint) or checkpoint")
+    export.add_argument("out", metavar="OUT_DIR", type=Path, help="new or empty folder")
+    options = parser.parse_args(arguments)
+    try:
+        print(export_run(options.checkpoint, options.out))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from config import BlockAttention, BlockSettings, ObjectiveSettings
+from config_objective import BlockAttention, BlockSettings, ObjectiveSettings
 from microbatch import Microbatch, split_rows
+from runtime.distributed import mean_over_ranks
 from unmasking import mask_uniformly, row_weights
 
 
@@ -54,10 +55,14 @@ class Blocks:
 
         1 / (number masked in the block * number of blocks of this batch that have masked positions) where masked,
         else 0: the loss is the mean over those blocks of the mean over their masked positions, and the weights of a
-        batch add up to 1. Blocks without masked positions (all prompt, or finished) count nowhere.
+        batch add up to 1. Blocks without masked positions (all prompt, or finished) count nowhere. Gradients are
+        averaged over ranks, so a rank divides by the mean number of blocks of all ranks; rows are as many everywhere.
         """
         segments = self.segments(masked)
-        return row_weights(segments, segments.any(1).sum()).view_as(masked)
+        n_counted = segments.any(1).sum()
+        if self.n_blocks > 1:
+            n_counted = mean_over_ranks(n_counted)
+        return row_weights(segments, n_counted).view_as(masked)
 
     def microbatches(self, xt: Tensor, x0: Tensor, weight: Tensor, n_rows: int) -> Iterator[Microbatch]:
         """The passes that train a batch, each over at most `n_rows` rows; as many and of the same shapes for any data.

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +18,9 @@ from torch.optim.swa_utils import AveragedModel
 from config import Config
 from data.stream import SequenceData, SequenceStream, fingerprint
 from elastic import take_over
+from microbatch import Microbatch, Objective
 from model.transformer import Transformer, build_model
-from objective import Objective, build_objective
+from objective import build_objective
 from pretrained import load_initial_weights
 from runtime.checkpoint import Checkpoint, save_checkpoint
 from runtime.distributed import World, autocast_dtype, sum_over_ranks
@@ -50,6 +51,7 @@ class Run:
     seconds: float = 0.0  # of training; evaluation and saving left out
     seconds_recorded: float = 0.0  # what `seconds` was at the last record
     learning_rate: float = 0.0  # of the last step
+    batch: list[Microbatch] = field(default_factory=list)  # of the last step, to be saved if it went wrong
 
     @property
     def averaged_model(self) -> Transformer | None:
@@ -89,6 +91,7 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
     wrapped: nn.Module = model
     if world.n_ranks > 1:
         wrapped = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+        settle_gradient_buckets(wrapped, train.length, world.device)
     optimizer = build_optimizer(model, training)
     return Run(
         config,
@@ -112,6 +115,17 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
         ),
         torch.zeros(2, dtype=torch.float64, device=world.device),
     )
+
+
+def settle_gradient_buckets(wrapped: DistributedDataParallel, length: int, device: torch.device) -> None:
+    """One backward pass that changes nothing.
+
+    After its first backward pass, DistributedDataParallel lays gradients out anew, which changes the order in which
+    ranks are added: a run that was restarted would differ from one that was not.
+    """
+    tokens = torch.zeros(1, length, dtype=torch.long, device=device)
+    wrapped(tokens, tokens, torch.zeros(1, length, device=device)).loss.backward()
+    wrapped.zero_grad()
 
 
 def save_run(run: Run, score: float | None) -> None:

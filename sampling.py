@@ -20,8 +20,9 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from config import BlockSettings, Confidence, Config
+from config import Confidence, Config
 from config_data import SudokuSettings
+from config_objective import BlockSettings
 from model.token_predictions import mix_keys
 from model.transformer import Transformer, build_model
 from runtime.checkpoint import find_checkpoint
@@ -159,8 +160,8 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def read_question(options: argparse.Namespace, config: Config) -> tuple[Tensor, Callable[[Samples], str]]:
-    """What the command line asks, as a row int64 [1, L], and how its answer is shown.
+def read_question(options: argparse.Namespace, config: Config) -> tuple[Tensor, int | None, Callable[[Samples], str]]:
+    """What the command line asks, as a row int64 [1, L], the token that ends an answer, and how it is shown.
 
     Raises:
         ValueError: it is no question for this model.
@@ -174,7 +175,7 @@ def read_question(options: argparse.Namespace, config: Config) -> tuple[Tensor, 
         def show_board(result: Samples) -> str:
             return format_boards(puzzle, result.tokens[0, n_cells:], result.order[0, n_cells:], size)
 
-        return torch.cat([puzzle, torch.full_like(puzzle, config.mask_id)])[None], show_board
+        return torch.cat([puzzle, torch.full_like(puzzle, config.mask_id)])[None], None, show_board
     if options.prompt is None:
         raise ValueError("this is a TinyGSM model: give it a --prompt, not a --puzzle")
     # Sudoku needs none of these, and they are slow to import.
@@ -199,7 +200,7 @@ def read_question(options: argparse.Namespace, config: Config) -> tuple[Tensor, 
         value = f"returns {outcome.value}" if outcome.status == "ok" else f"{outcome.status}: {outcome.message}"
         return f"{text}\n\n{value}"
 
-    return xt, show_program
+    return xt, tokenizer.eos_token_id, show_program
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -214,12 +215,12 @@ def main(arguments: list[str] | None = None) -> None:
         }
         # As settings, so that a rule which the model cannot be sampled by is refused.
         model, config = load_model(options.checkpoint, [f"validation.{key}={value}" for key, value in rule.items()])
-        xt, show = read_question(options, config)
+        xt, eos_id, show = read_question(options, config)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     with autocast(device, autocast_dtype(config.training.precision, device)):
-        result = sampler_of(config)(
+        result = sampler_of(config, eos_id)(
             model.to(device),
             xt.to(device),
             config.mask_id,

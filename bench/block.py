@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import BlockAttention, ModelSettings
+from config import ModelSettings
+from config_objective import BlockAttention
 from model.transformer import Transformer
 from progressive_block import Blocks
 from runtime.checkpoint import write_text

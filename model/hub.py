@@ -2,15 +2,14 @@
 
     python -m model.hub export runs/tinygsm_arm exported/tinygsm_arm
 
-Parameter names are the same on both sides, so only the file layout needs care. The file-format side alone: which
-checkpoint is read, and how its weights come to fit a run, is in `pretrained.py`.
+Parameter names are the same on both sides, so only the file layout needs care. The command itself stands in
+`pretrained.py`, with all that makes weights and runs fit each other.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
+import runpy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,22 +117,6 @@ def _read_settings(raw: dict[str, Any]) -> ModelSettings:
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line; bad input ends with one message and exit status 2."""
-    from pretrained import export_run  # the command alone knows run directories; the module serves them
-
-    parser = argparse.ArgumentParser(description="Export a trained model for Hugging Face transformers.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("export", help="write a folder for Qwen2ForCausalLM.from_pretrained")
-    export.add_argument("checkpoint", metavar="RUN_DIR", help="run directory (its newest checkpoint) or checkpoint")
-    export.add_argument("out", metavar="OUT_DIR", type=Path, help="new or empty folder")
-    options = parser.parse_args(arguments)
-    try:
-        print(export_run(options.checkpoint, options.out))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    # The command needs run directories, of which nothing in model/ knows.
+    runpy.run_module("pretrained", run_name="__main__", alter_sys=True)

@@ -1,8 +1,7 @@
 """The output head in chunks: loss, NLL and confidence per position, never a [B, L, V] tensor.
 
 Only positions that carry weight are scored, unless the vocabulary is so small that fixed shapes are worth more. Logits
-exist a chunk at a time; the gradient is computed in the same sweep, so that nothing of size V is kept for the backward
-pass.
+exist a chunk at a time, and the gradient is computed in the same sweep: nothing of size V waits for the backward pass.
 
 Shapes: B rows, L positions, N scored positions, D width, V vocabulary.
 """
@@ -83,7 +82,7 @@ def score_tokens(
         x0: int64 [B, L].
         weight: float32 [B, L].
         scored: what is known of `weight` already.
-        compiled: fuse the sweeps over a large vocabulary's logits with torch.compile.
+        compiled: fuse the sweeps over a large vocabulary's logits.
     """
     indices = (scored or ScoredPositions(weight, head.shape[0])).indices()  # [N]
     own_weight = weight.flatten()[indices]
@@ -162,7 +161,10 @@ class _ScoreChunks(torch.autograd.Function):
             nll[part], confidence[part], gradient = score(logits, target[part], weight[part])
             if grad_hidden is not None and grad_head is not None:
                 grad_hidden[part] = plain_matmul(gradient, matrix).to(hidden.dtype)
-                _accumulate(grad_head, gradient.t(), states)
+                if grad_head.dtype == gradient.dtype:
+                    grad_head.addmm_(gradient.t(), states)  # without a matrix of its size in between
+                else:
+                    grad_head += plain_matmul(gradient.t(), states)
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(nll, confidence)
@@ -173,12 +175,3 @@ class _ScoreChunks(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
         return grad_hidden * grads[0], grad_head * grads[0], None, None, None, None
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add the product of a and b to `total`, which is at least as wide as they are."""
-    if total.dtype == a.dtype:
-        with torch.autocast(a.device.type, enabled=False):
-            total.addmm_(a, b)
-    else:
-        total += plain_matmul(a, b)

@@ -1,13 +1,17 @@
-"""Read one YAML file into a `Config`, and say everything that is wrong with it at once."""
+"""Read one YAML file into a `Config`, and say everything that is wrong with it at once.
+
+python -m runtime.config_file README.md     # writes the table of all settings into it
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -162,7 +166,8 @@ def _union_tags() -> set[str]:
 
 
 def _literal(model: type[BaseModel], field: str) -> tuple[str, ...]:
-    return get_args(model.model_fields[field].annotation) if field in model.model_fields else ()
+    annotation = model.model_fields[field].annotation if field in model.model_fields else None
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def _sections() -> Iterator[tuple[str, list[type[BaseModel]]]]:
@@ -198,3 +203,16 @@ def settings_table() -> str:
                 default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
                 lines.append(f"| `{label}` `{key}` | {default} | {field.description} |")
     return "\n".join(lines)
+
+
+def insert_settings(text: str) -> str:
+    """A document with the table of settings between its two marks; raises ValueError where it has none."""
+    begin, end = (re.search(mark, text) for mark in (r"<!-- settings: .*-->\n", r"<!-- /settings -->"))
+    if begin is None or end is None:
+        raise ValueError("the document lacks the marks <!-- settings: ... --> and <!-- /settings -->")
+    return f"{text[: begin.end()]}{settings_table()}\n{text[end.start() :]}"
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        Path(name).write_text(insert_settings(Path(name).read_text(encoding="utf-8")), encoding="utf-8")

@@ -16,7 +16,10 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.adam_betas, fused=True)
+    on_gpu = parameters[0].is_cuda
+    # A recorded update reads the learning rate from the device.
+    rate = torch.tensor(settings.learning_rate, device=parameters[0].device) if on_gpu else settings.learning_rate
+    return torch.optim.AdamW(groups, lr=rate, betas=settings.adam_betas, fused=True, capturable=on_gpu)
 
 
 def build_scheduler(

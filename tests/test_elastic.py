@@ -11,7 +11,8 @@ from helpers import NumberedRows, numbered_rows, random_log_probs
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from config import ObjectiveSettings, TrainingSettings
+from config import TrainingSettings
+from config_objective import ObjectiveSettings
 from data.stream import SequenceStream
 from elastic import take_over
 from objective import build_objective

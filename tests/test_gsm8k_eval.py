@@ -96,7 +96,6 @@ def refuse(capsys: pytest.CaptureFixture[str], arguments: list[str], message: st
 
 @pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is not here")
 def test_prompts_end_in_mask_tokens(tmp_path: Path) -> None:
-    pytest.importorskip("data.gsm8k")
     lines = (SHARED / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:3]
     test, out = write_lines(tmp_path / "test.jsonl", list(lines)), tmp_path / "prompts.json"
     main(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PUMA, UNIFORM, run_python, tiny_settings
+from conftest import PUMA, ROOT, UNIFORM, run_python, tiny_settings
 from safetensors.torch import load, save_file
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from model.hub import read_qwen2
 from model.transformer import Transformer, build_model
 from pretrained import fit_vocabulary, load_initial_weights
 from runtime.checkpoint import find_checkpoint
-from runtime.config_file import parse_config
+from runtime.config_file import flatten, parse_config, read_config
 from sampling import load_model
 from sampling_causal import sample_left_to_right
 
@@ -95,7 +95,6 @@ def test_a_diffusion_model_scores_the_next_token_with_them(tmp_path, tokens, dat
     assert config.shifted
     assert not config.causal
     model = loaded(config)
-    # The last position of a causal model sees everything, as all positions of a bidirectional one do.
     positions = torch.zeros_like(tokens, dtype=torch.bool)
     positions[:, 1] = True
     expected = reference(tokens[:, :1]).logits[:, 0]
@@ -316,24 +315,39 @@ def test_an_exported_diffusion_model_looks_both_ways(shifted, tmp_path, tokens):
     assert read_qwen2(tmp_path, "the same").shifted == shifted
 
 
-def test_an_export_holds_the_tokenizer_of_the_data(autoregressive_run, tmp_path, monkeypatch):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+def test_an_export_holds_the_tokenizer_of_the_data(tmp_path):
+    from transformers import AutoTokenizer, GenerationConfig, Qwen2ForCausalLM
 
-    tokenizer = Tokenizer(WordLevel({"<end>": 0, "one": 1, "two": 2}, unk_token="<end>"))
-    own = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
-    own.save_pretrained(tmp_path / "data" / "tokenizer")
-    config = load_model(str(autoregressive_run))[1]
-    data = config.data.model_copy(update={"data_dir": str(tmp_path / "data")})
-    monkeypatch.setattr(
-        pretrained,
-        "load_model",
-        lambda path: (load_model(path)[0], config.model_copy(update={"data": data})),
-    )
-    message = pretrained.export_run(str(autoregressive_run), tmp_path / "out")
+    mini = read_config(ROOT / "yaml_files" / "tinygsm_mini_puma.yaml").model_dump(mode="json")
+    mini["objective"] = AUTOREGRESSIVE
+    mini["model"] |= {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    mini["data"] |= {"data_dir": str(tmp_path / "data"), "n_train": 600, "n_test": 20}
+    mini["training"] |= {"max_steps": 2, "batch_size": 4}
+    mini["validation"] = {"n_examples": 2, "n_final_examples": 2, "n_loss_rows": 4}
+    (tmp_path / "mini.json").write_text(json.dumps(mini))
+    train.main(["--config", str(tmp_path / "mini.json"), "--run-dir", str(tmp_path / "run")])
+    message = pretrained.export_run(str(tmp_path / "run"), tmp_path / "out")
     assert "tokenizer.json" in message
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids(["two", "<end>"]) == [2, 0]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     generation = GenerationConfig.from_pretrained(tmp_path / "out")
-    assert generation.eos_token_id == generation.pad_token_id == 0
-    assert generation.suppress_tokens == [5]
+    assert generation.eos_token_id == tokenizer.eos_token_id is not None
+    assert generation.suppress_tokens == [543]
+    prompt = tokenizer("Anna has 5 books.\n", return_tensors="pt").input_ids
+    reference: Any = Qwen2ForCausalLM.from_pretrained(tmp_path / "out")
+    answer = reference.generate(prompt, max_new_tokens=20)
+    model, config = load_model(str(tmp_path / "run"))
+    xt = torch.cat([prompt, torch.full((1, 20), config.mask_id)], dim=1)
+    ours = sample_left_to_right(model, xt, config.mask_id, eos_id=tokenizer.eos_token_id)
+    assert torch.equal(ours.tokens[:, : answer.shape[1]], answer)
+
+
+@pytest.mark.parametrize("name", ["baseline", "puma"])
+def test_experiments_from_an_autoregressive_model_change_nothing_else(name):
+    plain, started = (
+        flatten(read_config(ROOT / "yaml_files" / f"tinygsm_{stem}.yaml")) for stem in (name, f"{name}_from_arm")
+    )
+    assert {key for key in plain if plain[key] != started[key]} == {"model.init_from"}
+    source = flatten(read_config(ROOT / "yaml_files" / f"{Path(started['model.init_from']).name}.yaml"))
+    for section in ("model", "data", "training"):
+        own = {key: value for key, value in source.items() if key.startswith(f"{section}.")}
+        assert {key for key in own if own[key] != plain[key]} == set(), section

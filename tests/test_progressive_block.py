@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from config import (
+from config import ModelSettings, TrainingSettings
+from config_objective import (
     BlockAttention,
     BlockPumaSettings,
     BlockUniformSettings,
-    ModelSettings,
     ObjectiveSettings,
     PumaSettings,
-    TrainingSettings,
     UniformSettings,
 )
 from data.stream import SequenceStream

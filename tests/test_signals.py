@@ -58,17 +58,17 @@ def losses(run_dir: Path) -> dict[int, float]:
 def test_a_signal_ends_training_after_the_step_in_hand(number, config_file, tmp_path, monkeypatch, capsys):
     config = str(config_file(training__save_every=100))
     train.main(["--config", config, "--run-dir", str(tmp_path / "straight")])
-    step = train.train_step
+    step = train.Updater.step
 
-    def signalled_step(run, dtype):
-        if run.step == 3:
+    def signalled_step(updater):
+        if updater.run.step == 3:
             os.kill(os.getpid(), number)
-        step(run, dtype)
+        step(updater)
 
     handlers = [signal.getsignal(each) for each in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)]
     arguments = ["--config", config, "--run-dir", str(tmp_path / "stopped")]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", signalled_step)
+        patch.setattr(train.Updater, "step", signalled_step)
         if number == signal.SIGINT:
             with pytest.raises(SystemExit) as stop:
                 train.main(arguments)

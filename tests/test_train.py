@@ -207,13 +207,13 @@ def test_other_training_data_is_refused_on_resume(config_file, tmp_path, capsys)
 
 
 def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(config_file, tmp_path, monkeypatch, capsys):
-    def poisoned_step(run, dtype):
-        step(run, dtype)
-        if run.step == 5:
-            run.totals[0] = float("nan")
+    def poisoned_step(updater):
+        step(updater)
+        if updater.run.step == 5:
+            updater.run.totals[0] = float("nan")
 
-    step = train.train_step
-    monkeypatch.setattr(train, "train_step", poisoned_step)
+    step = train.Updater.step
+    monkeypatch.setattr(train.Updater, "step", poisoned_step)
     with pytest.raises(SystemExit) as stop:
         train.main(["--config", str(config_file()), "--run-dir", str(tmp_path / "run")])
     assert stop.value.code == 1

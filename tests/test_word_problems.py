@@ -169,7 +169,7 @@ def test_evaluation_on_two_processes_finds_the_same(run_dir, tmp_path):
         ({"n_held_out": 3000}, "n_held_out 3000 leaves no training row"),
         ({"max_len": 70}, "multiple of 8"),
         ({"mask_id": 544}, "model.vocab_size 544 is too small"),
-        ({"mask_id": 7}, "holds the mask token 7"),
+        ({"mask_id": 0}, "holds the mask token 0"),
         ({"source": "files", "n_train": None, "n_test": None, "seed": None}, "meta.json is missing"),
     ],
 )

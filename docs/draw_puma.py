@@ -1,0 +1,103 @@
+"""Draw README's picture: the masks that the baseline trains on, and those of a trained model's PUMA pool.
+
+    python -m docs.draw_puma runs/sudoku_mini_puma --out docs/puma.png
+
+Shapes: L positions, C cells of the solution.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.load import load_split
+from progressive import advance
+from sampling import load_model
+from unmasking import mask_uniformly, row_weights
+
+HIDDEN, SHOWN, FRESH = "#d5dae3", "#ffffff", "#f6c667"
+
+
+@torch.no_grad()
+def trajectory(run_dir: Path, row: int, seed: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """One test puzzle in the pool and under the baseline's masks.
+
+    Returns:
+        x0 (int64 [C]), clues (bool [C]), and masks (bool [C] each) at the pool's steps and of as many random draws.
+    """
+    model, config = load_model(str(run_dir))
+    data = load_split(config, "test")
+    tokens, prompt_mask = (torch.from_numpy(part) for part in data.rows(np.array([row])))
+    maskable, generator = ~prompt_mask, torch.Generator().manual_seed(seed)
+    n_cells = data.length // 2
+    masked, stage = maskable.clone(), torch.zeros(1, dtype=torch.long)
+    pool = []
+    n_stages = config.objective.model_dump()["n_stages"]
+    for _ in range(n_stages):
+        pool.append(masked[0, n_cells:])
+        scores = model(tokens.masked_fill(masked, data.mask_id), tokens, row_weights(masked, 1))
+        masked, stage, _ = advance(
+            masked,
+            stage,
+            maskable,
+            scores.confidence,
+            n_stages=n_stages,
+            collapse_threshold=None,
+            generator=generator,
+        )
+    drawn = [mask_uniformly(maskable, generator)[0, n_cells:] for _ in pool]
+    return tokens[0, n_cells:], tokens[0, :n_cells] > 0, pool, drawn
+
+
+def draw(run_dir: Path, row: int, seed: int, out: Path) -> None:
+    """Write the picture."""
+    from matplotlib.figure import Figure
+
+    x0, clues, pool, drawn = trajectory(run_dir, row, seed)
+    size = round(len(x0) ** 0.5)
+    figure = Figure(figsize=(1.55 * len(pool), 4.1), layout="constrained")
+    halves = figure.add_gridspec(2, 1)
+    titles = ("baseline: each step masks at random", "PUMA: step by step, the surest cells first (new ones in yellow)")
+    for line, (masks, title) in enumerate(zip((drawn, pool), titles, strict=True)):
+        half = figure.add_subfigure(halves[line])
+        half.suptitle(title, x=0.01, ha="left", fontsize=11)
+        plots = half.subplots(1, len(masks))
+        for step, (mask, plot) in enumerate(zip(masks, plots, strict=True)):
+            fresh = masks[step - 1] & ~mask if line == 1 and step else torch.zeros_like(mask)
+            for cell in range(len(x0)):
+                x, y = cell % size, cell // size
+                color = HIDDEN if mask[cell] else FRESH if fresh[cell] else SHOWN
+                plot.add_patch(_square(x, y, color))
+                if not mask[cell]:
+                    weight = "bold" if clues[cell] else "normal"
+                    plot.text(x + 0.5, y + 0.5, int(x0[cell]), ha="center", va="center", weight=weight, fontsize=12)
+            plot.set(xlim=(-0.05, size + 0.05), ylim=(size + 0.05, -0.05), aspect="equal", xticks=[], yticks=[])
+            plot.set_xlabel(f"step {step + 1}")
+            for side in plot.spines.values():
+                side.set_visible(False)
+    figure.savefig(out, dpi=110)
+
+
+def _square(x: int, y: int, color: str):  # type: ignore[no-untyped-def] # matplotlib is imported where it is used
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), 1, 1, facecolor=color, edgecolor="#5b6577", linewidth=0.8)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Draw README's picture of what PUMA is.")
+    parser.add_argument("run_dir", type=Path, help="run of a small Sudoku model")
+    parser.add_argument("--row", type=int, default=0, help="test puzzle")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("docs/puma.png"))
+    options = parser.parse_args()
+    draw(options.run_dir, options.row, options.seed, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""One update: what it asks of the device, and what it may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PUMA, UNIFORM, tiny_settings
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data.load import load_split
+from run_state import Run, build_run
+from runtime.config_file import parse_config
+from runtime.distributed import World
+from update import Updater, apply_update, check_graph
+
+OBJECTIVES = {
+    "uniform": UNIFORM,
+    "puma": PUMA,
+    "mixed": {"name": "puma", "n_stages": 4, "uniform_fraction": 0.25},
+    "block_puma": {"name": "block_puma", "n_stages": 4, "block_size": 8, "block_attention": "block_causal"},
+    "autoregressive": {"name": "autoregressive"},
+}
+# Operations that make the host wait for the device, since it must know a value or a size.
+READS = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten._unique2.default,
+    torch.ops.aten.bincount.default,
+    torch.ops.aten.repeat_interleave.Tensor,
+}
+
+
+class NoReads(TorchDispatchMode):
+    """Fails where an operation would make the host wait for a device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in READS, f"{func} reads from the device"
+        if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
+            assert all(index is None or index.dtype != torch.bool for index in args[1]), "indexing by a mask reads"
+        return func(*args, **(kwargs or {}))
+
+
+def build(objective: dict[str, Any], data_dir: Path, run_dir: Path, device: str = "cpu", **training: Any) -> Run:
+    settings = tiny_settings(objective, data_dir)
+    settings["training"] |= {"device": device} | training
+    config = parse_config(settings, "test")
+    world = World(0, 1, torch.device(device))
+    return build_run(config, world, run_dir, load_split(config, "train"))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_an_update_reads_nothing_back(objective, data_dir, tmp_path):
+    """On a CPU reading costs nothing and goes unnoticed, so the operations themselves are watched."""
+    run = build(objective, data_dir, tmp_path)
+    updater = Updater(run)
+    updater.step()  # AdamW's first step makes its state
+    for _ in range(4):
+        # The average's first update asks a counter that lives on the host; it is no part of this.
+        ema, run.ema = run.ema, None
+        with NoReads():
+            apply_update(run, updater.dtype)
+        run.ema = ema
+        run.objective.stage_rows()
+
+
+def test_the_watch_sees_reads():
+    with pytest.raises(AssertionError, match="reads from the device"), NoReads():
+        torch.ones(3).nonzero()
+    with pytest.raises(AssertionError, match="by a mask"), NoReads():
+        torch.ones(3)[torch.ones(3) > 0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_twenty_steps_on_a_gpu_never_wait(objective, data_dir, tmp_path):
+    updater = Updater(build(objective, data_dir, tmp_path, device="cuda"))
+    for _ in range(3):
+        updater.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            updater.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_a_recorded_update_does_what_an_eager_one_does(objective, data_dir, tmp_path):
+    runs = [build(objective, data_dir, tmp_path, device="cuda", cuda_graph=graph) for graph in (False, True)]
+    for run in runs:
+        updater = Updater(run)
+        for _ in range(12):  # crosses a change of K
+            updater.step()
+    for ours, theirs in zip(*(run.model.parameters() for run in runs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_a_graph_is_refused_where_it_cannot_be_recorded(data_dir):
+    settings = tiny_settings(PUMA, data_dir)
+    settings["training"]["cuda_graph"] = True
+    config = parse_config(settings, "test")
+    assert "no GPU" in (check_graph(config, World(0, 1, torch.device("cpu"))) or "")
+    with pytest.raises(ValueError, match="one process"):
+        check_graph(config, World(0, 2, torch.device("cpu")))
+    settings["model"]["vocab_size"] = 10_000
+    with pytest.raises(ValueError, match="vocab_size of at most 4096, got 10000"):
+        check_graph(parse_config(settings, "test"), World(0, 1, torch.device("cpu")))

@@ -1,0 +1,147 @@
+"""One update of the weights: forward, loss, backward, clipping, optimizer, average, pool.
+
+Nothing is read back from the device, so the host runs ahead of it. A small model on a GPU still waits for the host to
+launch hundreds of kernels; `training.cuda_graph` records the update once and replays it with a single launch.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from config import Config
+from config_objective import ProgressiveSettings
+from model.token_scores import SMALL_VOCABULARY
+from run_state import Run
+from runtime.checkpoint import WriteError, save_tensors
+from runtime.distributed import World, autocast, autocast_dtype
+
+# Updates before the recording: libraries choose kernels and allocate workspaces in the first ones.
+N_WARMUP = 3
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient is no longer a number."""
+
+
+class Updater:
+    """Runs updates of one run."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.dtype = autocast_dtype(run.config.training.precision, run.world.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._n_eager = 0
+        self._recorded_stages: int | None = None
+
+    def step(self) -> None:
+        """One update, and the host's part of it."""
+        run = self.run
+        if run.config.training.cuda_graph and run.world.device.type == "cuda":
+            self._step_graph()
+        else:
+            apply_update(run, self.dtype)
+        if run.ema is not None and self.graph is not None:
+            run.ema.n_averaged += 1  # kept on the host, where a replay does not count
+        run.learning_rate = run.config.training.learning_rate * run.scheduler.lr_lambdas[0](run.step)
+        run.scheduler.step()
+        run.objective.stage_rows()
+        run.n_summed += 1
+        run.step += 1
+
+    def _step_graph(self) -> None:
+        """Replay the recorded update; record it first, and anew where K has changed. (Not run on a GPU yet.)"""
+        run, settings = self.run, self.run.config.objective
+        n_stages = settings.n_stages_at(run.step) if isinstance(settings, ProgressiveSettings) else None
+        if n_stages != self._recorded_stages:
+            self.graph, self._n_eager, self._recorded_stages = None, 0, n_stages
+        if self.graph is None and self._n_eager < N_WARMUP:
+            # On a side stream, as the recording will be.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                apply_update(run, self.dtype)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._n_eager += 1
+            return
+        if self.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            if run.objective.generator is not None:
+                graph.register_generator_state(run.objective.generator)
+            with torch.cuda.graph(graph):
+                apply_update(run, self.dtype)
+            if run.ema is not None:
+                run.ema.n_averaged -= 1  # the recording counted, but nothing has run yet
+            self.graph = graph
+        self.graph.replay()
+
+
+def apply_update(run: Run, dtype: torch.dtype | None) -> None:
+    """The device's part of an update: the same kernels on the same memory every time."""
+    microbatches, batch = list(run.objective.microbatches(run.step)), []
+    for number, microbatch in enumerate(microbatches, start=1):
+        last = number == len(microbatches)
+        sync = run.wrapped.no_sync() if isinstance(run.wrapped, DistributedDataParallel) and not last else nullcontext()
+        with sync:
+            with autocast(run.world.device, dtype):
+                scores = run.wrapped(microbatch.xt, microbatch.x0, microbatch.weight)
+            scores.loss.backward()
+        run.totals[0] += scores.loss.detach()
+        run.objective.observe(microbatch, scores.confidence)
+        batch.append(replace(microbatch, x0=microbatch.x0.clone()))  # the pool changes its own at the end of the step
+    run.totals[1] += nn.utils.clip_grad_norm_(run.model.parameters(), run.config.training.max_grad_norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if run.ema is not None:
+        run.ema.update_parameters(run.model)
+    run.objective.end_step()
+    run.batch = batch
+
+
+def check_finite(run: Run) -> None:
+    """Stop before a broken model is evaluated or saved; the same on all ranks, since gradients are.
+
+    Raises:
+        TrainingDiverged: it went wrong since the last record; each rank has saved its rows of the last step.
+    """
+    if all(map(math.isfinite, run.totals.tolist())):
+        return
+    first = run.step - run.n_summed + 1
+    when = f"in step {run.step}" if first == run.step else f"in one of steps {first} to {run.step}"
+    path = run.run_dir / f"diverged_step_{run.step:08d}_rank_{run.world.rank}.safetensors"
+    try:
+        parts = {f"{i}.{key}": getattr(part, key) for i, part in enumerate(run.batch) for key in ("xt", "x0", "weight")}
+        save_tensors(path, parts)
+        rows = f"the rows of step {run.step} are in {path}"
+    except WriteError as error:
+        rows = str(error)
+    exactly = "" if first == run.step else "training.log_every=1 finds the very step and its rows. "
+    raise TrainingDiverged(
+        f"the loss or the gradient was not finite {when}; {rows}; the newest checkpoint in {run.run_dir} is from "
+        f"before. {exactly}Lower training.learning_rate or lengthen training.warmup_steps"
+    )
+
+
+def check_graph(config: Config, world: World) -> str | None:
+    """Say why `training.cuda_graph` has no effect here, if it has none.
+
+    Raises:
+        ValueError: the update cannot be recorded.
+    """
+    if not config.training.cuda_graph:
+        return None
+    if world.n_ranks > 1:
+        raise ValueError("training.cuda_graph records one process alone: leave it out, or start one process")
+    if config.model.vocab_size > SMALL_VOCABULARY:
+        raise ValueError(
+            f"training.cuda_graph needs a model.vocab_size of at most {SMALL_VOCABULARY}, got "
+            f"{config.model.vocab_size}: how many positions the output head scores changes from step to step"
+        )
+    if world.device.type != "cuda":
+        return "training.cuda_graph is ignored: there is no GPU"
+    return None

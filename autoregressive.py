@@ -55,7 +55,7 @@ class AutoregressiveObjective:
         """See `Objective`."""
         return {
             "target_fraction": self.target_fraction,
-            "sequences_drawn": self.queue.n_taken,
+            "sequences_drawn": self.queue.sequences_drawn,
         }
 
     def state_dict(self) -> dict[str, Any]:

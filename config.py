@@ -213,7 +213,8 @@ class Config(Settings):
         return self.model.vocab_size - 1 if self.data.mask_id is None else self.data.mask_id
 
 
-# Settings that change what is recorded, not what is learnt: a run may be resumed with others.
+# Settings that change what is recorded or how a batch is cut, not what is learnt: a run may be resumed with others.
 FREE_ON_RESUME = re.compile(
-    r"wandb\..*|validation\..*|training\.(log_every|eval_every|save_every|keep_checkpoints)|data\.(data_dir|test_source)"
+    r"wandb\..*|validation\..*|data\.(data_dir|test_source)|"
+    r"training\.(log_every|eval_every|save_every|keep_checkpoints|micro_batch_size)"
 )

@@ -21,7 +21,7 @@ from config_objective import AutoregressiveSettings, ObjectiveSettings, Progress
 from data.row_queue import RowQueue
 from data.stream import SequenceStream
 from microbatch import Microbatch, Objective
-from progressive import PumaPool
+from progressive import PumaPool, rows_in_flight
 from progressive_block import Blocks, build_blocks
 
 
@@ -57,7 +57,7 @@ class UniformObjective:
         """See `Objective`."""
         return {
             "masked_fraction": self.masked_fraction,
-            "sequences_drawn": self.queue.n_taken,
+            "sequences_drawn": self.queue.sequences_drawn,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,14 +86,11 @@ class PumaObjective:
         self.settings, self.blocks, self.queue = settings, blocks, queue
         self.mask_id, self.generator = mask_id, generator
         self.n_rows, self.micro_rows = n_rows, micro_rows
-        # At least one row each way: a share that is asked for is never rounded away, nor is the pool.
-        n_uniform = round(settings.uniform_fraction * n_rows)
-        self.n_uniform = min(max(n_uniform, 1), n_rows - 1) if settings.uniform_fraction else 0
-        if self.n_uniform == 0 and settings.uniform_fraction:
-            raise ValueError(f"objective.uniform_fraction needs at least 2 rows per rank, got {n_rows}")
+        n_pool = rows_in_flight(settings.uniform_fraction, n_rows, queue.stream.rank, queue.stream.n_ranks)
+        self.n_uniform = n_rows - n_pool
         self.pool = PumaPool(
             queue,
-            n_rows - self.n_uniform,
+            n_pool,
             settings.n_stages_at(0),
             settings.collapse_threshold,
             generator,
@@ -128,7 +125,7 @@ class PumaObjective:
 
     def metrics(self) -> dict[str, Tensor]:
         """See `Objective`."""
-        return self.pool.metrics() | {"sequences_drawn": self.queue.n_taken}
+        return self.pool.metrics() | {"sequences_drawn": self.queue.sequences_drawn}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Objective`."""

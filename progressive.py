@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from data.row_queue import RowQueue
+from runtime.distributed import own_share
 from unmasking import reveal_random, reveal_top
 
 
@@ -82,6 +83,25 @@ def advance(
         # Never back: where a short row's counts round down, its ratio alone would hold it at one stage for ever.
         stage = torch.maximum(stage, stage_of(n_maskable - n_masked, n_maskable, n_stages))
     return masked, stage, finished
+
+
+def rows_in_flight(uniform_fraction: float, n_rows: int, rank: int, n_ranks: int) -> int:
+    """How many of a rank's `n_rows` rows are the pool's; together as many whatever the number of ranks.
+
+    Raises:
+        ValueError: there are fewer than ranks.
+    """
+    batch_size, n_uniform = n_rows * n_ranks, 0
+    if uniform_fraction:  # at least one row each way: a share that is asked for is never rounded away, nor is the pool
+        n_uniform = max(1, min(round(uniform_fraction * batch_size), batch_size - 1))
+    n_pool = batch_size - n_uniform
+    if n_pool < n_ranks:
+        raise ValueError(
+            f"objective.uniform_fraction {uniform_fraction} of {batch_size} rows leaves {n_pool} to the pool, fewer "
+            f"than there are processes ({n_ranks})"
+        )
+    own = own_share(n_pool, rank, n_ranks)
+    return own.stop - own.start
 
 
 class PumaPool:

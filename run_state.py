@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from config import Config
 from data.stream import SequenceData, SequenceStream, fingerprint
-from microbatch import Objective
+from elastic import take_over
+from microbatch import Microbatch, Objective
 from model.transformer import Transformer, build_model
 from objective import build_objective
 from pretrained import load_initial_weights
@@ -50,6 +51,7 @@ class Run:
     seconds: float = 0.0  # of training; evaluation and saving left out
     seconds_recorded: float = 0.0  # what `seconds` was at the last record
     learning_rate: float = 0.0  # of the last step
+    batch: list[Microbatch] = field(default_factory=list)  # of the last step, to be saved if it went wrong
 
     @property
     def averaged_model(self) -> Transformer | None:
@@ -154,17 +156,12 @@ def save_run(run: Run, score: float | None) -> None:
 
 
 def restore_run(run: Run, checkpoint: Checkpoint) -> None:
-    """Put a freshly built run where the checkpoint was taken.
+    """Put a freshly built run where the checkpoint was taken, whatever the number of processes was then.
 
     Raises:
-        ValueError: it was taken on another number of processes or with other training data.
+        ValueError: it was taken with other training data.
     """
-    if checkpoint.n_ranks != run.world.n_ranks:
-        raise ValueError(
-            f"checkpoint {checkpoint.path} was saved by {checkpoint.n_ranks} processes and this run has "
-            f"{run.world.n_ranks}: start as many, or give another --run-dir"
-        )
-    state, own = checkpoint.state("train"), checkpoint.state(f"rank_{run.world.rank}")
+    state = checkpoint.state("train")
     if state["data_fingerprint"] != run.data_fingerprint:
         raise ValueError(
             f"the training data is not what checkpoint {checkpoint.path} was trained on: restore the data, or give "
@@ -179,6 +176,13 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
         run.ema.n_averaged.copy_(state["ema_n_averaged"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
+    if checkpoint.n_ranks == run.world.n_ranks:
+        own = checkpoint.state(f"rank_{run.world.rank}")
+    else:
+        ranks = [checkpoint.state(f"rank_{rank}") for rank in range(checkpoint.n_ranks)]
+        own = take_over(ranks, run.world, run.config.training.seed, checkpoint.step)
+        if run.world.is_main:
+            print(f"{run.run_dir} goes on from {checkpoint.n_ranks} processes on {run.world.n_ranks}", flush=True)
     run.objective.load_state_dict(own["objective"])
     run.totals.copy_(own["totals"])
     run.step, run.n_summed = checkpoint.step, own["n_summed"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 import warnings
@@ -31,19 +30,16 @@ from eval.evaluate import evaluate
 from eval.results import Evaluation, as_json
 from eval.tasks import Task, load_task
 from run_state import Run, build_run, describe, restore_run, save_run, summarize, where
-from runtime.checkpoint import latest_checkpoint, write_text
+from runtime.checkpoint import WriteError, latest_checkpoint, write_text
 from runtime.config_file import changed_settings, dump_config, flatten, read_config
 from runtime.curves import AXES, draw_curves
 from runtime.distributed import from_main, main_first, start_world, stop_world
+from runtime.lock import lock_run
 from runtime.metrics import Recorder
 from runtime.signals import StopVote
-from update import Updater, check_graph
+from update import TrainingDiverged, Updater, check_finite, check_graph
 
 FINAL_FILE = "final.json"
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is no longer a number."""
 
 
 def train(run: Run, task: Task, recorder: Recorder | None, vote: StopVote) -> Evaluation | Signals:
@@ -100,24 +96,9 @@ def train(run: Run, task: Task, recorder: Recorder | None, vote: StopVote) -> Ev
     return evaluation or evaluate(run.evaluated_model, run.config, task, run.world, n_examples)
 
 
-def check_finite(run: Run) -> None:
-    """Stop before a broken model is evaluated or saved; the same on all ranks, since gradients are."""
-    loss, norm = run.totals.tolist()
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise TrainingDiverged(
-            f"the loss or the gradient is not finite after step {run.step}; the newest checkpoint in {run.run_dir} is "
-            "from before. Lower training.learning_rate or lengthen training.warmup_steps"
-        )
-
-
 def finish(run: Run, evaluation: Evaluation, recorder: Recorder) -> None:
-    """Write final.json and the picture of the curves; the run is complete then."""
+    """Write final.json, with which the run is complete, and the picture of the curves."""
     best = evaluation.samplers[0]
-    for axis in AXES:
-        picture = run.run_dir / f"curves_{axis}.png"
-        draw_curves([run.run_dir], axis, picture)
-        recorder.picture(f"curves/{axis}", picture)
-    recorder.close()
     final = {
         "accuracy": best.accuracy,
         "n": best.n,
@@ -127,6 +108,13 @@ def finish(run: Run, evaluation: Evaluation, recorder: Recorder) -> None:
         "evaluation": as_json(evaluation),
     }
     write_text(run.run_dir / FINAL_FILE, json.dumps(final, indent=1) + "\n")
+    for axis in AXES:
+        picture = run.run_dir / f"curves_{axis}.png"
+        try:
+            draw_curves([run.run_dir], axis, picture)
+        except OSError as error:
+            warnings.warn(f"{picture} cannot be written ({error.strerror})", RuntimeWarning, stacklevel=2)
+        recorder.picture(f"curves/{axis}", picture)
 
 
 def stop_early(run: Run, stopped: Signals, recorder: Recorder | None) -> None:
@@ -142,12 +130,14 @@ def start(config: Config, run_dir: Path) -> tuple[Run, Task]:
     """Load the data and build the run, at its newest checkpoint if it has one.
 
     Raises:
-        ValueError: bad data, or settings that do not fit the machine or the checkpoint.
+        ValueError: bad data, settings that do not fit the machine or the checkpoint, or the run is in progress.
+        OSError: the run directory cannot be written.
     """
     world = start_world(config.training.device)
     ignored = check_graph(config, world)
     run_dir.mkdir(parents=True, exist_ok=True)
     if world.is_main:
+        lock_run(run_dir)
         print(f"data: {describe_source(config.data)}", flush=True)
     train_data, task = main_first(world, lambda: (load_split(config, "train"), load_task(config)))
     checkpoint = from_main(latest_checkpoint(run_dir) if world.is_main else None)
@@ -201,9 +191,9 @@ def main(arguments: list[str] | None = None) -> None:
                 print_result(config, run_dir)
                 return
             run, task = start(config, run_dir)
+            recorder = Recorder(run_dir, config.wandb, flatten(config), run.step) if run.world.is_main else None
         except (ValueError, OSError) as error:
             fail(str(error), status=2)
-        recorder = Recorder(run_dir, config.wandb, flatten(config), run.step) if run.world.is_main else None
         with StopVote(run.world) as vote:
             outcome = train(run, task, recorder, vote)
         if isinstance(outcome, Signals):
@@ -211,8 +201,11 @@ def main(arguments: list[str] | None = None) -> None:
         elif recorder is not None:
             finish(run, outcome, recorder)
             print_result(config, run_dir)
+            recorder.close()  # last, since wandb may wait for its network
     except TrainingDiverged as error:
         fail(str(error), status=1)
+    except WriteError as error:
+        fail(f"{error}; with more disk, the same command continues from the newest checkpoint in {run_dir}", status=1)
     except KeyboardInterrupt:
         fail(f"interrupted; the same command continues from the newest checkpoint in {run_dir}", status=130)
     finally:

@@ -6,7 +6,9 @@ launch hundreds of kernels; `training.cuda_graph` records the update once and re
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -16,10 +18,15 @@ from config import Config
 from config_objective import ProgressiveSettings
 from model.token_scores import SMALL_VOCABULARY
 from run_state import Run
+from runtime.checkpoint import WriteError, save_tensors
 from runtime.distributed import World, autocast, autocast_dtype
 
 # Updates before the recording: libraries choose kernels and allocate workspaces in the first ones.
 N_WARMUP = 3
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient is no longer a number."""
 
 
 class Updater:
@@ -76,7 +83,7 @@ class Updater:
 
 def apply_update(run: Run, dtype: torch.dtype | None) -> None:
     """The device's part of an update: the same kernels on the same memory every time."""
-    microbatches = list(run.objective.microbatches(run.step))
+    microbatches, batch = list(run.objective.microbatches(run.step)), []
     for number, microbatch in enumerate(microbatches, start=1):
         last = number == len(microbatches)
         sync = run.wrapped.no_sync() if isinstance(run.wrapped, DistributedDataParallel) and not last else nullcontext()
@@ -86,12 +93,38 @@ def apply_update(run: Run, dtype: torch.dtype | None) -> None:
             scores.loss.backward()
         run.totals[0] += scores.loss.detach()
         run.objective.observe(microbatch, scores.confidence)
+        batch.append(replace(microbatch, x0=microbatch.x0.clone()))  # the pool changes its own at the end of the step
     run.totals[1] += nn.utils.clip_grad_norm_(run.model.parameters(), run.config.training.max_grad_norm)
     run.optimizer.step()
     run.optimizer.zero_grad()
     if run.ema is not None:
         run.ema.update_parameters(run.model)
     run.objective.end_step()
+    run.batch = batch
+
+
+def check_finite(run: Run) -> None:
+    """Stop before a broken model is evaluated or saved; the same on all ranks, since gradients are.
+
+    Raises:
+        TrainingDiverged: it went wrong since the last record; each rank has saved its rows of the last step.
+    """
+    if all(map(math.isfinite, run.totals.tolist())):
+        return
+    first = run.step - run.n_summed + 1
+    when = f"in step {run.step}" if first == run.step else f"in one of steps {first} to {run.step}"
+    path = run.run_dir / f"diverged_step_{run.step:08d}_rank_{run.world.rank}.safetensors"
+    try:
+        parts = {f"{i}.{key}": getattr(part, key) for i, part in enumerate(run.batch) for key in ("xt", "x0", "weight")}
+        save_tensors(path, parts)
+        rows = f"the rows of step {run.step} are in {path}"
+    except WriteError as error:
+        rows = str(error)
+    exactly = "" if first == run.step else "training.log_every=1 finds the very step and its rows. "
+    raise TrainingDiverged(
+        f"the loss or the gradient was not finite {when}; {rows}; the newest checkpoint in {run.run_dir} is from "
+        f"before. {exactly}Lower training.learning_rate or lengthen training.warmup_steps"
+    )
 
 
 def check_graph(config: Config, world: World) -> str | None:

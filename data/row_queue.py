@@ -41,6 +41,11 @@ class RowQueue:
         self.stream.n_drawn = n_taken
         self.top_up()
 
+    @property
+    def sequences_drawn(self) -> Tensor:
+        """Rows handed out (int64 scalar) since the run began, whatever the number of ranks was at times."""
+        return self.n_taken + self.stream.n_earlier
+
     def take(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Hand the next rows to the True entries of `wanted` (bool [n]).
 

@@ -64,12 +64,13 @@ class SequenceStream:
         self.n_drawn = 0
         # The list of all ranks is `left_behind`, entries of the endless list, and then the endless list from `start`.
         self.left_behind, self.start = np.empty(0, dtype=np.int64), 0
+        self.n_earlier = 0  # rows drawn from earlier lists that this rank counts
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def draw(self, n_rows: int) -> tuple[Tensor, Tensor]:
         """The next `n_rows` rows: tokens int64 [n, L] and prompt_mask bool [n, L], on the CPU."""
         places = (self.n_drawn + np.arange(n_rows)) * self.n_ranks + self.rank  # in the list of all ranks
-        epochs, offsets = np.divmod(self._entries(places), len(self.data))
+        epochs, offsets = np.divmod(_entries(places, self.left_behind, self.start), len(self.data))
         indices = np.empty(n_rows, dtype=np.int64)
         for epoch in np.unique(epochs):  # one, or two where the draw crosses an epoch's end
             inside = epochs == epoch
@@ -80,31 +81,17 @@ class SequenceStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Rows drawn so far, and the list that they were drawn from."""
-        return {"n_drawn": self.n_drawn, "left_behind": self.left_behind.tolist(), "start": self.start}
+        return {
+            "n_drawn": self.n_drawn,
+            "left_behind": self.left_behind.tolist(),
+            "start": self.start,
+            "n_earlier": self.n_earlier,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo `state_dict`."""
-        self.n_drawn, self.start = state["n_drawn"], state["start"]
+        self.n_drawn, self.start, self.n_earlier = state["n_drawn"], state["start"], state["n_earlier"]
         self.left_behind = np.array(state["left_behind"], dtype=np.int64)
-
-    def load_other_ranks(self, states: Sequence[dict[str, Any]]) -> None:
-        """Go on where another number of ranks stopped, whose states these are, in the order of their ranks."""
-        n_ranks, n_drawn = len(states), np.array([state["n_drawn"] for state in states])
-        self.load_state_dict(states[0])
-        n_reached = int((n_drawn * n_ranks + np.arange(n_ranks) - n_ranks)[n_drawn > 0].max(initial=-1)) + 1
-        places = np.arange(n_reached)
-        skipped = places[places // n_ranks >= n_drawn[places % n_ranks]]
-        self.left_behind = np.concatenate([self._entries(skipped), self.left_behind[n_reached:]])
-        self.start += max(0, n_reached - len(states[0]["left_behind"]))
-        self.n_drawn = 0
-
-    def _entries(self, places: np.ndarray) -> np.ndarray:
-        """Entries of the endless list at these places (int64 [n]) of the list of all ranks; int64 [n]."""
-        n_left = len(self.left_behind)
-        entries = self.start + places - n_left
-        listed = places < n_left
-        entries[listed] = self.left_behind[places[listed]]
-        return entries
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         """Order of the rows in an epoch, int64 [N]; the last one asked for is kept."""
@@ -112,3 +99,30 @@ class SequenceStream:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
             self._epoch, self._order = epoch, order
         return self._order
+
+
+def merge_streams(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What any other number of ranks goes on with, where ranks of these states stopped, in the order of ranks.
+
+    It is the same for all of them, but `n_earlier`, all rows that have been drawn: one rank counts it, or each a part.
+    """
+    n_ranks, n_drawn = len(states), np.array([state["n_drawn"] for state in states])
+    left_behind, start = np.array(states[0]["left_behind"], dtype=np.int64), states[0]["start"]
+    farthest = (n_drawn * n_ranks + np.arange(n_ranks) - n_ranks)[n_drawn > 0]  # place of each rank's last row
+    n_reached = int(farthest.max(initial=-1)) + 1
+    places = np.arange(n_drawn.min() * n_ranks, n_reached)
+    skipped = places[places // n_ranks >= n_drawn[places % n_ranks]]
+    return {
+        "n_drawn": 0,
+        "left_behind": [*_entries(skipped, left_behind, start).tolist(), *left_behind[n_reached:].tolist()],
+        "start": start + max(0, n_reached - len(left_behind)),
+        "n_earlier": sum(state["n_drawn"] + state["n_earlier"] for state in states),
+    }
+
+
+def _entries(places: np.ndarray, left_behind: np.ndarray, start: int) -> np.ndarray:
+    """Entries of the endless list at these places (int64 [n]) of the list of all ranks; int64 [n]."""
+    entries = start + places - len(left_behind)
+    listed = places < len(left_behind)
+    entries[listed] = left_behind[places[listed]]
+    return entries

@@ -11,14 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,6 +31,11 @@ from runtime.distributed import World, barrier, gather
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+MANIFEST_MAX_BYTES = 1 << 24  # a manifest has some kilobytes; more is refused unread
+
+
+class WriteError(OSError):
+    """Something could not be written, for the most part since the disk is full; what was there before still is."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +48,21 @@ class Checkpoint:
     score: float | None  # higher is better; None where nothing had been evaluated
 
     def weights(self, name: str) -> dict[str, Tensor] | None:
-        """Tensors of `model` or `ema`; None where the run keeps no average."""
+        """Tensors of `model` or `ema`; None where the run keeps no average. ValueError: the file is not safetensors."""
         file = self.path / f"{name}.safetensors"
-        return load_file(file) if file.exists() else None
+        try:
+            return load_file(file) if file.exists() else None
+        except SafetensorError as error:
+            raise ValueError(f"checkpoint {self.path}: {file.name} cannot be read ({error})") from None
 
     def state(self, name: str) -> dict[str, Any]:
-        """State saved as `train` or `rank_<r>`."""
-        return torch.load(self.path / f"{name}.pt", map_location="cpu", weights_only=True)
+        """State saved as `train` or `rank_<r>`; ValueError where it is more than plain data and tensors."""
+        try:
+            state: dict[str, Any] = torch.load(self.path / f"{name}.pt", map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"checkpoint {self.path}: {name}.pt cannot be read ({reason})") from None
+        return state
 
     def config(self, overrides: Sequence[str] = ()) -> Config:
         """Settings of the run when it was saved, with `section.key=value` overrides."""
@@ -71,6 +87,9 @@ def save_checkpoint(
         train_state: what the ranks share, saved once.
         rank_state: what is this rank's own.
         score: figure to choose the best checkpoint by, higher is better.
+
+    Raises:
+        WriteError: the disk is full or fails; the checkpoints before this one are untouched.
     """
     folder = run_dir / "checkpoints"
     target, scratch = folder / f"step_{step:08d}", folder / f".step_{step:08d}.incomplete"
@@ -81,10 +100,9 @@ def save_checkpoint(
     files = [_save_state(scratch / f"rank_{world.rank}.pt", rank_state)]
     if world.is_main:
         for name, tensors in weights.items():
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, scratch / f"{name}.safetensors")
-            files.append(_seal(scratch / f"{name}.safetensors"))
+            files.append(save_tensors(scratch / f"{name}.safetensors", tensors))
         files.append(_save_state(scratch / "train.pt", train_state))
-        (scratch / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        write_text(scratch / "config.yaml", dump_config(config))
         files.append(_seal(scratch / "config.yaml"))
     sealed = {name: facts for part in gather(files) for name, facts in part}
     if world.is_main:
@@ -129,17 +147,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ValueError: a file is missing, has another size or other content; the message names it.
     """
     try:
+        if (path / MANIFEST).stat().st_size > MANIFEST_MAX_BYTES:
+            raise ValueError("it is larger than any manifest")
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']!r}, this code reads {FORMAT}")
         if manifest.pop("sha256") != _own_digest(manifest):
             raise ValueError("its content has changed since it was written")
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
-        ranks = {f"rank_{rank}.pt" for rank in range(manifest["n_ranks"])}
+        if not all(isinstance(manifest[key], int) for key in ("step", "n_ranks")):
+            raise ValueError("step and n_ranks must be whole numbers")
+        ranks = {f"rank_{rank}.pt" for rank in range(min(manifest["n_ranks"], len(files) + 1))}
         missing = ranks.union(("model.safetensors", "train.pt", "config.yaml")) - files.keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"checkpoint {path}: {MANIFEST} cannot be read ({error})") from None
     for name, (n_bytes, digest) in files.items():
         file = path / name
@@ -153,19 +175,39 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file at once and for good: temporary name, sync, rename."""
+    """Replace a small file at once and for good: temporary name, sync, rename. Raises WriteError."""
     scratch = path.with_name(f".{path.name}.incomplete")
-    with open(scratch, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-    _sync_folder(path.parent)
+    with _reported(path):
+        with open(scratch, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+        _sync_folder(path.parent)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    """Write tensors as safetensors and sync; name and manifest entry of the file. Raises WriteError."""
+    with _reported(path):
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+        return _seal(path)
 
 
 def _save_state(path: Path, state: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    torch.save(state, path)
-    return _seal(path)
+    with _reported(path):
+        torch.save(state, path)
+        return _seal(path)
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Whatever a library raises when it cannot write `path`, as one error."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free_mib = shutil.disk_usage(path.parent).free / 2**20 if path.parent.exists() else 0
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise WriteError(f"{path} cannot be written ({reason}; {free_mib:,.0f} MiB of disk are free)") from error
 
 
 def _seal(path: Path) -> tuple[str, dict[str, Any]]:

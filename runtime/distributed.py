@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# A collective that waits longer than this means that a rank is gone; hanging for ever helps nobody. The longest honest
-# wait is for the main process while it generates or converts a data set.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# A collective that waits longer than this means that a rank hangs; to hang with it helps nobody. The longest honest
+# wait is for the main process while it writes a checkpoint to a slow disk, or looks for wandb without a network.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# But it may take long to generate or convert a data set.
+PREPARATION_TIMEOUT = timedelta(hours=6)
 
 T = TypeVar("T")
 
@@ -71,13 +73,16 @@ def barrier() -> None:
 
 def main_first(world: World, work: Callable[[], T]) -> T:
     """Run `work` on the main process, then on the others: they find the files that it has written."""
+    if not dist.is_initialized():
+        return work()
+    patient = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
     if not world.is_main:
-        barrier()
+        dist.barrier(patient)
         return work()
     try:
         return work()
     finally:
-        barrier()  # even if the work failed, so that the others fail at once instead of waiting
+        dist.barrier(patient)  # even if the work failed, so that the others fail at once instead of waiting
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -110,6 +115,11 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def own_share(total: int, rank: int, n_ranks: int) -> slice:
+    """Which of `total` things in a row are this rank's, where each has an equal part up to one."""
+    return slice(total * rank // n_ranks, total * (rank + 1) // n_ranks)
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

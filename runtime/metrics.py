@@ -46,14 +46,30 @@ class Recorder:
         row = {
             key: value for key, value in values.items() if not (isinstance(value, float) and not math.isfinite(value))
         }
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._append(json.dumps(row) + "\n")
         self._send(row)
+
+    def _append(self, line: str) -> None:
+        """Add a whole line to the records or, where the disk is full, none of it: training goes on."""
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                n_before, content = file.seek(0, os.SEEK_END), line.encode()
+                try:
+                    while content:  # a disk that is nearly full takes a part
+                        content = content[file.write(content) :]
+                except OSError:
+                    file.truncate(n_before)
+                    raise
+        except OSError as error:
+            _warn_unwritten(self.path, error)
 
     def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
         """Write rows (all with the same keys) to `<name>_<step>.jsonl` and show them in wandb."""
         path = self.path.with_name(f"{name}_{step:08d}.jsonl")
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        try:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        except OSError as error:
+            _warn_unwritten(path, error)
         if self._wandb is not None:
             import wandb
 
@@ -171,6 +187,10 @@ def _start_wandb(run_dir: Path, settings: WandbSettings, config: dict[str, Any])
     except Exception as error:
         _warn(error)
         return None
+
+
+def _warn_unwritten(path: Path, error: OSError) -> None:
+    warnings.warn(f"a record is lost: {path} cannot be written ({error.strerror})", RuntimeWarning, stacklevel=4)
 
 
 def _warn(error: Exception) -> None:

@@ -72,7 +72,9 @@ class StopVote:
         if world.n_ranks > 1:
             import torch.distributed as dist
 
-            self._group = dist.new_group(backend="gloo")
+            from runtime.distributed import COLLECTIVE_TIMEOUT
+
+            self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
     def __enter__(self) -> StopVote:
         self._before = {number: signal.getsignal(number) for number in (*EARLY_SIGNALS, signal.SIGINT)}

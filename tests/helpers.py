@@ -36,6 +36,10 @@ class NumberedRows:
         """Beyond every row number and token."""
         return max(len(self.tokens), N_TOKENS)
 
+    @property
+    def eos_id(self) -> None:
+        """All rows are of one length."""
+
     def __len__(self) -> int:
         return len(self.tokens)
 

@@ -21,10 +21,11 @@ ALLOWED: dict[str, set[str]] = {
     "unmasking": set(),
     "microbatch": set(),
     "autoregressive": {"data", "microbatch", "runtime"},
-    "progressive": {"data", "unmasking"},
+    "progressive": {"data", "runtime", "unmasking"},
     "progressive_block": SETTINGS | {"microbatch", "runtime", "unmasking"},
     "objective": SETTINGS
     | {"autoregressive", "data", "microbatch", "progressive", "progressive_block", "runtime", "unmasking"},
+    "elastic": {"data", "runtime"},
     "sampling_step": SETTINGS | {"model", "unmasking"},
     "sampling_block": SAMPLERS,
     "sampling_causal": SAMPLERS,
@@ -32,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "eval": SETTINGS
     | {"autoregressive", "data", "model", "progressive_block", "runtime", "sampling", "sampling_step", "unmasking"},
     "pretrained": SETTINGS | {"data", "model", "runtime", "sampling"},
-    "run_state": SETTINGS | {"data", "microbatch", "model", "objective", "pretrained", "runtime"},
+    "run_state": SETTINGS | {"data", "elastic", "microbatch", "model", "objective", "pretrained", "runtime"},
     "update": SETTINGS | {"model", "run_state", "runtime"},
     "train": SETTINGS | {"data", "eval", "run_state", "runtime", "update"},
 }

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.stream import SequenceStream, fingerprint
+from data.stream import SequenceStream, fingerprint, merge_streams
 
 
 @dataclass
@@ -95,7 +95,7 @@ def test_the_state_resumes_exactly(n_rows, n_ranks, before, after):
         for n in before:
             draw(straight, n)
         state = straight.state_dict()
-        assert all(isinstance(value, int) for value in state.values())
+        assert state == {"n_drawn": sum(before), "left_behind": [], "start": 0, "n_earlier": 0}
         resumed = SequenceStream(NumberedRows(n_rows), 0, rank, n_ranks)
         draw(resumed, 3)  # what a fresh pool has drawn before its state is loaded
         resumed.load_state_dict(state)
@@ -141,3 +141,41 @@ def test_the_fingerprint_tells_data_sets_apart(n_rows):
     assert fingerprint(data) == fingerprint(NumberedRows(n_rows))
     others = [NumberedRows(n_rows + 1), NumberedRows(n_rows, length=3), NumberedRows(n_rows, mask_id=9)]
     assert len({fingerprint(data), *map(fingerprint, others)}) == 4
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    n_rows=st.integers(1, 40),
+    chain=st.lists(st.lists(st.integers(0, 25), min_size=1, max_size=5), min_size=1, max_size=6),
+)
+def test_a_change_of_ranks_loses_no_row_and_repeats_none(n_rows, chain):
+    """Each list says how much every rank draws before the next number of ranks; the last one draws all the rest."""
+    drawn: list[int] = []
+    state = SequenceStream(NumberedRows(n_rows), 0).state_dict()
+    for n_each in chain:
+        n_before, states = len(drawn), []
+        for rank, n in enumerate(n_each):
+            stream = SequenceStream(NumberedRows(n_rows), 0, rank, len(n_each))
+            stream.load_state_dict(state | {"n_earlier": 0})
+            drawn += draw(stream, n)
+            states.append(stream.state_dict())
+        state = merge_streams(states)
+        assert state["n_earlier"] == len(drawn) - n_before
+    (last,), (undisturbed,) = streams(n_rows, 1), streams(n_rows, 1)
+    last.load_state_dict(state)
+    drawn += draw(last, len(state["left_behind"]) + 2 * n_rows)
+    assert Counter(drawn) == Counter(draw(undisturbed, len(drawn)))
+
+
+def test_four_two_one_and_four_ranks_draw_each_epoch_in_the_same_order():
+    """Ranks that draw alike, as the baseline's do: rank by rank in turn, the list is the undisturbed one."""
+    drawn, state = [], streams(50, 1)[0].state_dict()
+    for n_ranks in (4, 2, 1, 4):
+        ranks = streams(50, n_ranks)
+        for stream in ranks:
+            stream.load_state_dict(state)
+        rows = [draw(stream, 40 // n_ranks) for stream in ranks]
+        drawn += [row for turn in zip(*rows, strict=True) for row in turn]
+        state = merge_streams([stream.state_dict() for stream in ranks])
+        assert state["left_behind"] == []
+    assert drawn == draw(streams(50, 1)[0], 160)

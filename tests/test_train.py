@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -276,6 +277,15 @@ def test_two_processes_train_together(config_file, tmp_path):
     alone = run_python(*command[4:])
     assert "solved" in alone.stdout, "a finished run needs no second process"
     (run_dir / "final.json").unlink()
-    alone = run_python(*command[4:])
-    assert alone.returncode == 2
-    assert "2 processes" in alone.stderr
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
+    before = {row["step"]: row for row in read_metrics(run_dir)}
+    alone = run_python(*command[4:], "training.micro_batch_size=4")
+    assert alone.returncode == 0, alone.stderr
+    assert "goes on from 2 processes on 1" in alone.stdout
+    assert (find_checkpoint(run_dir).step, find_checkpoint(run_dir).n_ranks) == (6, 1)
+    after = {row["step"]: row for row in read_metrics(run_dir)}
+    assert list(after) == [1, 2, 3, 4, 5, 6]
+    assert [after[step] for step in (1, 2, 3)] == [before[step] for step in (1, 2, 3)]
+    for name in ("train/sequences_finished", "sequences_distinct"):
+        counts = [row[name] for row in after.values()]
+        assert counts == sorted(counts), "counters go on"

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": SETTINGS | {"data", "eval", "run_state", "runtime", "update"},
 }
 # What a file's command line alone may also use, inside a function: it shows results, the module serves other modules.
-COMMANDS = {"model/hub.py": {"pretrained"}, "sampling.py": {"eval"}}
+COMMANDS = {"sampling.py": {"eval"}}
 # Not part of the flow: they may import anything, and nothing imports them.
 OUTSIDE = {"tests", "bench", "docs"}
 

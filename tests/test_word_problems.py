@@ -68,11 +68,12 @@ def test_rows_and_test_problems_are_disjoint(folder):
     assert all(verdict.verdict for verdict in verdicts)
 
 
-def test_the_tokenizer_splits_digits_and_keeps_any_text(folder):
+def test_a_number_is_one_token_and_any_text_is_kept(folder):
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     assert len(tokenizer) == VOCAB_SIZE
     assert tokenizer.mask_token_id == VOCAB_SIZE - 1
-    assert [tokenizer.decode([i]) for i in tokenizer.encode("1234")] == list("1234")
+    assert {len(tokenizer.encode(str(number))) for number in range(1, 100)} == {1}, "one token, so easy to copy"
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("1234")] == ["12", "34"]
     for text in ("Émile bought 12 kiwis,\n\n  didn't he?\t£5", generate_problems(1, 9)[0].code):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 

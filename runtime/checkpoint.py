@@ -30,7 +30,7 @@ from runtime.config_file import dump_config, read_config
 from runtime.distributed import World, barrier, gather
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 MANIFEST_MAX_BYTES = 1 << 24  # a manifest has some kilobytes; more is refused unread
 
 

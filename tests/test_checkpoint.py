@@ -306,7 +306,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(name, sound, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"files": []}, {"files": {"train.pt": 3}}, {"files": {"train.pt": {}}}, {"format": 2}, {"files": {}}]
+    "changes", [{"files": []}, {"files": {"train.pt": 3}}, {"files": {"train.pt": {}}}, {"format": 99}, {"files": {}}]
 )
 def test_manifests_that_make_no_sense_are_refused(changes, sound, tmp_path):
     copy = Path(shutil.copytree(sound, tmp_path / "copy"))

@@ -175,6 +175,9 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
     if run.ema is not None:
         run.ema.n_averaged.copy_(state["ema_n_averaged"])
     run.optimizer.load_state_dict(state["optimizer"])
+    for group in run.optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].to(run.world.device)  # where a recorded update reads it
     run.scheduler.load_state_dict(state["scheduler"])
     if checkpoint.n_ranks == run.world.n_ranks:
         own = checkpoint.state(f"rank_{run.world.rank}")

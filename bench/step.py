@@ -18,7 +18,18 @@ from tqdm import tqdm
 
 from bench.arithmetic import arithmetic
 from bench.dense import DenseTrainer, build_dense_objective, check_has_plain_form
-from bench.measure import Report, facts, interleave, matrix_product, measure_peaks, medians, peak_of, row, table
+from bench.measure import (
+    Report,
+    clock_of,
+    facts,
+    interleave,
+    matrix_product,
+    measure_peaks,
+    medians,
+    peak_of,
+    row,
+    table,
+)
 from bench.rows import synthetic_rows
 from config import Config, PumaSettings, UniformSettings
 from data.stream import SequenceData, SequenceStream
@@ -155,7 +166,15 @@ def compare(options: Namespace, config: Config, world: World) -> Report:
     for name in objectives:
         calls[f"{name}/ours"] = _counted(*paths[f"{name}/ours"], scored[name])
     n_warmup = 5 if options.graph else 2 if options.compile else 1
-    times = interleave(calls, device, options.iterations, options.seconds, n_warmup=n_warmup, label="step")
+    times = interleave(
+        calls,
+        device,
+        options.iterations,
+        options.seconds,
+        n_warmup=n_warmup,
+        label="step",
+        clock=clock_of(options),
+    )
     middle = medians(times)
     peak_flops = 1000 * product_flop / middle["product"]  # per second
     n_rows, length = config.training.batch_size, options.length or synthetic_rows(config).length
@@ -232,7 +251,13 @@ def measure_sizes(options: Namespace, config: Config, world: World) -> Report:
         scored: dict[int, list[float]] = {size: [] for size in paths}
         calls = {str(size): _counted(call, objective, scored[size]) for size, (call, objective) in paths.items()}
         times = interleave(
-            calls, world.device, options.iterations, options.seconds / len(SIZES), n_warmup=2, label=axis
+            calls,
+            world.device,
+            options.iterations,
+            options.seconds / len(SIZES),
+            n_warmup=2 if options.compile else 1,
+            label=axis,
+            clock=clock_of(options),
         )
         own_rows = []
         for size, own, own_length in points:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, run_python
 from helpers import random_generator, random_log_probs, random_model
+from torch import Tensor
 
 from bench import dense
 from bench.__main__ import main
@@ -173,12 +176,12 @@ def test_a_step_changes_the_weights_alike(config_file, tmp_path, name):
         def advance(self, confidence: torch.Tensor) -> None:
             self.confidence = confidence
 
-    given = Given()
-    run.objective.microbatches = lambda step: iter(batches)
+    given: Any = Given()
+    run_objective: Any = run.objective
+    run_objective.microbatches = lambda step: iter(batches)
     trainer = dense.DenseTrainer(model, config, None, CPU)
-    seen = []
-    observe = run.objective.observe
-    run.objective.observe = lambda batch, confidence: (seen.append(confidence), observe(batch, confidence))
+    seen: list[Tensor] = []
+    run_objective.observe = lambda batch, confidence: seen.append(confidence)
     train_step(run, None)
     trainer.step(given)
     torch.testing.assert_close(torch.tensor(trainer.loss), run.totals[0].float())
@@ -217,8 +220,8 @@ def test_the_pool_advances_alike(config_file, collapse_threshold):
         confidence = random_log_probs(ours.x0.shape, seed=step)
         targets = draw_target(ours.stage + 1, n_stages, ours.maskable.sum(1), _twin(ours.generator))
         rows = [
-            dense.Row(*(part.clone() for part in parts), int(stage))
-            for *parts, stage in zip(ours.x0, ours.maskable, ours.masked, ours.stage, strict=True)
+            dense.Row(ours.x0[i].clone(), ours.maskable[i].clone(), ours.masked[i].clone(), int(ours.stage[i]))
+            for i in range(n_rows)
         ]
         finished = [
             dense.advance_row(row, confidence[i], int(targets[i]), n_stages, collapse_threshold)
@@ -281,7 +284,7 @@ def test_heads_agree():
     scored = problem.weight != 0
     loss, confidence = our_head(problem)
     gradients = problem.gradients()
-    others = [dense_head]
+    others: list[Any] = [dense_head]
     if hasattr(torch.nn.functional, "linear_cross_entropy"):
         others.append(lambda problem: torch_chunked(problem, with_confidence=True))
     for other in others:
@@ -298,7 +301,7 @@ def test_heads_agree():
 @pytest.mark.parametrize("size", [4, 6, 9])
 def test_synthetic_boards_are_legal_and_differ(config_file, size):
     changes = {"data__size": size, "model__vocab_size": size + 2, "data__min_clues": 8, "data__max_clues": 12}
-    data = synthetic_rows(tiny_config(config_file, **changes))
+    data: Any = synthetic_rows(tiny_config(config_file, **changes))
     assert check_boards(data.tokens, size) == []
     assert len({board.tobytes() for board in data.solutions}) > 50  # of size 4 there are few
 
@@ -328,8 +331,16 @@ def test_exponent_of_a_power():
 
 
 def test_paths_are_called_in_turn():
-    called = []
-    calls = {name: (lambda name=name: (called.append(name), time.sleep(0.06))) for name in "ab"}
+    called: list[str] = []
+
+    def path(name: str) -> Callable[[], None]:
+        def call() -> None:
+            called.append(name)
+            time.sleep(0.06)
+
+        return call
+
+    calls = {name: path(name) for name in "ab"}
     times = interleave(calls, CPU, n_rounds=4, seconds=0)
     assert called[:4] == ["a", "b", "a", "b"]
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}, "three rounds at least"

@@ -58,6 +58,7 @@ def _common() -> argparse.ArgumentParser:
     common.add_argument("--markdown", type=Path, help="write the printed text here")
     common.add_argument("--iterations", type=_positive, default=20, help="rounds at most")
     common.add_argument("--seconds", type=float, default=60.0, help="end after this, though not before three rounds")
+    common.add_argument("--cpu-time", action="store_true", help="processor time: for a busy machine, with one thread")
     common.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes processes")
     common.add_argument("--memory-of", help=argparse.SUPPRESS)
     return common

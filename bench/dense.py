@@ -158,14 +158,18 @@ class DenseAutoregressive:
 DenseObjective = DensePool | DenseUniform | DenseAutoregressive
 
 
+def check_has_plain_form(config: Config) -> None:
+    """Raise ValueError for objectives that are not written plainly here."""
+    settings = config.objective
+    if isinstance(settings, BlockSettings):
+        raise ValueError(f"objective {settings.name!r} has no plain form: see `python -m bench block`")
+    if isinstance(settings, ProgressiveSettings) and settings.uniform_fraction:
+        raise ValueError(f"objective.uniform_fraction {settings.uniform_fraction} has no plain form: set it to 0")
+
+
 def build_dense_objective(config: Config, stream: SequenceStream, device: torch.device) -> DenseObjective:
-    """The plain form of the objective that the settings name; ValueError where there is none."""
+    """The plain form of the objective that the settings name."""
     settings, n_rows = config.objective, config.training.batch_size
-    if isinstance(settings, BlockSettings) or getattr(settings, "uniform_fraction", 0):
-        raise ValueError(
-            f"objective {settings.name!r} has no plain form to compare with (nor has uniform_fraction): see "
-            "`python -m bench block`"
-        )
     if isinstance(settings, ProgressiveSettings):
         return DensePool(stream, n_rows, settings, config.mask_id, device)
     if isinstance(settings, AutoregressiveSettings):

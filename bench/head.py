@@ -18,7 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.dense import score
-from bench.measure import Report, facts, interleave, matrix_product, measure_peaks, medians, peak_of, row, table
+from bench.measure import (
+    Report,
+    clock_of,
+    facts,
+    interleave,
+    matrix_product,
+    measure_peaks,
+    medians,
+    peak_of,
+    row,
+    table,
+)
 from model.token_scores import chunk_rows, score_tokens
 from runtime.distributed import autocast, autocast_dtype, start_world
 
@@ -134,7 +145,14 @@ def run(options: Namespace) -> Report | None:
     peaks = measure_peaks(options, names)
     product, product_flop = matrix_product(dtype, device)
     calls = {name: build(options, device, dtype, name) for name in names}
-    times = interleave(calls | {"product": product}, device, options.iterations, options.seconds, label="head")
+    times = interleave(
+        calls | {"product": product},
+        device,
+        options.iterations,
+        options.seconds,
+        label="head",
+        clock=clock_of(options),
+    )
     middle = medians(times)
     n_scored = int((random_problem(options, device, dtype).weight != 0).sum())
     peak_flops = 1000 * product_flop / middle["product"]

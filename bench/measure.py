@@ -83,24 +83,26 @@ def interleave(
     *,
     n_warmup: int = 1,
     label: str = "measuring",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Call every path in turn, again and again; milliseconds per call of each round.
 
     Args:
         n_rounds, seconds: it ends when either is reached, but not before `MIN_ROUNDS` rounds (or n_rounds, if fewer).
         n_warmup: calls of each path before the clock starts, for compilation and caches.
+        clock: gives seconds; see `clock_of`.
     """
     n_inner = {}
     with tqdm(total=n_rounds + n_warmup, desc=label, unit="round", leave=False) as bar:
         for _ in range(n_warmup):
             for name, call in calls.items():
-                n_inner[name] = min(50, int(MIN_SAMPLE_S // _time(call, 1, device)) + 1)
+                n_inner[name] = min(50, int(MIN_SAMPLE_S // _time(call, 1, device, clock)) + 1)
             bar.update()
         times: dict[str, list[float]] = {name: [] for name in calls}
         start = time.perf_counter()
         for number in range(1, n_rounds + 1):
             for name, call in calls.items():
-                times[name].append(1000 * _time(call, n_inner[name], device))
+                times[name].append(1000 * _time(call, n_inner[name], device, clock))
             bar.update()
             if number >= MIN_ROUNDS and time.perf_counter() - start > seconds:
                 break
@@ -112,14 +114,22 @@ def medians(times: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _time(call: Callable[[], object], n_calls: int, device: torch.device) -> float:
+def clock_of(options: Namespace) -> Callable[[], float]:
+    """The wall's clock, or with `--cpu-time` the time that the cores worked for this process.
+
+    The second hardly depends on what else runs, and with one thread it is what the wall's would be on an idle machine.
+    """
+    return time.process_time if options.cpu_time else time.perf_counter
+
+
+def _time(call: Callable[[], object], n_calls: int, device: torch.device, clock: Callable[[], float]) -> float:
     """Seconds per call."""
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(n_calls):
         call()
     synchronize(device)
-    return (time.perf_counter() - start) / n_calls
+    return (clock() - start) / n_calls
 
 
 def synchronize(device: torch.device) -> None:
@@ -202,6 +212,7 @@ def facts(options: Namespace, device: torch.device, dtype: torch.dtype | None) -
         "precision": str(dtype or torch.float32).removeprefix("torch."),
         "torch": torch.__version__,
         "date": datetime.now(timezone.utc).date().isoformat(),
+        "clock": "processor time" if options.cpu_time else "wall",
         "load": f"{os.getloadavg()[0]:.1f} processes on average in the last minute",
         "command": f"python -m bench {' '.join(options.arguments)}",
     }

@@ -12,7 +12,7 @@ from config_data import SudokuSettings
 from data.stream import SequenceData
 from data.sudoku import BOX_SHAPE, make_data
 
-N_ROWS = 4096
+N_ROWS = 1024
 
 
 class RandomRows:

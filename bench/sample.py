@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench import dense
-from bench.measure import ROOT, Report, facts, interleave, measure_peaks, medians, peak_of, row, table
+from bench.measure import ROOT, Report, clock_of, facts, interleave, measure_peaks, medians, peak_of, row, table
 from bench.rows import synthetic_rows
 from config import Config
 from model.transformer import Transformer, build_model
@@ -126,7 +126,7 @@ def _measure(name: str, options: Namespace, world: World, peaks: dict[str, float
         return lambda: results.update({side: call()})
 
     calls = {"ours": keep("ours", problem.ours), "dense": keep("dense", problem.dense)}
-    times = interleave(calls, world.device, options.iterations, options.seconds, label=name)
+    times = interleave(calls, world.device, options.iterations, options.seconds, label=name, clock=clock_of(options))
     middle = medians(times)
     masked = problem.xt == problem.mask_id
     agreement = (results["ours"] == results["dense"])[masked].float().mean()

@@ -17,8 +17,19 @@ import torch
 from tqdm import tqdm
 
 from bench.arithmetic import arithmetic
-from bench.dense import DenseTrainer, build_dense_objective
-from bench.measure import Report, facts, interleave, matrix_product, measure_peaks, medians, peak_of, row, table
+from bench.dense import DenseTrainer, build_dense_objective, check_has_plain_form
+from bench.measure import (
+    Report,
+    clock_of,
+    facts,
+    interleave,
+    matrix_product,
+    measure_peaks,
+    medians,
+    peak_of,
+    row,
+    table,
+)
 from bench.rows import synthetic_rows
 from config import Config, PumaSettings, UniformSettings
 from data.stream import SequenceData, SequenceStream
@@ -61,6 +72,7 @@ FASTER_THAN_ARITHMETIC = 0.1  # by how much an exponent may exceed the arithmeti
 def run(options: Namespace) -> Report | None:
     """Measure as the options say; None in the process that measures memory, which prints one number."""
     config = read_settings(options)
+    check_has_plain_form(config)
     world = start_world(config.training.device)
     if options.memory_of:
         names = [options.memory_of]
@@ -102,6 +114,9 @@ def build_paths(
         names: which of them; by default all.
         length: tokens per sequence, if not the data set's.
     """
+    known = {f"{each.objective.name}/{side}" for each in sibling(config) for side in ("ours", "dense")}
+    if unknown := set(names or known) - known:
+        raise ValueError(f"no path {sorted(unknown)} in this benchmark, which has {sorted(known)}")
     data = synthetic_rows(config, length)
     dtype = autocast_dtype(config.training.precision, world.device)
     paths: dict[str, tuple[Callable[[], object], Any]] = {}
@@ -121,8 +136,6 @@ def build_paths(
                 dense = DenseTrainer(model.train(), each, dtype, world.device)
             plain = build_dense_objective(each, SequenceStream(data, each.training.seed), world.device)
             paths[name] = _dense_step(dense, plain), plain
-    if names is not None and (unknown := set(names) - paths.keys()):
-        raise ValueError(f"no path {sorted(unknown)} in this benchmark")
     return paths
 
 
@@ -153,7 +166,15 @@ def compare(options: Namespace, config: Config, world: World) -> Report:
     for name in objectives:
         calls[f"{name}/ours"] = _counted(*paths[f"{name}/ours"], scored[name])
     n_warmup = 5 if options.graph else 2 if options.compile else 1
-    times = interleave(calls, device, options.iterations, options.seconds, n_warmup=n_warmup, label="step")
+    times = interleave(
+        calls,
+        device,
+        options.iterations,
+        options.seconds,
+        n_warmup=n_warmup,
+        label="step",
+        clock=clock_of(options),
+    )
     middle = medians(times)
     peak_flops = 1000 * product_flop / middle["product"]  # per second
     n_rows, length = config.training.batch_size, options.length or synthetic_rows(config).length
@@ -221,21 +242,28 @@ def _remarks(times: dict[str, list[float]], peak_flops: float, n_rounds: int) ->
 def measure_sizes(options: Namespace, config: Config, world: World) -> Report:
     """Our step's time against batch, length and vocabulary, with the exponent of a fit on logarithms."""
     rows, remarks = [], []
+    length = options.length or synthetic_rows(config).length
     for axis, factors in tqdm(SIZES.items(), desc="axes", unit="axis", leave=False):
-        points = [_point(options, config, axis, factor) for factor in factors]
+        points = [_point(options, config, length, axis, factor) for factor in factors]
         # Points in turn, so that a slow minute of the machine touches all of them.
         name = f"{config.objective.name}/ours"
-        paths = {size: build_paths(own, world, [name], length)[name] for size, own, length in points}
+        paths = {size: build_paths(own, world, [name], own_length)[name] for size, own, own_length in points}
         scored: dict[int, list[float]] = {size: [] for size in paths}
         calls = {str(size): _counted(call, objective, scored[size]) for size, (call, objective) in paths.items()}
         times = interleave(
-            calls, world.device, options.iterations, options.seconds / len(SIZES), n_warmup=2, label=axis
+            calls,
+            world.device,
+            options.iterations,
+            options.seconds / len(SIZES),
+            n_warmup=2 if options.compile else 1,
+            label=axis,
+            clock=clock_of(options),
         )
         own_rows = []
-        for size, own, length in points:
+        for size, own, own_length in points:
             ours_ms, n_rows = medians(times)[str(size)], own.training.batch_size
-            n_scored = sum(float(share) for share in scored[size]) / len(scored[size]) * n_rows * length
-            gflop = arithmetic(own.model, n_rows, length, n_scored, own.causal).total / 1e9
+            n_scored = sum(float(share) for share in scored[size]) / len(scored[size]) * n_rows * own_length
+            gflop = arithmetic(own.model, n_rows, own_length, n_scored, own.causal).total / 1e9
             own_rows.append(
                 row(f"{axis}={size}", ours_ms, axis=axis, size=size, gflop=gflop, gflop_per_s=1000 * gflop / ours_ms)
             )
@@ -245,10 +273,9 @@ def measure_sizes(options: Namespace, config: Config, world: World) -> Report:
     return Report(rows, [title, "", *table(rows, SIZE_COLUMNS), "", *remarks])
 
 
-def _point(options: Namespace, config: Config, axis: str, factor: int) -> tuple[int, Config, int]:
+def _point(options: Namespace, config: Config, length: int, axis: str, factor: int) -> tuple[int, Config, int]:
     """One size of an axis, the settings of it and the length; the other axes stand in the middle."""
     raw = config.model_dump(mode="json")
-    length = options.length or synthetic_rows(config).length
     if axis == "batch":
         size = raw["training"]["batch_size"] = max(1, config.training.batch_size // 4) * factor
     elif axis == "length":

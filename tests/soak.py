@@ -1,0 +1,273 @@
+"""Kill a training run again and again: its result must be that of a run left alone, bit for bit.
+
+    python -m tests.soak --kills 30 --out results/soak.md     # at random moments
+    python -m tests.soak --stages                             # before each file operation of a save, one by one
+
+Each life of the run is a process of its own, forked from this one, which has done the imports, and ended by SIGKILL.
+It tells through shared memory what it was doing, so that the table can say where each kill struck.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import platform
+import random
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure  # noqa: F401 - these are imported where they are used, which each life would pay for
+import transformers.optimization  # noqa: F401
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import tiny_settings  # the tests' own settings
+
+import train
+from runtime.checkpoint import latest_checkpoint
+from update import Updater
+
+WORK = ("starting", "training", "evaluating", "saving", "finishing")
+MOST_LIVES = 500
+Kill = dict[str, Any]
+
+
+class Progress:
+    """What a life is doing, in memory that outlives it: an index into WORK and the number of updates."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, 12)
+
+    def set(self, work: str, step: int) -> None:
+        self.memory[:] = struct.pack("=iq", WORK.index(work), step)
+
+    def get(self) -> tuple[str, int]:
+        work, step = struct.unpack("=iq", self.memory[:])
+        return WORK[work], step
+
+
+def watch(progress: Progress) -> None:
+    """Make the training command tell what it does."""
+
+    def wrap(owner: Any, name: str, work: str, step_of: Callable[..., int], after: str | None) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            progress.set(work, step_of(*arguments))
+            result = original(*arguments, **options)
+            if after:
+                progress.set(after, step_of(*arguments))
+            return result
+
+        setattr(owner, name, wrapped)
+
+    wrap(Updater, "step", "training", lambda updater: updater.run.step, None)
+    wrap(train, "save_run", "saving", lambda run, _: run.step, "training")
+    wrap(train, "evaluate", "evaluating", lambda *_: progress.get()[1], "training")
+    wrap(train, "finish", "finishing", lambda run, *_: run.step, None)
+
+
+def die_at(n_calls: int) -> None:
+    """End this process by SIGKILL before its n-th file operation (counted from 1) while it saves."""
+    left, saving = n_calls, False
+
+    def counted(original: Any) -> Any:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= saving
+            if saving and left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **options)
+
+        return wrapped
+
+    for name in ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+    save = train.save_run
+
+    def save_run(*arguments: Any) -> None:
+        nonlocal saving
+        saving = True
+        save(*arguments)
+        saving = False
+
+    train.save_run = save_run
+
+
+def begin(config: Path, run_dir: Path, progress: Progress, prepare: Callable[[], None] = lambda: None) -> int:
+    """Fork a life of the run; its process id. What it says goes to `<run_dir>.log`."""
+    progress.set("starting", 0)
+    child = os.fork()
+    if child:
+        return child
+    status = 70
+    try:
+        log = os.open(f"{run_dir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        watch(progress)
+        prepare()
+        train.main(["--config", str(config), "--run-dir", str(run_dir)])
+        status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def ended(child: int, deadline: float) -> bool:
+    """Wait for the end of a life until `deadline` (time.monotonic); whether it has ended, which must be well."""
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            if not os.WIFEXITED(status) or os.WEXITSTATUS(status):
+                raise SystemExit(f"a life ended by itself with status {status}; see the log")
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.001)
+
+
+def leave_alone(config: Path, run_dir: Path) -> tuple[float, float]:
+    """Run to the end; seconds until the first update, and from there to the end."""
+    progress, start = Progress(), time.monotonic()
+    child, started = begin(config, run_dir, progress), start
+    while not ended(child, time.monotonic() + 0.01):
+        if progress.get()[0] == "starting":
+            started = time.monotonic()
+    return started - start, time.monotonic() - started
+
+
+def kill_at_random(config: Path, run_dir: Path, n_kills: int, start_s: float, work_s: float, seed: int) -> list[Kill]:
+    """Let the run live for random times, then to its end.
+
+    Every fifth life ends within `start_s` seconds, mostly before its first update; the others within `work_s` of it.
+    """
+    rng, progress, kills = random.Random(seed), Progress(), []
+    while len(kills) < n_kills:
+        if len(kills) > MOST_LIVES:
+            raise SystemExit("too many lives")
+        start = time.monotonic()
+        child = begin(config, run_dir, progress)
+        if len(kills) % 5 == 4:
+            over = ended(child, start + rng.uniform(0, start_s))
+        else:
+            over = False
+            while not over and progress.get()[0] == "starting":
+                over = ended(child, time.monotonic() + 0.01)
+            over = over or ended(child, time.monotonic() + rng.uniform(0, work_s))
+        if over:
+            break
+        os.kill(child, signal.SIGKILL)
+        moment = time.monotonic() - start
+        os.waitpid(child, 0)
+        kills.append(record(run_dir, moment, progress))
+    if not (run_dir / train.FINAL_FILE).exists():
+        ended(begin(config, run_dir, progress), float("inf"))
+    return kills
+
+
+def kill_at_each_stage(config: Path, run_dir: Path) -> list[Kill]:
+    """End the run before the first file operation of its saves, then before the second, until a life has no more."""
+    progress, kills = Progress(), []
+    for n_calls in range(1, MOST_LIVES):
+        start = time.monotonic()
+        child = begin(config, run_dir, progress, lambda n=n_calls: die_at(n))  # type: ignore[misc]
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            if os.WEXITSTATUS(status):
+                raise SystemExit(f"a life ended with status {os.WEXITSTATUS(status)}; see {run_dir}.log")
+            return kills
+        kills.append(record(run_dir, time.monotonic() - start, progress))
+    raise SystemExit("the run never came to its end")
+
+
+def record(run_dir: Path, moment_s: float, progress: Progress) -> Kill:
+    """A line of the table; the newest checkpoint must be whole."""
+    (work, step), newest = progress.get(), latest_checkpoint(run_dir)
+    return {"moment_s": moment_s, "step": step, "work": work, "saved": newest.step if newest else 0}
+
+
+def compare(ours: Path, theirs: Path) -> list[str]:
+    """What differs between two finished runs: weights and average by their digests, losses and counts by value."""
+    differences, digests, rows = [], [], []
+    for run_dir in (ours, theirs):
+        checkpoint = latest_checkpoint(run_dir)
+        assert checkpoint is not None
+        files = json.loads((checkpoint.path / "manifest.json").read_text())["files"]
+        digests.append({name: files[name]["sha256"] for name in ("model.safetensors", "ema.safetensors")})
+        timed = ("seconds", "train/step_ms", "train/tokens_per_s", "train/peak_memory_gib")
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        rows.append([{key: value for key, value in line.items() if key not in timed} for line in lines])
+    differences += [name for name in digests[0] if digests[0][name] != digests[1][name]]
+    if rows[0] != rows[1]:
+        differences.append("metrics.jsonl")
+    return differences
+
+
+def table(kills: list[Kill], n_steps: int, differences: list[str]) -> str:
+    """The report as Markdown."""
+    result = "differs in " + ", ".join(differences) if differences else "equals that of a run left alone, bit for bit"
+    lines = [
+        "# A run killed again and again",
+        "",
+        f"{date.today()}, {platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}: a tiny",
+        f"Sudoku run of {n_steps} updates, killed {len(kills)} times by SIGKILL. Its end (weights, average, records)",
+        f"{result}. Made by `python -m tests.soak`.",
+        "",
+        "| kill | seconds after the start | at update | while | newest whole checkpoint |",
+        "| ---: | ---: | ---: | --- | ---: |",
+    ]
+    for number, kill in enumerate(kills, start=1):
+        step = "" if kill["work"] == "starting" else kill["step"]
+        lines.append(f"| {number} | {kill['moment_s']:.2f} | {step} | {kill['work']} | {kill['saved']} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; exit status 1 where the results differ or too few kills struck."""
+    parser = argparse.ArgumentParser(description="Kill a training run again and again and compare its result.")
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--stages", action="store_true", help="before each file operation of a save, instead")
+    parser.add_argument("--steps", type=int, default=600, help="updates of the run")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--out", type=Path, help="Markdown file for the table")
+    options = parser.parse_args(arguments)
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    settings = tiny_settings({"name": "puma", "n_stages": 5, "collapse_threshold": 0.9}, folder / "boards")
+    settings["training"] |= {"max_steps": options.steps, "log_every": 5}
+    settings["training"] |= {"save_every": options.steps if options.stages else 10, "eval_every": 50}
+    if options.stages:
+        settings["training"] |= {"save_every": 2, "eval_every": options.steps}
+    config = folder / "tiny.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    start_s, work_s = leave_alone(config, folder / "alone")
+    if options.stages:
+        kills = kill_at_each_stage(config, folder / "killed")
+    else:
+        # So that half of the run is left when the last kill has struck.
+        kills = kill_at_random(config, folder / "killed", options.kills, start_s, work_s / options.kills, options.seed)
+    differences = compare(folder / "alone", folder / "killed")
+    report = table(kills, options.steps, differences)
+    print(report)
+    if options.out:
+        options.out.write_text(report, encoding="utf-8")
+    if differences or (len(kills) < options.kills and not options.stages):
+        raise SystemExit(f"{len(kills)} kills, differences: {differences}; see {folder}")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -84,7 +84,7 @@ def stream_paths(n: int, device: torch.device) -> Paths:
 def token_paths(n: int, tokenizer_name: str | None) -> Paths:
     """Rows of tokens from questions and programs, in one process."""
     problems = generate_problems(n, seed=0)
-    tokenizer = load_tokenizer(tokenizer_name) if tokenizer_name else train_tokenizer(problems)
+    tokenizer = load_tokenizer(tokenizer_name) if tokenizer_name else train_tokenizer()
     questions, codes = [problem.question for problem in problems], [problem.code for problem in problems]
 
     def ours() -> None:

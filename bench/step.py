@@ -31,7 +31,8 @@ from bench.measure import (
     table,
 )
 from bench.rows import synthetic_rows
-from config import Config, PumaSettings, UniformSettings
+from config import Config
+from config_objective import PumaSettings, UniformSettings
 from data.stream import SequenceData, SequenceStream
 from model.token_scores import SMALL_VOCABULARY
 from model.transformer import build_model
@@ -39,7 +40,7 @@ from objective import build_objective
 from run_state import Run, build_run
 from runtime.config_file import parse_config, read_config
 from runtime.distributed import World, autocast_dtype, start_world
-from train import train_step
+from update import Updater
 
 COLUMNS = {
     "name": "objective",
@@ -129,7 +130,7 @@ def build_paths(
                 continue
             if side == "ours":
                 ours = _with_objective(ours, each, data) if ours else build_run(each, world, Path("unused"), data)
-                paths[name] = _our_step(ours, dtype), ours.objective
+                paths[name] = Updater(ours).step, ours.objective
                 continue
             if dense is None:
                 model = ours.model if ours else build_model(each).to(world.device)
@@ -144,10 +145,6 @@ def _with_objective(ours: Run, config: Config, data: SequenceData) -> Run:
     stream = SequenceStream(data, config.training.seed)
     objective = build_objective(config.objective, config.training, stream, config.mask_id, ours.world.device)
     return replace(ours, config=config, objective=objective)
-
-
-def _our_step(ours: Run, dtype: torch.dtype | None) -> Callable[[], object]:
-    return lambda: train_step(ours, dtype)
 
 
 def _dense_step(dense: DenseTrainer, objective: Any) -> Callable[[], object]:

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import tiny_settings  # the tests' own settings
 
 import train
+from run_state import Run
 from runtime.checkpoint import latest_checkpoint
 from update import Updater
 
@@ -95,10 +96,10 @@ def die_at(n_calls: int) -> None:
         setattr(os, name, counted(getattr(os, name)))
     save = train.save_run
 
-    def save_run(*arguments: Any) -> None:
+    def save_run(run: Run, score: float | None) -> None:
         nonlocal saving
         saving = True
-        save(*arguments)
+        save(run, score)
         saving = False
 
     train.save_run = save_run
@@ -155,7 +156,8 @@ def kill_at_random(config: Path, run_dir: Path, n_kills: int, start_s: float, wo
 
     Every fifth life ends within `start_s` seconds, mostly before its first update; the others within `work_s` of it.
     """
-    rng, progress, kills = random.Random(seed), Progress(), []
+    rng, progress = random.Random(seed), Progress()
+    kills: list[Any] = []
     while len(kills) < n_kills:
         if len(kills) > MOST_LIVES:
             raise SystemExit("too many lives")
@@ -181,7 +183,8 @@ def kill_at_random(config: Path, run_dir: Path, n_kills: int, start_s: float, wo
 
 def kill_at_each_stage(config: Path, run_dir: Path) -> list[Kill]:
     """End the run before the first file operation of its saves, then before the second, until a life has no more."""
-    progress, kills = Progress(), []
+    progress = Progress()
+    kills: list[Any] = []
     for n_calls in range(1, MOST_LIVES):
         start = time.monotonic()
         child = begin(config, run_dir, progress, lambda n=n_calls: die_at(n))  # type: ignore[misc]

@@ -33,7 +33,7 @@ from run_state import Run, build_run
 from runtime.config_file import parse_config, read_config
 from runtime.distributed import start_world
 from sampling import sample
-from train import train_step
+from update import Updater
 
 KEYS = {"name", "ours_ms", "dense_ms", "ratio", "ours_peak_gib", "dense_peak_gib"}
 CPU = torch.device("cpu")
@@ -182,7 +182,7 @@ def test_a_step_changes_the_weights_alike(config_file, tmp_path, name):
     trainer = dense.DenseTrainer(model, config, None, CPU)
     seen: list[Tensor] = []
     run_objective.observe = lambda batch, confidence: seen.append(confidence)
-    train_step(run, None)
+    Updater(run).step()
     trainer.step(given)
     torch.testing.assert_close(torch.tensor(trainer.loss), run.totals[0].float())
     scored = copies[0][2] != 0

@@ -174,4 +174,5 @@ class _ScoreChunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grads[0], grad_head * grads[0], None, None, None, None
+        # In place, since a head's worth of memory counts; autograd calls this once, as loss.backward() does.
+        return grad_hidden.mul_(grads[0]), grad_head.mul_(grads[0]), None, None, None, None

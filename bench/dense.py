@@ -37,6 +37,11 @@ def score(logits: Tensor, x0: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight * nll).sum(), log_p.detach().max(dim=-1).values
 
 
+def most_confident(confidence: Tensor, n: int) -> Tensor:
+    """The n best places of a row (float32 [L]), int64 [n]; of equal ones the earlier, which `topk` does not promise."""
+    return confidence.sort(descending=True, stable=True).indices[:n]
+
+
 @dataclass
 class Row:
     """One sequence of the pool."""
@@ -56,7 +61,7 @@ def advance_row(row: Row, confidence: Tensor, target: int, n_stages: int, collap
     n_reveal = target - (n_maskable - int(row.masked.sum()))
     revealed = torch.zeros_like(row.masked)
     if n_reveal > 0:
-        revealed[confidence.masked_fill(~row.masked, -math.inf).topk(n_reveal).indices] = True
+        revealed[most_confident(confidence.masked_fill(~row.masked, -math.inf), n_reveal)] = True
     if collapse_threshold is not None:
         revealed |= confidence > math.log(collapse_threshold)
     row.masked = row.masked & ~revealed
@@ -230,7 +235,7 @@ def sample(model: Transformer, xt: Tensor, mask_id: int, tokens_per_step: int) -
             best = logits.softmax(dim=-1).max(dim=-1)
             masked = row == mask_id
             confidence = best.values.masked_fill(~masked, -math.inf)
-            chosen = confidence.topk(min(tokens_per_step, int(masked.sum()))).indices
+            chosen = most_confident(confidence, min(tokens_per_step, int(masked.sum())))
             row[chosen] = best.indices[chosen]
         rows.append(row)
     return torch.stack(rows)

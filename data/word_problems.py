@@ -20,12 +20,12 @@ from data.text import encode_prompts, encode_rows, encode_texts
 from data.token_files import META_FILE, TOKENIZER_DIR, write_token_files
 
 TEST_FILE = "test.jsonl"
-VERSION = 2  # of the templates; part of the folder's name, so that old files are not taken for new ones
+VERSION = 3  # of the templates; part of the folder's name, so that old files are not taken for new ones
 # Enough that every number and nearly every word of the templates is one token. The first is EOS, the last the mask.
-VOCAB_SIZE = 640
+VOCAB_SIZE = 512
 EOS, MASK = "<eos>", "<mask>"
-# What a token may span: two digits (numbers end at 99, so a small model copies each as one token, from a place that the
-# template fixes: it learns that in minutes), a newline with all but the last space of an indent, a word or identifier
+# What a token may span: two digits (numbers end at 30, so a small model copies each as one token, from a place that the
+# template fixes), a newline with all but the last space of an indent, a word or identifier
 # with the space before it (so that a word is the same token in the question and at the start of a line), signs, spaces.
 PIECES = r"[0-9]{1,2}|\n {0,3}| ?[A-Za-z_]+| ?[^A-Za-z_0-9\s]+|\s+"
 N_TOKENIZER_ROWS = 5000
@@ -54,80 +54,40 @@ TEMPLATES = (
     Template(
         "{name} has {a} {things}. Then {he} buys {b} more. How many {things} does {name} have now?",
         "items = {a}\nbought = {b}\nresult = items + bought",
-        {"a": (2, 99), "b": (2, 99)},
+        {"a": (2, 30), "b": (2, 30)},
         lambda a, b: a + b,
     ),
     Template(
         "{name} has {a} {things} and gives {b} of them to a friend. How many {things} are left?",
         "items = {a}\ngiven = {b}\nresult = items - given",
-        {"a": (2, 99), "b": (2, 99)},
+        {"a": (2, 30), "b": (2, 30)},
         lambda a, b: a - b,
         lambda a, b: a > b,
     ),
     Template(
         "{name} buys {a} boxes of {things}. There are {b} {things} in each box. How many {things} does {he} buy?",
         "boxes = {a}\nper_box = {b}\nresult = boxes * per_box",
-        {"a": (2, 20), "b": (2, 30)},
+        {"a": (2, 30), "b": (2, 30)},
         lambda a, b: a * b,
     ),
     Template(
         "{name} shares {a} {things} equally among {b} friends. How many {things} does each friend get?",
         "items = {a}\nfriends = {b}\nresult = items // friends",
-        {"a": (4, 99), "b": (2, 9)},
+        {"a": (4, 30), "b": (2, 9)},
         lambda a, b: a // b,
         lambda a, b: a % b == 0,
     ),
     Template(
         "{name} has {a} {things}. Then {he} buys {b} boxes with {c} {things} each. How many {things} does {he} have?",
         "items = {a}\nboxes = {b}\nper_box = {c}\nresult = items + boxes * per_box",
-        {"a": (2, 99), "b": (2, 20), "c": (2, 30)},
+        {"a": (2, 30), "b": (2, 30), "c": (2, 30)},
         lambda a, b, c: a + b * c,
-    ),
-    Template(
-        "{name} buys {a} {things} for ${b} each and pays with ${c}. How much change does {he} get?",
-        "items = {a}\nprice = {b}\npaid = {c}\nresult = paid - items * price",
-        {"a": (2, 9), "b": (2, 11), "c": (10, 99)},
-        lambda a, b, c: c - a * b,
-        lambda a, b, c: c > a * b,
     ),
     Template(
         "{name} works {a} hours a day for {b} days and earns ${c} an hour. How much does {he} earn?",
         "hours = {a}\ndays = {b}\nwage = {c}\nresult = hours * days * wage",
-        {"a": (2, 10), "b": (2, 30), "c": (8, 40)},
+        {"a": (2, 10), "b": (2, 30), "c": (8, 30)},
         lambda a, b, c: a * b * c,
-    ),
-    Template(
-        "{name} sells {a} {things} for ${b} each and then spends ${c}. How much money does {he} have left?",
-        "items = {a}\nprice = {b}\nspent = {c}\nresult = items * price - spent",
-        {"a": (2, 30), "b": (2, 20), "c": (2, 99)},
-        lambda a, b, c: a * b - c,
-        lambda a, b, c: a * b > c,
-    ),
-    Template(
-        "{name} has {a} {things}. {other} has {b} times as many. How many {things} do they have together?",
-        "items = {a}\ntimes = {b}\nresult = items + items * times",
-        {"a": (2, 60), "b": (2, 9)},
-        lambda a, b: a + a * b,
-    ),
-    Template(
-        "A book has {a} pages. {name} reads {b} pages a day for {c} days. How many pages are left?",
-        "pages = {a}\nper_day = {b}\ndays = {c}\nresult = pages - per_day * days",
-        {"a": (20, 99), "b": (2, 20), "c": (2, 14)},
-        lambda a, b, c: a - b * c,
-        lambda a, b, c: a > b * c,
-    ),
-    Template(
-        "{name} buys {a} {things} for ${b} each and {c} cups for ${d} each. How much does {he} pay?",
-        "items = {a}\nprice = {b}\ncups = {c}\ncup_price = {d}\nresult = items * price + cups * cup_price",
-        {"a": (2, 20), "b": (2, 20), "c": (2, 9), "d": (2, 9)},
-        lambda a, b, c, d: a * b + c * d,
-    ),
-    Template(
-        "{name} shares {a} boxes of {b} {things} equally among {c} friends. How many {things} does each friend get?",
-        "boxes = {a}\nper_box = {b}\nfriends = {c}\nresult = boxes * per_box // friends",
-        {"a": (2, 12), "b": (2, 20), "c": (2, 8)},
-        lambda a, b, c: a * b // c,
-        lambda a, b, c: a * b % c == 0,
     ),
 )
 
@@ -153,8 +113,8 @@ def generate_problems(n_problems: int, seed: int) -> list[WordProblem]:
 
 def _draw_problem(generator: random.Random) -> WordProblem:
     template = generator.choice(TEMPLATES)
-    name, other = generator.sample(sorted(NAMES), 2)
-    words = {"name": name, "other": other, "he": NAMES[name], "things": generator.choice(THINGS)}
+    name = generator.choice(sorted(NAMES))
+    words = {"name": name, "he": NAMES[name], "things": generator.choice(THINGS)}
     while True:
         numbers = {key: generator.randint(*bounds) for key, bounds in template.numbers.items()}
         if template.allowed(**numbers):

@@ -14,7 +14,7 @@ from data.word_problems import train_tokenizer
 
 QWEN = SHARED / "qwen2_tokenizer"
 needs_shared = pytest.mark.skipif(not QWEN.is_dir(), reason="needs GSM8K and the Qwen2 tokenizer in ../shared/data")
-MASK_ID = 639
+MASK_ID = 511
 
 
 @pytest.fixture(scope="module")

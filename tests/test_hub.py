@@ -337,7 +337,7 @@ def test_an_export_holds_the_tokenizer_of_the_data(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     generation = GenerationConfig.from_pretrained(tmp_path / "out")
     assert generation.eos_token_id == tokenizer.eos_token_id is not None
-    assert generation.suppress_tokens == [639]
+    assert generation.suppress_tokens == [511]
     prompt = tokenizer("Anna has 5 books.\n", return_tensors="pt").input_ids
     reference: Any = Qwen2ForCausalLM.from_pretrained(tmp_path / "out")
     answer = reference.generate(prompt, max_new_tokens=20)

@@ -202,7 +202,7 @@ def rewrite_meta(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize("missing", ["num_examples", "max_len"])
 def test_what_meta_lacks_follows_from_the_sizes(missing, files):
     rewrite_meta(files, max_token_id=None, num_left_out=None, limit=None, **{missing: None})
-    data = open_tiny_gsm(files, MAX_LEN, 639, 640)
+    data = open_tiny_gsm(files, MAX_LEN, 511, 512)
     assert len(data) == 45
     assert data.length == MAX_LEN
 
@@ -210,19 +210,19 @@ def test_what_meta_lacks_follows_from_the_sizes(missing, files):
 def test_sizes_that_do_not_fit_are_refused_with_both_numbers(files):
     rewrite_meta(files, num_examples=46)
     with pytest.raises(ValueError, match=rf"labels.bin has {45 * MAX_LEN * 4} bytes.* take {46 * MAX_LEN * 4}"):
-        open_tiny_gsm(files, MAX_LEN, 639, 640)
+        open_tiny_gsm(files, MAX_LEN, 511, 512)
     rewrite_meta(files, num_examples=45)
     with open(files / "prompt_mask.bin", "ab") as file:
         file.write(b"x")
     with pytest.raises(ValueError, match=rf"prompt_mask.bin has {45 * 8 + 1} bytes.* take {45 * 8}"):
-        open_tiny_gsm(files, MAX_LEN, 639, 640)
+        open_tiny_gsm(files, MAX_LEN, 511, 512)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((128, 639, 640), f"rows of {MAX_LEN} tokens and data.max_len is 128"),
-        ((MAX_LEN, 0, 640), "holds the mask token 0"),
+        ((128, 511, 512), f"rows of {MAX_LEN} tokens and data.max_len is 128"),
+        ((MAX_LEN, 0, 512), "holds the mask token 0"),
         ((MAX_LEN, 99, 100), r"holds token \d+ and model.vocab_size is 100"),
     ],
 )
@@ -236,23 +236,23 @@ def test_a_row_with_nothing_to_predict_is_refused_by_number(files):
     bits[31] = 255
     bits.flush()
     with pytest.raises(ValueError, match="row 31"):
-        open_tiny_gsm(files, MAX_LEN, 639, 640)
+        open_tiny_gsm(files, MAX_LEN, 511, 512)
 
 
 def test_unreadable_meta_is_refused(files):
     rewrite_meta(files, labels_dtype="uint16")
     with pytest.raises(ValueError, match="labels_dtype is 'uint16', only 'uint32'"):
-        open_tiny_gsm(files, MAX_LEN, 639, 640)
+        open_tiny_gsm(files, MAX_LEN, 511, 512)
     (files / "meta.json").write_text("[]")
     with pytest.raises(ValueError, match="must hold a JSON object"):
-        open_tiny_gsm(files, MAX_LEN, 639, 640)
+        open_tiny_gsm(files, MAX_LEN, 511, 512)
     (files / "meta.json").unlink()
     with pytest.raises(ValueError, match="is missing: the tokenized data is unfinished"):
-        open_tiny_gsm(files, MAX_LEN, 639, 640)
+        open_tiny_gsm(files, MAX_LEN, 511, 512)
 
 
 def test_the_stream_hands_out_every_row_once_per_epoch(files):
-    data = open_tiny_gsm(files, MAX_LEN, 639, 640)
+    data = open_tiny_gsm(files, MAX_LEN, 511, 512)
     stream = SequenceStream(data, seed=3)
     tokens, prompt_mask = stream.draw(len(data))
     assert sorted(map(tuple, tokens.tolist())) == sorted(map(tuple, data.labels.tolist()))

@@ -72,8 +72,7 @@ def test_a_number_is_one_token_and_any_text_is_kept(folder):
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     assert len(tokenizer) == VOCAB_SIZE
     assert tokenizer.mask_token_id == VOCAB_SIZE - 1
-    assert {len(tokenizer.encode(str(number))) for number in range(1, 100)} == {1}, "one token, so easy to copy"
-    assert [tokenizer.decode([i]) for i in tokenizer.encode("1234")] == ["12", "34"]
+    assert {len(tokenizer.encode(str(number))) for number in range(1, 31)} == {1}, "one token, so easy to copy"
     for text in ("Émile bought 12 kiwis,\n\n  didn't he?\t£5", generate_problems(1, 9)[0].code):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -169,7 +168,7 @@ def test_evaluation_on_two_processes_finds_the_same(run_dir, tmp_path):
         ({"tokenizer": "Qwen/Qwen2-0.5B"}, "tokenizer: only source 'files' reads it"),
         ({"n_held_out": 3000}, "n_held_out 3000 leaves no training row"),
         ({"max_len": 70}, "multiple of 8"),
-        ({"mask_id": 640}, "model.vocab_size 640 is too small"),
+        ({"mask_id": 512}, "model.vocab_size 512 is too small"),
         ({"mask_id": 0}, "holds the mask token 0"),
         ({"source": "files", "n_train": None, "n_test": None, "seed": None}, "meta.json is missing"),
     ],

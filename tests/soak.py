@@ -101,7 +101,7 @@ def die_at(n_calls: int) -> None:
         save(*arguments)
         saving = False
 
-    train.save_run = save_run
+    vars(train)["save_run"] = save_run
 
 
 def begin(config: Path, run_dir: Path, progress: Progress, prepare: Callable[[], None] = lambda: None) -> int:
@@ -155,7 +155,8 @@ def kill_at_random(config: Path, run_dir: Path, n_kills: int, start_s: float, wo
 
     Every fifth life ends within `start_s` seconds, mostly before its first update; the others within `work_s` of it.
     """
-    rng, progress, kills = random.Random(seed), Progress(), []
+    rng, progress = random.Random(seed), Progress()
+    kills: list[Kill] = []
     while len(kills) < n_kills:
         if len(kills) > MOST_LIVES:
             raise SystemExit("too many lives")
@@ -181,7 +182,8 @@ def kill_at_random(config: Path, run_dir: Path, n_kills: int, start_s: float, wo
 
 def kill_at_each_stage(config: Path, run_dir: Path) -> list[Kill]:
     """End the run before the first file operation of its saves, then before the second, until a life has no more."""
-    progress, kills = Progress(), []
+    progress = Progress()
+    kills: list[Kill] = []
     for n_calls in range(1, MOST_LIVES):
         start = time.monotonic()
         child = begin(config, run_dir, progress, lambda n=n_calls: die_at(n))  # type: ignore[misc]

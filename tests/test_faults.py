@@ -323,7 +323,7 @@ def test_a_rank_that_dies_or_hangs_ends_all_within_a_minute(number, config_file,
     )
     arguments = ["--standalone", "--nproc-per-node=2", program, "--config", config, "--run-dir", run_dir]
     with started("-m", "torch.distributed.run", *arguments) as process:
-        wait_for_step(run_dir, 5, process)
+        wait_for_step(run_dir, 8, process)
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         (victim,) = (pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
         os.kill(int(victim), number)

@@ -259,8 +259,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.stages:
         kills = kill_at_each_stage(config, folder / "killed")
     else:
-        # So that half of the run is left when the last kill has struck.
-        kills = kill_at_random(config, folder / "killed", options.kills, start_s, work_s / options.kills, options.seed)
+        # Short lives, so that the run does not end before the last kill on a machine that is less busy by then.
+        kills = kill_at_random(
+            config, folder / "killed", options.kills, start_s, work_s / options.kills / 2, options.seed
+        )
     differences = compare(folder / "alone", folder / "killed")
     report = table(kills, options.steps, differences)
     print(report)

@@ -155,9 +155,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if manifest.pop("sha256") != _own_digest(manifest):
             raise ValueError("its content has changed since it was written")
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
-        if not all(isinstance(manifest[key], int) for key in ("step", "n_ranks")):
-            raise ValueError("step and n_ranks must be whole numbers")
-        ranks = {f"rank_{rank}.pt" for rank in range(min(manifest["n_ranks"], len(files) + 1))}
+        n_ranks = manifest["n_ranks"]
+        if type(manifest["step"]) is not int or type(n_ranks) is not int or not 1 <= n_ranks <= len(files):
+            raise ValueError(f"step {manifest['step']!r} of {n_ranks!r} processes in {len(files)} files")
+        ranks = {f"rank_{rank}.pt" for rank in range(n_ranks)}
         missing = ranks.union(("model.safetensors", "train.pt", "config.yaml")) - files.keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")

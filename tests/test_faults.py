@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -20,9 +21,11 @@ import pytest
 import torch
 from conftest import run_python
 from safetensors.torch import load_file
+from test_checkpoint import Malicious, replace_file
 from test_signals import started, wait_for_step
 
 import train
+from config import WandbSettings
 from runtime import checkpoint as checkpoint_module
 from runtime.checkpoint import find_checkpoint, latest_checkpoint
 from runtime.metrics import Recorder, read_metrics
@@ -121,8 +124,6 @@ def test_a_full_disk_while_logging_costs_records_and_nothing_else(small_disk, co
 
 
 def test_a_disk_that_takes_half_a_line_keeps_none_of_it(tmp_path, monkeypatch):
-    from config import WandbSettings
-
     recorder = Recorder(tmp_path, WandbSettings(), {}, 0)
     recorder.write({"step": 1})
     path = recorder.path
@@ -273,6 +274,19 @@ def test_a_directory_that_cannot_be_written_ends_with_one_message(config_file, t
         assert str(run_dir) in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_would_execute_code_ends_with_one_message(config_file, tmp_path, capsys):
+    arguments = ["--config", str(config_file()), "--run-dir", str(tmp_path / "run")]
+    train.main(arguments)
+    (tmp_path / "run" / "final.json").unlink()
+    trace = tmp_path / "executed"
+    replace_file(find_checkpoint(tmp_path / "run").path, "rank_0.pt", pickle.dumps({"objective": Malicious(trace)}))
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    assert stop.value.code == 2
+    assert "rank_0.pt cannot be read" in capsys.readouterr().err
+    assert not trace.exists()
+
+
 # Processes
 
 
@@ -309,7 +323,7 @@ def test_a_rank_that_dies_or_hangs_ends_all_within_a_minute(number, config_file,
     )
     arguments = ["--standalone", "--nproc-per-node=2", program, "--config", config, "--run-dir", run_dir]
     with started("-m", "torch.distributed.run", *arguments) as process:
-        wait_for_step(run_dir, 5, process)
+        wait_for_step(run_dir, 8, process)
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         (victim,) = (pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
         os.kill(int(victim), number)

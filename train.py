@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, type=Path, help="YAML file with all settings")
     parser.add_argument("--run-dir", type=Path, help="what the run writes; by default runs/<name of the config>")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. training.seed=1")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     run_dir = options.run_dir or Path("runs") / options.config.stem
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:

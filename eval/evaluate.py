@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--samples", type=Path, metavar="FILE", help="write sampled programs with verdicts there (JSONL)"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         model, config = load_model(options.checkpoint, overrides=options.overrides)
         world = start_world(config.training.device)

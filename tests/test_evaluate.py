@@ -160,7 +160,8 @@ def test_the_averaged_weights_are_what_is_measured(run_dir, tmp_path, capsys):
 def test_a_checkpoint_folder_and_other_settings(run_dir, tmp_path, capsys):
     out = tmp_path / "result.json"
     overrides = ["validation.n_examples=7", "validation.confidence=[random]", "validation.tokens_per_step=[16]"]
-    evaluation.main([str(run_dir / "checkpoints" / "step_00000003"), *overrides, "--json", str(out)])
+    # In README's order, options in between.
+    evaluation.main([str(run_dir / "checkpoints" / "step_00000003"), "--json", str(out), *overrides])
     (sampler,) = json.loads(out.read_text())["samplers"]
     assert (sampler["confidence"], sampler["n"], sampler["nfe"]) == ("random", 7, 1)
 

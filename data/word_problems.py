@@ -1,6 +1,6 @@
 """A small stand-in for TinyGSM and GSM8K that needs no network: word problems from templates, with programs.
 
-Names, things and numbers vary; a problem takes one to three operations. The program does the arithmetic, so a model has
+Names, things and numbers vary; a problem takes one or two operations. The program does the arithmetic, so a model has
 to find the right numbers and write the right expression. What is written has the form of the real data (tokenized rows,
 a tokenizer, a test.jsonl as GSM8K's), so that everything after it is the same code.
 """

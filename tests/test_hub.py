@@ -327,6 +327,7 @@ def test_an_export_holds_the_tokenizer_of_the_data(tmp_path):
     mini = read_config(ROOT / "yaml_files" / "tinygsm_mini_puma.yaml").model_dump(mode="json")
     mini["objective"] = AUTOREGRESSIVE
     mini["model"] |= {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    mini["model"]["init_from"] = None
     mini["data"] |= {"data_dir": str(tmp_path / "data"), "n_train": 600, "n_test": 20}
     mini["training"] |= {"max_steps": 2, "batch_size": 4}
     mini["validation"] = {"n_examples": 2, "n_final_examples": 2, "n_loss_rows": 4}

@@ -33,7 +33,7 @@ def test_every_program_returns_the_answer():
         assert isinstance(problem.answer, int)
         assert problem.answer > 0
     operations = [len(re.findall(r"[-+*]|//", problem.code.split("result =")[1])) for problem in problems]
-    assert set(operations) == {1, 2, 3}
+    assert set(operations) == {1, 2}
 
 
 def test_numbers_of_the_program_stand_in_the_question():
@@ -96,6 +96,7 @@ def test_a_second_call_reads_what_the_first_wrote(folder, monkeypatch):
 def tiny_run(folder: Path, path: Path, **data: object) -> Path:
     """The mini experiment with a model and a length of seconds, as a config file."""
     settings = yaml.safe_load(MINI.read_text())
+    del settings["model"]["init_from"]
     settings["model"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     settings["data"] |= {"data_dir": str(folder.parent), "n_train": 3000, "n_test": 40, "n_held_out": 50} | data
     settings["training"] |= {"batch_size": 8, "max_steps": 4, "eval_every": 2, "save_every": 4, "log_every": 1}
@@ -132,7 +133,7 @@ def test_training_records_accuracy_and_samples(run_dir, capsys):
 def test_a_checkpoint_writes_a_program(run_dir, capsys):
     sampling.main(["--checkpoint", str(run_dir), "--prompt", "Anna has 5 books.", "--tokens-per-step", "8"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "9 network forward evaluations", "65 masked positions, 8 at a time"
+    assert lines[-1] == "8 network forward evaluations", "57 masked positions, 8 at a time"
     for arguments, message in ((["--puzzle", "1" * 81], "--prompt"), (["--prompt", "Anna " * 80], "leaves no room")):
         with pytest.raises(SystemExit) as stop:
             sampling.main(["--checkpoint", str(run_dir), *arguments])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 import warnings
@@ -17,10 +18,12 @@ from pathlib import Path
 from signal import SIGINT, Signals
 from typing import NoReturn
 
-if __name__ == "__main__":  # SLURM's warnings count from here on; importing torch takes seconds
+if __name__ == "__main__":
     from runtime import signals
 
-    signals.listen()
+    signals.listen()  # SLURM's warnings count from here on; importing torch takes seconds
+    # Idle threads sleep instead of spinning, which makes steps many times slower on a CPU that other programs use too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tqdm import tqdm
 

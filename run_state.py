@@ -239,4 +239,5 @@ def describe(run: Run) -> str:
         f"{run.run_dir}: {run.config.objective.name}, {n_parameters / 1e6:.2f}M parameters"
         f"{f' from {source}' if source else ''}, {run.n_train:,} training sequences, steps {run.step:,} to "
         f"{run.n_steps:,} on {run.world.n_ranks} x {run.world.device.type} in {str(dtype).removeprefix('torch.')}"
+        f"{', parameters cut over them' if is_cut(run.model) else ''}"
     )

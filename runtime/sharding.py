@@ -2,7 +2,7 @@
 
 Each rank keeps its part of every parameter, of its average and of AdamW's moments. Parameters are put together when a
 pass comes to them, block by block; gradients are averaged over ranks and cut again on the way back, after every
-microbatch, since whole gradients that wait for the last one would take up what was saved.
+microbatch, since whole gradients that wait for the last one would take up what was saved. (Not run on GPUs yet.)
 
 What is cut is a `DTensor`. Checkpoints hold whole tensors, so that they are the same whatever the number of ranks, and
 open on one process. They are not written by `torch.distributed.checkpoint`: its reader unpickles an index file, which

@@ -52,7 +52,7 @@ def config(tmp_path_factory, data_dir) -> Path:
 def sharded_run(config, tmp_path_factory) -> Path:
     """A run of six steps under fsdp."""
     run_dir = tmp_path_factory.mktemp("runs") / "fsdp"
-    train_run(config, run_dir, "training.parallel=fsdp")
+    assert "parameters cut over them" in train_run(config, run_dir, "training.parallel=fsdp")
     return run_dir
 
 

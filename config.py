@@ -86,6 +86,9 @@ class TrainingSettings(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="bfloat16 means autocast; auto: where the machine multiplies bfloat16 fast"
     )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="many ranks: ddp copies the model to each, fsdp cuts it over them, if it outgrows one GPU"
+    )
     compile: bool = Field(False, description="torch.compile the model; pays off on long runs")
     cuda_graph: bool = Field(
         False, description="record an update once and replay it; for small models on one GPU, which wait for launches"
@@ -101,6 +104,13 @@ class TrainingSettings(Settings):
         if n_rows and info.data.get("batch_size", n_rows) % n_rows:
             raise ValueError(f"batch_size {info.data['batch_size']} is not a multiple of micro_batch_size {n_rows}")
         return n_rows
+
+    @field_validator("compile")
+    @classmethod
+    def _compiles_what_is_whole(cls, compile: bool, info: ValidationInfo) -> bool:
+        if compile and info.data.get("parallel") == "fsdp":
+            raise ValueError("cannot compile a model that parallel 'fsdp' cuts over ranks; leave one of the two out")
+        return compile
 
     @field_validator("max_steps")
     @classmethod
@@ -216,5 +226,5 @@ class Config(Settings):
 # Settings that change what is recorded or how a batch is cut, not what is learnt: a run may be resumed with others.
 FREE_ON_RESUME = re.compile(
     r"wandb\..*|validation\..*|data\.(data_dir|test_source)|"
-    r"training\.(log_every|eval_every|save_every|keep_checkpoints|micro_batch_size)"
+    r"training\.(log_every|eval_every|save_every|keep_checkpoints|micro_batch_size|parallel)"
 )

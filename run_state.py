@@ -26,6 +26,7 @@ from runtime.checkpoint import Checkpoint, save_checkpoint
 from runtime.distributed import World, autocast_dtype, sum_over_ranks
 from runtime.metrics import peak_memory_gib, reduce_metrics
 from runtime.optim import build_ema, build_optimizer, build_scheduler
+from runtime.sharding import copy_whole, cut_weights, gather_moments, gather_weights, is_cut, load_moments, shard
 
 
 @dataclass
@@ -58,10 +59,17 @@ class Run:
         """The model with the averaged weights, if there is one."""
         return None if self.ema is None else cast(Transformer, self.ema.module)
 
-    @property
     def evaluated_model(self) -> Transformer:
-        """The averaged weights where there are any."""
-        return self.averaged_model or self.model
+        """The averaged weights where there are any; every rank calls this.
+
+        If they are cut over the ranks, this is a whole copy: ranks sample with different numbers of passes, while a
+        pass of a cut model needs all ranks. So evaluation takes 4 bytes per parameter on each device, then free again.
+        """
+        model = self.averaged_model or self.model
+        if not is_cut(model):
+            return model
+        with self.world.device:
+            return copy_whole(model, build_model(self.config))
 
 
 def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, *, resuming: bool = False) -> Run:
@@ -79,8 +87,12 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
         model.reset_parameters(torch.Generator().manual_seed(training.seed))
     elif not resuming:
         load_initial_weights(model, config)
-    model.to(world.device)
+    cut = training.parallel == "fsdp" and world.n_ranks > 1
+    model.to("cpu" if cut else world.device)  # a device may not hold all of what is to be cut
     ema = build_ema(model, training.ema_decay)
+    for each in (model, ema.module if ema else None) if cut else ():
+        if isinstance(each, Transformer):
+            shard(each, each.model.layers, world)
     if training.compile:
         model.compile_training()
     n_steps = training.max_steps or sys.maxsize
@@ -89,7 +101,7 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
     if n_steps == 0:
         raise ValueError(f"training.num_epochs {training.num_epochs} of {len(train)} rows make no full batch")
     wrapped: nn.Module = model
-    if world.n_ranks > 1:
+    if world.n_ranks > 1 and not cut:
         wrapped = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
         settle_gradient_buckets(wrapped, train.length, world.device)
     optimizer = build_optimizer(model, training)
@@ -130,16 +142,16 @@ def settle_gradient_buckets(wrapped: DistributedDataParallel, length: int, devic
 
 def save_run(run: Run, score: float | None) -> None:
     """Write a checkpoint; every rank calls this. `score`: the headline figure if it was measured at this step."""
-    weights = {"model": run.model.weights()}
+    weights = {"model": gather_weights(run.model.weights(), run.world)}
     train_state = {
-        "optimizer": run.optimizer.state_dict(),
+        "optimizer": gather_moments(run.optimizer, run.world),
         "scheduler": run.scheduler.state_dict(),
         "seconds": run.seconds,
         "seconds_recorded": run.seconds_recorded,
         "data_fingerprint": run.data_fingerprint,
     }
     if run.ema is not None and run.averaged_model is not None:
-        weights["ema"] = run.averaged_model.weights()
+        weights["ema"] = gather_weights(run.averaged_model.weights(), run.world)
         train_state["ema_n_averaged"] = run.ema.n_averaged
     # The objective's generator is the only one that training draws from; its state is in the objective's.
     rank_state = {"objective": run.objective.state_dict(), "totals": run.totals, "n_summed": run.n_summed}
@@ -171,10 +183,10 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
         if model is not None:
             weights = checkpoint.weights(name)
             assert weights is not None, name  # whether there is an average cannot change on resume
-            model.load_weights(weights)
+            model.load_weights(cut_weights(weights, model.weights()))
     if run.ema is not None:
         run.ema.n_averaged.copy_(state["ema_n_averaged"])
-    run.optimizer.load_state_dict(state["optimizer"])
+    load_moments(run.optimizer, state["optimizer"])
     for group in run.optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"] = group["lr"].to(run.world.device)  # where a recorded update reads it
@@ -227,4 +239,5 @@ def describe(run: Run) -> str:
         f"{run.run_dir}: {run.config.objective.name}, {n_parameters / 1e6:.2f}M parameters"
         f"{f' from {source}' if source else ''}, {run.n_train:,} training sequences, steps {run.step:,} to "
         f"{run.n_steps:,} on {run.world.n_ranks} x {run.world.device.type} in {str(dtype).removeprefix('torch.')}"
+        f"{', parameters cut over them' if is_cut(run.model) else ''}"
     )

@@ -83,7 +83,7 @@ def train(run: Run, task: Task, recorder: Recorder | None, vote: StopVote) -> Ev
                 bar.set_postfix_str(f"loss {values['train/loss']:.4f}, lr {values['train/learning_rate']:.1e}")
             if measure:
                 n_examples = (last and validation.n_final_examples) or validation.n_examples
-                evaluation = evaluate(run.evaluated_model, run.config, task, run.world, n_examples)
+                evaluation = evaluate(run.evaluated_model(), run.config, task, run.world, n_examples)
                 values |= evaluation.metrics()
                 if recorder:
                     bar.write(f"step {run.step}: {evaluation.table().splitlines()[1]}")
@@ -96,7 +96,7 @@ def train(run: Run, task: Task, recorder: Recorder | None, vote: StopVote) -> Ev
                 saved = run.step
             before = time.perf_counter()
     n_examples = validation.n_final_examples or validation.n_examples
-    return evaluation or evaluate(run.evaluated_model, run.config, task, run.world, n_examples)
+    return evaluation or evaluate(run.evaluated_model(), run.config, task, run.world, n_examples)
 
 
 def finish(run: Run, evaluation: Evaluation, recorder: Recorder) -> None:

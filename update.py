@@ -20,6 +20,7 @@ from model.token_scores import SMALL_VOCABULARY
 from run_state import Run
 from runtime.checkpoint import WriteError, save_tensors
 from runtime.distributed import World, autocast, autocast_dtype
+from runtime.sharding import whole
 
 # Updates before the recording: libraries choose kernels and allocate workspaces in the first ones.
 N_WARMUP = 3
@@ -94,7 +95,7 @@ def apply_update(run: Run, dtype: torch.dtype | None) -> None:
         run.totals[0] += scores.loss.detach()
         run.objective.observe(microbatch, scores.confidence)
         batch.append(replace(microbatch, x0=microbatch.x0.clone()))  # the pool changes its own at the end of the step
-    run.totals[1] += nn.utils.clip_grad_norm_(run.model.parameters(), run.config.training.max_grad_norm)
+    run.totals[1] += whole(nn.utils.clip_grad_norm_(run.model.parameters(), run.config.training.max_grad_norm))
     run.optimizer.step()
     run.optimizer.zero_grad()
     if run.ema is not None:

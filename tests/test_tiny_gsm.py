@@ -38,10 +38,12 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_rows(path: Path, n_rows: int, seed: int = 1) -> list[dict[str, str]]:
-    """Word problems as a .jsonl file, every tenth with a question that fills the sequence."""
+    """Word problems as a .jsonl file, every tenth with a question that fills the sequence, and one that cuts the code."""
     rows = [{"question": p.question, "code": p.code, "extra": "x"} for p in generate_problems(n_rows, seed)]
     for row in rows[3::10]:
         row["question"] = row["question"] * 4
+    for row in rows[5::10]:
+        row["question"] = row["question"] * 2
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 

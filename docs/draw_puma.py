@@ -1,6 +1,6 @@
 """Draw README's picture: the masks that the baseline trains on, and those of a trained model's PUMA pool.
 
-    python -m docs.draw_puma runs/sudoku_mini_puma --out docs/puma.png
+    python -m docs.draw_puma RUN_DIR --out docs/puma.png     # a run of `puma`, not of `block_puma`, on small boards
 
 Shapes: L positions, C cells of the solution.
 """

@@ -38,7 +38,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_rows(path: Path, n_rows: int, seed: int = 1) -> list[dict[str, str]]:
-    """Word problems as a .jsonl file, every tenth with a question that fills the sequence, and one that cuts the code."""
+    """Word problems as a .jsonl file; every tenth has a question that fills the sequence, every tenth cuts its code."""
     rows = [{"question": p.question, "code": p.code, "extra": "x"} for p in generate_problems(n_rows, seed)]
     for row in rows[3::10]:
         row["question"] = row["question"] * 4

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from data.row_queue import RowQueue
-from microbatch import Microbatch, split_rows
+from microbatch import FreshRows, Microbatch, split_rows
 from runtime.distributed import sum_over_ranks
 
 
-class AutoregressiveObjective:
+class AutoregressiveObjective(FreshRows):
     """Fresh sequences at every step, nothing masked: each token from those before it, to the first EOS.
 
     The loss is the mean over all targets of the batch, each weighing the same. For that the ranks add up their numbers
@@ -40,12 +40,6 @@ class AutoregressiveObjective:
         # Gradients are averaged over ranks, so a rank's weights are n_ranks times those of the sum.
         weight = target_weights(target, sum_over_ranks(target.sum())) * self.queue.stream.n_ranks
         return split_rows(x0, x0, weight, self.micro_rows)
-
-    def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
-        """Nothing is learnt from confidences."""
-
-    def end_step(self) -> None:
-        """Each step draws its own rows."""
 
     def stage_rows(self) -> None:
         """See `Objective`."""

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from config_data import DataSettings, Seed, Settings, SudokuSettings
+from config_data import DataSettings, Seed, Settings
 from config_objective import AutoregressiveSettings, BlockSettings, ObjectiveSettings
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -218,8 +218,6 @@ class Config(Settings):
     @property
     def mask_id(self) -> int:
         """The mask token."""
-        if isinstance(self.data, SudokuSettings):
-            return self.data.size + 1
         return self.model.vocab_size - 1 if self.data.mask_id is None else self.data.mask_id
 
 

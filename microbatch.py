@@ -33,6 +33,16 @@ def split_rows(
         yield Microbatch(xt[rows], x0[rows], weight[rows], rows, columns)
 
 
+class FreshRows:
+    """Base of objectives that draw new sequences for each step: confidences teach them nothing, no row goes on."""
+
+    def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
+        """Nothing is learnt from confidences."""
+
+    def end_step(self) -> None:
+        """Each step draws its own rows."""
+
+
 class Objective(Protocol):
     """Everything the training loop knows about an objective."""
 

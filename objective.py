@@ -20,12 +20,12 @@ from config import TrainingSettings
 from config_objective import AutoregressiveSettings, ObjectiveSettings, ProgressiveSettings
 from data.row_queue import RowQueue
 from data.stream import SequenceStream
-from microbatch import Microbatch, Objective
+from microbatch import FreshRows, Microbatch, Objective
 from progressive import PumaPool, rows_in_flight
 from progressive_block import Blocks, build_blocks
 
 
-class UniformObjective:
+class UniformObjective(FreshRows):
     """The baseline: fresh sequences at every step, masks drawn uniformly in each block."""
 
     def __init__(
@@ -42,12 +42,6 @@ class UniformObjective:
         self.masked_fraction = (masked.sum(1) / maskable.sum(1)).mean()
         xt = x0.masked_fill(masked, self.mask_id)
         return self.blocks.microbatches(xt, x0, self.blocks.weights(masked, over_ranks=True), self.micro_rows)
-
-    def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
-        """The baseline learns nothing from confidences."""
-
-    def end_step(self) -> None:
-        """Each step draws its own rows."""
 
     def stage_rows(self) -> None:
         """See `Objective`."""

@@ -23,13 +23,12 @@ from torch import Tensor
 from config import Confidence, Config
 from config_data import SudokuSettings
 from config_objective import BlockSettings
-from model.token_predictions import mix_keys
 from model.transformer import Transformer, build_model
 from runtime.checkpoint import find_checkpoint
 from runtime.distributed import autocast, autocast_dtype, start_world
 from sampling_block import sample_blocks
 from sampling_causal import sample_left_to_right
-from sampling_step import Samples, fill, noise_keys
+from sampling_step import Samples, fill, noise_keys, row_keys
 
 
 @torch.no_grad()
@@ -60,8 +59,7 @@ def sample(
     """
     tokens, order = xt.clone(), torch.zeros_like(xt)
     nfe = torch.zeros(len(xt), dtype=torch.long, device=xt.device)
-    ids = torch.arange(len(xt), device=xt.device) if row_ids is None else row_ids.to(xt.device)
-    keys = mix_keys(ids, seed)  # [B]
+    keys = row_keys(xt, seed, row_ids)  # [B]
     positions = torch.arange(xt.shape[1], device=xt.device)
     active = (tokens == mask_id).any(1).nonzero().squeeze(1)  # [b], rows that still have masks
     while len(active):

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from config import Confidence
 from model.attention import KeyValueCache
-from model.token_predictions import mix_keys
 from model.transformer import Transformer
-from sampling_step import Samples, fill, noise_keys
+from sampling_step import Samples, fill, noise_keys, row_keys
 
 
 @torch.no_grad()
@@ -53,8 +52,7 @@ def sample_blocks(
         raise ValueError(f"blocks of {block_size} tokens do not divide a sequence of {length}")
     tokens, order, wanted = xt.clone(), torch.zeros_like(xt), xt == mask_id
     nfe = torch.zeros(n_rows, dtype=torch.long, device=xt.device)
-    ids = torch.arange(n_rows, device=xt.device) if row_ids is None else row_ids.to(xt.device)
-    keys = mix_keys(ids, seed)  # [B]
+    keys = row_keys(xt, seed, row_ids)  # [B]
     finished = _FinishedBlocks(model, n_rows, length) if cached and model.block_size == block_size else None
     for start in range(0, length, block_size):
         end = start + block_size

@@ -11,7 +11,7 @@ from torch import Tensor
 from config import Confidence
 from model.token_predictions import mix_keys, predict_tokens
 from model.transformer import Transformer
-from sampling_step import Samples
+from sampling_step import Samples, row_keys
 
 # Finished rows leave the batch once they are this share of it: leaving copies the whole cache.
 LEAVING_SHARE = 1 / 8
@@ -57,8 +57,7 @@ def sample_left_to_right(
         raise ValueError(f"row {row} has no prompt: a causal model needs at least one given token to start from")
     tokens, order = xt.clone(), torch.zeros_like(xt)
     nfe = torch.zeros(len(xt), dtype=torch.long, device=xt.device)
-    ids = torch.arange(len(xt), device=xt.device) if row_ids is None else row_ids.to(xt.device)
-    keys = mix_keys(ids, seed)  # [B]
+    keys = row_keys(xt, seed, row_ids)  # [B]
     active = (tokens == mask_id).any(1).nonzero().squeeze(1)  # [b]
     cache = model.model.empty_cache(len(active), xt.shape[1])
     while len(active):

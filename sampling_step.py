@@ -25,6 +25,12 @@ class Samples:
     nfe: Tensor  # int64 [B], forward passes that the row took part in
 
 
+def row_keys(xt: Tensor, seed: int, row_ids: Tensor | None) -> Tensor:
+    """One random key (int64 [B]) for each row of xt ([B, L]), from the seed and its id (by default 0..B-1) alone."""
+    ids = torch.arange(len(xt), device=xt.device) if row_ids is None else row_ids.to(xt.device)
+    return mix_keys(ids, seed)
+
+
 def noise_keys(row_keys: Tensor, step: Tensor, positions: Tensor) -> Tensor:
     """Random keys int64 [B, L] that tell apart rows (keys int64 [B]), their steps ([B]) and positions (int64 [L])."""
     return mix_keys(mix_keys(row_keys, step)[:, None], positions)

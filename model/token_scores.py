@@ -45,9 +45,10 @@ class ScoredPositions:
         flat = weight.flatten()
         self._event: torch.cuda.Event | None = None
         self._indices = self._count = None
-        if n_tokens <= SMALL_VOCABULARY:
-            self._indices = torch.arange(len(flat), device=weight.device)
-        elif not weight.is_cuda:
+        self._all = n_tokens <= SMALL_VOCABULARY
+        if self._all:
+            return
+        if not weight.is_cuda:
             self._indices = flat.nonzero().squeeze(1)
         else:
             self._order = (flat == 0).to(torch.uint8).argsort(stable=True)
@@ -56,9 +57,9 @@ class ScoredPositions:
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def indices(self) -> Tensor:
-        """Flat positions to score, int64 [N]."""
-        if self._indices is not None:
+    def indices(self) -> Tensor | None:
+        """Flat positions to score, int64 [N]; None: all."""
+        if self._all or self._indices is not None:
             return self._indices
         assert self._event is not None
         assert self._count is not None
@@ -84,13 +85,14 @@ def score_tokens(
         scored: what is known of `weight` already.
         compiled: fuse the sweeps over a large vocabulary's logits.
     """
-    indices = (scored or ScoredPositions(weight, head.shape[0])).indices()  # [N]
-    own_weight = weight.flatten()[indices]
-    loss, nll, confidence = _ScoreChunks.apply(
-        hidden.flatten(0, 1)[indices], head, x0.flatten()[indices], own_weight, compute_dtype(head), compiled
-    )
-    # Of a small vocabulary, positions without weight have been scored too.
-    nll, confidence = nll.masked_fill(own_weight == 0, 0.0), confidence.masked_fill(own_weight == 0, -torch.inf)
+    indices = (scored or ScoredPositions(weight, head.shape[0])).indices()
+    states, target, own_weight = hidden.flatten(0, 1), x0.flatten(), weight.flatten()
+    if indices is not None:
+        states, target, own_weight = states[indices], target[indices], own_weight[indices]  # [N, D], [N], [N]
+    loss, nll, confidence = _ScoreChunks.apply(states, head, target, own_weight, compute_dtype(head), compiled)
+    if indices is None:  # positions without weight have been scored too
+        nll, confidence = nll.view_as(weight), confidence.view_as(weight)
+        return TokenScores(loss, nll.masked_fill(weight == 0, 0.0), confidence.masked_fill(weight == 0, -torch.inf))
     return TokenScores(
         loss,
         torch.zeros_like(weight).flatten().index_copy(0, indices, nll).view_as(weight),

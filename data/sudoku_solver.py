@@ -1,0 +1,160 @@
+"""Compiled search for Sudoku grids and puzzles with one solution; `data/generate_sudoku.py` says how they are drawn.
+
+Shapes: n boards, S size, C = S * S cells.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, uint64
+
+# Digits in a mask of candidates.
+POPCOUNT = np.array([bin(mask).count("1") for mask in range(1 << 10)], dtype=np.uint8)
+
+
+@njit(cache=True, nogil=True)
+def _next_random(state: np.ndarray) -> np.int64:
+    """The next 32 random bits of SplitMix64; `state` is uint64 [1]."""
+    state[0] += uint64(0x9E3779B97F4A7C15)
+    z = state[0]
+    z = (z ^ (z >> uint64(30))) * uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> uint64(27))) * uint64(0x94D049BB133111EB)
+    return np.int64((z ^ (z >> uint64(31))) >> uint64(32))
+
+
+@njit(cache=True, nogil=True)
+def _place(grid: np.ndarray, used: np.ndarray, groups: np.ndarray, cell: int, digit: int) -> None:
+    """Write a digit, or with digit 0 take the cell's digit away; `used` [3, S] are masks of rows, columns, boxes."""
+    bit = 1 << (grid[cell] if digit == 0 else digit)
+    for kind in range(3):
+        used[kind, groups[kind, cell]] ^= bit
+    grid[cell] = digit
+
+
+@njit(cache=True, nogil=True)
+def _complete(
+    grid: np.ndarray, used: np.ndarray, groups: np.ndarray, size: int, popcount: np.ndarray, state: np.ndarray
+) -> bool:
+    """Fill the empty cells (0) of `grid` [C] in place, digits in random order; False, and grid as it was, if none fits.
+
+    Depth-first, at each level the cell with the fewest candidates.
+    """
+    full = (1 << (size + 1)) - 2
+    cells = np.empty(size * size, dtype=np.int64)
+    left = np.empty(size * size, dtype=np.int64)  # candidates not yet tried at each depth
+    depth = 0
+    while True:
+        best, best_left, best_count = -1, 0, 100
+        for cell in range(size * size):
+            if grid[cell] == 0:
+                candidates = full & ~(used[0, groups[0, cell]] | used[1, groups[1, cell]] | used[2, groups[2, cell]])
+                n_candidates = popcount[candidates]
+                if n_candidates < best_count:
+                    best, best_left, best_count = cell, candidates, n_candidates
+                    if n_candidates <= 1:
+                        break
+        if best < 0:
+            return True
+        cells[depth], left[depth] = best, best_left
+        while left[depth] == 0:
+            depth -= 1
+            if depth < 0:
+                return False
+            _place(grid, used, groups, cells[depth], 0)
+        skip = _next_random(state) % popcount[left[depth]]
+        rest = left[depth]
+        for _ in range(skip):
+            rest &= rest - 1
+        bit = rest & -rest
+        left[depth] ^= bit
+        digit = 0
+        while (1 << digit) != bit:
+            digit += 1
+        _place(grid, used, groups, cells[depth], digit)
+        depth += 1
+
+
+@njit(cache=True, nogil=True)
+def _is_needed(
+    grid: np.ndarray, used: np.ndarray, groups: np.ndarray, size: int, popcount: np.ndarray, cell: int
+) -> bool:
+    """Whether taking a clue away leaves a second solution, one with another digit in its cell. Changes nothing."""
+    digit = grid[cell]
+    _place(grid, used, groups, cell, 0)
+    taken = used[0, groups[0, cell]] | used[1, groups[1, cell]] | used[2, groups[2, cell]]
+    state = np.zeros(1, dtype=np.uint64)
+    found = False
+    for other in range(1, size + 1):
+        if other != digit and not taken & (1 << other):
+            trial, trial_used = grid.copy(), used.copy()
+            _place(trial, trial_used, groups, cell, other)
+            if _complete(trial, trial_used, groups, size, popcount, state):
+                found = True
+                break
+    _place(grid, used, groups, cell, digit)
+    return found
+
+
+@njit(cache=True, nogil=True)
+def _make_puzzle(
+    board: np.ndarray,
+    state: np.ndarray,
+    groups: np.ndarray,
+    size: int,
+    popcount: np.ndarray,
+    min_clues: int,
+    max_clues: int,
+) -> bool:
+    """One try: a grid and a puzzle into `board` [2, C]; False if too many clues had to stay."""
+    n_cells = size * size
+    grid = np.zeros(n_cells, dtype=np.int64)
+    used = np.zeros((3, size), dtype=np.int64)
+    _complete(grid, used, groups, size, popcount, state)
+    board[1] = grid
+    wanted = min_clues + _next_random(state) % (max_clues - min_clues + 1)
+    order = np.arange(n_cells)
+    n_clues = n_cells
+    for i in range(n_cells):
+        if n_clues == wanted:
+            break
+        j = i + _next_random(state) % (n_cells - i)
+        order[i], order[j] = order[j], order[i]
+        if not _is_needed(grid, used, groups, size, popcount, order[i]):
+            _place(grid, used, groups, order[i], 0)
+            n_clues -= 1
+    board[0] = grid
+    return n_clues <= max_clues
+
+
+@njit(cache=True, nogil=True)
+def fill_boards(
+    boards: np.ndarray,
+    seed: int,
+    first: int,
+    size: int,
+    height: int,
+    width: int,
+    min_clues: int,
+    max_clues: int,
+    popcount: np.ndarray,
+    n_tries: int,
+) -> np.ndarray:
+    """Puzzles number first, first + 1, ... into `boards` [n, 2, C]; which of them succeeded, bool [n]."""
+    groups = np.empty((3, size * size), dtype=np.int64)
+    for cell in range(size * size):
+        row, column = cell // size, cell % size
+        groups[0, cell], groups[1, cell] = row, column
+        groups[2, cell] = row // height * (size // width) + column // width
+    made = np.zeros(len(boards), dtype=np.bool_)
+    state = np.empty(1, dtype=np.uint64)
+    for i in range(len(boards)):
+        # Two rounds of mixing, so that neighbouring seeds and numbers have nothing in common.
+        state[0] = uint64(seed)
+        state[0] = uint64(_next_random(state)) << uint64(32) | uint64(_next_random(state))
+        state[0] ^= uint64(first + i) * uint64(0xD1342543DE82EF95)
+        state[0] = uint64(_next_random(state)) << uint64(32) | uint64(_next_random(state))
+        for _ in range(n_tries):
+            if _make_puzzle(boards[i], state, groups, size, popcount, min_clues, max_clues):
+                made[i] = True
+                break
+    return made

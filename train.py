@@ -33,10 +33,11 @@ from eval.evaluate import evaluate
 from eval.results import Evaluation, as_json
 from eval.tasks import Task, load_task
 from run_state import Run, build_run, describe, restore_run, save_run, summarize, where
-from runtime.checkpoint import WriteError, latest_checkpoint, write_text
+from runtime.checkpoint import latest_checkpoint
 from runtime.config_file import changed_settings, dump_config, flatten, read_config
 from runtime.curves import AXES, draw_curves
 from runtime.distributed import from_main, main_first, start_world, stop_world
+from runtime.files import WriteError, write_text
 from runtime.lock import lock_run
 from runtime.metrics import Recorder
 from runtime.signals import StopVote

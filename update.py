@@ -18,8 +18,9 @@ from config import Config
 from config_objective import ProgressiveSettings
 from model.token_scores import SMALL_VOCABULARY
 from run_state import Run
-from runtime.checkpoint import WriteError, save_tensors
+from runtime.checkpoint import save_tensors
 from runtime.distributed import World, autocast, autocast_dtype
+from runtime.files import WriteError
 from runtime.sharding import whole
 
 # Updates before the recording: libraries choose kernels and allocate workspaces in the first ones.

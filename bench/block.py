@@ -22,8 +22,8 @@ from config import ModelSettings
 from config_objective import BlockAttention
 from model.transformer import Transformer
 from progressive_block import Blocks
-from runtime.checkpoint import write_text
 from runtime.distributed import autocast, autocast_dtype
+from runtime.files import write_text
 from sampling_block import sample_blocks
 
 N_BLOCKS = (2, 8, 16)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from data.text import encode_prompts, load_tokenizer, prompt_fits
+from runtime.files import write_text
 
 HUB_NAME = "openai/gsm8k"
 COLUMNS = ("question", "answer")
@@ -126,8 +127,6 @@ def _download(name: str, cache_dir: str | Path | None) -> Path:
     path = folder / f"{name.replace('/', '--')}.jsonl"
     if not path.exists():
         from datasets import load_dataset  # slow to import, and only needed here
-
-        from runtime.checkpoint import write_text
 
         try:
             rows = load_dataset(name, "main" if name == HUB_NAME else None, split="test")

@@ -35,6 +35,7 @@ if __name__ == "__main__":  # `python data/tiny_gsm.py` puts data/ on the path, 
 
 from data.text import encode_rows, load_tokenizer
 from data.token_files import LABELS_FILE, META_FILE, PROMPT_FILE, TOKENIZER_DIR, data_shape, read_meta, write_meta
+from runtime.files import write_text
 
 PROGRESS_FILE = ".progress.json"
 COLUMNS = ("question", "code")
@@ -72,8 +73,6 @@ def pretokenize(
     Raises:
         ValueError: bad source or tokenizer, or `out` was begun with other settings.
     """
-    from runtime.checkpoint import write_text  # imports torch, which the worker processes can do without
-
     if max_len % 8 or max_len < 8:
         raise ValueError(f"max_len {max_len} is not a multiple of 8: prompt_mask.bin holds eight positions a byte")
     job = {"dataset": source, "tokenizer": tokenizer_name, "max_len": max_len, "limit": limit}

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from data.text import SEPARATOR
+from runtime.files import write_text
 
 LABELS_FILE, PROMPT_FILE, META_FILE = "labels.bin", "prompt_mask.bin", "meta.json"
 TOKENIZER_DIR = "tokenizer"
@@ -117,8 +118,6 @@ def write_meta(folder: Path, facts: dict[str, Any], n_rows: int, max_token_id: i
     Args:
         facts: `max_len`, `eos_id`, `tokenizer` and whatever else is worth knowing.
     """
-    from runtime.checkpoint import write_text  # imports torch, which processes that only tokenize can do without
-
     sizes = {"sep": SEPARATOR, "num_examples": n_rows, "max_token_id": max_token_id}
     meta = facts | {"split": "train"} | sizes | FORMAT
     data_shape(folder, meta)

@@ -27,7 +27,6 @@ from eval.results import Evaluation, SamplerResult, as_json, wilson_interval
 from eval.tasks import Task, load_task
 from model.transformer import Transformer
 from progressive_block import build_blocks
-from runtime.checkpoint import write_text
 from runtime.distributed import (
     World,
     autocast,
@@ -38,6 +37,7 @@ from runtime.distributed import (
     stop_world,
     sum_over_ranks,
 )
+from runtime.files import write_text
 from sampling import load_model, sampler_of
 
 # Masks of the validation loss: the same in every evaluation of every run, so that losses can be compared.

@@ -20,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from eval.grader import REASONS, gold_number, grade
+from runtime.files import write_text
 
 
 def read_cases(path: Path) -> tuple[list[str], list[float]]:
@@ -75,7 +76,7 @@ def grade_file(cases: Path, out: Path, n_workers: int | None) -> str:
         }
         for verdict in verdicts
     )
-    write_whole(out, "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(out, "".join(json.dumps(line) + "\n" for line in lines))
     counts = Counter(verdict.reason for verdict in verdicts)
     shares = ", ".join(
         f"{reason} {100 * counts[reason] / len(verdicts):.1f}%" for reason in REASONS if counts[reason] > 0
@@ -89,7 +90,7 @@ def write_prompts(test: Path, tokenizer: str, mask_id: int, max_len: int, out: P
 
     check_out(out, test)
     records, n_left_out = prompt_records(str(test), tokenizer, mask_id, max_len)
-    write_whole(out, json.dumps(records))
+    write_text(out, json.dumps(records))
     return f"wrote {len(records)} prompts of {max_len} tokens to {out}, left out {n_left_out}"
 
 
@@ -99,13 +100,6 @@ def check_out(out: Path, source: Path) -> None:
         raise ValueError(f"--out: the folder {out.parent} does not exist")
     if out.resolve() == source.resolve():
         raise ValueError(f"--out {out} would overwrite the input")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    scratch = path.with_name(f".{path.name}.incomplete")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
 
 
 def main(arguments: list[str] | None = None) -> None:

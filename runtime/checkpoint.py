@@ -14,8 +14,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,11 @@ from torch import Tensor
 from config import Config
 from runtime.config_file import dump_config, read_config
 from runtime.distributed import World, barrier, gather
+from runtime.files import reported, sync_folder, write_text
 
 MANIFEST = "manifest.json"
 FORMAT = 2
 MANIFEST_MAX_BYTES = 1 << 24  # a manifest has some kilobytes; more is refused unread
-
-
-class WriteError(OSError):
-    """Something could not be written, for the most part since the disk is full; what was there before still is."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,7 @@ def save_checkpoint(
         write_text(scratch / MANIFEST, json.dumps(manifest | {"sha256": _own_digest(manifest)}, indent=1))
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
-        _sync_folder(folder)
+        sync_folder(folder)
         _prune(folder, config.training.keep_checkpoints)
     barrier()
 
@@ -175,40 +171,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, manifest["step"], manifest["n_ranks"], manifest["score"])
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file at once and for good: temporary name, sync, rename. Raises WriteError."""
-    scratch = path.with_name(f".{path.name}.incomplete")
-    with _reported(path):
-        with open(scratch, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-        _sync_folder(path.parent)
-
-
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
     """Write tensors as safetensors and sync; name and manifest entry of the file. Raises WriteError."""
-    with _reported(path):
+    with reported(path):
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
         return _seal(path)
 
 
 def _save_state(path: Path, state: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    with _reported(path):
+    with reported(path):
         torch.save(state, path)
         return _seal(path)
-
-
-@contextmanager
-def _reported(path: Path) -> Iterator[None]:
-    """Whatever a library raises when it cannot write `path`, as one error."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        free_mib = shutil.disk_usage(path.parent).free / 2**20 if path.parent.exists() else 0
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise WriteError(f"{path} cannot be written ({reason}; {free_mib:,.0f} MiB of disk are free)") from error
 
 
 def _seal(path: Path) -> tuple[str, dict[str, Any]]:
@@ -229,14 +202,6 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _prune(folder: Path, n_newest: int) -> None:

@@ -23,10 +23,10 @@ from runtime.checkpoint import (
     latest_checkpoint,
     open_checkpoint,
     save_checkpoint,
-    write_text,
 )
 from runtime.config_file import parse_config
 from runtime.distributed import World
+from runtime.files import write_text
 
 WORLD = World(0, 1, torch.device("cpu"))
 

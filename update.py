@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import Config
 from config_objective import ProgressiveSettings
-from model.token_scores import SMALL_VOCABULARY
+from model.logits import SMALL_VOCABULARY
 from run_state import Run
 from runtime.checkpoint import save_tensors
 from runtime.distributed import World, autocast, autocast_dtype

@@ -30,7 +30,8 @@ from bench.measure import (
     row,
     table,
 )
-from model.token_scores import chunk_rows, score_tokens
+from model.logits import chunk_rows
+from model.token_scores import score_tokens
 from runtime.distributed import autocast, autocast_dtype, start_world
 
 COLUMNS = {

@@ -34,7 +34,7 @@ from bench.rows import synthetic_rows
 from config import Config
 from config_objective import PumaSettings, UniformSettings
 from data.stream import SequenceData, SequenceStream
-from model.token_scores import SMALL_VOCABULARY
+from model.logits import SMALL_VOCABULARY
 from model.transformer import build_model
 from objective import build_objective
 from run_state import Run, build_run

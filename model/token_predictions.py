@@ -1,6 +1,6 @@
 """What a sampler asks of the output head: the token to write at a position, and how sure the model is of it.
 
-Shapes: N positions, D width, V vocabulary.
+Shapes: N positions, n of a chunk, D width, V vocabulary, v tokens of a block, M blocks.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.token_scores import chunk_rows, compute_dtype, plain_matmul
+from model.logits import block_shape, combine_blocks, compute_dtype, write_logits
+
+# Of the banned token: low enough to take no probability, but finite, so that 0 times it is 0.
+BANNED_LOGIT = -1e30
 
 
 class TokenPredictions(NamedTuple):
@@ -40,28 +43,75 @@ def predict_tokens(
         temperature: 0 for the most probable token; log-probabilities are divided by it otherwise.
         noise_key: int64 [N], one random key per position; needed with a temperature.
     """
-    dtype = compute_dtype(head)
-    matrix = head.to(dtype).t()
+    matrix = head.to(compute_dtype(head))
+    n_rows, _ = block_shape(head)
     chunks = []
-    n_rows = chunk_rows(head)
     for start in range(0, len(hidden), n_rows):
         part = slice(start, start + n_rows)
-        logits = plain_matmul(hidden[part].to(dtype), matrix).float()  # [n, V]
-        logits[:, banned] = -torch.inf
-        log_prob = logits.log_softmax(dim=1)
-        prob = log_prob.exp()
-        best = prob.topk(2, dim=1)
-        token = best.indices[:, 0]
-        if temperature > 0:
-            assert noise_key is not None
-            token = (log_prob.double() / temperature + gumbel_noise(noise_key[part], head.shape[0])).argmax(dim=1)
-        neg_entropy = (prob * log_prob).nan_to_num(0.0).sum(dim=1)  # the banned token gives 0 * -inf
-        chosen = log_prob.gather(1, token[:, None]).squeeze(1)
-        chunks.append(TokenPredictions(token, chosen, best.values[:, 0] - best.values[:, 1], neg_entropy))
+        keys = noise_key[part] if noise_key is not None else None
+        chunks.append(_predict_chunk(hidden[part].to(matrix.dtype), matrix, banned, temperature, keys))
     if not chunks:
         empty = torch.empty(0, device=hidden.device)
         return TokenPredictions(empty.long(), empty, empty, empty)
     return TokenPredictions(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+
+
+class _BlockSummary(NamedTuple):
+    """What a block of the vocabulary says of n positions; all but the tokens float32, and float64 `score`."""
+
+    token: Tensor  # int64 [n], the block's candidate
+    logit: Tensor  # [n], its logit
+    score: Tensor  # [n], what it competes by: its logit, or with a temperature the noisy one
+    largest: Tensor  # [n]
+    second: Tensor  # [n], second largest logit
+    total: Tensor  # [n], sum of exp(logit - largest)
+    moment: Tensor  # [n], sum of exp(logit - largest) * (logit - largest)
+
+
+def _predict_chunk(
+    states: Tensor, matrix: Tensor, banned: int, temperature: float, noise_key: Tensor | None
+) -> TokenPredictions:
+    """See `predict_tokens`, of states [n, D] and the matrix [V, D], both in the type to compute in."""
+    _, n_tokens = block_shape(matrix)
+    buffer = torch.empty(len(states), min(n_tokens, len(matrix)), device=states.device)
+    blocks = []
+    for start, rows in zip(range(0, len(matrix), n_tokens), matrix.split(n_tokens), strict=True):
+        logits = buffer[:, : len(rows)]  # [n, v]
+        write_logits(states, rows, logits)
+        if start <= banned < start + len(rows):
+            logits[:, banned - start] = BANNED_LOGIT
+        blocks.append(_summarize(logits, start, temperature, noise_key))
+    every = _BlockSummary(*(torch.stack(part) for part in zip(*blocks, strict=True)))  # [M, n]
+    largest, total, scale = combine_blocks(every.largest, every.total)
+    log_total = total.log()
+    winner = every.score.argmax(dim=0, keepdim=True)  # [1, n], of the blocks
+    token, logit = every.token.gather(0, winner)[0], every.logit.gather(0, winner)[0]
+    best = every.largest.argmax(dim=0, keepdim=True)
+    second = every.largest.scatter(0, best, every.second.gather(0, best)).amax(dim=0)
+    moment = (scale * (every.moment + every.total * (every.largest - largest))).sum(dim=0)
+    return TokenPredictions(
+        token=token,
+        log_prob=logit - largest - log_total,
+        margin=(1 - (second - largest).exp()) / total,
+        neg_entropy=moment / total - log_total,
+    )
+
+
+def _summarize(logits: Tensor, first: int, temperature: float, noise_key: Tensor | None) -> _BlockSummary:
+    """What logits [n, v] of tokens from `first` on say; they are overwritten."""
+    top = logits.topk(min(2, logits.shape[1]), dim=1)
+    largest, place = top.values[:, 0], top.indices[:, 0]
+    second = top.values[:, 1] if logits.shape[1] > 1 else torch.full_like(largest, BANNED_LOGIT)
+    logit = score = largest
+    if temperature > 0:
+        assert noise_key is not None
+        noisy = logits.double() / temperature + gumbel_noise(noise_key, logits.shape[1], first)
+        score, place = noisy.max(dim=1)
+        logit = logits.gather(1, place[:, None]).squeeze(1)
+    logits.sub_(largest[:, None])
+    exponentials = logits.exp()
+    moment = torch.linalg.vecdot(exponentials, logits)
+    return _BlockSummary(place + first, logit, score, largest, second, exponentials.sum(dim=1), moment)
 
 
 def hash_uniform(key: Tensor) -> Tensor:
@@ -81,11 +131,11 @@ def mix_keys(key: Tensor, other: Tensor | int) -> Tensor:
     return (hash_uniform(key) * 2.0**53).long() * 1_000_003 + other
 
 
-def gumbel_noise(key: Tensor, n: int) -> Tensor:
-    """Gumbel noise for N keys (int64 [N]) and n tokens, float64 [N, n].
+def gumbel_noise(key: Tensor, n: int, first: int = 0) -> Tensor:
+    """Gumbel noise for N keys (int64 [N]) and n tokens from `first` on, float64 [N, n].
 
     In float64, since float32 uniforms end at 1 - 2^-24: their noise never exceeds 16.6, which starves rare tokens and
     makes sampling colder than its temperature says.
     """
-    tokens = torch.arange(n, device=key.device)
+    tokens = torch.arange(first, first + n, device=key.device)
     return -(-hash_uniform(mix_keys(key[:, None], tokens)).log()).log()

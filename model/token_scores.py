@@ -8,21 +8,13 @@ Shapes: B rows, L positions, N scored positions, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# A chunk of logits holds at most this many numbers, however large the vocabulary: 64 MiB in float32, 512 MiB on a GPU,
-# where smaller matrix products would leave most of the machine idle.
-CHUNK_ELEMENTS = 1 << 24
-CHUNK_ELEMENTS_GPU = 1 << 27
-# Up to this vocabulary the head costs nothing, so it stays in float32 (bfloat16 logits tie where the model is sure) and
-# scores every position: all shapes are fixed then.
-SMALL_VOCABULARY = 4096
+from model.logits import SMALL_VOCABULARY, chunk_rows, chunk_scorer, compute_dtype, plain_matmul
 
 
 class TokenScores(NamedTuple):
@@ -100,46 +92,6 @@ def score_tokens(
     )
 
 
-def compute_dtype(head: Tensor) -> torch.dtype:
-    """Type of the matrix products: autocast's for a large vocabulary, else the parameters'."""
-    device = head.device.type
-    if torch.is_autocast_enabled(device) and head.shape[0] > SMALL_VOCABULARY:
-        return torch.get_autocast_dtype(device)
-    return head.dtype
-
-
-def chunk_rows(head: Tensor) -> int:
-    """Positions whose logits make one chunk."""
-    return max(1, (CHUNK_ELEMENTS_GPU if head.is_cuda else CHUNK_ELEMENTS) // head.shape[0])
-
-
-def plain_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """A product in the type of its arguments, whatever autocast says."""
-    with torch.autocast(a.device.type, enabled=False):
-        return a @ b
-
-
-def _score_chunk(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """NLL and confidence (float32 [n]), and d (weight * nll) / d logits, of logits [n, V] in any float type.
-
-    float32 logits are overwritten; in as few sweeps over them as can be, since memory is what limits this.
-    """
-    wide = logits.float()
-    largest, own = wide.amax(dim=1), wide.gather(1, target[:, None]).squeeze(1)
-    exponentials = wide.sub_(largest[:, None]).exp_()
-    total = exponentials.sum(dim=1)
-    # weight * (softmax - one hot), from the exponentials in one sweep.
-    gradient = exponentials.mul_((weight / total)[:, None])
-    gradient.scatter_add_(1, target[:, None], -weight[:, None])
-    log_total = total.log()
-    return largest + log_total - own, -log_total, gradient.to(logits.dtype)
-
-
-@cache
-def _compiled_score_chunk() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    return torch.compile(_score_chunk, dynamic=True)
-
-
 class _ScoreChunks(torch.autograd.Function):
     """Loss, NLL and confidence of N positions; gradients are computed on the way forward."""
 
@@ -155,12 +107,11 @@ class _ScoreChunks(torch.autograd.Function):
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         confidence = torch.empty_like(nll)
         n_rows = chunk_rows(head)
-        score = _compiled_score_chunk() if compiled and head.shape[0] > SMALL_VOCABULARY else _score_chunk
+        score = chunk_scorer(matrix, min(n_rows, len(hidden)), compiled)
         for start in range(0, len(hidden), n_rows):
             part = slice(start, start + n_rows)
             states = hidden[part].to(dtype)  # [n, D]
-            logits = plain_matmul(states, matrix.t())  # [n, V]
-            nll[part], confidence[part], gradient = score(logits, target[part], weight[part])
+            nll[part], confidence[part], gradient = score(states, target[part], weight[part])
             if grad_hidden is not None and grad_head is not None:
                 grad_hidden[part] = plain_matmul(gradient, matrix).to(hidden.dtype)
                 if grad_head.dtype == gradient.dtype:

@@ -12,9 +12,10 @@ from helpers import assert_distribution, random_generator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import token_scores
+from model import logits as sizes
+from model.logits import SMALL_VOCABULARY
 from model.token_predictions import gumbel_noise, hash_uniform, predict_tokens
-from model.token_scores import SMALL_VOCABULARY, TokenScores, score_tokens
+from model.token_scores import TokenScores, score_tokens
 
 WIDTH = 8
 
@@ -77,12 +78,14 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 11, 40, 77, 1 << 24])
+@pytest.mark.parametrize("block_tokens", [1, 5, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scores_and_gradients_equal_the_oracle_whatever_the_chunk(
-    monkeypatch: pytest.MonkeyPatch, chunk_elements: int, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, chunk_elements: int, block_tokens: int, dtype: torch.dtype
 ) -> None:
-    """Chunks of less than a row, one row, several with a rest, several without, and all at once."""
-    monkeypatch.setattr(token_scores, "CHUNK_ELEMENTS", chunk_elements)
+    """Chunks of less than a row, one row, several with a rest, several without, and all at once; blocks likewise."""
+    monkeypatch.setattr(sizes, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(sizes, "BLOCK_TOKENS", block_tokens)
     case = random_case(dtype=dtype)
     scores = score_tokens(*case)
     assert scores.loss.dtype == scores.nll.dtype == scores.confidence.dtype == torch.float32
@@ -182,7 +185,8 @@ def test_a_small_vocabulary_stays_in_float32_under_autocast() -> None:
 def test_no_tensor_of_rows_by_length_by_vocabulary_is_made(monkeypatch: pytest.MonkeyPatch, autocast: bool) -> None:
     n_rows, length, vocabulary = 4, 32, 5000
     chunk_elements = 4 * vocabulary
-    monkeypatch.setattr(token_scores, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(sizes, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(sizes, "BLOCK_ELEMENTS", chunk_elements)
     case = random_case(n_rows, length, vocabulary, share=2.0)
     hidden, head, _, _ = case
     with LargestTensor() as largest, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -196,10 +200,15 @@ def test_no_tensor_of_rows_by_length_by_vocabulary_is_made(monkeypatch: pytest.M
 # Sampling
 
 
-@pytest.mark.parametrize("chunk_elements", [1, 11, 40, 1 << 24])
+@pytest.mark.parametrize("block_elements", [1, 11, 40, 1 << 24])
+@pytest.mark.parametrize("block_tokens", [1, 2, 5, 1024])
 @pytest.mark.parametrize("banned", [0, 4, 10])
-def test_predictions_equal_the_oracle(monkeypatch: pytest.MonkeyPatch, chunk_elements: int, banned: int) -> None:
-    monkeypatch.setattr(token_scores, "CHUNK_ELEMENTS", chunk_elements)
+def test_predictions_equal_the_oracle(
+    monkeypatch: pytest.MonkeyPatch, block_elements: int, block_tokens: int, banned: int
+) -> None:
+    """Whatever the blocks; of one token, the banned one is a block of its own."""
+    monkeypatch.setattr(sizes, "BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(sizes, "BLOCK_TOKENS", block_tokens)
     hidden, head, _, _ = random_case()
     states = hidden.detach().flatten(0, 1)
     predicted = predict_tokens(states, head, banned)
@@ -262,6 +271,35 @@ def test_tokens_of_neighbouring_positions_are_drawn_independently() -> None:
     )
     pairs = predicted.token[:-1] * 3 + predicted.token[1:]
     assert_distribution(pairs.bincount(minlength=9), torch.full((9,), 1 / 9))
+
+
+@pytest.mark.parametrize("block_tokens", [1, 4])
+def test_blocks_of_the_vocabulary_draw_the_same_tokens(monkeypatch: pytest.MonkeyPatch, block_tokens: int) -> None:
+    hidden, head, _, _ = random_case(n_rows=300)
+    states, keys = hidden.detach().flatten(0, 1), torch.arange(2100)
+    whole = predict_tokens(states, head, 0, temperature=1.0, noise_key=keys)
+    monkeypatch.setattr(sizes, "BLOCK_TOKENS", block_tokens)
+    parts = predict_tokens(states, head, 0, temperature=1.0, noise_key=keys)
+    for name, ours, theirs in zip(whole._fields, whole, parts, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=f"{name}: ".__add__)
+
+
+def test_an_extreme_block_neither_overflows_nor_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of different blocks that lie thousands apart, for training and for sampling."""
+    monkeypatch.setattr(sizes, "BLOCK_TOKENS", 2)
+    head = torch.tensor([[5000.0], [4999.0], [-5000.0], [-5001.0], [0.0]], requires_grad=True)
+    hidden = torch.ones(1, 3, 1, requires_grad=True)
+    x0, weight = torch.tensor([[0, 2, 4]]), torch.ones(1, 3)
+    scores = score_tokens(hidden, head, x0, weight)
+    scores.loss.backward()
+    near = math.log1p(math.exp(-1.0))
+    assert scores.nll[0].tolist() == pytest.approx([near, 10_000 + near, 5000 + near], rel=1e-6)
+    share = torch.tensor([1.0, math.exp(-1.0), 0.0, 0.0, 0.0]) / (1 + math.exp(-1.0))
+    expected = 3 * share - torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
+    torch.testing.assert_close(head.grad[:, 0], expected)
+    predicted = predict_tokens(torch.ones(1, 1), head, banned=0)
+    assert predicted.token.tolist() == [1]
+    assert [float(part) for part in predicted[1:]] == pytest.approx([0.0, 1.0, 0.0], abs=1e-6)
 
 
 def test_a_key_gives_the_same_token_wherever_it_stands() -> None:

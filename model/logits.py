@@ -1,0 +1,141 @@
+"""Logits a chunk of positions at a time: how large a chunk is, in which type it is computed, and its softmax.
+
+Shapes: n positions of a chunk, D width, V vocabulary, v tokens of a block, M blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# A chunk of logits holds at most this many numbers, however large the vocabulary: 128 MiB in float32, 512 MiB on a GPU,
+# where smaller matrix products would leave most of the machine idle.
+CHUNK_ELEMENTS = 1 << 25
+CHUNK_ELEMENTS_GPU = 1 << 27
+# A CPU takes the vocabulary of a chunk in blocks of so many tokens, which stay in its caches from the product to the
+# sums. (Products with the whole of a large matrix also run at half the speed of products with its parts.)
+BLOCK_TOKENS = 1024
+BLOCK_ELEMENTS = 1 << 18  # of what is summarized and forgotten: 1 MiB
+# Up to this vocabulary the head costs nothing, so it stays in float32 (bfloat16 logits tie where the model is sure) and
+# scores every position: all shapes are fixed then.
+SMALL_VOCABULARY = 4096
+
+# NLL and confidence (float32 [n]), and d (weight * nll) / d logits ([n, V] in the type of the matrix; valid until the
+# next call), of hidden states [n, D], target tokens (int64 [n]) and weights (float32 [n]).
+ChunkScorer = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def compute_dtype(head: Tensor) -> torch.dtype:
+    """Type of the matrix products: autocast's for a large vocabulary, else the parameters'."""
+    device = head.device.type
+    if torch.is_autocast_enabled(device) and head.shape[0] > SMALL_VOCABULARY:
+        return torch.get_autocast_dtype(device)
+    return head.dtype
+
+
+def chunk_rows(head: Tensor) -> int:
+    """Positions whose logits make one chunk."""
+    return max(1, (CHUNK_ELEMENTS_GPU if head.is_cuda else CHUNK_ELEMENTS) // head.shape[0])
+
+
+def block_shape(head: Tensor) -> tuple[int, int]:
+    """Positions and tokens of logits that are summarized at once; a GPU wants few large kernels."""
+    if head.is_cuda:
+        return chunk_rows(head), head.shape[0]
+    n_tokens = min(BLOCK_TOKENS, head.shape[0])
+    return max(1, BLOCK_ELEMENTS // n_tokens), n_tokens
+
+
+def plain_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """A product in the type of its arguments, whatever autocast says."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
+def chunk_scorer(matrix: Tensor, n_rows: int, compiled: bool) -> ChunkScorer:
+    """What scores chunks of up to n_rows positions by the output matrix [V, D].
+
+    Args:
+        compiled: fuse the sweeps over a large vocabulary's logits, on a GPU.
+    """
+    if not matrix.is_cuda:
+        # Allocated once: pages that are new to the process cost more than what is computed on them.
+        buffer = torch.empty(n_rows, matrix.shape[0], dtype=torch.float32)
+        narrow = buffer if matrix.dtype == buffer.dtype else torch.empty_like(buffer, dtype=matrix.dtype)
+        return lambda states, target, weight: _score_in_blocks(matrix, buffer, narrow, states, target, weight)
+    score = _compiled_softmax() if compiled and matrix.shape[0] > SMALL_VOCABULARY else _score_logits
+    return lambda states, target, weight: score(plain_matmul(states, matrix.t()), target, weight)
+
+
+def _score_logits(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ChunkScorer`, of logits [n, V] in any float type.
+
+    float32 logits are overwritten; in as few sweeps over them as can be, since memory is what limits this.
+    """
+    wide = logits.float()
+    largest, own = wide.amax(dim=1), wide.gather(1, target[:, None]).squeeze(1)
+    exponentials = wide.sub_(largest[:, None]).exp_()
+    total = exponentials.sum(dim=1)
+    # weight * (softmax - one hot), from the exponentials in one sweep.
+    gradient = exponentials.mul_((weight / total)[:, None])
+    gradient.scatter_add_(1, target[:, None], -weight[:, None])
+    log_total = total.log()
+    return (largest - own) + log_total, -log_total, gradient.to(logits.dtype)
+
+
+@cache
+def _compiled_softmax() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_score_logits, dynamic=True)
+
+
+def _score_in_blocks(
+    matrix: Tensor, buffer: Tensor, narrow: Tensor, states: Tensor, target: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ChunkScorer`; exponentials of each block refer to its own largest logit until all blocks are known.
+
+    Args:
+        buffer: float32 [at least n, V], overwritten.
+        narrow: the same in the type of the matrix, which may be `buffer` itself; holds the gradient afterwards.
+    """
+    buffer, narrow = buffer[: len(states)], narrow[: len(states)]
+    own = torch.empty(len(states), dtype=torch.float32)
+    maxima, sums = [], []
+    for start, rows in zip(range(0, len(matrix), BLOCK_TOKENS), matrix.split(BLOCK_TOKENS), strict=True):
+        block = buffer[:, start : start + BLOCK_TOKENS]  # [n, v]
+        write_logits(states, rows, block)
+        place = target - start
+        here = (place >= 0) & (place < len(rows))
+        own = torch.where(here, block.gather(1, place.clamp(0, len(rows) - 1)[:, None]).squeeze(1), own)
+        maxima.append(block.amax(dim=1))
+        sums.append(block.sub_(maxima[-1][:, None]).exp_().sum(dim=1))
+    largest, total, scale = combine_blocks(torch.stack(maxima), torch.stack(sums))
+    factor = scale * (weight / total)  # [M, n]
+    parts = zip(buffer.split(BLOCK_TOKENS, 1), narrow.split(BLOCK_TOKENS, 1), factor, strict=True)
+    for exponentials, gradient, own_factor in parts:
+        torch.mul(exponentials, own_factor[:, None], out=gradient)
+    narrow.scatter_add_(1, target[:, None], -weight[:, None].to(narrow.dtype))
+    log_total = total.log()
+    return (largest - own) + log_total, -log_total, narrow
+
+
+def write_logits(states: Tensor, rows: Tensor, out: Tensor) -> None:
+    """Logits of states [n, D] for the tokens of some rows [v, D] of the matrix, into float32 [n, v]."""
+    if rows.dtype == out.dtype:
+        torch.mm(states, rows.t(), out=out)
+    else:
+        out.copy_(plain_matmul(states, rows.t()))
+
+
+def combine_blocks(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest logit [n], sum of all exponentials relative to it [n], and what scales those of each block to it [M, n].
+
+    Args:
+        maxima: [M, n], the largest logit of each block.
+        sums: [M, n], the sum of a block's exponentials relative to it.
+    """
+    largest = maxima.amax(dim=0)
+    scale = (maxima - largest).exp()
+    return largest, (sums * scale).sum(dim=0), scale

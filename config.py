@@ -89,6 +89,10 @@ class TrainingSettings(Settings):
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp", description="many ranks: ddp copies the model to each, fsdp cuts it over them, if it outgrows one GPU"
     )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="compute each block again in the backward pass: a third more time, a tenth of the activations",
+    )
     compile: bool = Field(False, description="torch.compile the model; pays off on long runs")
     cuda_graph: bool = Field(
         False, description="record an update once and replay it; for small models on one GPU, which wait for launches"
@@ -224,5 +228,5 @@ class Config(Settings):
 # Settings that change what is recorded or how a batch is cut, not what is learnt: a run may be resumed with others.
 FREE_ON_RESUME = re.compile(
     r"wandb\..*|validation\..*|data\.(data_dir|test_source)|"
-    r"training\.(log_every|eval_every|save_every|keep_checkpoints|micro_batch_size|parallel)"
+    r"training\.(log_every|eval_every|save_every|keep_checkpoints|micro_batch_size|parallel|gradient_checkpointing)"
 )

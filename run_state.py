@@ -93,6 +93,8 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
     for each in (model, ema.module if ema else None) if cut else ():
         if isinstance(each, Transformer):
             shard(each, each.model.layers, world)
+    if training.gradient_checkpointing:
+        model.recompute_blocks()
     if training.compile:
         model.compile_training()
     n_steps = training.max_steps or sys.maxsize

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.checkpoint import checkpoint
 
 from config import Config, ModelSettings
 from model.attention import Attention, KeyValueCache, rotary_tables
@@ -42,10 +43,14 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and a residual."""
+    """Attention and MLP, each behind a norm and a residual.
+
+    With `recomputed` the backward pass runs the forward pass again instead of keeping what is inside.
+    """
 
     def __init__(self, settings: ModelSettings, causal: bool) -> None:
         super().__init__()
+        self.recomputed = False
         self.input_layernorm = nn.RMSNorm(settings.hidden_size, settings.rms_norm_eps)
         self.self_attn = Attention(settings, causal)
         self.post_attention_layernorm = nn.RMSNorm(settings.hidden_size, settings.rms_norm_eps)
@@ -60,6 +65,19 @@ class Block(nn.Module):
         past: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """X [B, L, D] to [B, L, D]; the rest as in `Attention`."""
+        if self.recomputed and torch.is_grad_enabled():
+            arguments = (x, cos, sin, mask, past)
+            return checkpoint(self._compute, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return self._compute(x, cos, sin, mask, past)
+
+    def _compute(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | BlockMask | None,
+        past: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -154,6 +172,11 @@ class Transformer(nn.Module):
                 module.bias.zero_()
             if isinstance(module, nn.RMSNorm):
                 module.weight.fill_(1.0)
+
+    def recompute_blocks(self) -> None:
+        """Train in less memory: each block keeps its input alone, and is computed again on the way back."""
+        for layer in self.model.layers:
+            layer.recomputed = True
 
     def compile_training(self) -> None:
         """Compile the pass of train mode alone: its shapes never change, while evaluation's do at every call."""

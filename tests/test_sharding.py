@@ -86,10 +86,10 @@ def test_sharded_training_equals_copies_up_to_rounding(config, sharded_run, tmp_
 
 
 @pytest.mark.slow
-def test_a_restart_changes_nothing(config, sharded_run, tmp_path):
+def test_a_restart_changes_nothing_nor_does_recomputing_blocks(config, sharded_run, tmp_path):
     again = go_back(sharded_run, tmp_path / "again")
     assert find_checkpoint(again).step == 3
-    train_run(config, again, "training.parallel=fsdp")
+    train_run(config, again, "training.parallel=fsdp", "training.gradient_checkpointing=true")
     assert_same_checkpoint(sharded_run, again)
 
 

@@ -18,6 +18,7 @@ import torch
 from conftest import PUMA, ROOT, UNIFORM, run_python
 
 import train
+from model.transformer import Transformer
 from runtime.checkpoint import find_checkpoint, latest_checkpoint
 from runtime.metrics import read_metrics
 
@@ -228,6 +229,19 @@ def test_gradient_accumulation_changes_nothing_but_rounding(config_file, tmp_pat
     train.main(["--config", config, "--run-dir", str(parts), "training.micro_batch_size=2"])
     for name, tensor in find_checkpoint(whole).weights("model").items():
         torch.testing.assert_close(tensor, find_checkpoint(parts).weights("model")[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", CASES.values(), ids=CASES.keys())
+def test_recomputing_blocks_changes_nothing(objective, config_file, tmp_path, monkeypatch):
+    calls = []
+    recompute = Transformer.recompute_blocks
+    monkeypatch.setattr(Transformer, "recompute_blocks", lambda self: calls.append(recompute(self)))
+    config = str(config_file(objective))
+    train.main(["--config", config, "--run-dir", str(tmp_path / "kept")])
+    assert not calls
+    train.main(["--config", config, "--run-dir", str(tmp_path / "recomputed"), "training.gradient_checkpointing=true"])
+    assert calls
+    assert_same_checkpoint(tmp_path / "kept", tmp_path / "recomputed")
 
 
 @pytest.mark.parametrize(

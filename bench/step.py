@@ -223,8 +223,8 @@ def _counted(call: Callable[[], object], objective: Any, shares: list[float]) ->
 def _remarks(times: dict[str, list[float]], rows: list[dict[str, Any]], peak_flops: float) -> list[str]:
     lines = [
         f"Medians of {len(times['product'])} rounds. Peak memory is what a path adds to the imports, in a process of "
-        "its own. The floor is 6 * parameters * tokens for the backbone, attention's products, and the head on the scored "
-        f"positions, at the speed of a large matrix product timed between the steps ({peak_flops / 1e9:,.0f} GFLOP/s); "
+        "its own. The floor is 6 * parameters * tokens for the backbone, attention's products, and the head on the "
+        f"scored positions, at the speed of a large matrix product timed between the steps ({peak_flops / 1e9:,.0f} GFLOP/s); "
         "utilisation is floor / ours.",
     ]
     if "puma/ours" in times and "uniform/ours" in times:

@@ -224,8 +224,8 @@ def _remarks(times: dict[str, list[float]], rows: list[dict[str, Any]], peak_flo
     lines = [
         f"Medians of {len(times['product'])} rounds. Peak memory is what a path adds to the imports, in a process of "
         "its own. The floor is 6 * parameters * tokens for the backbone, attention's products, and the head on the "
-        f"scored positions, at the speed of a large matrix product timed between the steps ({peak_flops / 1e9:,.0f} GFLOP/s); "
-        "utilisation is floor / ours.",
+        "scored positions, at the speed of a large matrix product timed between the steps "
+        f"({peak_flops / 1e9:,.0f} GFLOP/s); utilisation is floor / ours.",
     ]
     if "puma/ours" in times and "uniform/ours" in times:
         for side in ("ours", "dense"):

@@ -29,6 +29,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     step.add_argument("--compile", action="store_true", help="switch on training.compile")
     step.add_argument("--graph", action="store_true", help="switch on training.cuda_graph")
     step.add_argument("--sizes", action="store_true", help="fit our step's time against batch, length and vocabulary")
+    step.add_argument("--profile", action="store_true", help="shares of PyTorch's operations in our step")
     step.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     head = commands.add_parser("head", parents=[common], help="the output head")
     head.add_argument("--positions", type=_positive, default=1024, help="positions, B * L")

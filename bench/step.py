@@ -30,6 +30,7 @@ from bench.measure import (
     row,
     table,
 )
+from bench.profile import profile_step
 from bench.rows import synthetic_rows
 from config import Config
 from config_objective import PumaSettings, UniformSettings
@@ -79,6 +80,11 @@ def run(options: Namespace) -> Report | None:
         names = [options.memory_of]
         print(peak_of(lambda: build_paths(config, world, names, options.length)[names[0]][0], world.device))
         return None
+    if options.profile:
+        name = f"{config.objective.name}/ours"
+        step, _ = build_paths(config, world, [name], options.length)[name]
+        title = f"{options.config.stem}, {config.objective.name}, batch {config.training.batch_size}"
+        return profile_step(options, step, world.device, title)
     return measure_sizes(options, config, world) if options.sizes else compare(options, config, world)
 
 

@@ -176,6 +176,7 @@ class Transformer(nn.Module):
     def recompute_blocks(self) -> None:
         """Train in less memory: each block keeps its input alone, and is computed again on the way back."""
         for layer in self.model.layers:
+            assert isinstance(layer, Block)
             layer.recomputed = True
 
     def compile_training(self) -> None:

@@ -95,6 +95,17 @@ def test_step_on_the_shape_of_tinygsm_needs_no_files(config_file, tmp_path):
     assert [entry["length"] for entry in rows] == [32, 32]
 
 
+def test_profile(config_file, tmp_path, capsys):
+    """The products of the model are among the dearest operations, and shares are of one whole."""
+    rows = bench("step", "--config", config_file(), "--profile", json_file=tmp_path / "rows.json")
+    assert "aten::mm" in {entry["name"] for entry in rows}
+    shares = [float(entry["share"].removesuffix("%")) for entry in rows]
+    assert shares == sorted(shares, reverse=True)
+    assert 20 < sum(shares) <= 100.5
+    assert all(entry["ours_ms"] > 0 and entry["n_calls"] > 0 for entry in rows)
+    assert "Where the time goes" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_sizes(config_file, tmp_path, capsys):
     rows = bench("step", "--config", config_file(), "--sizes", json_file=tmp_path / "rows.json")

@@ -233,7 +233,7 @@ def test_gradient_accumulation_changes_nothing_but_rounding(config_file, tmp_pat
 
 @pytest.mark.parametrize("objective", CASES.values(), ids=CASES.keys())
 def test_recomputing_blocks_changes_nothing(objective, config_file, tmp_path, monkeypatch):
-    calls = []
+    calls: list[None] = []
     recompute = Transformer.recompute_blocks
     monkeypatch.setattr(Transformer, "recompute_blocks", lambda self: calls.append(recompute(self)))
     config = str(config_file(objective))

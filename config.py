@@ -91,7 +91,7 @@ class TrainingSettings(Settings):
     )
     gradient_checkpointing: bool = Field(
         False,
-        description="compute each block again in the backward pass: a third more time, a tenth of the activations",
+        description="compute each block again in the backward pass: a fifth more time, a tenth of the activations",
     )
     compile: bool = Field(False, description="torch.compile the model; pays off on long runs")
     cuda_graph: bool = Field(

@@ -197,6 +197,19 @@ def test_no_tensor_of_rows_by_length_by_vocabulary_is_made(monkeypatch: pytest.M
     assert largest.numel * 8 < n_rows * length * vocabulary
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_softmax_of_whole_chunks_equals_that_in_blocks(dtype: torch.dtype) -> None:
+    """GPUs take whole chunks, CPUs blocks; bfloat16 rounds the logits and the gradient of both."""
+    hidden, head, x0, weight = random_case(vocabulary=2500)
+    states, matrix, target = hidden.detach().flatten(0, 1).to(dtype), head.detach().to(dtype), x0.flatten()
+    in_blocks = sizes.chunk_scorer(matrix, len(states), compiled=False)(states, target, weight.flatten())
+    whole = sizes._score_logits(states @ matrix.T, target, weight.flatten())
+    assert in_blocks[2].dtype == whole[2].dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for ours, theirs in zip(in_blocks, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=1e-5)
+
+
 # Sampling
 
 

@@ -231,12 +231,12 @@ def test_gradient_accumulation_changes_nothing_but_rounding(config_file, tmp_pat
         torch.testing.assert_close(tensor, find_checkpoint(parts).weights("model")[name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("objective", CASES.values(), ids=CASES.keys())
-def test_recomputing_blocks_changes_nothing(objective, config_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["puma", "autoregressive", "block_uniform_causal"])
+def test_recomputing_blocks_changes_nothing(name, config_file, tmp_path, monkeypatch):
     calls: list[None] = []
     recompute = Transformer.recompute_blocks
     monkeypatch.setattr(Transformer, "recompute_blocks", lambda self: calls.append(recompute(self)))
-    config = str(config_file(objective))
+    config = str(config_file(CASES[name]))
     train.main(["--config", config, "--run-dir", str(tmp_path / "kept")])
     assert not calls
     train.main(["--config", config, "--run-dir", str(tmp_path / "recomputed"), "training.gradient_checkpointing=true"])

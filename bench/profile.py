@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable
 
 import torch
@@ -15,10 +14,10 @@ N_SHOWN = 12
 COLUMNS = {"name": "operation", "share": "share", "ours_ms": "ms per step", "n_calls": "calls per step"}
 
 
-def profile_step(options: Namespace, step: Callable[[], object], device: torch.device, title: str) -> Report:
+def profile_step(step: Callable[[], object], n_warmup: int, device: torch.device, title: str) -> Report:
     """Shares of the operations that take longest, each without what it calls; on a GPU, of the GPU's time."""
     on_gpu = device.type == "cuda"
-    for _ in range(5 if options.graph else 2):
+    for _ in range(n_warmup):
         step()
     synchronize(device)
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:

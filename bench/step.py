@@ -84,7 +84,7 @@ def run(options: Namespace) -> Report | None:
         name = f"{config.objective.name}/ours"
         step, _ = build_paths(config, world, [name], options.length)[name]
         title = f"{options.config.stem}, {config.objective.name}, batch {config.training.batch_size}"
-        return profile_step(options, step, world.device, title)
+        return profile_step(step, warmup_rounds(options), world.device, title)
     return measure_sizes(options, config, world) if options.sizes else compare(options, config, world)
 
 
@@ -103,6 +103,11 @@ def read_settings(options: Namespace) -> Config:
             raw["data"]["mask_id"] = options.vocab - 1
     raw["model"]["init_from"] = None
     return parse_config(raw, str(options.config))
+
+
+def warmup_rounds(options: Namespace) -> int:
+    """Steps before a path is timed: for AdamW's state, for compilation, and for the recording of a graph."""
+    return 5 if options.graph else 2 if options.compile else 1
 
 
 def sibling(config: Config) -> list[Config]:
@@ -168,13 +173,12 @@ def compare(options: Namespace, config: Config, world: World) -> Report:
     scored: dict[str, list[float]] = {name: [] for name in objectives}
     for name in objectives:
         calls[f"{name}/ours"] = _counted(*paths[f"{name}/ours"], scored[name])
-    n_warmup = 5 if options.graph else 2 if options.compile else 1
     times = interleave(
         calls,
         device,
         options.iterations,
         options.seconds,
-        n_warmup=n_warmup,
+        n_warmup=warmup_rounds(options),
         label="step",
         clock=clock_of(options),
     )
@@ -263,7 +267,7 @@ def measure_sizes(options: Namespace, config: Config, world: World) -> Report:
             world.device,
             options.iterations,
             options.seconds / len(SIZES),
-            n_warmup=2 if options.compile else 1,
+            n_warmup=warmup_rounds(options),
             label=axis,
             clock=clock_of(options),
         )

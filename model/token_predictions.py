@@ -44,12 +44,13 @@ def predict_tokens(
         noise_key: int64 [N], one random key per position; needed with a temperature.
     """
     matrix = head.to(compute_dtype(head))
-    n_rows, _ = block_shape(head)
+    n_rows, n_tokens = block_shape(head)
+    buffer = torch.empty(min(n_rows, len(hidden)), n_tokens, device=hidden.device)
     chunks = []
     for start in range(0, len(hidden), n_rows):
         part = slice(start, start + n_rows)
         keys = noise_key[part] if noise_key is not None else None
-        chunks.append(_predict_chunk(hidden[part].to(matrix.dtype), matrix, banned, temperature, keys))
+        chunks.append(_predict_chunk(hidden[part].to(matrix.dtype), matrix, buffer, banned, temperature, keys))
     if not chunks:
         empty = torch.empty(0, device=hidden.device)
         return TokenPredictions(empty.long(), empty, empty, empty)
@@ -69,14 +70,17 @@ class _BlockSummary(NamedTuple):
 
 
 def _predict_chunk(
-    states: Tensor, matrix: Tensor, banned: int, temperature: float, noise_key: Tensor | None
+    states: Tensor, matrix: Tensor, buffer: Tensor, banned: int, temperature: float, noise_key: Tensor | None
 ) -> TokenPredictions:
-    """See `predict_tokens`, of states [n, D] and the matrix [V, D], both in the type to compute in."""
-    _, n_tokens = block_shape(matrix)
-    buffer = torch.empty(len(states), min(n_tokens, len(matrix)), device=states.device)
+    """See `predict_tokens`, of states [n, D] and the matrix [V, D], both in the type to compute in.
+
+    Args:
+        buffer: float32 [at least n, v], overwritten by the logits of a block.
+    """
+    n_tokens = buffer.shape[1]
     blocks = []
     for start, rows in zip(range(0, len(matrix), n_tokens), matrix.split(n_tokens), strict=True):
-        logits = buffer[:, : len(rows)]  # [n, v]
+        logits = buffer[: len(states), : len(rows)]  # [n, v]
         write_logits(states, rows, logits)
         if start <= banned < start + len(rows):
             logits[:, banned - start] = BANNED_LOGIT

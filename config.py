@@ -29,6 +29,12 @@ class ModelSettings(Settings):
     num_key_value_heads: int | None = Field(None, gt=0, description="key and value heads; null: one per query head")
     tie_word_embeddings: bool = Field(False, description="output head shares the embedding matrix")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
+    learned_positions: int | None = Field(
+        None,
+        gt=0,
+        description="size of a table of learned positions, added to the token embeddings: the longest sequence; "
+        "null: rotary positions alone",
+    )
     rms_norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
     causal: bool | None = Field(
         None, description="no position sees a later one; null: as the objective needs it, all else is an error"
@@ -171,6 +177,12 @@ class Config(Settings):
             raise ValueError(
                 f"model.vocab_size {self.model.vocab_size} is too small for the data: set at least "
                 f"{self.data.min_vocab_size}"
+            )
+        table = self.model.learned_positions
+        if table is not None and table < self.data.length:
+            raise ValueError(
+                f"model.learned_positions {table} is shorter than a sequence of the data: set at least "
+                f"{self.data.length}"
             )
         return self
 

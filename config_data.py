@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+SudokuLayout = Literal["two_halves", "in_place"]
 
 
 class Settings(BaseModel):
@@ -21,6 +22,10 @@ class SudokuSettings(Settings):
     dataset: Literal["sudoku"]
     data_dir: str = Field("data/sudoku_new", description="folder of the published set and of generated boards")
     size: Literal[4, 6, 9] = Field(9, description="board size; 6 has boxes of 2 x 3")
+    layout: SudokuLayout = Field(
+        "two_halves",
+        description="two_halves: puzzle cells, then solution cells, as published; in_place: one board, the clues given",
+    )
     source: Literal["published_or_generated", "published", "generated", "files", "hub"] = Field(
         "published_or_generated", description="which of the sources below is read"
     )
@@ -64,6 +69,12 @@ class SudokuSettings(Settings):
         """Empty, the digits and the mask token."""
         return self.size + 2
 
+    @property
+    def length(self) -> int:
+        """Tokens per sequence."""
+        n_cells = self.size * self.size
+        return n_cells if self.layout == "in_place" else 2 * n_cells
+
 
 class TinyGsmSettings(Settings):
     """Where questions and programs come from. See `data/tiny_gsm.py`, `data/gsm8k.py` and `data/word_problems.py`."""
@@ -105,6 +116,11 @@ class TinyGsmSettings(Settings):
     def min_vocab_size(self) -> int:
         """The mask token must be among the tokens."""
         return (self.mask_id or 0) + 1
+
+    @property
+    def length(self) -> int:
+        """Tokens per sequence."""
+        return self.max_len
 
 
 DataSettings = SudokuSettings | TinyGsmSettings

@@ -48,19 +48,21 @@ def take_over(states: Sequence[State], world: World, seed: int, step: int) -> St
 
 def _take_over_pool(pools: Sequence[State], world: World) -> State:
     """This rank's part of the rows of all pools (see `PumaPool.state_dict`), and of what they have counted."""
-    n_rows = [len(pool["age"]) for pool in pools]
-    rows = own_share(sum(n_rows), world.rank, world.n_ranks)
-    n_segments = len(pools[0]["stage"]) // n_rows[0]
+    n_batches = pools[0].get("n_batches", 1)
+    n_rows = sum(len(pool["age"]) for pool in pools) // n_batches  # of a batch, on all ranks
+    own = own_share(n_rows, world.rank, world.n_ranks)
     state: State = {}
     for name, value in pools[0].items():
         values = [pool[name] for pool in pools]
-        if not isinstance(value, Tensor):  # K, the same everywhere
+        if not isinstance(value, Tensor):  # K and whose turn it is, the same everywhere
             state[name] = value
         elif value.ndim == 0:
             state[name] = torch.tensor(_part(sum(map(int, values)), world))
-        else:
-            per_row = n_segments if name == "stage" else 1
-            state[name] = torch.cat(values)[rows.start * per_row : rows.stop * per_row].clone()
+        else:  # each batch is shared out on its own
+            batches = torch.cat([part.view(n_batches, -1) for part in values], dim=1)  # [M, values of a batch]
+            per_row = batches.shape[1] // n_rows
+            part = batches[:, own.start * per_row : own.stop * per_row]
+            state[name] = part.reshape(-1, *value.shape[1:]).clone()
     return state
 
 

@@ -89,15 +89,15 @@ class PumaObjective:
             settings.collapse_threshold,
             generator,
             n_segments=blocks.n_blocks,
+            n_batches=settings.pool_batches,
         )
-        queue.top_up()
         self._confidence = torch.empty(n_rows, blocks.length, device=generator.device)
 
     def microbatches(self, step: int) -> Iterator[Microbatch]:
         """See `Objective`."""
         pool = self.pool
         pool.set_n_stages(self.settings.n_stages_at(step))
-        x0, masked = pool.x0, pool.masked
+        x0, masked = pool.batch()
         if self.n_uniform:
             fresh, maskable = self.queue.take_next(self.n_uniform)
             x0 = torch.cat([x0, fresh])  # [B, L]

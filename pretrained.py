@@ -20,7 +20,7 @@ from torch import Tensor
 from config import Config, ModelSettings
 from config_data import SudokuSettings
 from model.hub import CONFIG_FILE, EMBEDDING, HEAD, INDEX_FILE, Pretrained, read_qwen2, write_qwen2
-from model.transformer import Transformer
+from model.transformer import POSITIONS, Transformer
 from runtime.checkpoint import MANIFEST, find_checkpoint
 from sampling import load_model
 
@@ -77,6 +77,9 @@ def fit_weights(pretrained: Pretrained, settings: ModelSettings) -> dict[str, Te
     """
     found = [(key, getattr(settings, key), getattr(pretrained.settings, key)) for key in SHAPE]
     problems = [f"  {key}: {ours} in the settings, {theirs} there" for key, ours, theirs in found if ours != theirs]
+    ours, theirs = settings.learned_positions, pretrained.settings.learned_positions
+    if theirs is not None and ours != theirs:
+        problems.append(f"  learned_positions: {ours} in the settings, {theirs} there")
     if settings.tie_word_embeddings and not pretrained.settings.tie_word_embeddings:
         problems.append("  tie_word_embeddings: true in the settings, there the head is a matrix of its own")
     if problems:
@@ -84,6 +87,9 @@ def fit_weights(pretrained: Pretrained, settings: ModelSettings) -> dict[str, Te
     weights = dict(pretrained.weights)
     if not settings.tie_word_embeddings and pretrained.settings.tie_word_embeddings:
         weights[HEAD] = weights[EMBEDDING].clone()
+    if settings.learned_positions is not None and pretrained.settings.learned_positions is None:
+        # Zeros, so that the model computes what its source does until training changes them.
+        weights[POSITIONS] = torch.zeros(settings.learned_positions, settings.hidden_size)
     for name in (EMBEDDING, HEAD):
         if name in weights:
             weights[name] = fit_vocabulary(weights[name], settings.vocab_size)
@@ -136,6 +142,12 @@ def export_run(path: str, out: Path) -> str:
         raise ValueError(
             f"{path} is block-causal, which transformers' Qwen2 cannot be: its checkpoints hold the weights under "
             "Hugging Face's names"
+        )
+    if config.model.learned_positions is not None:
+        raise ValueError(
+            f"{path} has learned positions, which transformers' Qwen2 has not: read it with `sampling.load_model`, or "
+            f"take the weights from its checkpoints, where they have Hugging Face's names and {POSITIONS} is added to "
+            "the token embeddings"
         )
     tokenizer = _tokenizer_of(config)
     eos_id = pad_id = None

@@ -7,7 +7,8 @@ each row reveals next, so the pool costs no extra pass. The true tokens are fill
 A row advances as one segment, or, for block diffusion, each of its blocks does (`progressive_block.py`). Nothing here
 waits for the device: rows finish by a mask, and every shape is fixed.
 
-Shapes: B rows of the pool, L positions, S segments of a row; functions take any rows, the pool gives them segments.
+Shapes: M batches of B rows in the pool, L positions, S segments of a row; functions take any rows, the pool gives them
+segments.
 """
 
 from __future__ import annotations
@@ -105,14 +106,19 @@ def rows_in_flight(uniform_fraction: float, n_rows: int, rank: int, n_ranks: int
 
 
 class PumaPool:
-    """The rows in flight on one rank.
+    """The rows in flight on one rank: M batches of B rows, which updates train and advance in turn.
+
+    The paper's pool is its batch (M = 1): each sequence is trained in K updates in a row. A deeper pool makes the same
+    passes over the same share of fresh rows per update, but spreads a sequence's K visits over K * M updates, so that
+    neighbouring updates share no sequences.
 
     Attributes:
-        x0: int64 [B, L], the clean sequences.
-        maskable: bool [B, L], False on prompts.
-        masked: bool [B, L], True where hidden; at least one in each row, always.
-        stage: int64 [B * S]; K where the segment has finished before its row.
-        age: int64 [B], steps that each row has served so far.
+        turn: int64 scalar, which of the M batches the next update trains.
+        x0: int64 [M * B, L], the clean sequences, batch after batch.
+        maskable: bool [M * B, L], False on prompts.
+        masked: bool [M * B, L], True where hidden; at least one in each row, always.
+        stage: int64 [M * B * S]; K where the segment has finished before its row.
+        age: int64 [M * B], updates that have trained the row so far.
         n_finished, n_finished_steps: int64 scalars, sequences retired and the sum of their trajectory lengths.
     """
 
@@ -123,18 +129,27 @@ class PumaPool:
         n_stages: int,
         collapse_threshold: float | None,
         generator: torch.Generator,
+        *,
         n_segments: int = 1,
+        n_batches: int = 1,
     ) -> None:
-        """Fill the pool from `queue`; `n_segments` must divide the length."""
+        """Fill `n_batches` batches of `n_rows` rows from `queue`; `n_segments` must divide the length."""
         self.queue, self.generator, self.n_segments = queue, generator, n_segments
+        self.n_rows, self.n_batches = n_rows, n_batches
         self.n_stages, self.collapse_threshold = n_stages, collapse_threshold
         device = generator.device
-        self.x0, self.maskable = queue.take_next(n_rows)
-        n = n_rows * n_segments
+        batches = []
+        for _ in range(n_batches):
+            batches.append(queue.take_next(n_rows))
+            queue.top_up()  # it holds rows for one batch
+        self.x0, self.maskable = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        n = n_batches * n_rows * n_segments
         spread = torch.arange(n, device=device) * n_stages // n
-        self.stage, self.masked = self._enter(spread[torch.randperm(n, generator=generator, device=device)])
-        self.age, self.n_finished, self.n_finished_steps = (
-            torch.zeros(shape, dtype=torch.long, device=device) for shape in (n_rows, (), ())
+        self.stage, self.masked = self._enter(
+            self.maskable, spread[torch.randperm(n, generator=generator, device=device)]
+        )
+        self.turn, self.age, self.n_finished, self.n_finished_steps = (
+            torch.zeros(shape, dtype=torch.long, device=device) for shape in ((), len(self.x0), (), ())
         )
 
     def set_n_stages(self, n_stages: int) -> None:
@@ -145,31 +160,46 @@ class PumaPool:
         n_maskable, n_masked = self._segments(self.maskable).sum(1), self._segments(self.masked).sum(1)
         self.stage.copy_(torch.where(n_masked > 0, stage_of(n_maskable - n_masked, n_maskable, n_stages), n_stages))
 
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """The batch that the next update trains: x0 int64 [B, L] and masked bool [B, L], copies."""
+        rows = self._rows()
+        return self.x0[rows], self.masked[rows]
+
     def advance(self, confidence: Tensor) -> None:
-        """Reveal by confidence (float32 [B, L]), retire finished rows, admit fresh sequences in their place."""
+        """Reveal by confidence (float32 [B, L]) in `batch()`; retire finished rows and admit fresh ones in their place.
+
+        The next batch is then in turn.
+        """
+        rows = self._rows()
+        x0, maskable, age = self.x0[rows], self.maskable[rows], self.age[rows] + 1
         masked, stage, finished = advance(
-            self._segments(self.masked),
-            self.stage,
-            self._segments(self.maskable),
+            self._segments(self.masked[rows]),
+            self.stage.view(-1, self.n_segments)[rows].flatten(),
+            self._segments(maskable),
             self._segments(confidence),
             n_stages=self.n_stages,
             collapse_threshold=self.collapse_threshold,
             generator=self.generator,
         )
-        masked = (masked & ~finished[:, None]).view_as(self.masked)
+        masked = (masked & ~finished[:, None]).view_as(maskable)
         stage = stage.masked_fill(finished, self.n_stages)
-        retired = finished.view(len(self.x0), -1).all(1)  # [B]
-        self.age += 1
+        retired = finished.view(self.n_rows, -1).all(1)  # [B]
         self.n_finished += retired.sum()
-        self.n_finished_steps += (self.age * retired).sum()
-        self.age *= ~retired
-        x0, maskable = self.queue.take(retired)
+        self.n_finished_steps += (age * retired).sum()
+        fresh_x0, fresh_maskable = self.queue.take(retired)
+        x0, maskable = (
+            torch.where(retired[:, None], fresh, old) for fresh, old in ((fresh_x0, x0), (fresh_maskable, maskable))
+        )
+        fresh_stage, fresh_masked = self._enter(maskable, torch.zeros_like(stage))
+        masked = torch.where(retired[:, None], fresh_masked, masked)
+        stage = torch.where(retired.repeat_interleave(self.n_segments), fresh_stage, stage)
         # In place, so that a captured step finds the pool where it left it.
-        self.x0.copy_(torch.where(retired[:, None], x0, self.x0))
-        self.maskable.copy_(torch.where(retired[:, None], maskable, self.maskable))
-        fresh_stage, fresh_masked = self._enter(torch.zeros_like(stage))
-        self.masked.copy_(torch.where(retired[:, None], fresh_masked, masked))
-        self.stage.copy_(torch.where(retired.repeat_interleave(self.n_segments), fresh_stage, stage))
+        self.x0.index_copy_(0, rows, x0)
+        self.maskable.index_copy_(0, rows, maskable)
+        self.masked.index_copy_(0, rows, masked)
+        self.stage.view(-1, self.n_segments).index_copy_(0, rows, stage.view(-1, self.n_segments))
+        self.age.index_copy_(0, rows, age * ~retired)
+        self.turn.add_(1).remainder_(self.n_batches)
 
     def metrics(self) -> dict[str, Tensor]:
         """State of the pool for the records; the stage histogram [K] holds shares of the segments in flight."""
@@ -187,26 +217,34 @@ class PumaPool:
         state = {key: getattr(self, key) for key in ("x0", "maskable", "masked", "stage", "age")}
         return state | {
             "n_stages": self.n_stages,
+            "n_batches": self.n_batches,
+            "turn": int(self.turn),
             "n_finished": self.n_finished,
             "n_finished_steps": self.n_finished_steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo `state_dict`."""
-        for key, value in state.items():
-            setattr(self, key, value.to(self.generator.device) if isinstance(value, Tensor) else value)
+        self.n_stages = state["n_stages"]
+        self.turn.fill_(state.get("turn", 0))  # absent where a pool was its batch
+        for key in ("x0", "maskable", "masked", "stage", "age", "n_finished", "n_finished_steps"):
+            setattr(self, key, state[key].to(self.generator.device))
+
+    def _rows(self) -> Tensor:
+        """Numbers of the rows whose turn it is, int64 [B]; computed on the device, where a captured step needs them."""
+        return self.turn * self.n_rows + torch.arange(self.n_rows, device=self.turn.device)
 
     def _segments(self, values: Tensor) -> Tensor:
-        """[B, L] as one row per segment, [B * S, L / S]."""
-        return values.reshape(len(self.x0) * self.n_segments, -1)
+        """Rows [n, L] as one row per segment, [n * S, L / S]."""
+        return values.reshape(len(values) * self.n_segments, -1)
 
-    def _enter(self, stage: Tensor) -> tuple[Tensor, Tensor]:
-        """Stage (int64 [B * S]) and masks (bool [B, L]) of the pool's sequences, all entering at `stage`.
+    def _enter(self, maskable: Tensor, stage: Tensor) -> tuple[Tensor, Tensor]:
+        """Stage (int64 [n * S]) and masks (bool [n, L]) of sequences (`maskable` bool [n, L]) that enter at `stage`.
 
         Random positions are revealed to the stage's target. Segments with nothing to reveal have finished.
         """
-        maskable = self._segments(self.maskable)  # [B * S, L / S]
-        n_maskable = maskable.sum(1)
+        segments = self._segments(maskable)  # [n * S, L / S]
+        n_maskable = segments.sum(1)
         target = draw_target(stage, self.n_stages, n_maskable, self.generator)
-        masked = maskable & ~reveal_random(maskable, target, self.generator)
-        return torch.where(n_maskable > 0, stage, self.n_stages), masked.view_as(self.maskable)
+        masked = segments & ~reveal_random(segments, target, self.generator)
+        return torch.where(n_maskable > 0, stage, self.n_stages), masked.view_as(maskable)

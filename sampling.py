@@ -169,11 +169,15 @@ def read_question(options: argparse.Namespace, config: Config) -> tuple[Tensor, 
             raise ValueError("this is a Sudoku model: give it a --puzzle, not a --prompt")
         size, n_cells = config.data.size, config.data.size**2
         puzzle = torch.tensor(parse_puzzle(options.puzzle, size))
+        if config.data.layout == "in_place":
+            xt = puzzle.masked_fill(puzzle == 0, config.mask_id)
+        else:
+            xt = torch.cat([puzzle, torch.full_like(puzzle, config.mask_id)])
 
         def show_board(result: Samples) -> str:
-            return format_boards(puzzle, result.tokens[0, n_cells:], result.order[0, n_cells:], size)
+            return format_boards(puzzle, result.tokens[0, -n_cells:], result.order[0, -n_cells:], size)
 
-        return torch.cat([puzzle, torch.full_like(puzzle, config.mask_id)])[None], None, show_board
+        return xt[None], None, show_board
     if options.prompt is None:
         raise ValueError("this is a TinyGSM model: give it a --prompt, not a --puzzle")
     # Sudoku needs none of these, and they are slow to import.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -85,7 +84,7 @@ class Updater:
 
 def apply_update(run: Run, dtype: torch.dtype | None) -> None:
     """The device's part of an update: the same kernels on the same memory every time."""
-    microbatches, batch = list(run.objective.microbatches(run.step)), []
+    microbatches = list(run.objective.microbatches(run.step))
     for number, microbatch in enumerate(microbatches, start=1):
         last = number == len(microbatches)
         sync = run.wrapped.no_sync() if isinstance(run.wrapped, DistributedDataParallel) and not last else nullcontext()
@@ -95,14 +94,13 @@ def apply_update(run: Run, dtype: torch.dtype | None) -> None:
             scores.loss.backward()
         run.totals[0] += scores.loss.detach()
         run.objective.observe(microbatch, scores.confidence)
-        batch.append(replace(microbatch, x0=microbatch.x0.clone()))  # the pool changes its own at the end of the step
     run.totals[1] += whole(nn.utils.clip_grad_norm_(run.model.parameters(), run.config.training.max_grad_norm))
     run.optimizer.step()
     run.optimizer.zero_grad()
     if run.ema is not None:
         run.ema.update_parameters(run.model)
     run.objective.end_step()
-    run.batch = batch
+    run.batch = microbatches
 
 
 def check_finite(run: Run) -> None:

@@ -41,8 +41,7 @@ class RandomRows:
 def synthetic_rows(config: Config, length: int | None = None) -> SequenceData:
     """Rows of the shape that the settings describe: boards for Sudoku, unless another length is asked for."""
     if isinstance(config.data, SudokuSettings):
-        own = 2 * config.data.size**2
-        if length in (None, own):
+        if length in (None, config.data.length):
             return random_boards(config.data)
         return RandomRows(length, config.mask_id)
     return RandomRows(length or config.data.max_len, config.mask_id)
@@ -64,7 +63,7 @@ def random_boards(settings: SudokuSettings, seed: int = 0) -> SequenceData:
         n_clues = rng.integers(settings.min_clues, settings.max_clues + 1)
         clues = rng.permutation(size * size)[:n_clues]
         puzzle[clues] = solution[clues]
-    return make_data(tokens.reshape(N_ROWS, -1), size, "synthetic boards")
+    return make_data(tokens.reshape(N_ROWS, -1), size, "synthetic boards", settings.layout)
 
 
 def _shuffled_lines(rng: np.random.Generator, size: int, n_in_box: int) -> np.ndarray:

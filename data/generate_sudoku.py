@@ -94,7 +94,7 @@ def cached_generated(
     if not all(path.exists() for path in paths):
         for data, path in zip(generate_sudoku(size, n_train, n_test, min_clues, max_clues, seed), paths, strict=True):
             assert data is not None  # the settings ask for at least one of each
-            save_array(path, data.tokens)
+            save_array(path, data.boards)
     return paths
 
 
@@ -131,13 +131,13 @@ def _chunks(size: int, min_clues: int, max_clues: int, seed: int, n_workers: int
 
 def write_csv(path: Path, data: SudokuData) -> None:
     """Write `puzzle,solution` rows, so that the file is there whole or not at all."""
-    text = (data.tokens + ord("0")).tobytes().decode("ascii")
+    text = (data.boards + ord("0")).tobytes().decode("ascii")
     scratch = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
     with open(scratch, "w", encoding="ascii") as file:
         file.write("puzzle,solution\n")
-        for start in range(0, len(text), data.length):
-            middle = start + data.n_cells
-            file.write(f"{text[start:middle]},{text[middle : start + data.length]}\n")
+        for start in range(0, len(text), 2 * data.n_cells):
+            middle, end = start + data.n_cells, start + 2 * data.n_cells
+            file.write(f"{text[start:middle]},{text[middle:end]}\n")
     scratch.replace(path)
 
 

@@ -86,7 +86,7 @@ def load_sudoku(settings: SudokuSettings, split: Split) -> SudokuData:
     if source == "published_or_generated":
         source = "published" if published_available(settings.data_dir) else "generated"
     if source == "published":
-        return load_published(settings.data_dir, split)
+        return load_published(settings.data_dir, split, settings.layout)
     if source == "hub":
         assert settings.hub_name is not None  # checked in config.py, as are the files below
         return load_hub(
@@ -95,11 +95,12 @@ def load_sudoku(settings: SudokuSettings, split: Split) -> SudokuData:
             settings.puzzle_column,
             settings.solution_column,
             settings.size,
+            settings.layout,
         )
     if source == "files":
         path = settings.train_file if train else settings.test_file
         assert path is not None
-        return load_sudoku_file(path, settings.size)
+        return load_sudoku_file(path, settings.size, settings.layout)
     paths = cached_generated(
         settings.data_dir,
         settings.size,
@@ -109,7 +110,7 @@ def load_sudoku(settings: SudokuSettings, split: Split) -> SudokuData:
         settings.max_clues,
         settings.seed,
     )
-    return load_sudoku_file(paths[0 if train else 1], settings.size)
+    return load_sudoku_file(paths[0 if train else 1], settings.size, settings.layout)
 
 
 def describe_source(settings: DataSettings) -> str:

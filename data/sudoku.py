@@ -1,7 +1,12 @@
 """Sudoku boards as token sequences, checked in bulk.
 
-A sequence is the puzzle's cells, then the solution's: 0 is an empty cell, the mask token is size + 1. The puzzle half
-is the prompt. `data/sudoku_files.py` reads the sources; `python -m data.sudoku check FILE` checks one.
+0 is an empty cell, the mask token is size + 1. There are two layouts of a sequence; in both the last C tokens are the
+solution:
+
+- `two_halves`: the puzzle's cells, then the solution's. The puzzle half is the prompt.
+- `in_place`: the solution's cells alone. The clues are the prompt; no token is an empty cell.
+
+`data/sudoku_files.py` reads the sources; `python -m data.sudoku check FILE` checks one.
 
 Shapes: N boards, S size, C = S * S cells.
 """
@@ -15,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from config_data import SudokuLayout
+
 # Rows and columns of a box.
 BOX_SHAPE = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 CHUNK_ROWS = 50_000
@@ -25,8 +32,9 @@ N_SHOWN = 10
 class SudokuData:
     """Boards in memory; see `data.stream.SequenceData`. Build it with `make_data`, which checks them."""
 
-    tokens: np.ndarray  # uint8 [N, 2 * C]
+    boards: np.ndarray  # uint8 [N, 2 * C], puzzles and solutions
     size: int
+    layout: SudokuLayout = "two_halves"
 
     @property
     def n_cells(self) -> int:
@@ -36,7 +44,7 @@ class SudokuData:
     @property
     def length(self) -> int:
         """Tokens per sequence."""
-        return 2 * self.n_cells
+        return self.n_cells if self.layout == "in_place" else 2 * self.n_cells
 
     @property
     def mask_id(self) -> int:
@@ -51,38 +59,44 @@ class SudokuData:
     @property
     def puzzles(self) -> np.ndarray:
         """uint8 [N, C]."""
-        return self.tokens[:, : self.n_cells]
+        return self.boards[:, : self.n_cells]
 
     @property
     def solutions(self) -> np.ndarray:
         """uint8 [N, C]."""
-        return self.tokens[:, self.n_cells :]
+        return self.boards[:, self.n_cells :]
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.boards)
 
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (int64 [n, 2 * C]) and prompt mask (bool [n, 2 * C]) of these rows."""
-        prompt_mask = np.zeros((len(indices), self.length), dtype=bool)
+        """Tokens (int64 [n, L]) and prompt mask (bool [n, L]) of these rows."""
+        boards = self.boards[indices]
+        if self.layout == "in_place":
+            return boards[:, self.n_cells :].astype(np.int64), boards[:, : self.n_cells] != 0
+        prompt_mask = np.zeros(boards.shape, dtype=bool)
         prompt_mask[:, : self.n_cells] = True
-        return self.tokens[indices].astype(np.int64), prompt_mask
+        return boards.astype(np.int64), prompt_mask
 
 
-def make_data(tokens: np.ndarray, size: int, source: str) -> SudokuData:
+def make_data(boards: np.ndarray, size: int, source: str, layout: SudokuLayout = "two_halves") -> SudokuData:
     """Check boards and wrap them.
 
     Args:
-        tokens: [N, 2 * C] of any number type.
+        boards: [N, 2 * C] of any number type, puzzles and solutions.
         source: where they come from, for the message.
 
     Raises:
         ValueError: there are none, the shape is wrong or a board is bad; the message names the first bad rows.
     """
-    check_shape(tokens, size, source)
-    bad = check_boards(tokens, size)
+    check_shape(boards, size, source)
+    bad = check_boards(boards, size)
+    if not bad and layout == "in_place":
+        full = np.flatnonzero((boards[:, : size * size] != 0).all(1))
+        bad = [(int(row), "the puzzle has no empty cell, so layout in_place leaves nothing to predict") for row in full]
     if bad:
-        raise ValueError(f"{source}: {format_bad_rows(bad, len(tokens))}")
-    return SudokuData(np.ascontiguousarray(tokens, dtype=np.uint8), size)
+        raise ValueError(f"{source}: {format_bad_rows(bad, len(boards))}")
+    return SudokuData(np.ascontiguousarray(boards, dtype=np.uint8), size, layout)
 
 
 def check_shape(tokens: np.ndarray, size: int, source: str) -> None:

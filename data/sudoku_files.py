@@ -15,6 +15,7 @@ from zipfile import BadZipFile
 import numpy as np
 from tqdm import tqdm
 
+from config_data import SudokuLayout
 from data.sudoku import SudokuData, make_data
 
 # The published set (Shah et al. 2024): rows of k and 81 quadruples (row, column, value, strategy), k of them clues.
@@ -24,9 +25,9 @@ RAW_WIDTH = 1 + 81 * 4
 CHUNK_ROWS = 50_000
 
 
-def load_sudoku_file(path: str | Path, size: int) -> SudokuData:
+def load_sudoku_file(path: str | Path, size: int, layout: SudokuLayout = "two_halves") -> SudokuData:
     """Boards of a .csv, .npz or .npy file, checked; raises ValueError naming the file and the bad rows."""
-    return make_data(read_boards(path, size), size, str(path))
+    return make_data(read_boards(path, size), size, str(path), layout)
 
 
 def read_boards(path: str | Path, size: int) -> np.ndarray:
@@ -68,7 +69,7 @@ def published_available(data_dir: str | Path) -> bool:
     )
 
 
-def load_published(data_dir: str | Path, split: str) -> SudokuData:
+def load_published(data_dir: str | Path, split: str, layout: SudokuLayout = "two_halves") -> SudokuData:
     """The published set's `train` or `test` split; converted on first use, which later ones read.
 
     Raises:
@@ -78,10 +79,10 @@ def load_published(data_dir: str | Path, split: str) -> SudokuData:
     if not converted.exists():
         if not raw.exists():
             raise ValueError(f"{data_dir} holds neither {converted.name} nor {raw.name}; set data.source: generated")
-        data = make_data(convert_published(raw), 9, str(raw))
-        save_array(converted, data.tokens)
+        data = make_data(convert_published(raw), 9, str(raw), layout)
+        save_array(converted, data.boards)
         return data
-    return load_sudoku_file(converted, 9)
+    return load_sudoku_file(converted, 9, layout)
 
 
 def convert_published(path: Path) -> np.ndarray:
@@ -120,7 +121,14 @@ def convert_published(path: Path) -> np.ndarray:
     return boards.reshape(-1, 162)
 
 
-def load_hub(name: str, split: str, puzzle_column: str, solution_column: str, size: int) -> SudokuData:
+def load_hub(
+    name: str,
+    split: str,
+    puzzle_column: str,
+    solution_column: str,
+    size: int,
+    layout: SudokuLayout = "two_halves",
+) -> SudokuData:
     """A split of a Hugging Face data set (a name or a local folder) whose cells are text or lists of integers.
 
     Raises:
@@ -143,7 +151,7 @@ def load_hub(name: str, split: str, puzzle_column: str, solution_column: str, si
     columns = [
         _cells(table[column][:], size, f"{source}, column {column!r}") for column in (puzzle_column, solution_column)
     ]
-    return make_data(np.concatenate(columns, axis=1), size, source)
+    return make_data(np.concatenate(columns, axis=1), size, source, layout)
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

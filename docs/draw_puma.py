@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data.load import load_split
+from data.sudoku import SudokuData
 from progressive import advance
 from sampling import load_model
 from unmasking import mask_uniformly, row_weights
@@ -33,12 +34,13 @@ def trajectory(run_dir: Path, row: int, seed: int) -> tuple[Tensor, Tensor, list
     data = load_split(config, "test")
     tokens, prompt_mask = (torch.from_numpy(part) for part in data.rows(np.array([row])))
     maskable, generator = ~prompt_mask, torch.Generator().manual_seed(seed)
-    n_cells = data.length // 2
+    assert isinstance(data, SudokuData)
+    n_cells = data.n_cells
     masked, stage = maskable.clone(), torch.zeros(1, dtype=torch.long)
     pool = []
     n_stages = config.objective.model_dump()["n_stages"]
     for _ in range(n_stages):
-        pool.append(masked[0, n_cells:])
+        pool.append(masked[0, -n_cells:])
         scores = model(tokens.masked_fill(masked, data.mask_id), tokens, row_weights(masked, 1))
         masked, stage, _ = advance(
             masked,
@@ -49,8 +51,8 @@ def trajectory(run_dir: Path, row: int, seed: int) -> tuple[Tensor, Tensor, list
             collapse_threshold=None,
             generator=generator,
         )
-    drawn = [mask_uniformly(maskable, generator)[0, n_cells:] for _ in pool]
-    return tokens[0, n_cells:], tokens[0, :n_cells] > 0, pool, drawn
+    drawn = [mask_uniformly(maskable, generator)[0, -n_cells:] for _ in pool]
+    return tokens[0, -n_cells:], torch.from_numpy(data.puzzles[row] > 0), pool, drawn
 
 
 def draw(run_dir: Path, row: int, seed: int, out: Path) -> None:

@@ -75,8 +75,10 @@ class SudokuTask:
 
     def judge(self, tokens: Tensor, indices: np.ndarray) -> Judged:
         """See `Task`; no samples, since a grid says little to a reader."""
-        x0 = torch.from_numpy(self.validation.rows(indices)[0])
-        return Judged(judge_boards(tokens.cpu(), x0, self.validation.size), [])
+        data = self.validation
+        puzzle, solution = (torch.from_numpy(part[indices]).long() for part in (data.puzzles, data.solutions))
+        grid = tokens[:, -data.n_cells :].cpu()  # in both layouts
+        return Judged(judge_boards(grid, puzzle, solution, data.size), [])
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,10 @@
 RMSNorm before each block, rotary embedding that pairs the two halves of a head, grouped-query attention with biases on
 query, key and value, SwiGLU, an output head that may share the embedding matrix.
 
+Rotary embedding makes scores depend on offsets between positions, so a bidirectional model cannot tell where a token
+stands: on input that is masked throughout, every position computes the same. `model.learned_positions` adds a learned
+vector per position to the token embeddings, which Qwen2 does not have.
+
 Shapes: B rows, L positions, D width, K keys, V vocabulary.
 """
 
@@ -25,6 +29,7 @@ from model.token_scores import ScoredPositions, TokenScores, score_tokens
 # Qwen2's. The published PUMA code starts wider, which costs it the first thousands of steps.
 INIT_STD = 0.02
 TIED_HEAD = "lm_head.weight"
+POSITIONS = "model.embed_positions.weight"
 
 
 class SwiGLU(nn.Module):
@@ -83,7 +88,7 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Embedding, blocks and the last norm: tokens in, hidden states out."""
+    """Embeddings, blocks and the last norm: tokens in, hidden states out."""
 
     def __init__(self, settings: ModelSettings, causal: bool) -> None:
         super().__init__()
@@ -91,6 +96,9 @@ class Backbone(nn.Module):
         self.n_key_value_heads, self.causal = settings.n_key_value_heads, causal
         self.rope_theta = settings.rope_theta
         self.embed_tokens = nn.Embedding(settings.vocab_size, settings.hidden_size)
+        self.embed_positions: nn.Embedding | None = None
+        if settings.learned_positions is not None:
+            self.embed_positions = nn.Embedding(settings.learned_positions, settings.hidden_size)
         self.layers = nn.ModuleList(Block(settings, causal) for _ in range(settings.num_hidden_layers))
         self.norm = nn.RMSNorm(settings.hidden_size, settings.rms_norm_eps)
 
@@ -117,7 +125,9 @@ class Backbone(nn.Module):
         if self.causal and mask is None and n_past:
             mask = torch.arange(n_keys, device=tokens.device) <= positions[:, None]  # [L, K]
         cos, sin = rotary_tables(positions, self.head_width, self.rope_theta)
-        x = self.embed_tokens(tokens)
+        x = self.embed_tokens(tokens)  # [B, L, D]
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(positions)
         for number, layer in enumerate(self.layers):
             past = None
             if cache is not None:

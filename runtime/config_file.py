@@ -119,7 +119,7 @@ def _all_errors(error: ValidationError, raw: dict[str, Any]) -> list[ErrorDetail
     errors = [details for details in errors if not (details["type"] == "too_short" and details["loc"] in places)]
     model = raw.get("model")
     if isinstance(model, dict) and all(details["loc"] for details in errors):
-        model = _RIGHT["model"] | {"vocab_size": model.get("vocab_size")}
+        model = _RIGHT["model"] | {key: model.get(key) for key in ("vocab_size", "learned_positions")}
         try:
             Config.model_validate_json(json.dumps(_RIGHT | {"model": model, "data": raw.get("data")}, default=str))
         except ValidationError as second:

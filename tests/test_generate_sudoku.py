@@ -105,7 +105,7 @@ def test_all_puzzles_are_distinct_and_train_and_test_share_none():
 
 def test_the_seed_decides_and_neighbouring_seeds_have_nothing_in_common():
     data = [train_set(6, 300, 0, 14, 22, seed=seed) for seed in (0, 0, 1, 2**32 - 1)]
-    assert np.array_equal(data[0].tokens, data[1].tokens)
+    assert np.array_equal(data[0].boards, data[1].boards)
     for other in data[2:]:
         assert count_shared_puzzles(data[0], other) == 0
 
@@ -116,11 +116,11 @@ def test_the_number_of_workers_changes_nothing(n_workers):
     for ours, theirs in zip(alone, together, strict=True):
         assert ours is not None
         assert theirs is not None
-        assert np.array_equal(ours.tokens, theirs.tokens)
+        assert np.array_equal(ours.boards, theirs.boards)
 
 
 def test_more_puzzles_begin_with_the_same_ones():
-    assert np.array_equal(train_set(9, 100, 0, 30, 40).tokens, train_set(9, 700, 0, 30, 40).tokens[:100])
+    assert np.array_equal(train_set(9, 100, 0, 30, 40).boards, train_set(9, 700, 0, 30, 40).boards[:100])
 
 
 def test_an_exhausted_range_says_so():
@@ -160,7 +160,7 @@ def test_generated_boards_are_kept_and_read_again(tmp_path, monkeypatch):
     assert [len(load_sudoku_file(path, 4)) for path in paths] == [50, 10]
     for path, data in zip(paths, made, strict=True):
         assert data is not None
-        assert np.array_equal(load_sudoku_file(path, 4).tokens, data.tokens)
+        assert np.array_equal(load_sudoku_file(path, 4).boards, data.boards)
     monkeypatch.setattr(generator, "generate_sudoku", None)  # a second call would fail
     assert cached_generated(*request) == paths
     assert not list((tmp_path / "new" / "folder").glob("*.incomplete"))
@@ -194,7 +194,7 @@ def test_the_command_writes_puzzles_and_solutions(tmp_path):
     for row in rows:
         assert len(row["puzzle"]) == len(row["solution"]) == 81
         assert 30 <= 81 - row["puzzle"].count("0") <= 40
-    assert np.array_equal(load_sudoku_file(out, 9).tokens, train_set(9, 25, 0, 30, 40, seed=5).tokens)
+    assert np.array_equal(load_sudoku_file(out, 9).boards, train_set(9, 25, 0, 30, 40, seed=5).boards)
     assert "25 good rows" in run_python("-m", "data.sudoku", "check", out).stdout
 
 

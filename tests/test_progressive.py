@@ -35,7 +35,7 @@ def make_pool(
 ) -> PumaPool:
     """A pool over numbered rows."""
     queue = RowQueue(SequenceStream(data or numbered_rows(23, 12, seed), seed), n_rows, torch.device("cpu"))
-    return PumaPool(queue, n_rows, n_stages, collapse_threshold, random_generator(seed + 1), n_segments)
+    return PumaPool(queue, n_rows, n_stages, collapse_threshold, random_generator(seed + 1), n_segments=n_segments)
 
 
 def step(pool: PumaPool, seed: int) -> Tensor:

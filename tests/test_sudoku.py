@@ -188,7 +188,7 @@ def test_a_board_becomes_puzzle_then_solution_with_the_puzzle_as_prompt(size):
     assert (len(data), data.n_cells, data.length, data.mask_id) == (5, n_cells, 2 * n_cells, size + 1)
     assert np.array_equal(data.puzzles, tokens[:, :n_cells])
     assert np.array_equal(data.solutions, tokens[:, n_cells:])
-    assert data.tokens.dtype == np.uint8
+    assert data.boards.dtype == np.uint8
     rows, prompt_mask = data.rows(np.array([4, 0, 4]))
     assert rows.dtype == np.int64
     assert np.array_equal(rows, tokens[[4, 0, 4]])

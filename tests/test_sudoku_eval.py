@@ -22,7 +22,7 @@ def solved_grid(size: int) -> Tensor:
 
 def judge(puzzle: Tensor, grid: Tensor, solution: Tensor, size: int) -> tuple[float, float]:
     """Whether `grid` solves `puzzle`, and its cell accuracy."""
-    figures = judge_boards(torch.cat([puzzle, grid])[None], torch.cat([puzzle, solution])[None], size)
+    figures = judge_boards(grid[None], puzzle[None], solution[None], size)
     assert all(values.dtype == torch.float32 and values.shape == (1,) for values in figures.values())
     return figures["accuracy"].item(), figures["cell_accuracy"].item()
 

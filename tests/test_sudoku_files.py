@@ -56,7 +56,7 @@ def varied_boards(size: int, n: int) -> np.ndarray:
 def test_csv(size, empty, tmp_path):
     tokens = varied_boards(size, 20)
     path = write_csv(tmp_path / "boards.csv", tokens, empty)
-    assert np.array_equal(load_sudoku_file(path, size).tokens, tokens)
+    assert np.array_equal(load_sudoku_file(path, size).boards, tokens)
 
 
 def test_csv_columns_may_stand_in_any_order_and_lines_be_empty(tmp_path):
@@ -64,14 +64,14 @@ def test_csv_columns_may_stand_in_any_order_and_lines_be_empty(tmp_path):
     lines = ["id,solution,puzzle", *(f"7,{text(row[16:])},{text(row[:16])}" for row in tokens), ""]
     path = tmp_path / "boards.csv"
     path.write_text("\r\n".join(lines))
-    assert np.array_equal(load_sudoku_file(path, 4).tokens, tokens)
+    assert np.array_equal(load_sudoku_file(path, 4).boards, tokens)
 
 
 def test_csv_with_a_byte_order_mark(tmp_path):
     tokens = varied_boards(4, 2)
     path = write_csv(tmp_path / "boards.csv", tokens)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert np.array_equal(load_sudoku_file(path, 4).tokens, tokens)
+    assert np.array_equal(load_sudoku_file(path, 4).boards, tokens)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float64])
@@ -82,8 +82,8 @@ def test_npz_and_npy(dtype, tmp_path):
     np.savez_compressed(tmp_path / "packed.npz", puzzle=tokens[:, :81].astype(dtype), solution=tokens[:, 81:])
     for name in ("boards.npy", "boards.npz", "packed.npz"):
         data = load_sudoku_file(tmp_path / name, 9)
-        assert np.array_equal(data.tokens, tokens)
-        assert data.tokens.dtype == np.uint8
+        assert np.array_equal(data.boards, tokens)
+        assert data.boards.dtype == np.uint8
 
 
 GOOD = text(boards(4)[0, :16]), text(boards(4)[0, 16:])
@@ -187,12 +187,12 @@ def test_the_published_set_is_converted_once(tmp_path, capsys):
         np.save(tmp_path / RAW_FILES[split], published_rows(content, base=1))
     assert published_available(tmp_path)
     for split, content in tokens.items():
-        assert np.array_equal(load_published(tmp_path, split).tokens, content)
+        assert np.array_equal(load_published(tmp_path, split).boards, content)
         stored = np.load(tmp_path / CONVERTED_FILES[split])
         assert stored.dtype == np.uint8
         assert stored.shape == content.shape
         (tmp_path / RAW_FILES[split]).unlink()
-        assert np.array_equal(load_published(tmp_path, split).tokens, content), "read from the converted file"
+        assert np.array_equal(load_published(tmp_path, split).boards, content), "read from the converted file"
     assert published_available(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(CONVERTED_FILES.values())
 
@@ -201,7 +201,7 @@ def test_the_float64_file_of_the_published_code_loads(tmp_path):
     tokens = varied_boards(9, 5)
     for split in ("train", "test"):
         np.save(tmp_path / CONVERTED_FILES[split], tokens.astype(np.float64))
-    assert np.array_equal(load_published(tmp_path, "test").tokens, tokens)
+    assert np.array_equal(load_published(tmp_path, "test").boards, tokens)
 
 
 @pytest.mark.parametrize(
@@ -283,14 +283,14 @@ def test_hub_text_columns(size, kind, empty, hub):
     train, test = varied_boards(size, 9), varied_boards(size, 4)
     train[0, 0] = 0
     name = hub(kind, train=hub_columns(train, empty), test=hub_columns(test, empty))
-    assert np.array_equal(load_hub(name, "train", "question", "answer", size).tokens, train)
-    assert np.array_equal(load_hub(name, "test", "question", "answer", size).tokens, test)
+    assert np.array_equal(load_hub(name, "train", "question", "answer", size).boards, train)
+    assert np.array_equal(load_hub(name, "test", "question", "answer", size).boards, test)
 
 
 def test_hub_columns_of_integers(hub):
     tokens = varied_boards(9, 7)
     name = hub("parquet", train=hub_columns(tokens, as_lists=True))
-    assert np.array_equal(load_hub(name, "train", "question", "answer", 9).tokens, tokens)
+    assert np.array_equal(load_hub(name, "train", "question", "answer", 9).boards, tokens)
 
 
 def test_hub_sets_that_do_not_fit_are_refused(hub, tmp_path):
@@ -335,8 +335,8 @@ def test_each_source_is_chosen_by_the_settings(tmp_path, hub):
     }
     for source, keys in sources.items():
         chosen = settings(tmp_path, source=source, size=4, **keys)
-        assert np.array_equal(load_sudoku(chosen, "train").tokens, train)
-        assert np.array_equal(load_sudoku(chosen, "test").tokens, test)
+        assert np.array_equal(load_sudoku(chosen, "train").boards, train)
+        assert np.array_equal(load_sudoku(chosen, "test").boards, test)
         assert next(iter(keys.values())) in describe_source(chosen)
 
 

@@ -47,8 +47,8 @@ class Updater:
             self._step_graph()
         else:
             apply_update(run, self.dtype)
-        if run.ema is not None and self.graph is not None:
-            run.ema.n_averaged += 1  # kept on the host, where a replay does not count
+        if run.ema is not None:
+            run.ema.update_parameters(run.model)  # its decay changes, which a recorded update would not notice
         run.learning_rate = run.config.training.learning_rate * run.scheduler.lr_lambdas[0](run.step)
         run.scheduler.step()
         run.objective.stage_rows()
@@ -76,8 +76,6 @@ class Updater:
                 graph.register_generator_state(run.objective.generator)
             with torch.cuda.graph(graph):
                 apply_update(run, self.dtype)
-            if run.ema is not None:
-                run.ema.n_averaged -= 1  # the recording counted, but nothing has run yet
             self.graph = graph
         self.graph.replay()
 
@@ -97,8 +95,6 @@ def apply_update(run: Run, dtype: torch.dtype | None) -> None:
     run.totals[1] += whole(nn.utils.clip_grad_norm_(run.model.parameters(), run.config.training.max_grad_norm))
     run.optimizer.step()
     run.optimizer.zero_grad()
-    if run.ema is not None:
-        run.ema.update_parameters(run.model)
     run.objective.end_step()
     run.batch = microbatches
 

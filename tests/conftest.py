@@ -27,6 +27,7 @@ def tiny_settings(objective: dict, data_dir: Path) -> dict:
             "intermediate_size": 32,
             "num_hidden_layers": 1,
             "num_attention_heads": 2,
+            "learned_positions": 32,
         },
         "data": {
             "dataset": "sudoku",
@@ -55,7 +56,7 @@ def tiny_settings(objective: dict, data_dir: Path) -> dict:
     }
 
 
-PUMA = {"name": "puma", "k_schedule": [[3, 0], [5, 4]], "collapse_threshold": 0.9}
+PUMA = {"name": "puma", "k_schedule": [[3, 0], [5, 4]], "collapse_threshold": 0.9, "pool_batches": 2}
 UNIFORM = {"name": "uniform"}
 
 

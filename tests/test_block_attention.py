@@ -28,6 +28,7 @@ def build(block_size: int | None = BLOCK, seed: int = 0, head_width: int = 8) ->
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
+        learned_positions=LENGTH,
     )
     network = Transformer(settings, block_size=block_size)
     generator = torch.Generator().manual_seed(seed)

@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "puma": PUMA,
     "block_puma": PUMA | {"name": "block_puma", "block_size": 4, "block_attention": "prefix"},
     "puma_with_uniform_rows": PUMA | {"uniform_fraction": 0.3},
+    "puma_with_a_deep_pool": PUMA | {"uniform_fraction": 0.3, "pool_batches": 3},
     "uniform": {"name": "uniform"},
     "autoregressive": {"name": "autoregressive"},
 }
@@ -43,7 +44,8 @@ def ranks_of(settings: dict[str, Any], data: NumberedRows, n_ranks: int) -> list
 def run_step(objective: Any, seed: int) -> list[int]:
     """One update with random confidences; the rows that have had their whole turn."""
     pool = getattr(objective, "pool", None)
-    before = pool.x0[:, 0].tolist() if pool else []
+    before = pool.batch()[0][:, 0].tolist() if pool else []
+    turn = int(pool.turn) if pool else 0
     batch = list(objective.microbatches(0))
     for number, microbatch in enumerate(batch):
         objective.observe(microbatch, random_log_probs(tuple(microbatch.xt.shape), seed + number))
@@ -52,7 +54,8 @@ def run_step(objective: Any, seed: int) -> list[int]:
     objective.stage_rows()
     if pool is None:
         return rows
-    retired = [row for row, age in zip(before, pool.age.tolist(), strict=True) if age == 0]
+    ages = pool.age.view(pool.n_batches, -1)[turn].tolist()
+    retired = [row for row, age in zip(before, ages, strict=True) if age == 0]
     return retired + rows[len(before) :]
 
 
@@ -65,10 +68,10 @@ def states_of(objectives: list[Any]) -> list[dict[str, Any]]:
 
 
 def in_flight(objectives: list[Any]) -> Tensor:
-    """Everything known of the rows in flight, ranks in order: x0, masks, stages and ages, int64 [B, ...]."""
+    """Everything known of the rows in flight, ranks in order: x0, masks, stages and ages, int64 [M, B, ...]."""
     pools = [each.pool for each in objectives]
     parts = [torch.cat([p.x0, p.masked, p.maskable, p.stage.view(len(p.age), -1), p.age[:, None]], 1) for p in pools]
-    return torch.cat(parts)
+    return torch.cat([part.view(pools[0].n_batches, -1, part.shape[1]) for part in parts], dim=1)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -88,17 +88,21 @@ def test_linear_warm_up_then_half_a_cosine(warmup_steps, n_steps):
 
 
 def test_the_average_follows_its_formula():
-    """The first update copies the weights; after that average = decay * average + (1 - decay) * weights."""
+    """The first update copies the weights; after n updates d = min(decay, (1 + n) / (10 + n)) of the average is kept.
+
+    So the first weights are soon forgotten: a constant decay would keep them with weight decay^n.
+    """
     layer = nn.Linear(3, 2)
     ema, average = averaged(layer, 0.9)
     generator = torch.Generator().manual_seed(0)
     expected = None
-    for _ in range(20):
+    for n in range(120):
         with torch.no_grad():
             layer.weight.copy_(torch.randn(2, 3, generator=generator))
         ema.update_parameters(layer)
         weight = layer.weight.detach().double()
-        expected = weight.clone() if expected is None else 0.9 * expected + 0.1 * weight
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = weight.clone() if expected is None else decay * expected + (1 - decay) * weight
     assert expected is not None
     torch.testing.assert_close(average.weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import oracle
@@ -23,6 +24,7 @@ SEEDS = st.integers(0, 2**32)
 STAGES = st.integers(1, 12)
 SEGMENTS = st.sampled_from([1, 2, 3])  # of the 12 positions of a row; some hold prompts alone
 THRESHOLDS = st.sampled_from([None, 0.1, 0.5, 0.9, 1.0])
+BATCHES = st.integers(1, 3)  # in the pool
 
 
 def make_pool(
@@ -32,15 +34,25 @@ def make_pool(
     seed: int = 0,
     data: NumberedRows | None = None,
     n_segments: int = 1,
+    n_batches: int = 1,
 ) -> PumaPool:
     """A pool over numbered rows."""
     queue = RowQueue(SequenceStream(data or numbered_rows(23, 12, seed), seed), n_rows, torch.device("cpu"))
-    return PumaPool(queue, n_rows, n_stages, collapse_threshold, random_generator(seed + 1), n_segments=n_segments)
+    return PumaPool(
+        queue,
+        n_rows,
+        n_stages,
+        collapse_threshold,
+        random_generator(seed + 1),
+        n_segments=n_segments,
+        n_batches=n_batches,
+    )
 
 
 def step(pool: PumaPool, seed: int) -> Tensor:
     """One training step with random confidences, which it returns; -inf where nothing is masked, as in training."""
-    confidence = random_log_probs(tuple(pool.x0.shape), seed).masked_fill(~pool.masked, -torch.inf)
+    x0, masked = pool.batch()
+    confidence = random_log_probs(tuple(x0.shape), seed).masked_fill(~masked, -torch.inf)
     pool.advance(confidence)
     pool.queue.top_up()
     return confidence
@@ -197,43 +209,45 @@ def test_a_short_row_is_never_sent_back_by_its_ratio() -> None:
 # The pool
 
 
-@given(SEEDS, st.integers(1, 9), STAGES, THRESHOLDS, SEGMENTS)
+@given(SEEDS, st.integers(1, 9), STAGES, THRESHOLDS, SEGMENTS, BATCHES)
 @settings(max_examples=40, deadline=None)
 def test_prompts_never_change_and_every_row_has_a_masked_position(
-    seed: int, n_rows: int, n_stages: int, collapse_threshold: float | None, n_segments: int
+    seed: int, n_rows: int, n_stages: int, collapse_threshold: float | None, n_segments: int, n_batches: int
 ) -> None:
     """`x0` is at every moment a row of the data, and what is masked lies off its prompt."""
     data = numbered_rows(23, 12, seed % 1000)
-    pool = make_pool(n_rows, n_stages, collapse_threshold, seed, data, n_segments)
+    pool = make_pool(n_rows, n_stages, collapse_threshold, seed, data, n_segments, n_batches)
     for number in range(3 * n_stages):
         tokens, prompt_mask = data.rows(np.array(row_numbers(pool.x0)))
         assert np.array_equal(pool.x0.numpy(), tokens)
         assert np.array_equal(pool.maskable.numpy(), ~prompt_mask)
         assert not (pool.masked & ~pool.maskable).any()
         assert pool.masked.any(1).all()
-        in_flight = pool.masked.view(n_rows * n_segments, -1).any(1)
+        in_flight = pool.masked.view(n_batches * n_rows * n_segments, -1).any(1)
         assert ((pool.stage >= 0) & (pool.stage < n_stages))[in_flight].all()
         assert (pool.stage == n_stages)[~in_flight].all()
         step(pool, seed + number)
 
 
-@given(SEEDS, STAGES, THRESHOLDS, SEGMENTS)
+@given(SEEDS, STAGES, THRESHOLDS, SEGMENTS, BATCHES)
 @settings(max_examples=40, deadline=None)
 def test_every_transition_of_the_pool_is_one_of_the_oracles(
-    seed: int, n_stages: int, collapse_threshold: float | None, n_segments: int
+    seed: int, n_stages: int, collapse_threshold: float | None, n_segments: int, n_batches: int
 ) -> None:
     """Segments of rows that stay follow the oracle; a row leaves if and only if the oracle lets all of them finish."""
-    pool = make_pool(6, n_stages, collapse_threshold, seed, n_segments=n_segments)
-    for number in range(2 * n_stages):
+    pool = make_pool(6, n_stages, collapse_threshold, seed, n_segments=n_segments, n_batches=n_batches)
+    n_rows = 6 * n_batches
+    for number in range(2 * n_stages * n_batches):
         masked, stage, maskable, x0 = (part.clone() for part in (pool.masked, pool.stage, pool.maskable, pool.x0))
         confidence = step(pool, seed + number)
         stayed = (pool.age > 0).tolist()
-        for row in range(6):
+        first = number % n_batches * 6
+        for row in range(first, first + 6):
             possible = possible_transitions(
                 masked[row].view(n_segments, -1),
-                stage.view(6, n_segments)[row].tolist(),
+                stage.view(n_rows, n_segments)[row].tolist(),
                 maskable[row].view(n_segments, -1),
-                confidence[row].view(n_segments, -1),
+                confidence[row - first].view(n_segments, -1),
                 n_stages,
                 collapse_threshold,
             )
@@ -242,7 +256,9 @@ def test_every_transition_of_the_pool_is_one_of_the_oracles(
                 continue
             assert torch.equal(pool.x0[row], x0[row])
             assert pool.masked[row].any()
-            segments = zip(possible, pool.masked[row].view(n_segments, -1), pool.stage.view(6, -1)[row], strict=True)
+            segments = zip(
+                possible, pool.masked[row].view(n_segments, -1), pool.stage.view(n_rows, -1)[row], strict=True
+            )
             for transitions, left, new_stage in segments:
                 if left.any():
                     assert oracle.Transition(frozenset(places(left)), int(new_stage), finished=False) in transitions
@@ -350,6 +366,53 @@ def test_a_trajectory_takes_k_steps_without_a_threshold() -> None:
     assert int(pool.n_finished_steps) - steps_before == 5 * n_finished
 
 
+# A pool of several batches
+
+
+@given(SEEDS, THRESHOLDS, SEGMENTS, st.integers(2, 4))
+@settings(max_examples=30, deadline=None)
+def test_batches_take_turns_and_the_others_rest(
+    seed: int, collapse_threshold: float | None, n_segments: int, n_batches: int
+) -> None:
+    """Update t trains and advances batch t mod M; no other row changes in any way."""
+    data = numbered_rows(200, 12)  # none comes twice
+    pool = make_pool(5, 4, collapse_threshold, seed, data, n_segments, n_batches)
+    for number in range(3 * n_batches):
+        first = number % n_batches * 5
+        own = slice(first, first + 5)
+        x0, masked = pool.batch()
+        assert torch.equal(x0, pool.x0[own])
+        assert torch.equal(masked, pool.masked[own])
+        before = everything(pool)
+        step(pool, seed + number)
+        changed = (everything(pool) != before).any(1)
+        assert changed[own].all(), "at least the age of a row that stays, the number of one that is replaced"
+        changed[own] = False
+        assert not changed.any()
+
+
+def everything(pool: PumaPool) -> Tensor:
+    """All that is known of each row, int64 [M * B, ...]."""
+    stage = pool.stage.view(len(pool.age), -1)
+    return torch.cat([pool.x0, pool.masked, pool.maskable, stage, pool.age[:, None]], dim=1)
+
+
+def test_a_deeper_pool_spreads_the_visits_of_a_sequence() -> None:
+    """K visits each, as in the paper's pool, but M updates apart, and as many fresh rows per update."""
+    n_rows, n_stages, n_batches = 6, 5, 4
+    pool = make_pool(n_rows, n_stages, data=numbered_rows(600, 12, n_maskable=11), n_batches=n_batches)
+    visits: dict[int, list[int]] = {}
+    for number in range(3 * n_stages * n_batches):
+        for row in row_numbers(pool.batch()[0]):
+            visits.setdefault(row, []).append(number)
+        step(pool, number)
+    whole = [steps for steps in visits.values() if steps[0] >= n_batches and len(steps) == n_stages]
+    assert len(whole) >= n_rows * n_stages
+    assert all(later - earlier == n_batches for steps in whole for earlier, later in pairwise(steps))
+    assert max(map(len, visits.values())) == n_stages
+    assert int(pool.n_finished) == 3 * n_stages * n_batches * n_rows // n_stages
+
+
 # The data
 
 
@@ -448,12 +511,13 @@ def test_metrics_describe_the_pool() -> None:
     assert float(metrics["masked_fraction"]) == pytest.approx(sum(masked) / 8)
 
 
+@pytest.mark.parametrize("n_batches", [1, 3])
 @pytest.mark.parametrize("n_steps", [0, 1, 7])
-def test_a_restored_pool_goes_on_exactly(n_steps: int) -> None:
+def test_a_restored_pool_goes_on_exactly(n_steps: int, n_batches: int) -> None:
     """Also after a K change and over an epoch's end."""
     data = numbered_rows(23, 12)
-    first = make_pool(8, 4, 0.7, data=data)
-    second = make_pool(8, 4, 0.7, data=data)
+    first = make_pool(8, 4, 0.7, data=data, n_batches=n_batches)
+    second = make_pool(8, 4, 0.7, data=data, n_batches=n_batches)
     for number in range(n_steps):
         step(first, number)
     first.set_n_stages(6)
@@ -462,7 +526,7 @@ def test_a_restored_pool_goes_on_exactly(n_steps: int) -> None:
     second.generator.set_state(first.generator.get_state())
     second.load_state_dict(state)
     for number in range(30):
-        for key in ("x0", "maskable", "masked", "stage", "age", "n_finished", "n_finished_steps"):
+        for key in ("turn", "x0", "maskable", "masked", "stage", "age", "n_finished", "n_finished_steps"):
             assert torch.equal(getattr(first, key), getattr(second, key)), key
         step(first, number)
         step(second, number)

@@ -22,6 +22,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+POSITIONS: dict[str, Any] = {"num_key_value_heads": 2, "learned_positions": 19}
+OURS = SHAPES | {"learned_positions": POSITIONS}  # Hugging Face's Qwen2 has no counterpart of the last
+ours_too = pytest.mark.parametrize("shape", OURS.values(), ids=OURS.keys())
 
 
 def random_tokens(n_rows: int, length: int, seed: int = 0) -> Tensor:
@@ -79,10 +82,53 @@ def test_parameters_have_the_names_and_shapes_of_hugging_face(shape: dict[str, A
     }
 
 
+# Learned positions
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@torch.no_grad()
+def test_learned_positions_are_added_to_the_token_embeddings(causal: bool) -> None:
+    """Equal to Hugging Face's model given the sums; all that knows of the table is the embedding."""
+    model = random_model(causal=causal, **POSITIONS)
+    weights = model.weights()
+    table = weights.pop("model.embed_positions.weight")
+    assert table.shape == (19, 32)
+    plain = Transformer(model_settings(num_key_value_heads=2), causal=causal)
+    plain.load_weights(weights)
+    tokens = random_tokens(3, 17)
+    expected = hugging_face_model(plain, model_settings(num_key_value_heads=2))(
+        inputs_embeds=weights["model.embed_tokens.weight"][tokens] + table[:17],
+        attention_mask=None if causal else torch.zeros(3, 1, 17, 17),
+    ).logits
+    torch.testing.assert_close(model.logits(tokens), expected, rtol=1e-4, atol=2e-5)
+    assert (plain.logits(tokens) - expected).abs().max() > 0.1, "the table makes a difference"
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@torch.no_grad()
+def test_only_learned_positions_tell_masked_positions_apart(learned: bool) -> None:
+    """Rotary positions are relative: where all tokens are equal, a bidirectional model computes the same everywhere."""
+    model = random_model(**(POSITIONS if learned else {}))
+    logits = model.logits(torch.full((1, 19), MASK_ID))[0]  # [L, V]
+    spread = (logits - logits.mean(0)).abs().max()
+    assert (spread > 0.1) if learned else (spread < 1e-5)
+
+
+@torch.no_grad()
+def test_a_table_of_zeros_changes_nothing() -> None:
+    model = random_model(**POSITIONS)
+    assert model.model.embed_positions is not None
+    model.model.embed_positions.weight.zero_()
+    plain = random_model(num_key_value_heads=2)
+    plain.load_weights({name: tensor for name, tensor in model.weights().items() if "embed_positions" not in name})
+    tokens = random_tokens(2, 19)
+    assert torch.equal(model.logits(tokens), plain.logits(tokens))
+
+
 # Weights
 
 
-@every_shape
+@ours_too
 def test_weights_start_at_standard_deviation_002(shape: dict[str, Any]) -> None:
     """As Qwen2's do; the published code starts wider."""
     model = Transformer(model_settings(**shape | {"hidden_size": 128, "intermediate_size": 256}))
@@ -103,7 +149,7 @@ def test_a_seed_gives_the_same_weights_whatever_was_there_before() -> None:
         assert torch.equal(tensor, used.weights()[name]), name
 
 
-@every_shape
+@ours_too
 @torch.no_grad()
 def test_saved_weights_give_the_same_model(shape: dict[str, Any]) -> None:
     model, other = random_model(1, **shape), random_model(2, **shape)
@@ -177,7 +223,7 @@ def test_a_mask_says_which_keys_a_query_sees() -> None:
 # The cache of keys and values
 
 
-@every_shape
+@ours_too
 @pytest.mark.parametrize("parts", [[11], [1] * 11, [4, 1, 6]], ids=["at_once", "one_by_one", "in_parts"])
 @torch.no_grad()
 def test_causal_passes_over_parts_equal_one_pass_over_all(shape: dict[str, Any], parts: list[int]) -> None:
@@ -219,7 +265,7 @@ def test_rows_kept_in_the_cache_go_on_as_before() -> None:
 # The training pass and prediction
 
 
-@every_shape
+@ours_too
 @pytest.mark.parametrize("causal", [False, True])
 def test_forward_is_about_the_token_at_each_position(shape: dict[str, Any], causal: bool) -> None:
     """Entry i scores token i by the logits of position i; loss, scores and gradients equal the oracle's."""

@@ -29,9 +29,11 @@ class ModelSettings(Settings):
     num_key_value_heads: int | None = Field(None, gt=0, description="key and value heads; null: one per query head")
     tie_word_embeddings: bool = Field(False, description="output head shares the embedding matrix")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
+    rotary: bool = Field(True, description="rotary positions; false only to measure what learned positions do alone")
     learned_positions: int | None = Field(
         None,
         gt=0,
+        validate_default=True,
         description="size of a table of learned positions, added to the token embeddings: the longest sequence; "
         "null: rotary positions alone",
     )
@@ -62,6 +64,13 @@ class ModelSettings(Settings):
         if width // n_heads % 2:
             raise ValueError(f"hidden_size / num_attention_heads = {width // n_heads} must be even (rotary)")
         return n_heads
+
+    @field_validator("learned_positions")
+    @classmethod
+    def _tokens_have_places(cls, table: int | None, info: ValidationInfo) -> int | None:
+        if table is None and info.data.get("rotary") is False:
+            raise ValueError("with rotary false, nothing tells the model in which order tokens stand: set its length")
+        return table
 
     @field_validator("num_key_value_heads")
     @classmethod

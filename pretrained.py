@@ -30,6 +30,7 @@ SHAPE = (
     "num_hidden_layers",
     "num_attention_heads",
     "n_key_value_heads",
+    "rotary",
     "rope_theta",
     "rms_norm_eps",
 )

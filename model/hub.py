@@ -72,7 +72,9 @@ def write_qwen2(
     config: dict[str, Any] = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
-        **settings.model_dump(exclude={"causal", "init_from", "shifted", "num_key_value_heads", "learned_positions"}),
+        **settings.model_dump(
+            exclude={"causal", "init_from", "shifted", "num_key_value_heads", "rotary", "learned_positions"}
+        ),
         "num_key_value_heads": settings.n_key_value_heads,
         "hidden_act": "silu",
         "use_sliding_window": False,

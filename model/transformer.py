@@ -94,7 +94,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.head_width = settings.hidden_size // settings.num_attention_heads
         self.n_key_value_heads, self.causal = settings.n_key_value_heads, causal
-        self.rope_theta = settings.rope_theta
+        self.rope_theta, self.rotary = settings.rope_theta, settings.rotary
         self.embed_tokens = nn.Embedding(settings.vocab_size, settings.hidden_size)
         self.embed_positions: nn.Embedding | None = None
         if settings.learned_positions is not None:
@@ -124,7 +124,8 @@ class Backbone(nn.Module):
             positions = torch.arange(n_past, n_keys, device=tokens.device)
         if self.causal and mask is None and n_past:
             mask = torch.arange(n_keys, device=tokens.device) <= positions[:, None]  # [L, K]
-        cos, sin = rotary_tables(positions, self.head_width, self.rope_theta)
+        turned = positions if self.rotary else torch.zeros_like(positions)  # nothing is turned at position 0
+        cos, sin = rotary_tables(turned, self.head_width, self.rope_theta)
         x = self.embed_tokens(tokens)  # [B, L, D]
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)

@@ -115,6 +115,18 @@ def test_only_learned_positions_tell_masked_positions_apart(learned: bool) -> No
 
 
 @torch.no_grad()
+def test_without_rotary_positions_only_the_table_tells_the_order() -> None:
+    """With a table of zeros, tokens in another order give the same logits in that order."""
+    model = random_model(**POSITIONS | {"rotary": False})
+    tokens, order = random_tokens(2, 19), torch.randperm(19, generator=random_generator(1))
+    moved = (model.logits(tokens[:, order]) - model.logits(tokens)[:, order]).abs().max()
+    assert moved > 0.1
+    assert model.model.embed_positions is not None
+    model.model.embed_positions.weight.zero_()
+    torch.testing.assert_close(model.logits(tokens[:, order]), model.logits(tokens)[:, order], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_table_of_zeros_changes_nothing() -> None:
     model = random_model(**POSITIONS)
     assert model.model.embed_positions is not None

@@ -1,0 +1,46 @@
+"""Which runs answer which question: settings and seeds of the experiments that `results/run.py` runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting of an experiment, run with every seed."""
+
+    label: str
+    config: str  # in yaml_files/
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Settings that are compared, all else equal."""
+
+    question: str
+    arms: tuple[Arm, ...]
+    overrides: tuple[str, ...] = ()  # of all arms
+    target: float = 0.9  # accuracy; the table says when each run first reaches it
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+EXPERIMENTS = {
+    "sudoku_mini": Experiment(
+        "9x9 Sudoku on a CPU, 30 to 40 clues: PUMA and uniform masks, the same model, batch, schedule and updates",
+        (Arm("puma", "sudoku_mini_puma.yaml"), Arm("uniform", "sudoku_mini_baseline.yaml")),
+    ),
+    "positions": Experiment(
+        "What tells a bidirectional model where a token stands: sudoku_mini_puma with 1,000 updates",
+        (
+            Arm("rotary and learned", "sudoku_mini_puma.yaml"),
+            Arm("learned alone", "sudoku_mini_puma.yaml", ("model.rotary=false",)),
+            Arm("rotary alone", "sudoku_mini_puma.yaml", ("model.learned_positions=null",)),
+        ),
+        overrides=("training.max_steps=1000", "validation.n_final_examples=1000"),
+    ),
+    "tinygsm_mini": Experiment(
+        "Generated word problems from random weights: PUMA and uniform masks, two tokens per step",
+        (Arm("puma", "tinygsm_mini_puma.yaml"), Arm("uniform", "tinygsm_mini_baseline.yaml")),
+    ),
+}

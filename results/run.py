@@ -1,0 +1,259 @@
+"""Run an experiment: every setting with every seed. Its table and picture are made from the records alone.
+
+    python -m results.run sudoku_mini                  # two runs at a time, one thread each
+    python -m results.run sudoku_mini --budget-s 1800  # ends in time; the same command continues
+    python -m results.run sudoku_mini --draw           # table and picture of the records that are there
+
+Runs are kept in runs/results/EXPERIMENT/. A run that is complete is not repeated, one that was stopped is resumed.
+results/EXPERIMENT/ gets records.json, README.md and curves.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from results.experiments import EXPERIMENTS, Arm, Experiment
+from runtime.files import write_text
+from runtime.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+# What a run's records are drawn against.
+AXES = {"step": "updates", "sequences_distinct": "distinct sequences seen", "seconds": "seconds of training"}
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by the colour-blind
+LINES = ("-", "--", "-.", ":")
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of an experiment."""
+
+    arm: Arm
+    seed: int
+    run_dir: Path
+    command: list[str]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run has ended."""
+        return (self.run_dir / "final.json").exists()
+
+
+def tasks_of(name: str, experiment: Experiment, more: list[str]) -> list[Task]:
+    """All runs, seed after seed, so that an experiment that is stopped early has whole comparisons."""
+    tasks = []
+    for seed in experiment.seeds:
+        for arm in experiment.arms:
+            run_dir = ROOT / "runs" / "results" / name / f"{arm.label.replace(' ', '_')}_seed{seed}"
+            config = ROOT / "yaml_files" / arm.config
+            settings = [*experiment.overrides, *arm.overrides, f"training.seed={seed}", *more]
+            command = [sys.executable, "train.py", "--config", str(config), "--run-dir", str(run_dir), *settings]
+            tasks.append(Task(arm, seed, run_dir, command))
+    return tasks
+
+
+def run_all(tasks: list[Task], n_jobs: int, budget_s: float | None) -> bool:
+    """Run what is not complete; True if all is.
+
+    Args:
+        n_jobs: runs at a time, one thread each.
+        budget_s: after so many seconds runs are told to save and end.
+    """
+    waiting = [task for task in tasks if not task.is_complete]
+    running: dict[subprocess.Popen[bytes], Task] = {}
+    deadline = time.monotonic() + budget_s if budget_s is not None else float("inf")
+    failed: list[Task] = []
+    with tqdm(total=len(tasks), initial=len(tasks) - len(waiting), unit="run") as bar:
+        try:
+            while running or (waiting and time.monotonic() < deadline):
+                while waiting and len(running) < n_jobs and time.monotonic() < deadline:
+                    task = waiting.pop(0)
+                    running[start(task)] = task
+                    bar.set_postfix_str(", ".join(f"{each.arm.label} {each.seed}" for each in running.values()))
+                time.sleep(POLL_S)
+                if time.monotonic() >= deadline:
+                    for process in running:
+                        process.send_signal(signal.SIGTERM)
+                    deadline = float("inf")
+                    waiting = []
+                for process in [process for process in running if process.poll() is not None]:
+                    task = running.pop(process)
+                    bar.update(task.is_complete)
+                    if process.returncode:
+                        failed.append(task)
+        finally:
+            for process in running:
+                process.send_signal(signal.SIGTERM)
+            for process in running:
+                process.wait()
+    for task in failed:
+        print(f"failed: {task.run_dir}, see {task.run_dir}.log", file=sys.stderr)
+    return all(task.is_complete for task in tasks)
+
+
+def start(task: Task) -> subprocess.Popen[bytes]:
+    """Start a run on one thread; its output goes to a file beside its directory."""
+    task.run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{task.run_dir}.log", "ab") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(task.command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+
+def collect(name: str, experiment: Experiment, tasks: list[Task]) -> dict[str, Any]:
+    """What the table and the picture are made from: the records of all runs, shortened, and where they were made."""
+    runs = []
+    for task in tasks:
+        rows = list(read_metrics(task.run_dir))
+        (key,) = {key for row in rows for key in row if key.startswith("validation/accuracy/")} or {""}
+        points = [{axis: row[axis] for axis in AXES} | {"accuracy": row[key]} for row in rows if key in row]
+        final = json.loads((task.run_dir / "final.json").read_text()) if task.is_complete else None
+        if points:
+            runs.append({"arm": task.arm.label, "seed": task.seed, "points": points, "final": final and shorten(final)})
+    return {
+        "experiment": name,
+        "question": experiment.question,
+        "target": experiment.target,
+        "machine": machine(),
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "runs": runs,
+    }
+
+
+def shorten(final: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a final.json that the table shows."""
+    return {key: final[key] for key in ("accuracy", "n", "steps", "train_seconds")}
+
+
+def machine() -> str:
+    """The processor and what speeds it up."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = fields.get("flags", "").split()
+    fast = [
+        name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16"), ("avx2", "AVX2")) if flag in flags
+    ]
+    return f"{fields.get('model name', platform.machine())}, {os.cpu_count()} cores, {fast[0] if fast else 'no AVX2'}"
+
+
+def git(*arguments: str) -> str:
+    """What git prints; empty outside of a checkout."""
+    result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return result.stdout.strip()
+
+
+def runs_by_arm(records: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Runs under the label of their setting, in the order of the experiment."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for run in records["runs"]:
+        arms.setdefault(run["arm"], []).append(run)
+    return arms
+
+
+def first_reaching(run: dict[str, Any], target: float, axis: str) -> float | None:
+    """Where on `axis` the run's accuracy is first at `target` or above; None if nowhere."""
+    return next((point[axis] for point in run["points"] if point["accuracy"] >= target), None)
+
+
+def report(records: dict[str, Any]) -> str:
+    """The page: question, table of final figures, when the target is reached, accuracy by update."""
+    arms, target = runs_by_arm(records), records["target"]
+    lines = [f"# {records['question']}", "", "![Accuracy of each setting](curves.png)", ""]
+    lines += [
+        "| setting | seed | solved, % | of | updates | seconds | distinct sequences | "
+        f"updates to {target:.0%} | distinct sequences to {target:.0%} | seconds to {target:.0%} |",
+        "| --- | " + " | ".join(["---:"] * 9) + " |",
+    ]
+    for label, runs in arms.items():
+        for run in runs:
+            last, final = run["points"][-1], run["final"]
+            reached = [first_reaching(run, target, axis) for axis in ("step", "sequences_distinct", "seconds")]
+            solved = f"{100 * final['accuracy']:.1f} | {final['n']:,}" if final else "not finished | -"
+            cells = [f"{last['step']:,}", f"{last['seconds']:,.0f}", f"{last['sequences_distinct']:,}"]
+            cells += ["-" if value is None else f"{value:,.0f}" for value in reached]
+            lines.append(f"| {label} | {run['seed']} | {solved} | {' | '.join(cells)} |")
+    steps = sorted({point["step"] for run in records["runs"] for point in run["points"]})
+    lines += ["", "Solved during training, %, mean over seeds (lowest to highest):", ""]
+    lines += [f"| updates | {' | '.join(f'{step:,}' for step in steps)} |", "| --- |" + " ---: |" * len(steps)]
+    for label, runs in arms.items():
+        cells = []
+        for step in steps:
+            found = [100 * point["accuracy"] for run in runs for point in run["points"] if point["step"] == step]
+            spread = f" ({min(found):.0f} to {max(found):.0f})" if len(found) > 1 else ""
+            cells.append(f"{statistics.mean(found):.0f}{spread}" if found else "-")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"`python -m results.run {records['experiment']}`, commit {records['commit']}, {records['date']}, "
+        f"{records['machine']}; each run on one thread, while others ran. 'Updates to {target:.0%}' is the first "
+        "evaluation during training at or above it.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(records: dict[str, Any], out: Path) -> None:
+    """Accuracy of each setting against each axis: every seed as a thin line, the last evaluation marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    plots = figure.subplots(1, len(AXES), sharey=True)
+    for plot, (axis, label) in zip(plots, AXES.items(), strict=True):
+        for number, (arm, runs) in enumerate(runs_by_arm(records).items()):
+            for run in runs:
+                x = [0, *(point[axis] for point in run["points"])]
+                y = [0, *(100 * point["accuracy"] for point in run["points"])]
+                style = {"color": COLORS[number % len(COLORS)], "linestyle": LINES[number % len(LINES)]}
+                name = f"{arm}, {len(runs)} seeds" if run is runs[0] else None
+                plot.plot(x, y, **style, linewidth=1.6, marker="o", markersize=3, label=name)
+        plot.axhline(100 * records["target"], color="0.6", linewidth=0.8)
+        plot.set(xlabel=label, ylim=(-2, 102))
+        plot.grid(alpha=0.25)
+        plot.spines[["top", "right"]].set_visible(False)
+    plots[0].set_ylabel("solved, %")
+    plots[0].legend(loc="upper left", fontsize="small", framealpha=0.9)
+    figure.savefig(out, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Run an experiment and write its table and picture.")
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change in all runs")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--budget-s", type=float, help="seconds after which runs are told to save and end")
+    parser.add_argument("--draw", action="store_true", help="run nothing; draw the records in results/ again")
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the experiment's folder")
+    options = parser.parse_intermixed_args(arguments)
+    experiment, folder = EXPERIMENTS[options.experiment], options.out / options.experiment
+    complete = True
+    if not options.draw:
+        tasks = tasks_of(options.experiment, experiment, options.overrides)
+        complete = run_all(tasks, options.jobs, options.budget_s)
+        records = collect(options.experiment, experiment, tasks)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "records.json", json.dumps(records, indent=1) + "\n")
+    records = json.loads((folder / "records.json").read_text(encoding="utf-8"))
+    write_text(folder / "README.md", report(records))
+    draw(records, folder / "curves.png")
+    print(f"wrote {folder}/README.md" + ("" if complete else "; not complete: the same command continues"))
+    sys.exit(0 if complete else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -182,17 +182,18 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:
-        if self.model.vocab_size < self.data.min_vocab_size:
-            raise ValueError(
-                f"model.vocab_size {self.model.vocab_size} is too small for the data: set at least "
-                f"{self.data.min_vocab_size}"
+        model, data, problems = self.model, self.data, []
+        if model.vocab_size < data.min_vocab_size:
+            problems.append(
+                f"model.vocab_size {model.vocab_size} is too small for the data: set at least {data.min_vocab_size}"
             )
-        table = self.model.learned_positions
-        if table is not None and table < self.data.length:
-            raise ValueError(
-                f"model.learned_positions {table} is shorter than a sequence of the data: set at least "
-                f"{self.data.length}"
+        if model.learned_positions is not None and model.learned_positions < data.length:
+            problems.append(
+                f"model.learned_positions {model.learned_positions} is less than the {data.length} tokens of a "
+                f"sequence: set at least {data.length}"
             )
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     @model_validator(mode="after")

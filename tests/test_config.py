@@ -223,6 +223,14 @@ BAD = {
     "odd head width": ("model.hidden_size=6", "must be even"),
     "key heads do not divide the heads": ("model.num_key_value_heads=3", "num_key_value_heads 3"),
     "vocabulary too small": ("model.vocab_size=5", "model.vocab_size 5 is too small for the data: set at least 6"),
+    "table of positions too short": ("model.learned_positions=31", "31 is less than the 32 tokens of a sequence"),
+    "no positions": (
+        "model={vocab_size: 6, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1, "
+        "rotary: false}",
+        "model.learned_positions = None: with rotary false, nothing tells",
+    ),
+    "unknown layout": ("data.layout=side_by_side", "data.layout = 'side_by_side': input should be 'two_halves' or"),
+    "pool of no batch": ("objective.pool_batches=0", "objective.pool_batches = 0"),
     "microbatches do not divide": ("training.micro_batch_size=3", "8 is not a multiple of micro_batch_size 3"),
     "no length": ("training.max_steps=null", "num_epochs or max_steps"),
     "unknown confidence rule": ("validation.confidence=[top_prop]", "validation.confidence.0 = 'top_prop'"),
@@ -276,6 +284,14 @@ def test_all_problems_are_named_at_once(tiny):
         "extra",
     ):
         assert sum(line in text for text in lines[1:]) == 1, (line, lines)
+
+
+def test_in_place_boards_need_half_the_positions(tiny):
+    config = read_config(tiny, ["data.layout=in_place", "model.learned_positions=16"])
+    assert config.data.length == config.model.learned_positions == 16
+    lines = problems(tiny, "data.layout=in_place", "model.learned_positions=15", "model.vocab_size=5")
+    assert any("vocab_size 5 is too small" in line for line in lines)
+    assert any("15 is less than the 16 tokens of a sequence" in line for line in lines)
 
 
 def test_checks_over_several_keys_are_made_even_where_other_keys_are_wrong(tiny):

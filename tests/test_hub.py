@@ -18,7 +18,7 @@ import train
 from config import Config, ModelSettings
 from model import hub
 from model.hub import read_qwen2
-from model.transformer import Transformer, build_model
+from model.transformer import POSITIONS, Transformer, build_model
 from pretrained import fit_vocabulary, load_initial_weights
 from runtime.checkpoint import find_checkpoint
 from runtime.config_file import flatten, parse_config, read_config
@@ -267,6 +267,37 @@ def test_a_resumed_run_no_longer_needs_what_it_started_from(autoregressive_run, 
     assert settings.shifted
 
 
+def test_a_table_of_positions_starts_at_zero_where_the_source_has_none(tmp_path, tokens, data_dir):
+    """So that the model computes at first what its source does."""
+    reference = write_reference(tmp_path / "qwen2")
+    model = loaded(make_config(data_dir, tmp_path / "qwen2", model={"learned_positions": 40}))
+    assert model.weights()[POSITIONS].shape == (40, 16)
+    assert not model.weights()[POSITIONS].any()
+    torch.testing.assert_close(model.logits(tokens), reference(tokens).logits)
+
+
+def test_a_table_of_positions_is_taken_over_or_refused_with_both_lengths(data_dir, tmp_path):
+    path = tmp_path / "mdm.json"
+    path.write_text(json.dumps(tiny_settings(dict(UNIFORM), data_dir)))
+    train.main(["--config", str(path), "--run-dir", str(tmp_path / "mdm"), "training.max_steps=1"])
+    settings = tiny_settings(dict(UNIFORM), data_dir)
+    settings["model"] |= {"init_from": str(tmp_path / "mdm"), "shifted": False}
+    table = loaded(parse_config(settings, "test")).weights()[POSITIONS]
+    assert table.std() > 0.01
+    assert torch.equal(table, find_checkpoint(tmp_path / "mdm").weights("ema")[POSITIONS])
+    for length, problem in (
+        (40, "learned_positions: 40 in the settings, 32 there"),
+        (None, "None in the settings, 32"),
+    ):
+        settings["model"]["learned_positions"] = length
+        with pytest.raises(ValueError, match=problem):
+            loaded(parse_config(settings, "test"))
+    result = run_python("-m", "model.hub", "export", tmp_path / "mdm", tmp_path / "out")
+    assert result.returncode == 2
+    assert "learned positions, which transformers' Qwen2 has not" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_whether_scores_are_shifted_must_agree_with_the_source(autoregressive_run, data_dir, tmp_path):
     def from_source(source: Path, **model: Any) -> Config:
         settings = tiny_settings(dict(UNIFORM), data_dir)
@@ -329,7 +360,7 @@ def test_an_export_holds_the_tokenizer_of_the_data(tmp_path):
     mini = read_config(ROOT / "yaml_files" / "tinygsm_mini_puma.yaml").model_dump(mode="json")
     mini["objective"] = AUTOREGRESSIVE
     mini["model"] |= {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    mini["model"]["init_from"] = None
+    mini["model"]["learned_positions"] = None
     mini["data"] |= {"data_dir": str(tmp_path / "data"), "n_train": 600, "n_test": 20}
     mini["training"] |= {"max_steps": 2, "batch_size": 4}
     mini["validation"] = {"n_examples": 2, "n_final_examples": 2, "n_loss_rows": 4}

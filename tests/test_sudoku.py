@@ -198,6 +198,32 @@ def test_a_board_becomes_puzzle_then_solution_with_the_puzzle_as_prompt(size):
     assert rows.max() < data.mask_id
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_in_place_a_row_is_the_solution_with_the_clues_as_prompt(size):
+    tokens = boards(size, 5)
+    n_cells = size * size
+    data, halves = (make_data(tokens, size, "test", layout) for layout in ("in_place", "two_halves"))
+    assert (len(data), data.n_cells, data.length, data.mask_id) == (5, n_cells, n_cells, size + 1)
+    rows, prompt_mask = data.rows(np.array([4, 0, 4]))
+    assert rows.dtype == np.int64
+    assert np.array_equal(rows, tokens[[4, 0, 4], n_cells:])
+    assert np.array_equal(prompt_mask, tokens[[4, 0, 4], :n_cells] != 0)
+    assert np.array_equal(data.puzzles, halves.puzzles)
+    assert np.array_equal(data.solutions, halves.solutions)
+
+
+def test_in_place_a_finished_board_is_refused_by_row_number():
+    """It would leave nothing to predict; in two halves its solution is still masked."""
+    tokens = boards(4, 5)
+    tokens[[1, 3], :16] = tokens[[1, 3], 16:]
+    make_data(tokens, 4, "a file")
+    with pytest.raises(
+        ValueError, match=r"a file: 2 of 5 rows are bad(.|\n)*row 1: the puzzle has no empty cell"
+    ) as error:
+        make_data(tokens, 4, "a file", "in_place")
+    assert "row 3" in str(error.value)
+
+
 def test_shared_puzzles_are_counted_by_puzzle_alone():
     def data(*n_clues: int) -> SudokuData:
         return make_data(np.concatenate([boards(4, n_clues=n) for n in n_clues]), 4, "test")

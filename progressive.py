@@ -75,14 +75,17 @@ def advance(
     stage = stage + 1
     target = draw_target(stage, n_stages, n_maskable, generator)
     reveal = reveal_top(confidence, masked, target - n_revealed)  # [B, L]
+    collapsed = torch.zeros_like(masked)
     if collapse_threshold is not None:
-        reveal |= masked & (confidence > math.log(collapse_threshold))
-    masked = masked & ~reveal
+        collapsed = masked & ~reveal & (confidence > math.log(collapse_threshold))
+    masked = masked & ~(reveal | collapsed)
     n_masked = masked.sum(1)
     finished = (stage >= n_stages) | (n_masked == 0)
     if collapse_threshold is not None:
-        # Never back: where a short row's counts round down, its ratio alone would hold it at one stage for ever.
-        stage = torch.maximum(stage, stage_of(n_maskable - n_masked, n_maskable, n_stages))
+        # Of rows that collapse alone: a target that is rounded up to the next stage's first would end a trajectory
+        # early. And never back, since a short row's counts that are rounded down would hold it at one stage.
+        by_ratio = torch.maximum(stage, stage_of(n_maskable - n_masked, n_maskable, n_stages))
+        stage = torch.where(collapsed.any(1), by_ratio, stage)
     return masked, stage, finished
 
 

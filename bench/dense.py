@@ -62,11 +62,12 @@ def advance_row(row: Row, confidence: Tensor, target: int, n_stages: int, collap
     revealed = torch.zeros_like(row.masked)
     if n_reveal > 0:
         revealed[most_confident(confidence.masked_fill(~row.masked, -math.inf), n_reveal)] = True
+    collapsed = torch.zeros_like(row.masked)
     if collapse_threshold is not None:
-        revealed |= confidence > math.log(collapse_threshold)
-    row.masked = row.masked & ~revealed
+        collapsed = row.masked & ~revealed & (confidence > math.log(collapse_threshold))
+    row.masked = row.masked & ~revealed & ~collapsed
     n_masked = int(row.masked.sum())
-    if collapse_threshold is not None:
+    if collapsed.any():
         by_ratio = min((n_maskable - n_masked) * n_stages // n_maskable, n_stages - 1)
         row.stage = max(row.stage, by_ratio)
     return n_masked == 0

@@ -31,13 +31,13 @@ EXPERIMENTS = {
         (Arm("puma", "sudoku_mini_puma.yaml"), Arm("uniform", "sudoku_mini_baseline.yaml")),
     ),
     "positions": Experiment(
-        "What tells a bidirectional model where a token stands: sudoku_mini_puma with 1,000 updates",
+        "What tells a bidirectional model where a token stands: sudoku_mini_puma with 600 updates",
         (
             Arm("rotary and learned", "sudoku_mini_puma.yaml"),
             Arm("learned alone", "sudoku_mini_puma.yaml", ("model.rotary=false",)),
             Arm("rotary alone", "sudoku_mini_puma.yaml", ("model.learned_positions=null",)),
         ),
-        overrides=("training.max_steps=1000", "validation.n_final_examples=1000"),
+        overrides=("training.max_steps=600", "training.eval_every=100", "validation.n_final_examples=1000"),
     ),
     "tinygsm_mini": Experiment(
         "Generated word problems from random weights: PUMA and uniform masks, two tokens per step",

@@ -117,17 +117,20 @@ def advance_row(
 ) -> Transition:
     """Steps 3 and 4 for one row whose new stage draws `target`.
 
-    With a threshold the stage is that of the row's revealed ratio, but never below stage + 1: where n_maskable is small
-    the rounded counts fall short of the stage's interval, and a row sent back by them might never retire.
+    Where the threshold reveals more than the target does, the stage is that of the row's revealed ratio, but never below
+    stage + 1: where n_maskable is small the rounded counts fall short of the stage's interval, and a row sent back by
+    them might never retire.
     """
     stage += 1
     if stage == n_stages:
         return Transition(frozenset(masked), stage, finished=True)
     reveal = most_confident(confidence, masked, target - (n_maskable - len(masked)))
+    collapsed = set()
     if collapse_threshold is not None:
-        reveal |= {position for position in masked if math.exp(float(confidence[position])) > collapse_threshold}
-    left = frozenset(masked - reveal)
-    if collapse_threshold is not None:
+        sure = {position for position in masked if math.exp(float(confidence[position])) > collapse_threshold}
+        collapsed = sure - reveal
+    left = frozenset(masked - reveal - collapsed)
+    if collapsed:
         stage = max(stage, stage_of_ratio(n_maskable - len(left), n_maskable, n_stages))
     return Transition(left, stage, finished=not left)
 

@@ -413,6 +413,18 @@ def test_a_deeper_pool_spreads_the_visits_of_a_sequence() -> None:
     assert int(pool.n_finished) == 3 * n_stages * n_batches * n_rows // n_stages
 
 
+@given(SEEDS, STAGES, SEGMENTS)
+@settings(max_examples=30, deadline=None)
+def test_a_threshold_that_nothing_exceeds_is_none(seed: int, n_stages: int, n_segments: int) -> None:
+    """Bit for bit; so every trajectory takes K steps. (By its rounded ratio alone, a row would skip stages: 4.84 of 5.)"""
+    pools = [make_pool(5, n_stages, threshold, seed, n_segments=n_segments) for threshold in (None, 1.0)]
+    for number in range(2 * n_stages):
+        for pool in pools:
+            step(pool, seed + number)
+        for key in ("x0", "masked", "stage", "age", "n_finished_steps"):
+            assert torch.equal(*(getattr(pool, key) for pool in pools)), key
+
+
 # The data
 
 

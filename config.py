@@ -249,6 +249,6 @@ class Config(Settings):
 
 # Settings that change what is recorded or how a batch is cut, not what is learnt: a run may be resumed with others.
 FREE_ON_RESUME = re.compile(
-    r"wandb\..*|validation\..*|data\.(data_dir|test_source)|"
+    r"wandb\..*|validation\..*|data\.(data_dir|test_source|rating_column)|"
     r"training\.(log_every|eval_every|save_every|keep_checkpoints|micro_batch_size|parallel|gradient_checkpointing)"
 )

@@ -41,6 +41,9 @@ class SudokuSettings(Settings):
     test_split: str = Field("test", description="hub: split for tests")
     puzzle_column: str = Field("puzzle", description="hub: column of the puzzles")
     solution_column: str = Field("solution", description="hub: column of the solutions")
+    rating_column: str | None = Field(
+        None, description="files (.csv, .npz), hub: column of the test puzzles' difficulty; accuracy is reported by it"
+    )
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> SudokuSettings:
@@ -55,6 +58,8 @@ class SudokuSettings(Settings):
             problems.append(f"train_file and test_file are ignored by source {self.source!r}: set source: files")
         if (self.source == "hub") != bool(self.hub_name):
             problems.append(f"hub_name and source 'hub' go together; source is {self.source!r}")
+        if self.rating_column and self.source not in ("files", "hub"):
+            problems.append(f"rating_column is ignored by source {self.source!r}")
         if problems:
             raise ValueError("; ".join(problems))
         return self

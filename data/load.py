@@ -83,6 +83,7 @@ def load_sudoku(settings: SudokuSettings, split: Split) -> SudokuData:
     """One split of the boards."""
     train = split == "train"
     source = settings.source
+    rating_column = None if train else settings.rating_column
     if source == "published_or_generated":
         source = "published" if published_available(settings.data_dir) else "generated"
     if source == "published":
@@ -96,11 +97,12 @@ def load_sudoku(settings: SudokuSettings, split: Split) -> SudokuData:
             settings.solution_column,
             settings.size,
             settings.layout,
+            rating_column,
         )
     if source == "files":
         path = settings.train_file if train else settings.test_file
         assert path is not None
-        return load_sudoku_file(path, settings.size, settings.layout)
+        return load_sudoku_file(path, settings.size, settings.layout, rating_column)
     paths = cached_generated(
         settings.data_dir,
         settings.size,

@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 
 from config_data import SudokuLayout
+from data.sudoku_solver import BOX_SHAPE
 
-# Rows and columns of a box.
-BOX_SHAPE = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 CHUNK_ROWS = 50_000
 N_SHOWN = 10
 
@@ -35,6 +34,7 @@ class SudokuData:
     boards: np.ndarray  # uint8 [N, 2 * C], puzzles and solutions
     size: int
     layout: SudokuLayout = "two_halves"
+    ratings: np.ndarray | None = None  # float32 [N], difficulty of each puzzle where the source has one
 
     @property
     def n_cells(self) -> int:
@@ -79,12 +79,19 @@ class SudokuData:
         return boards.astype(np.int64), prompt_mask
 
 
-def make_data(boards: np.ndarray, size: int, source: str, layout: SudokuLayout = "two_halves") -> SudokuData:
+def make_data(
+    boards: np.ndarray,
+    size: int,
+    source: str,
+    layout: SudokuLayout = "two_halves",
+    ratings: np.ndarray | None = None,
+) -> SudokuData:
     """Check boards and wrap them.
 
     Args:
         boards: [N, 2 * C] of any number type, puzzles and solutions.
         source: where they come from, for the message.
+        ratings: float32 [N], the puzzles' difficulty.
 
     Raises:
         ValueError: there are none, the shape is wrong or a board is bad; the message names the first bad rows.
@@ -96,7 +103,9 @@ def make_data(boards: np.ndarray, size: int, source: str, layout: SudokuLayout =
         bad = [(int(row), "the puzzle has no empty cell, so layout in_place leaves nothing to predict") for row in full]
     if bad:
         raise ValueError(f"{source}: {format_bad_rows(bad, len(boards))}")
-    return SudokuData(np.ascontiguousarray(boards, dtype=np.uint8), size, layout)
+    if ratings is not None and len(ratings) != len(boards):
+        raise ValueError(f"{source}: {len(ratings)} ratings for {len(boards)} boards")
+    return SudokuData(np.ascontiguousarray(boards, dtype=np.uint8), size, layout, ratings)
 
 
 def check_shape(tokens: np.ndarray, size: int, source: str) -> None:

@@ -25,9 +25,42 @@ RAW_WIDTH = 1 + 81 * 4
 CHUNK_ROWS = 50_000
 
 
-def load_sudoku_file(path: str | Path, size: int, layout: SudokuLayout = "two_halves") -> SudokuData:
-    """Boards of a .csv, .npz or .npy file, checked; raises ValueError naming the file and the bad rows."""
-    return make_data(read_boards(path, size), size, str(path), layout)
+def load_sudoku_file(
+    path: str | Path, size: int, layout: SudokuLayout = "two_halves", rating_column: str | None = None
+) -> SudokuData:
+    """Boards of a .csv, .npz or .npy file, checked; raises ValueError naming the file and the bad rows.
+
+    Args:
+        rating_column: column or array of the puzzles' difficulty, a number each; None: there is none.
+    """
+    ratings = read_ratings(path, rating_column) if rating_column else None
+    return make_data(read_boards(path, size), size, str(path), layout, ratings)
+
+
+def read_ratings(path: str | Path, column: str) -> np.ndarray:
+    """A column of a .csv file or an array of a .npz file as float32 [N].
+
+    Raises:
+        ValueError: the file has none of that name, or not one finite number per row.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".csv":
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                lines = csv.DictReader(file)
+                if column not in (lines.fieldnames or ()):
+                    raise ValueError(f"it has {lines.fieldnames}")
+                values = np.array([float(line[column]) for line in lines])
+        else:
+            content = np.load(path)
+            if isinstance(content, np.ndarray) or column not in content.files:
+                raise ValueError(f"it has {getattr(content, 'files', 'boards alone')}")
+            values = content[column].astype(np.float64)
+        if values.ndim != 1 or not np.isfinite(values).all():
+            raise ValueError("it must be one finite number per row")
+    except (ValueError, TypeError, OSError, EOFError, BadZipFile, csv.Error) as error:
+        raise ValueError(f"Sudoku file {path}: no ratings can be read from column {column!r}: {error}") from None
+    return values.astype(np.float32)
 
 
 def read_boards(path: str | Path, size: int) -> np.ndarray:
@@ -128,6 +161,7 @@ def load_hub(
     solution_column: str,
     size: int,
     layout: SudokuLayout = "two_halves",
+    rating_column: str | None = None,
 ) -> SudokuData:
     """A split of a Hugging Face data set (a name or a local folder) whose cells are text or lists of integers.
 
@@ -145,13 +179,17 @@ def load_hub(
         table = load_dataset(name, split=split, **options)
     except Exception as error:  # the library raises a dozen kinds for what is one problem to the user
         raise ValueError(f"{source} cannot be loaded: {error}") from None
-    missing = {puzzle_column, solution_column} - set(table.column_names)
+    missing = {puzzle_column, solution_column, rating_column or puzzle_column} - set(table.column_names)
     if missing:
         raise ValueError(f"{source} has no column {sorted(missing)}; it has {table.column_names}")
     columns = [
         _cells(table[column][:], size, f"{source}, column {column!r}") for column in (puzzle_column, solution_column)
     ]
-    return make_data(np.concatenate(columns, axis=1), size, source, layout)
+    try:
+        ratings = None if rating_column is None else np.array(table[rating_column][:], dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}, column {rating_column!r}: ratings must be numbers ({error})") from None
+    return make_data(np.concatenate(columns, axis=1), size, source, layout, ratings)
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

@@ -1,4 +1,6 @@
-"""Compiled search for Sudoku grids and puzzles with one solution; `data/generate_sudoku.py` says how they are drawn.
+"""Compiled Sudoku: search for grids and for puzzles with one solution, and what simple rules solve.
+
+`data/generate_sudoku.py` says how puzzles are drawn.
 
 Shapes: n boards, S size, C = S * S cells.
 """
@@ -8,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, uint64
 
+# Rows and columns of a box.
+BOX_SHAPE = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 # Digits in a mask of candidates.
 POPCOUNT = np.array([bin(mask).count("1") for mask in range(1 << 10)], dtype=np.uint8)
 
@@ -127,6 +131,17 @@ def _make_puzzle(
 
 
 @njit(cache=True, nogil=True)
+def _groups(size: int, height: int, width: int) -> np.ndarray:
+    """Row, column and box of each cell, int64 [3, C]."""
+    groups = np.empty((3, size * size), dtype=np.int64)
+    for cell in range(size * size):
+        row, column = cell // size, cell % size
+        groups[0, cell], groups[1, cell] = row, column
+        groups[2, cell] = row // height * (size // width) + column // width
+    return groups
+
+
+@njit(cache=True, nogil=True)
 def fill_boards(
     boards: np.ndarray,
     seed: int,
@@ -140,11 +155,7 @@ def fill_boards(
     n_tries: int,
 ) -> np.ndarray:
     """Puzzles number first, first + 1, ... into `boards` [n, 2, C]; which of them succeeded, bool [n]."""
-    groups = np.empty((3, size * size), dtype=np.int64)
-    for cell in range(size * size):
-        row, column = cell // size, cell % size
-        groups[0, cell], groups[1, cell] = row, column
-        groups[2, cell] = row // height * (size // width) + column // width
+    groups = _groups(size, height, width)
     made = np.zeros(len(boards), dtype=np.bool_)
     state = np.empty(1, dtype=np.uint64)
     for i in range(len(boards)):
@@ -158,3 +169,60 @@ def fill_boards(
                 made[i] = True
                 break
     return made
+
+
+def solve_singles(puzzles: np.ndarray, size: int) -> np.ndarray:
+    """Fill in naked and hidden singles until there are none: cells with one candidate, digits with one cell in a group.
+
+    Args:
+        puzzles: uint8 [N, C], 0 where empty, without contradictions.
+
+    Returns:
+        uint8 [N, C], 0 where these rules say nothing.
+    """
+    boards = puzzles.astype(np.int64)  # a copy
+    height, width = BOX_SHAPE[size]
+    _fill_singles(boards, _groups(size, height, width), size, POPCOUNT)
+    return boards.astype(np.uint8)
+
+
+@njit(cache=True, nogil=True)
+def _fill_singles(boards: np.ndarray, groups: np.ndarray, size: int, popcount: np.ndarray) -> None:
+    """See `solve_singles`, of int64 [N, C] in place."""
+    full = (1 << (size + 1)) - 2
+    used = np.empty((3, size), dtype=np.int64)
+    for grid in boards:
+        used[:] = 0
+        for cell in range(size * size):
+            if grid[cell] != 0:
+                for kind in range(3):
+                    used[kind, groups[kind, cell]] |= 1 << grid[cell]
+        progress = True
+        while progress:
+            progress = False
+            # Of each group the digits that have exactly one possible cell.
+            once, twice = np.zeros((3, size), dtype=np.int64), np.zeros((3, size), dtype=np.int64)
+            for cell in range(size * size):
+                if grid[cell] == 0:
+                    candidates = full & ~(
+                        used[0, groups[0, cell]] | used[1, groups[1, cell]] | used[2, groups[2, cell]]
+                    )
+                    for kind in range(3):
+                        twice[kind, groups[kind, cell]] |= once[kind, groups[kind, cell]] & candidates
+                        once[kind, groups[kind, cell]] |= candidates
+            for cell in range(size * size):
+                if grid[cell] != 0:
+                    continue
+                candidates = full & ~(used[0, groups[0, cell]] | used[1, groups[1, cell]] | used[2, groups[2, cell]])
+                found = candidates if popcount[candidates] == 1 else 0
+                for kind in range(3):
+                    if found == 0:
+                        # Other cells of the group may have been filled since the count, which only removes candidates.
+                        hidden = candidates & once[kind, groups[kind, cell]] & ~twice[kind, groups[kind, cell]]
+                        found = hidden & -hidden
+                if found != 0:
+                    digit = 0
+                    while (1 << digit) != found:
+                        digit += 1
+                    _place(grid, used, groups, cell, digit)
+                    progress = True

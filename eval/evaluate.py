@@ -23,7 +23,7 @@ from tqdm import tqdm
 from autoregressive import next_token_targets, target_weights
 from config import Confidence, Config
 from data.stream import SequenceData
-from eval.results import Evaluation, SamplerResult, as_json, wilson_interval
+from eval.results import Evaluation, SamplerResult, as_json, group_results, wilson_interval
 from eval.tasks import Task, load_task
 from model.transformer import Transformer
 from progressive_block import build_blocks
@@ -60,7 +60,11 @@ def evaluate(model: Transformer, config: Config, task: Task, world: World, n_exa
         loss = validation_loss(model, config, task.validation, world)
         runs = [_run_sampler(model, config, task, world, n_examples, *cell, bar) for cell in grid]
     model.train(was_training)
-    return Evaluation(loss, [result for result, _ in runs], [sample for _, samples in runs for sample in samples])
+    solved = task.reference(np.arange(n_examples))
+    reference = None if solved is None else (solved.name, float(solved.solved.mean()))
+    return Evaluation(
+        loss, [result for result, _ in runs], reference, [sample for _, samples in runs for sample in samples]
+    )
 
 
 @torch.no_grad()
@@ -101,6 +105,7 @@ def _run_sampler(
     names = (*task.figures, "nfe")
     sums = torch.zeros(len(names), dtype=torch.float64, device=world.device)
     samples: dict[int, dict[str, Any]] = {}
+    accuracy_of: dict[int, float] = {}
     for rows in _own_batches(n_examples, world, settings.batch_size):
         result = sampler(
             model,
@@ -116,6 +121,7 @@ def _run_sampler(
         judged = task.judge(result.tokens, rows)
         figures = judged.figures | {"nfe": result.nfe}
         sums += torch.stack([figures[name].sum(dtype=torch.float64).to(world.device) for name in names])
+        accuracy_of |= dict(zip(rows.tolist(), judged.figures["accuracy"].tolist(), strict=True))
         samples |= {
             int(row): {"confidence": confidence, "tokens_per_step": tokens_per_step, "row": int(row)} | facts
             for row, facts in zip(rows, judged.samples, strict=False)
@@ -127,8 +133,13 @@ def _run_sampler(
     means = {name: total / n_examples for name, total in totals.items()}
     accuracy, nfe = means.pop("accuracy"), means.pop("nfe")
     gathered = {row: facts for part in gather(samples) for row, facts in part.items()}
+    rows = np.arange(n_examples)
+    by_row = {row: value for part in gather(accuracy_of) for row, value in part.items()}
+    solved = np.array([by_row[row] == 1 for row in rows.tolist()])
+    reference = task.reference(rows)
+    groups = group_results(task.difficulty(rows), solved, None if reference is None else reference.solved)
     return (
-        SamplerResult(confidence, tokens_per_step, n_examples, accuracy, low, high, nfe, means),
+        SamplerResult(confidence, tokens_per_step, n_examples, accuracy, low, high, nfe, means, groups),
         [gathered[row] for row in sorted(gathered)],
     )
 

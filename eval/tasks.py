@@ -19,6 +19,7 @@ from data.gsm8k import Prompts
 from data.load import find_tokenizer, load_prompts, load_split
 from data.stream import SequenceData
 from data.sudoku import SudokuData
+from data.sudoku_solver import solve_singles
 from data.text import decode_programs
 from eval.grader import grade, reason_shares
 from eval.sudoku_eval import judge_boards
@@ -30,6 +31,14 @@ class Judged:
 
     figures: dict[str, Tensor]  # the task's `figures`, float32 [B]
     samples: list[dict[str, Any]]  # readable, one per row, or none at all
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a simple method makes of the same questions, to compare a model with."""
+
+    name: str
+    solved: np.ndarray  # bool [n]
 
 
 class Task(Protocol):
@@ -57,6 +66,14 @@ class Task(Protocol):
         """Judge rows int64 [B, L] that were sampled from the prompts with these indices."""
         ...
 
+    def difficulty(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Measures of difficulty by name: for each of these questions the lowest value of its group [n]."""
+        ...
+
+    def reference(self, indices: np.ndarray) -> Reference | None:
+        """What a simple method makes of these questions; None where there is none."""
+        ...
+
 
 @dataclass(frozen=True)
 class SudokuTask:
@@ -79,6 +96,20 @@ class SudokuTask:
         puzzle, solution = (torch.from_numpy(part[indices]).long() for part in (data.puzzles, data.solutions))
         grid = tokens[:, -data.n_cells :].cpu()  # in both layouts
         return Judged(judge_boards(grid, puzzle, solution, data.size), [])
+
+    def difficulty(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """By number of clues, and by whole steps of the rating where the file has one."""
+        data = self.validation
+        measures = {"clues": (data.puzzles[indices] != 0).sum(1)}
+        if data.ratings is not None:
+            measures["rating"] = np.floor(data.ratings[indices])
+        return measures
+
+    def reference(self, indices: np.ndarray) -> Reference:
+        """What naked and hidden singles solve, the two rules that every human solver begins with."""
+        data = self.validation
+        filled = solve_singles(data.puzzles[indices], data.size)
+        return Reference("naked and hidden singles", (filled != 0).all(1))
 
 
 @dataclass(frozen=True)
@@ -118,6 +149,13 @@ class ProgramTask:
             for problem, program, verdict in zip(problems, programs, verdicts, strict=True)
         ]
         return Judged(figures, samples)
+
+    def difficulty(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Nothing is known of it."""
+        return {}
+
+    def reference(self, indices: np.ndarray) -> None:
+        """There is none."""
 
 
 def load_task(config: Config) -> Task:

@@ -117,9 +117,9 @@ def advance_row(
 ) -> Transition:
     """Steps 3 and 4 for one row whose new stage draws `target`.
 
-    Where the threshold reveals more than the target does, the stage is that of the row's revealed ratio, but never below
-    stage + 1: where n_maskable is small the rounded counts fall short of the stage's interval, and a row sent back by
-    them might never retire.
+    Where the threshold reveals more than the target does, the stage is that of the row's revealed ratio, but never
+    below stage + 1: where n_maskable is small the rounded counts fall short of the stage's interval, and a row sent
+    back by them might never retire.
     """
     stage += 1
     if stage == n_stages:

@@ -14,8 +14,10 @@ from test_sudoku import boards
 
 import train
 from data.sudoku import SudokuData, make_data
+from data.sudoku_solver import solve_singles
 from eval import evaluate as evaluation
-from eval.evaluate import validation_loss, wilson_interval
+from eval.evaluate import validation_loss
+from eval.results import group_results, wilson_interval
 from model.transformer import Transformer
 from runtime.checkpoint import find_checkpoint
 from runtime.config_file import parse_config
@@ -122,6 +124,77 @@ def test_intervals_hold_the_share_and_narrow_with_more_trials():
     assert widths[1] / widths[2] == pytest.approx(2, rel=0.05)
 
 
+# By difficulty
+
+
+def test_groups_have_their_own_accuracy_and_interval():
+    clues, ratings = np.array([30, 31, 30, 31, 31]), np.array([2.0, 2.0, 2.0, 3.0, 3.0])
+    solved = np.array([True, False, False, True, True])
+    found = group_results({"clues": clues, "rating": ratings}, solved, np.array([True, True, True, False, False]))
+    facts = [(group.by, group.value, group.n, group.accuracy, group.reference) for group in found]
+    assert facts == [
+        ("clues", 30, 2, 1 / 2, 1),
+        ("clues", 31, 3, pytest.approx(2 / 3), pytest.approx(1 / 3)),
+        ("rating", 2, 3, pytest.approx(1 / 3), 1),
+        ("rating", 3, 2, 1, 0),
+    ]
+    for group in found:
+        assert (group.accuracy_low, group.accuracy_high) == wilson_interval(group.accuracy * group.n, group.n)
+
+
+def test_puzzles_are_grouped_by_clues_and_rating_beside_what_singles_solve(run_dir, tmp_path, capsys):
+    """In the records, the JSON file and the table; the rating comes from a column of the test file."""
+    test = np.load(next(Path(find_checkpoint(run_dir).config().data.data_dir).glob("*_test.npy")))
+    ratings = 1.25 + np.arange(20) % 3
+    rows = [f"{puzzle},{solution},{rating}" for puzzle, solution, rating in zip(*as_text(test), ratings, strict=True)]
+    (tmp_path / "rated.csv").write_text("\n".join(["puzzle,solution,hardness", *rows]) + "\n")
+    files = [f"data.{split}_file={tmp_path}/rated.csv" for split in ("train", "test")]
+    words = ["data.source=files", *files, "data.rating_column=hardness", "validation.tokens_per_step=[1]"]
+    out = tmp_path / "result.json"
+    evaluation.main([str(run_dir), *words, "validation.n_final_examples=20", "--json", str(out)])
+    printed, result = capsys.readouterr().out, json.loads(out.read_text())
+    sampler = result["samplers"][0]
+    clues = (test[:, :16] != 0).sum(1)
+    singles = (solve_singles(test[:, :16], 4) != 0).all(1)
+    expected = {("clues", float(value)): clues == value for value in np.unique(clues)}
+    expected |= {("rating", value): np.floor(ratings) == value for value in (1.0, 2.0, 3.0)}
+    assert [(group["by"], group["value"]) for group in sampler["groups"]] == list(expected)
+    for group in sampler["groups"]:
+        own = expected[group["by"], group["value"]]
+        assert group["n"] == own.sum()
+        assert group["reference"] == pytest.approx(singles[own].mean())
+        assert f"{group['by']} {group['value']:g}" in printed
+    for by in ("clues", "rating"):
+        n_solved = sum(group["n"] * group["accuracy"] for group in sampler["groups"] if group["by"] == by)
+        assert n_solved == pytest.approx(20 * sampler["accuracy"])
+    assert result["reference"] == {"name": "naked and hidden singles", "accuracy": singles.mean()}
+    assert f"naked and hidden singles alone: accuracy {100 * singles.mean():.1f}%" in printed
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert any(key.startswith("validation/by_clues/") for key in records[-1])
+
+
+def as_text(boards: np.ndarray) -> tuple[list[str], list[str]]:
+    """Puzzles and solutions [N, 2 * C] as csv files have them."""
+    rows = ["".join(map(str, row)) for row in boards.tolist()]
+    return [row[: len(row) // 2] for row in rows], [row[len(row) // 2 :] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("data.rating_column=hardnes", "no ratings can be read from column 'hardnes'"),
+        ("data.rating_column=puzzle", "no ratings can be read from column 'puzzle'"),
+    ],
+)
+def test_ratings_that_are_none_are_refused(change, expected, run_dir, tmp_path, capsys):
+    (tmp_path / "rated.csv").write_text("puzzle,solution\n12.40000.....004,x\n")
+    files = [f"data.{split}_file={tmp_path}/rated.csv" for split in ("train", "test")]
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(run_dir), "data.source=files", *files, change])
+    assert stop.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
 # The command
 
 
@@ -192,8 +265,9 @@ def test_two_processes_count_every_item_once(run_dir, tmp_path):
         assert ours["n"] == 11
         assert 0 < ours["details"]["cell_accuracy"] < 1
         assert theirs["details"] == pytest.approx(ours["details"])
-        assert {key: value for key, value in ours.items() if key != "details"} == pytest.approx(
-            {key: value for key, value in theirs.items() if key != "details"}
+        assert theirs["groups"] == ours["groups"]
+        assert {key: value for key, value in ours.items() if key not in ("details", "groups")} == pytest.approx(
+            {key: value for key, value in theirs.items() if key not in ("details", "groups")}
         )
     assert together.stdout.count("validation loss") == 1, "one process prints"
 

@@ -416,7 +416,7 @@ def test_a_deeper_pool_spreads_the_visits_of_a_sequence() -> None:
 @given(SEEDS, STAGES, SEGMENTS)
 @settings(max_examples=30, deadline=None)
 def test_a_threshold_that_nothing_exceeds_is_none(seed: int, n_stages: int, n_segments: int) -> None:
-    """Bit for bit; so every trajectory takes K steps. (By its rounded ratio alone, a row would skip stages: 4.84 of 5.)"""
+    """Bit for bit; so every trajectory takes K steps. By its rounded ratio alone, a row would skip stages."""
     pools = [make_pool(5, n_stages, threshold, seed, n_segments=n_segments) for threshold in (None, 1.0)]
     for number in range(2 * n_stages):
         for pool in pools:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -320,11 +321,15 @@ def test_boards_show_clues_in_brackets_and_the_order() -> None:
 PUZZLE = "12.40000.....004"
 
 
+@pytest.mark.parametrize("layout", ["two_halves", "in_place"])
 def test_the_command_prints_the_board_the_order_and_the_nfe(
-    config_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    layout: str, config_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a model that has been trained for one step; a puzzle of another size is refused."""
-    train.main(["--config", str(config_file(training__max_steps=1)), "--run-dir", str(tmp_path / "run")])
+    config = config_file(training__max_steps=1, data__layout=layout)
+    train.main(["--config", str(config), "--run-dir", str(tmp_path / "run")])
+    result = json.loads((tmp_path / "run" / "final.json").read_text())
+    assert 0 < result["evaluation"]["samplers"][0]["details"]["cell_accuracy"] < 1
     capsys.readouterr()
     sampling.main(["--checkpoint", str(tmp_path / "run"), "--puzzle", PUZZLE, "--tokens-per-step", "3"])
     lines = capsys.readouterr().out.splitlines()

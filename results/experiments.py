@@ -29,6 +29,7 @@ EXPERIMENTS = {
     "sudoku_mini": Experiment(
         "9x9 Sudoku on a CPU, 30 to 40 clues: PUMA and uniform masks, the same model, batch, schedule and updates",
         (Arm("puma", "sudoku_mini_puma.yaml"), Arm("uniform", "sudoku_mini_baseline.yaml")),
+        overrides=("training.compile=true", "validation.n_examples=100", "validation.n_final_examples=1000"),
     ),
     "positions": Experiment(
         "What tells a bidirectional model where a token stands: sudoku_mini_puma with 600 updates",
@@ -37,7 +38,12 @@ EXPERIMENTS = {
             Arm("learned alone", "sudoku_mini_puma.yaml", ("model.rotary=false",)),
             Arm("rotary alone", "sudoku_mini_puma.yaml", ("model.learned_positions=null",)),
         ),
-        overrides=("training.max_steps=600", "training.eval_every=100", "validation.n_final_examples=1000"),
+        overrides=(
+            "training.max_steps=600",
+            "training.eval_every=100",
+            "validation.n_examples=50",
+            "validation.n_final_examples=500",
+        ),
     ),
     "tinygsm_mini": Experiment(
         "Generated word problems from random weights: PUMA and uniform masks, two tokens per step",

@@ -46,7 +46,11 @@ EXPERIMENTS = {
         ),
     ),
     "tinygsm_mini": Experiment(
-        "Generated word problems from random weights: PUMA and uniform masks, two tokens per step",
-        (Arm("puma", "tinygsm_mini_puma.yaml"), Arm("uniform", "tinygsm_mini_baseline.yaml")),
+        "Generated word problems from random weights: PUMA, uniform masks, PUMA without learned positions; two tokens per step",
+        (
+            Arm("puma", "tinygsm_mini_puma.yaml"),
+            Arm("uniform", "tinygsm_mini_baseline.yaml"),
+            Arm("puma, rotary alone", "tinygsm_mini_puma.yaml", ("model.learned_positions=null",)),
+        ),
     ),
 }

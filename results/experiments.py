@@ -46,7 +46,7 @@ EXPERIMENTS = {
         ),
     ),
     "tinygsm_mini": Experiment(
-        "Generated word problems from random weights: PUMA, uniform masks, PUMA without learned positions; two tokens per step",
+        "Generated word problems from random weights, two tokens per step: PUMA, uniform masks, no learned positions",
         (
             Arm("puma", "tinygsm_mini_puma.yaml"),
             Arm("uniform", "tinygsm_mini_baseline.yaml"),

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -53,12 +54,17 @@ class Task:
         return (self.run_dir / "final.json").exists()
 
 
-def tasks_of(name: str, experiment: Experiment, more: list[str]) -> list[Task]:
-    """All runs, seed after seed, so that an experiment that is stopped early has whole comparisons."""
+def tasks_of(experiment: Experiment, folder: Path, more: list[str]) -> list[Task]:
+    """All runs, seed after seed, so that an experiment that is stopped early has whole comparisons.
+
+    Args:
+        folder: of the run directories.
+        more: overrides for all runs.
+    """
     tasks = []
     for seed in experiment.seeds:
         for arm in experiment.arms:
-            run_dir = ROOT / "runs" / "results" / name / f"{arm.label.replace(' ', '_')}_seed{seed}"
+            run_dir = folder.resolve() / f"{re.sub(r'[^a-z0-9]+', '_', arm.label.lower())}_seed{seed}"
             config = ROOT / "yaml_files" / arm.config
             settings = [*experiment.overrides, *arm.overrides, f"training.seed={seed}", *more]
             command = [sys.executable, "train.py", "--config", str(config), "--run-dir", str(run_dir), *settings]
@@ -118,7 +124,8 @@ def collect(name: str, experiment: Experiment, tasks: list[Task]) -> dict[str, A
     runs = []
     for task in tasks:
         rows = list(read_metrics(task.run_dir))
-        (key,) = {key for row in rows for key in row if key.startswith("validation/accuracy/")} or {""}
+        # The first is the headline.
+        key = next((key for row in rows for key in row if key.startswith("validation/accuracy/")), "")
         points = [{axis: row[axis] for axis in AXES} | {"accuracy": row[key]} for row in rows if key in row]
         final = json.loads((task.run_dir / "final.json").read_text()) if task.is_complete else None
         if points:
@@ -238,17 +245,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--budget-s", type=float, help="seconds after which runs are told to save and end")
     parser.add_argument("--draw", action="store_true", help="run nothing; draw the records in results/ again")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "results", help="folder of the run directories")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the experiment's folder")
     options = parser.parse_intermixed_args(arguments)
     experiment, folder = EXPERIMENTS[options.experiment], options.out / options.experiment
     complete = True
     if not options.draw:
-        tasks = tasks_of(options.experiment, experiment, options.overrides)
+        tasks = tasks_of(experiment, options.runs / options.experiment, options.overrides)
         complete = run_all(tasks, options.jobs, options.budget_s)
         records = collect(options.experiment, experiment, tasks)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "records.json", json.dumps(records, indent=1) + "\n")
     records = json.loads((folder / "records.json").read_text(encoding="utf-8"))
+    if not records["runs"]:
+        sys.exit("nothing has been evaluated yet: the same command continues")
     write_text(folder / "README.md", report(records))
     draw(records, folder / "curves.png")
     print(f"wrote {folder}/README.md" + ("" if complete else "; not complete: the same command continues"))

@@ -1,0 +1,91 @@
+"""Experiments: every setting with every seed, once, and what is made from their records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PUMA, ROOT, UNIFORM
+
+from results import run
+from results.experiments import EXPERIMENTS, Arm, Experiment
+from runtime.config_file import read_config
+
+
+def records(**changes: Any) -> dict[str, Any]:
+    """Two settings with two seeds; one run is not finished."""
+    found = []
+    for arm, seed, accuracy in (("a", 0, 0.5), ("b", 0, 0.2), ("a", 1, 0.95), ("b", 1, 0.4)):
+        points = [
+            {"step": step, "sequences_distinct": 3 * step, "seconds": step / 2, "accuracy": accuracy * step / 20}
+            for step in (10, 20)
+        ]
+        final = {"accuracy": accuracy, "n": 40, "steps": 20, "train_seconds": 10.0} if (arm, seed) != ("b", 1) else None
+        found.append({"arm": arm, "seed": seed, "points": points, "final": final})
+    facts = {"experiment": "x", "question": "Which?", "target": 0.45, "machine": "M", "commit": "C", "date": "D"}
+    return facts | {"runs": found} | changes
+
+
+def test_the_page_says_what_was_reached_and_when():
+    page = run.report(records())
+    assert "| a | 0 | 50.0 | 40 | 20 | 10 | 60 | 20 | 60 | 10 |" in page
+    assert "| a | 1 | 95.0 | 40 | 20 | 10 | 60 | 10 | 30 | 5 |" in page
+    assert "| b | 0 | 20.0 | 40 | 20 | 10 | 60 | - | - | - |" in page, "never at the target"
+    assert "| b | 1 | not finished | - |" in page
+    assert "| a | 36 (25 to 48) | 72 (50 to 95) |" in page
+    assert all(fact in page for fact in ("# Which?", "commit C", "D, M", "python -m results.run x"))
+
+
+def test_the_picture_is_drawn_from_the_records(tmp_path):
+    run.draw(records(), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_all_settings_of_an_experiment_are_read_and_differ(name, tmp_path):
+    experiment = EXPERIMENTS[name]
+    tasks = run.tasks_of(experiment, tmp_path, [])
+    assert len({task.run_dir for task in tasks}) == len(tasks) == len(experiment.arms) * len(experiment.seeds)
+    configs = [
+        read_config(ROOT / "yaml_files" / arm.config, [*experiment.overrides, *arm.overrides])
+        for arm in experiment.arms
+    ]
+    assert all(config not in configs[:number] for number, config in enumerate(configs))
+    assert len({config.training.max_steps for config in configs}) == 1, "all have the same number of updates"
+    assert len({config.training.batch_size for config in configs}) == 1
+
+
+@pytest.mark.slow
+def test_an_experiment_runs_once_and_continues(
+    config_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without time nothing runs; with time all does; a second call repeats nothing."""
+    puma, uniform = config_file(PUMA, "puma.yaml"), config_file(UNIFORM, "uniform.yaml")
+    tiny = Experiment("Which?", (Arm("with PUMA", str(puma)), Arm("uniform", str(uniform))), seeds=(0, 1))
+    monkeypatch.setitem(EXPERIMENTS, "tiny", tiny)
+    places = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        run.main(["tiny", *places, "--budget-s", "0"])
+    assert stop.value.code == 1
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            run.main(["tiny", *places])
+        assert stop.value.code == 0
+        times = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/tiny/*/final.json"))]
+        assert len(times) == 4
+    logs = list(tmp_path.glob("runs/tiny/*.log"))
+    assert len(logs) == 4
+    assert all(path.read_text().count("solved") == 1 for path in logs), "each ran once"
+    kept = json.loads((tmp_path / "out/tiny/records.json").read_text())
+    assert [(each["arm"], each["seed"]) for each in kept["runs"]] == [
+        ("with PUMA", 0),
+        ("uniform", 0),
+        ("with PUMA", 1),
+        ("uniform", 1),
+    ]
+    assert all([point["step"] for point in each["points"]] == [3, 6] for each in kept["runs"])
+    assert (tmp_path / "out/tiny/README.md").read_text().count("| with PUMA |") == 3
+    assert (tmp_path / "out/tiny/curves.png").exists()

@@ -32,15 +32,15 @@ EXPERIMENTS = {
         overrides=("training.compile=true", "validation.n_examples=100", "validation.n_final_examples=1000"),
     ),
     "positions": Experiment(
-        "What tells a bidirectional model where a token stands: sudoku_mini_puma with 600 updates",
+        "What tells a bidirectional model where a token stands: sudoku_mini_puma with 500 updates",
         (
             Arm("rotary and learned", "sudoku_mini_puma.yaml"),
             Arm("learned alone", "sudoku_mini_puma.yaml", ("model.rotary=false",)),
             Arm("rotary alone", "sudoku_mini_puma.yaml", ("model.learned_positions=null",)),
         ),
         overrides=(
-            "training.max_steps=600",
-            "training.eval_every=100",
+            "training.max_steps=500",
+            "training.eval_every=125",
             "validation.n_examples=50",
             "validation.n_final_examples=500",
         ),

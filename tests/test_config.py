@@ -63,12 +63,40 @@ def test_the_paper_experiment_has_the_papers_settings():
     model, training = config.model, config.training
     assert (model.hidden_size, model.intermediate_size, model.num_hidden_layers) == (256, 768, 8)
     assert model.num_attention_heads == 8
-    assert (training.batch_size, training.learning_rate, training.warmup_steps) == (32, 3e-4, 1000)
+    assert training.batch_size == 32
+    assert (config.data.layout, model.learned_positions) == ("two_halves", 162)
     assert training.num_epochs == 2
     assert isinstance(config.objective, PumaSettings)
     assert config.objective.n_stages_at(0) == 8
     assert config.validation.confidence == ("top_prob", "top_prob_margin")
     assert config.validation.tokens_per_step == (1, 2, 3)
+
+
+@pytest.mark.parametrize("name", ["puma", "puma_from_arm"])
+def test_tinygsm_has_the_published_schedule_of_k(name):
+    """12 until update 60,000, then 3 more every 30,000 up to 42 from 330,000 on."""
+    objective = read_config(ROOT / "yaml_files" / f"tinygsm_{name}.yaml").objective
+    assert isinstance(objective, PumaSettings)
+    for step, n_stages in (
+        (0, 12),
+        (59_999, 12),
+        (60_000, 15),
+        (89_999, 15),
+        (90_000, 18),
+        (329_999, 39),
+        (330_000, 42),
+    ):
+        assert objective.n_stages_at(step) == n_stages
+    assert objective.n_stages_at(10**7) == 42
+
+
+@pytest.mark.parametrize(
+    "pair", [("sudoku_mini_puma", "sudoku_mini_baseline"), ("tinygsm_mini_puma", "tinygsm_mini_baseline")]
+)
+def test_a_small_baseline_differs_in_the_objective_alone(pair):
+    puma, baseline = (flatten(read_config(ROOT / "yaml_files" / f"{name}.yaml")) for name in pair)
+    different = {key for key in puma.keys() | baseline.keys() if puma.get(key) != baseline.get(key)}
+    assert {key.split(".")[0] for key in different} == {"objective"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -340,6 +340,33 @@ def test_each_source_is_chosen_by_the_settings(tmp_path, hub):
         assert next(iter(keys.values())) in describe_source(chosen)
 
 
+def test_every_source_feeds_both_layouts(tmp_path, hub):
+    """The published set, csv, npz, npy, a data set of the hub and generated boards."""
+    boards = varied_boards(9, 12)
+    np.savez(tmp_path / "a.npz", puzzle=boards[:, :81], solution=boards[:, 81:])
+    np.save(tmp_path / "a.npy", boards)
+    write_csv(tmp_path / "a.csv", boards)
+    for split in ("train", "test"):
+        np.save(tmp_path / RAW_FILES[split], published_rows(boards, base=0))
+    name = hub("parquet", train=hub_columns(boards), test=hub_columns(boards))
+    columns = {"hub_name": name, "puzzle_column": "question", "solution_column": "answer"}
+    sources: list[dict[str, str]] = [{"source": "published"}, {"source": "hub", **columns}]
+    for suffix in ("csv", "npz", "npy"):
+        file = str(tmp_path / f"a.{suffix}")
+        sources.append({"source": "files", "train_file": file, "test_file": file})
+    for source in sources:
+        halves, in_place = (
+            load_sudoku(settings(tmp_path, layout=layout, **source), "test") for layout in ("two_halves", "in_place")
+        )
+        assert (halves.length, in_place.length) == (162, 81)
+        tokens, prompt_mask = in_place.rows(np.arange(12))
+        assert np.array_equal(tokens, boards[:, 81:]), source
+        assert np.array_equal(prompt_mask, boards[:, :81] != 0), source
+        assert np.array_equal(halves.rows(np.arange(12))[0], boards), source
+    generated = load_sudoku(settings(tmp_path, source="generated", n_train=3, n_test=2, layout="in_place"), "train")
+    assert generated.length == 81
+
+
 def test_without_the_published_set_boards_are_generated_and_the_user_is_told(tmp_path):
     chosen = settings(tmp_path, n_train=30, n_test=10)
     assert chosen.source == "published_or_generated"

@@ -12,7 +12,7 @@ BlockAttention = Literal["prefix", "block_causal"]
 
 
 class UniformSettings(Settings):
-    """The baseline: masks drawn uniformly (DESIGN: section 2)."""
+    """The baseline: masks drawn uniformly (docs/algorithm.md)."""
 
     name: Literal["uniform"]
 

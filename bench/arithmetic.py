@@ -1,4 +1,4 @@
-"""How many floating-point operations a training step must take, whoever computes it (DESIGN: section 7).
+"""How many floating-point operations a training step must take, whoever computes it.
 
 Shapes: B rows, L positions, D width, V vocabulary.
 """

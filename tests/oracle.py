@@ -1,6 +1,6 @@
 """What the fast code must compute, as plain loops over rows and positions in float64.
 
-Written from DESIGN.md, section 2: slow, and meant to be read beside it. Nothing here imports the code under test.
+Written from docs/algorithm.md: slow, and meant to be read beside it. Nothing here imports the code under test.
 
 Shapes: B rows, L positions, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""The PUMA pool: stages, transitions against the oracle, and the invariants of DESIGN.md, section 2."""
+"""The PUMA pool: stages, transitions against the oracle, and the invariants of docs/algorithm.md."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def test_uniform_masks_each_number_of_positions_of_a_block_equally_often():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tau", [None, 0.8])
 def test_blocks_follow_their_own_confidence_and_rows_retire_with_their_last_block(layout, tau):
-    """Every step of the pool, block by block, against DESIGN's rules."""
+    """Every step of the pool, block by block, against the rules of docs/algorithm.md."""
     data, n_stages, n_retired = Rows(n=60), 4, 0
     objective = build(puma(layout, n_stages=n_stages, collapse_threshold=tau), 10, data)
     assert isinstance(objective, PumaObjective)

@@ -34,7 +34,7 @@ class SudokuData:
     boards: np.ndarray  # uint8 [N, 2 * C], puzzles and solutions
     size: int
     layout: SudokuLayout = "two_halves"
-    ratings: np.ndarray | None = None  # float32 [N], difficulty of each puzzle where the source has one
+    ratings: np.ndarray | None = None  # float32 [N], difficulty where the source has one; NaN: not of this puzzle
 
     @property
     def n_cells(self) -> int:

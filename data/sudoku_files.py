@@ -31,17 +31,17 @@ def load_sudoku_file(
     """Boards of a .csv, .npz or .npy file, checked; raises ValueError naming the file and the bad rows.
 
     Args:
-        rating_column: column or array of the puzzles' difficulty, a number each; None: there is none.
+        rating_column: column or array of the puzzles' difficulty; see `read_ratings`.
     """
     ratings = read_ratings(path, rating_column) if rating_column else None
     return make_data(read_boards(path, size), size, str(path), layout, ratings)
 
 
 def read_ratings(path: str | Path, column: str) -> np.ndarray:
-    """A column of a .csv file or an array of a .npz file as float32 [N].
+    """A column of a .csv file or an array of a .npz file as float32 [N], NaN where a row has no rating.
 
     Raises:
-        ValueError: the file has none of that name, or not one finite number per row.
+        ValueError: the file has none of that name, or what is there are no numbers.
     """
     path = Path(path)
     try:
@@ -50,14 +50,14 @@ def read_ratings(path: str | Path, column: str) -> np.ndarray:
                 lines = csv.DictReader(file)
                 if column not in (lines.fieldnames or ()):
                     raise ValueError(f"it has {lines.fieldnames}")
-                values = np.array([float(line[column]) for line in lines])
+                values = np.array([float(line[column] or "nan") for line in lines])
         else:
             content = np.load(path)
             if isinstance(content, np.ndarray) or column not in content.files:
                 raise ValueError(f"it has {getattr(content, 'files', 'boards alone')}")
             values = content[column].astype(np.float64)
-        if values.ndim != 1 or not np.isfinite(values).all():
-            raise ValueError("it must be one finite number per row")
+        if values.ndim != 1 or np.isinf(values).any() or np.isnan(values).all():
+            raise ValueError("it must hold one finite number per row")
     except (ValueError, TypeError, OSError, EOFError, BadZipFile, csv.Error) as error:
         raise ValueError(f"Sudoku file {path}: no ratings can be read from column {column!r}: {error}") from None
     return values.astype(np.float32)

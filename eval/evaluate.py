@@ -24,7 +24,7 @@ from autoregressive import next_token_targets, target_weights
 from config import Confidence, Config
 from data.stream import SequenceData
 from eval.results import Evaluation, SamplerResult, as_json, group_results, wilson_interval
-from eval.tasks import Task, load_task
+from eval.tasks import Reference, Task, load_task
 from model.transformer import Transformer
 from progressive_block import build_blocks
 from runtime.distributed import (
@@ -58,12 +58,14 @@ def evaluate(model: Transformer, config: Config, task: Task, world: World, n_exa
     model.eval()
     with autocast(device, dtype), _bar(world, len(grid) * n_examples) as bar:
         loss = validation_loss(model, config, task.validation, world)
-        runs = [_run_sampler(model, config, task, world, n_examples, *cell, bar) for cell in grid]
+        reference = task.reference(np.arange(n_examples))
+        runs = [_run_sampler(model, config, task, world, n_examples, *cell, reference, bar) for cell in grid]
     model.train(was_training)
-    solved = task.reference(np.arange(n_examples))
-    reference = None if solved is None else (solved.name, float(solved.solved.mean()))
     return Evaluation(
-        loss, [result for result, _ in runs], reference, [sample for _, samples in runs for sample in samples]
+        loss,
+        [result for result, _ in runs],
+        None if reference is None else (reference.name, float(reference.solved.mean())),
+        [sample for _, samples in runs for sample in samples],
     )
 
 
@@ -98,6 +100,7 @@ def _run_sampler(
     n_examples: int,
     confidence: Confidence,
     tokens_per_step: int,
+    reference: Reference | None,
     bar: tqdm,
 ) -> tuple[SamplerResult, list[dict[str, Any]]]:
     """Sample and judge one cell of the grid; the first judged rows come along as samples, in order."""
@@ -105,7 +108,7 @@ def _run_sampler(
     names = (*task.figures, "nfe")
     sums = torch.zeros(len(names), dtype=torch.float64, device=world.device)
     samples: dict[int, dict[str, Any]] = {}
-    accuracy_of: dict[int, float] = {}
+    solved_by_row: dict[int, bool] = {}
     for rows in _own_batches(n_examples, world, settings.batch_size):
         result = sampler(
             model,
@@ -121,7 +124,7 @@ def _run_sampler(
         judged = task.judge(result.tokens, rows)
         figures = judged.figures | {"nfe": result.nfe}
         sums += torch.stack([figures[name].sum(dtype=torch.float64).to(world.device) for name in names])
-        accuracy_of |= dict(zip(rows.tolist(), judged.figures["accuracy"].tolist(), strict=True))
+        solved_by_row |= dict(zip(rows.tolist(), (judged.figures["accuracy"] == 1).tolist(), strict=True))
         samples |= {
             int(row): {"confidence": confidence, "tokens_per_step": tokens_per_step, "row": int(row)} | facts
             for row, facts in zip(rows, judged.samples, strict=False)
@@ -133,11 +136,11 @@ def _run_sampler(
     means = {name: total / n_examples for name, total in totals.items()}
     accuracy, nfe = means.pop("accuracy"), means.pop("nfe")
     gathered = {row: facts for part in gather(samples) for row, facts in part.items()}
-    rows = np.arange(n_examples)
-    by_row = {row: value for part in gather(accuracy_of) for row, value in part.items()}
-    solved = np.array([by_row[row] == 1 for row in rows.tolist()])
-    reference = task.reference(rows)
-    groups = group_results(task.difficulty(rows), solved, None if reference is None else reference.solved)
+    solved = np.zeros(n_examples, dtype=bool)
+    for part in gather(solved_by_row):
+        solved[list(part)] = list(part.values())
+    difficulty = task.difficulty(np.arange(n_examples))
+    groups = group_results(difficulty, solved, None if reference is None else reference.solved)
     return (
         SamplerResult(confidence, tokens_per_step, n_examples, accuracy, low, high, nfe, means, groups),
         [gathered[row] for row in sorted(gathered)],

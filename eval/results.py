@@ -108,13 +108,13 @@ def group_results(
     """Accuracy by difficulty.
 
     Args:
-        difficulty: for each measure, the lowest value of each question's group [n].
+        difficulty: for each measure, the lowest value of each question's group [n], NaN where it has none.
         solved: bool [n].
         reference: bool [n], what a simple method solves; None where there is none.
     """
     groups = []
     for by, values in difficulty.items():
-        for value in np.unique(values):
+        for value in np.unique(values[~np.isnan(values)]):
             own = values == value
             n, n_solved = int(own.sum()), int(solved[own].sum())
             low, high = wilson_interval(n_solved, n)

@@ -67,7 +67,7 @@ class Task(Protocol):
         ...
 
     def difficulty(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Measures of difficulty by name: for each of these questions the lowest value of its group [n]."""
+        """Measures of difficulty by name: for each of these questions the lowest value of its group [n], or NaN."""
         ...
 
     def reference(self, indices: np.ndarray) -> Reference | None:

@@ -256,6 +256,8 @@ def main(arguments: list[str] | None = None) -> None:
         records = collect(options.experiment, experiment, tasks)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "records.json", json.dumps(records, indent=1) + "\n")
+    if not (folder / "records.json").exists():
+        sys.exit(f"{folder} holds no records.json: run the experiment without --draw first")
     records = json.loads((folder / "records.json").read_text(encoding="utf-8"))
     if not records["runs"]:
         sys.exit("nothing has been evaluated yet: the same command continues")

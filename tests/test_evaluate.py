@@ -128,7 +128,7 @@ def test_intervals_hold_the_share_and_narrow_with_more_trials():
 
 
 def test_groups_have_their_own_accuracy_and_interval():
-    clues, ratings = np.array([30, 31, 30, 31, 31]), np.array([2.0, 2.0, 2.0, 3.0, 3.0])
+    clues, ratings = np.array([30, 31, 30, 31, 31]), np.array([2.0, 2.0, 2.0, np.nan, 3.0])
     solved = np.array([True, False, False, True, True])
     found = group_results({"clues": clues, "rating": ratings}, solved, np.array([True, True, True, False, False]))
     facts = [(group.by, group.value, group.n, group.accuracy, group.reference) for group in found]
@@ -136,7 +136,7 @@ def test_groups_have_their_own_accuracy_and_interval():
         ("clues", 30, 2, 1 / 2, 1),
         ("clues", 31, 3, pytest.approx(2 / 3), pytest.approx(1 / 3)),
         ("rating", 2, 3, pytest.approx(1 / 3), 1),
-        ("rating", 3, 2, 1, 0),
+        ("rating", 3, 1, 1, 0),
     ]
     for group in found:
         assert (group.accuracy_low, group.accuracy_high) == wilson_interval(group.accuracy * group.n, group.n)
@@ -147,6 +147,7 @@ def test_puzzles_are_grouped_by_clues_and_rating_beside_what_singles_solve(run_d
     test = np.load(next(Path(find_checkpoint(run_dir).config().data.data_dir).glob("*_test.npy")))
     ratings = 1.25 + np.arange(20) % 3
     rows = [f"{puzzle},{solution},{rating}" for puzzle, solution, rating in zip(*as_text(test), ratings, strict=True)]
+    ratings[7], rows[7] = np.nan, rows[7].rpartition(",")[0] + ","  # a puzzle that has not been rated
     (tmp_path / "rated.csv").write_text("\n".join(["puzzle,solution,hardness", *rows]) + "\n")
     files = [f"data.{split}_file={tmp_path}/rated.csv" for split in ("train", "test")]
     words = ["data.source=files", *files, "data.rating_column=hardness", "validation.tokens_per_step=[1]"]
@@ -164,9 +165,9 @@ def test_puzzles_are_grouped_by_clues_and_rating_beside_what_singles_solve(run_d
         assert group["n"] == own.sum()
         assert group["reference"] == pytest.approx(singles[own].mean())
         assert f"{group['by']} {group['value']:g}" in printed
-    for by in ("clues", "rating"):
-        n_solved = sum(group["n"] * group["accuracy"] for group in sampler["groups"] if group["by"] == by)
-        assert n_solved == pytest.approx(20 * sampler["accuracy"])
+    n_solved = sum(group["n"] * group["accuracy"] for group in sampler["groups"] if group["by"] == "clues")
+    assert n_solved == pytest.approx(20 * sampler["accuracy"])
+    assert sum(group["n"] for group in sampler["groups"] if group["by"] == "rating") == 19
     assert result["reference"] == {"name": "naked and hidden singles", "accuracy": singles.mean()}
     assert f"naked and hidden singles alone: accuracy {100 * singles.mean():.1f}%" in printed
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -29,7 +29,7 @@ EXPERIMENTS = {
     "sudoku_mini": Experiment(
         "9x9 Sudoku on a CPU, 30 to 40 clues: PUMA and uniform masks, the same model, batch, schedule and updates",
         (Arm("puma", "sudoku_mini_puma.yaml"), Arm("uniform", "sudoku_mini_baseline.yaml")),
-        overrides=("training.compile=true", "validation.n_examples=100", "validation.n_final_examples=1000"),
+        overrides=("training.compile=true", "validation.n_examples=100", "validation.n_final_examples=500"),
     ),
     "positions": Experiment(
         "What tells a bidirectional model where a token stands: sudoku_mini_puma with 500 updates",
@@ -42,7 +42,7 @@ EXPERIMENTS = {
             "training.max_steps=500",
             "training.eval_every=125",
             "validation.n_examples=50",
-            "validation.n_final_examples=500",
+            "validation.n_final_examples=300",
         ),
     ),
     "tinygsm_mini": Experiment(

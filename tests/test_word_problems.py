@@ -96,7 +96,6 @@ def test_a_second_call_reads_what_the_first_wrote(folder, monkeypatch):
 def tiny_run(folder: Path, path: Path, **data: object) -> Path:
     """The mini experiment with a model and a length of seconds, as a config file."""
     settings = yaml.safe_load(MINI.read_text())
-    del settings["model"]["init_from"]
     settings["model"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     settings["data"] |= {"data_dir": str(folder.parent), "n_train": 3000, "n_test": 40, "n_held_out": 50} | data
     settings["training"] |= {"batch_size": 8, "max_steps": 4, "eval_every": 2, "save_every": 4, "log_every": 1}

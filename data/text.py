@@ -2,7 +2,9 @@
 
 A sequence is the question, a newline and the program, padded with EOS. The three parts are encoded one by one: encoded
 together, "?" and the newline would become one token (in Qwen2 they do), and the boundary between prompt and program
-would depend on the text. Text that spells a special token stays text, so a sequence holds no special token but EOS.
+would depend on the text. Question and program are first stripped of outer white space, as in the published code, so
+that what surrounds a text in its source changes neither rows nor prompts. Text that spells a special token stays text,
+so a sequence holds no special token but EOS.
 """
 
 from __future__ import annotations
@@ -37,16 +39,21 @@ def load_tokenizer(name: str) -> Any:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, nothing added."""
+    """Token ids of each text as it is, nothing added or stripped."""
     tokenizer.encode_special_tokens = True  # as the text that they are
     encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
 
 
 def encode_prompts(tokenizer: Tokenizer, questions: Sequence[str]) -> list[list[int]]:
-    """Token ids of each question and the separator."""
+    """Token ids of each question, stripped of outer white space, and the separator."""
     separator = encode_texts(tokenizer, [SEPARATOR])[0]
-    return [ids + separator for ids in encode_texts(tokenizer, questions)]
+    return [ids + separator for ids in encode_texts(tokenizer, [question.strip() for question in questions])]
+
+
+def encode_programs(tokenizer: Tokenizer, codes: Sequence[str]) -> list[list[int]]:
+    """Token ids of each program, stripped of outer white space."""
+    return encode_texts(tokenizer, [code.strip() for code in codes])
 
 
 def prompt_fits(n_tokens: int, max_len: int) -> bool:
@@ -57,14 +64,14 @@ def prompt_fits(n_tokens: int, max_len: int) -> bool:
 def encode_rows(
     tokenizer: Tokenizer, eos_id: int, questions: Sequence[str], codes: Sequence[str], max_len: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Rows as `data/token_files.py` keeps them: cut to max_len - 1 tokens, padded with EOS.
+    """Rows as `data/token_files.py` keeps them: stripped texts, cut to max_len - 1 tokens, padded with EOS.
 
     Returns:
         labels uint32 [n, L], prompt bits uint8 [n, L / 8], and how many rows were left out because their question
         leaves no room for a program.
     """
     prompts = encode_prompts(tokenizer, questions)
-    programs = encode_texts(tokenizer, codes)
+    programs = encode_programs(tokenizer, codes)
     kept = [
         (prompt, prompt + program)
         for prompt, program in zip(prompts, programs, strict=True)

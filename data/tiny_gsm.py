@@ -42,6 +42,9 @@ COLUMNS = ("question", "code")
 CHUNK_ROWS = 500  # rows per task of a worker process: 1 MiB of labels
 CHUNKS_UNDER_WAY = 4  # per worker
 SAVE_EVERY_S = 5.0
+# How texts become rows, recorded so that a call never continues rows that were made otherwise.
+WHITE_SPACE = {"outer_white_space": "stripped"}
+WHITE_SPACE_BEFORE = {"outer_white_space": "kept"}  # of this code's files that record none
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def pretokenize(
     """
     if max_len % 8 or max_len < 8:
         raise ValueError(f"max_len {max_len} is not a multiple of 8: prompt_mask.bin holds eight positions a byte")
-    job = {"dataset": source, "tokenizer": tokenizer_name, "max_len": max_len, "limit": limit}
+    job = {"dataset": source, "tokenizer": tokenizer_name, "max_len": max_len, "limit": limit} | WHITE_SPACE
     done, finished = _read_progress(out, job)
     if finished:
         return done
@@ -123,13 +126,14 @@ def _read_progress(out: Path, job: dict[str, Any]) -> tuple[Progress, bool]:
     finished = (out / META_FILE).exists()
     if finished:
         meta = read_meta(out)
-        begun = {key: meta.get(key) for key in job}
+        unrecorded = WHITE_SPACE_BEFORE if "num_left_out" in meta else WHITE_SPACE  # the published code strips
+        begun = {key: (unrecorded | meta).get(key) for key in job}
         n_left_out = meta.get("num_left_out", 0)
         n_written = data_shape(out, meta)[0]
         done = Progress(n_written + n_left_out, n_written, n_left_out, meta.get("max_token_id", 0))
     elif (out / PROGRESS_FILE).exists():
         content = json.loads((out / PROGRESS_FILE).read_text(encoding="utf-8"))
-        begun, done = content["job"], Progress(**content["done"])
+        begun, done = WHITE_SPACE_BEFORE | content["job"], Progress(**content["done"])
     else:
         return Progress(), False
     differences = [f"{key} {begun[key]!r}, now {job[key]!r}" for key in job if begun[key] != job[key]]

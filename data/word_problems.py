@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.text import encode_prompts, encode_rows, encode_texts
+from data.text import encode_programs, encode_prompts, encode_rows
 from data.token_files import META_FILE, TOKENIZER_DIR, write_token_files
 
 TEST_FILE = "test.jsonl"
@@ -200,5 +200,5 @@ def cached_word_problems(data_dir: str | Path, n_train: int, n_test: int, seed: 
 def _longest(tokenizer: Any, questions: list[str], codes: list[str]) -> int:
     """Tokens of the longest row, EOS included."""
     prompts = encode_prompts(tokenizer.backend_tokenizer, questions)
-    programs = encode_texts(tokenizer.backend_tokenizer, codes)
+    programs = encode_programs(tokenizer.backend_tokenizer, codes)
     return max(len(prompt) + len(program) for prompt, program in zip(prompts, programs, strict=True)) + 1

@@ -114,6 +114,12 @@ def test_a_prompt_is_the_question_a_newline_and_masks(tokenizer):
         assert row == ids + [MASK_ID] * (32 - len(ids))
 
 
+def test_white_space_around_a_question_is_stripped(tokenizer):
+    question = "Anna has 5 books.\nHow many are left?"
+    prompts = build_prompts([Problem(question, "5"), Problem(f"\n {question}\t \n", "5")], tokenizer, MASK_ID, 48)
+    assert prompts.xt[1].tolist() == prompts.xt[0].tolist()
+
+
 def test_questions_that_are_too_long_are_left_out_and_counted(tokenizer):
     question = "Anna has 5 books."
     n_tokens = len(tokenizer.encode(question)) + 1

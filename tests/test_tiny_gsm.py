@@ -87,6 +87,21 @@ def test_files_hold_what_a_slow_loop_finds(tmp_path, tokenizer_dir):
     assert programs == [kept[i]["code"] for i in whole]
 
 
+def test_white_space_around_the_texts_changes_nothing(tmp_path, tokenizer_dir):
+    rows = [{"question": p.question, "code": p.code} for p in generate_problems(40, 1)]
+    spaced = [{"question": f"\n  {row['question']} \t\n", "code": f"\n\n{row['code']}\r\n  "} for row in rows]
+    for name, content in (("bare", rows), ("spaced", spaced)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in content))
+        pretokenize(str(path), str(tokenizer_dir), tmp_path / name, MAX_LEN, n_workers=1)
+    for file in ("labels.bin", "prompt_mask.bin"):
+        assert (tmp_path / "spaced" / file).read_bytes() == (tmp_path / "bare" / file).read_bytes(), file
+    tokens, prompt_mask = open_tiny_gsm(tmp_path / "spaced", MAX_LEN, 511, 512).rows(np.arange(40))
+    programs = decode_programs(load_tokenizer(str(tokenizer_dir)), tokens, prompt_mask)
+    assert "    return result" in programs[0], "inner white space is kept"
+    assert programs == [row["code"] for row in rows]
+
+
 def test_meta_is_the_published_one(tmp_path, tokenizer_dir):
     write_rows(tmp_path / "rows.jsonl", 30)
     pretokenize(str(tmp_path / "rows.jsonl"), str(tokenizer_dir), tmp_path / "out", MAX_LEN, limit=20, n_workers=1)
@@ -268,6 +283,23 @@ def test_other_settings_are_refused_and_a_finished_call_does_nothing(files, tmp_
     assert (files / "meta.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="max_len 64, now 128"):
         pretokenize(str(tmp_path / "rows.jsonl"), str(tokenizer_dir), files, 128)
+
+
+def test_files_from_before_texts_were_stripped_are_not_continued(tmp_path, tokenizer_dir, files):
+    """They record nothing about it, as the published code's, which strips."""
+    arguments = (str(tmp_path / "rows.jsonl"), str(tokenizer_dir))
+    message = "outer_white_space 'kept', now 'stripped'"
+    job = {"dataset": arguments[0], "tokenizer": arguments[1], "max_len": MAX_LEN, "limit": None}
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / ".progress.json").write_text(json.dumps({"job": job, "done": {}}))
+    with pytest.raises(ValueError, match=message):
+        pretokenize(*arguments, tmp_path / "begun", MAX_LEN, n_workers=1)
+    rewrite_meta(files, outer_white_space=None)
+    with pytest.raises(ValueError, match=message):
+        pretokenize(*arguments, files, MAX_LEN, n_workers=1)
+    assert len(open_tiny_gsm(files, MAX_LEN, 511, 512)) == 45, "training still reads them"
+    rewrite_meta(files, num_left_out=None)  # as in a folder of the published code
+    assert pretokenize(*arguments, files, MAX_LEN, n_workers=1).n_written == 45
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,8 @@ def test_a_checkpoint_writes_a_program(run_dir, capsys):
     sampling.main(["--checkpoint", str(run_dir), "--prompt", "Anna has 5 books.", "--tokens-per-step", "8"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "8 network forward evaluations", "57 masked positions, 8 at a time"
+    sampling.main(["--checkpoint", str(run_dir), "--prompt", "\n Anna has 5 books.  \n", "--tokens-per-step", "8"])
+    assert capsys.readouterr().out.splitlines() == lines, "white space around the prompt is stripped"
     for arguments, message in ((["--puzzle", "1" * 81], "--prompt"), (["--prompt", "Anna " * 80], "leaves no room")):
         with pytest.raises(SystemExit) as stop:
             sampling.main(["--checkpoint", str(run_dir), *arguments])

@@ -3,7 +3,8 @@
 `labels.bin`: uint32 [N, L], question, newline, program, then EOS to the end. `prompt_mask.bin`: uint8 [N, L / 8], eight
 positions a byte, the first in the lowest bit. `meta.json`: number of rows and their length among other facts, written
 last. Beside them `tokenizer/`, in folders that this code has written. `data/tiny_gsm.py` and `data/word_problems.py`
-write them.
+write them. The published code allocates its files for as many rows as the data set is said to have and gives in
+meta.json how many it wrote, so its files may be longer.
 
 Shapes: N rows, L tokens per row.
 """
@@ -11,6 +12,7 @@ Shapes: N rows, L tokens per row.
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,10 +57,10 @@ class TinyGsmData:
 
 
 def open_tiny_gsm(data_dir: str | Path, max_len: int, mask_id: int, vocab_size: int) -> TinyGsmData:
-    """Map the files of `data_dir`.
+    """Map the files of `data_dir`; what they hold beyond the rows that meta.json counts is ignored with a warning.
 
     Raises:
-        ValueError: they are missing, unfinished or of another length, their sizes do not fit meta.json, a row has
+        ValueError: they are missing, unfinished or of another length, too short for what meta.json says, a row has
             nothing to predict, or a token is the mask token or outside the vocabulary.
     """
     folder = Path(data_dir)
@@ -117,10 +119,13 @@ def write_meta(folder: Path, facts: dict[str, Any], n_rows: int, max_token_id: i
 
     Args:
         facts: `max_len`, `eos_id`, `tokenizer` and whatever else is worth knowing.
+
+    Raises:
+        ValueError: they do not fit it.
     """
     sizes = {"sep": SEPARATOR, "num_examples": n_rows, "max_token_id": max_token_id}
     meta = facts | {"split": "train"} | sizes | FORMAT
-    data_shape(folder, meta)
+    data_shape(folder, meta, exact=True)  # a second process that writes here too makes the files longer
     write_text(folder / META_FILE, json.dumps(meta, indent=1) + "\n")
 
 
@@ -135,11 +140,15 @@ def tokenizer_of(data_dir: str | Path) -> str:
     return name
 
 
-def data_shape(folder: Path, meta: dict[str, Any]) -> tuple[int, int]:
+def data_shape(folder: Path, meta: dict[str, Any], *, exact: bool = False) -> tuple[int, int]:
     """Rows and tokens per row; what meta.json does not say follows from the sizes of the files.
 
+    Args:
+        exact: refuse files that are longer than meta.json says. Otherwise they give a warning, unless one of the two
+            numbers follows from their sizes: then they must fit.
+
     Raises:
-        ValueError: a file is missing or its size does not fit.
+        ValueError: a file is missing, too short or, see `exact`, too long, or there are no rows.
     """
     sizes = {}
     for name in (LABELS_FILE, PROMPT_FILE):
@@ -148,6 +157,7 @@ def data_shape(folder: Path, meta: dict[str, Any]) -> tuple[int, int]:
         sizes[name] = (folder / name).stat().st_size
     n_tokens = sizes[LABELS_FILE] // 4
     n_rows, length = meta.get("num_examples"), meta.get("max_len")
+    exact = exact or n_rows is None or length is None
     if isinstance(n_rows, int) and n_rows > 0 and length is None:
         length = n_tokens // n_rows
     if isinstance(length, int) and length > 0 and n_rows is None:
@@ -156,12 +166,15 @@ def data_shape(folder: Path, meta: dict[str, Any]) -> tuple[int, int]:
         raise ValueError(f"{folder / META_FILE} must give num_examples or max_len as whole numbers, got {meta}")
     if length % 8:
         raise ValueError(f"{folder / META_FILE}: max_len {length} is not a multiple of 8")
-    for name, expected in {LABELS_FILE: n_rows * length * 4, PROMPT_FILE: n_rows * length // 8}.items():
-        if sizes[name] != expected:
-            raise ValueError(
-                f"{folder / name} has {sizes[name]} bytes, but {n_rows} rows of {length} tokens, as {META_FILE} says, "
-                f"take {expected}"
-            )
-    if n_rows == 0:
+    if n_rows < 1:
         raise ValueError(f"{folder} holds no rows")
+    for name, expected in {LABELS_FILE: n_rows * length * 4, PROMPT_FILE: n_rows * length // 8}.items():
+        found = (
+            f"{folder / name} has {sizes[name]} bytes, but {n_rows} rows of {length} tokens, as {META_FILE} says, "
+            f"take {expected}"
+        )
+        if sizes[name] < expected or (exact and sizes[name] > expected):
+            raise ValueError(found)
+        if sizes[name] > expected:
+            warnings.warn(f"{found}: the rest of the file is ignored", stacklevel=2)
     return n_rows, length

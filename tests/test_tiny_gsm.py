@@ -20,7 +20,7 @@ from data import tiny_gsm
 from data.stream import SequenceStream
 from data.text import decode_programs, load_tokenizer
 from data.tiny_gsm import pretokenize
-from data.token_files import FORMAT, open_tiny_gsm, read_meta, tokenizer_of
+from data.token_files import FORMAT, open_tiny_gsm, read_meta, tokenizer_of, write_meta
 from data.word_problems import generate_problems, train_tokenizer
 from model.transformer import Transformer
 from runtime.config_file import read_config
@@ -229,6 +229,37 @@ def test_sizes_that_do_not_fit_are_refused_with_both_numbers(files):
     with pytest.raises(ValueError, match=rf"labels.bin has {45 * MAX_LEN * 4} bytes.* take {46 * MAX_LEN * 4}"):
         open_tiny_gsm(files, MAX_LEN, 511, 512)
     rewrite_meta(files, num_examples=45)
+    with open(files / "prompt_mask.bin", "r+b") as file:
+        file.truncate(45 * 8 - 1)
+    with pytest.raises(ValueError, match=rf"prompt_mask.bin has {45 * 8 - 1} bytes.* take {45 * 8}"):
+        open_tiny_gsm(files, MAX_LEN, 511, 512)
+    rewrite_meta(files, num_examples=0)
+    with pytest.raises(ValueError, match="holds no rows"):
+        open_tiny_gsm(files, MAX_LEN, 511, 512)
+
+
+def test_what_the_published_files_hold_beyond_their_rows_is_ignored_with_a_warning(files):
+    """They are allocated for the rows that the data set is said to have, 52 here, and padded with zeros."""
+    expected = open_tiny_gsm(files, MAX_LEN, 511, 512)
+    tokens, prompt_mask = expected.rows(np.arange(45))
+    messages = []
+    for name, row_bytes in (("labels.bin", MAX_LEN * 4), ("prompt_mask.bin", MAX_LEN // 8)):
+        os.truncate(files / name, 52 * row_bytes)
+        found = f"{files / name} has {52 * row_bytes} bytes, but 45 rows of {MAX_LEN} tokens, as meta.json says, take"
+        messages.append(re.escape(f"{found} {45 * row_bytes}: the rest of the file is ignored"))
+    with pytest.warns(UserWarning, match=messages[0]), pytest.warns(UserWarning, match=messages[1]):
+        data = open_tiny_gsm(files, MAX_LEN, 511, 512)
+    assert len(data) == 45
+    again, mask_again = data.rows(np.arange(45))
+    assert np.array_equal(again, tokens)
+    assert np.array_equal(mask_again, prompt_mask)
+    with pytest.raises(ValueError, match=r"labels\.bin has"):  # a second process wrote too
+        write_meta(files, {"max_len": MAX_LEN}, 45, 511)
+
+
+@pytest.mark.parametrize("missing", ["num_examples", "max_len"])
+def test_files_that_are_longer_must_fit_where_a_number_follows_from_their_sizes(missing, files):
+    rewrite_meta(files, **{missing: None})
     with open(files / "prompt_mask.bin", "ab") as file:
         file.write(b"x")
     with pytest.raises(ValueError, match=rf"prompt_mask.bin has {45 * 8 + 1} bytes.* take {45 * 8}"):

@@ -407,5 +407,5 @@ def test_the_papers_settings():
     with torch.device("meta"):
         n_parameters = sum(parameter.numel() for parameter in Transformer(puma.model).parameters())
     assert n_parameters == pytest.approx(125e6, rel=0.01)
-    steps = [0, 29_999, 30_000, 299_999, 300_000, 900_000]
+    steps = [0, 59_999, 60_000, 329_999, 330_000, 900_000]
     assert [puma.objective.n_stages_at(step) for step in steps] == [12, 12, 15, 39, 42, 42]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from config import Config, ModelSettings
 from config_data import SudokuSettings
-from model.hub import CONFIG_FILE, EMBEDDING, HEAD, INDEX_FILE, Pretrained, read_qwen2, write_qwen2
+from model.hub import CONFIG_FILE, EMBEDDING, HEAD, INDEX_FILE, Pretrained, read_qwen2, write_qwen2, write_tokenizer
 from model.transformer import POSITIONS, Transformer
 from runtime.checkpoint import MANIFEST, find_checkpoint
 from sampling import load_model
@@ -154,7 +154,7 @@ def export_run(path: str, out: Path) -> str:
     eos_id = pad_id = None
     if tokenizer is not None:
         eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-        tokenizer.save_pretrained(out)
+        write_tokenizer(out, tokenizer)
     exported = Pretrained(path, config.model, config.shifted, model.weights())
     write_qwen2(out, exported, causal=config.causal, mask_id=config.mask_id, eos_id=eos_id, pad_id=pad_id)
     lines = [f"wrote {out}: {', '.join(sorted(file.name for file in out.iterdir()))}"]

@@ -23,6 +23,16 @@ from config import ModelSettings
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_MODULE, TOKENIZER_CLASS = "tokenization_saved", "SavedTokenizer"
+TOKENIZER_CODE = f'''"""The tokenizer of this folder, for `AutoTokenizer` with `trust_remote_code=True`."""
+
+from transformers import PreTrainedTokenizerFast
+
+
+class {TOKENIZER_CLASS}(PreTrainedTokenizerFast):
+    """Reads tokenizer.json as it is."""
+'''
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -92,6 +102,28 @@ def write_qwen2(
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     for name, content in ((CONFIG_FILE, config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Write a fast tokenizer so that `AutoTokenizer` opens it unchanged beside the config.json of `write_qwen2`.
+
+    For `model_type: qwen2`, transformers 5 takes any `tokenizer_class` other than Qwen2Tokenizer for a mistake and
+    builds Qwen2Tokenizer, which reads the vocabulary and merges of tokenizer.json but splits text by its own rules. An
+    `auto_map` in tokenizer_config.json turns this replacement off; the named class is then used. `auto_map` must name
+    a class in a file of the folder, which is only run with `trust_remote_code=True` and reads the same.
+    """
+    tokenizer.save_pretrained(folder)
+    if type(tokenizer).__name__.removesuffix("Fast") == "Qwen2Tokenizer":
+        return
+    path = folder / TOKENIZER_CONFIG_FILE
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config["tokenizer_class"] == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the same, by the name that transformers 4 knows too
+    # PreTrainedTokenizerFast of transformers 4 also gives token types otherwise, which a Qwen2 model does not take.
+    config["model_input_names"] = ["input_ids", "attention_mask"]
+    config["auto_map"] = {"AutoTokenizer": [None, f"{TOKENIZER_MODULE}.{TOKENIZER_CLASS}"]}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{TOKENIZER_MODULE}.py").write_text(TOKENIZER_CODE, encoding="utf-8")
 
 
 def _read_settings(raw: dict[str, Any]) -> ModelSettings:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import PUMA, ROOT, UNIFORM, run_python, tiny_settings
+from conftest import PUMA, ROOT, SHARED, UNIFORM, run_python, tiny_settings
 from safetensors.torch import load, save_file
 from torch import Tensor
 
 import pretrained
 import train
 from config import Config, ModelSettings
+from data.load import find_tokenizer
+from data.text import load_tokenizer
+from data.word_problems import generate_problems
 from model import hub
 from model.hub import read_qwen2
 from model.transformer import POSITIONS, Transformer, build_model
@@ -26,6 +32,7 @@ from sampling import load_model
 from sampling_causal import sample_left_to_right
 
 AUTOREGRESSIVE = {"name": "autoregressive"}
+QWEN = SHARED / "qwen2_tokenizer"
 SHAPE = {
     "vocab_size": 20,
     "hidden_size": 16,
@@ -369,6 +376,24 @@ def test_an_export_holds_the_tokenizer_of_the_data(tmp_path):
     message = pretrained.export_run(str(tmp_path / "run"), tmp_path / "out")
     assert "tokenizer.json" in message
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    own = find_tokenizer(load_model(str(tmp_path / "run"))[1].data)
+    texts = [f"{problem.question}\n{problem.code}" for problem in generate_problems(50, seed=5)]
+    assert_same_tokenizer(tokenizer, own, texts)
+    assert set(tokenizer(texts[0])) == {"input_ids", "attention_mask"}
+    trusting = "import json, sys; from transformers import AutoTokenizer; texts = json.load(sys.stdin); tokenizer = "
+    trusting += "AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True); "
+    trusting += "print(type(tokenizer).__name__, json.dumps([tokenizer(text).input_ids for text in texts]))"
+    result = subprocess.run(
+        [sys.executable, "-c", trusting, str(tmp_path / "out")],
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
+        input=json.dumps(texts),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    name, ids = result.stdout.split(" ", 1)
+    assert name == "SavedTokenizer"
+    assert json.loads(ids) == own(texts).input_ids
     generation = GenerationConfig.from_pretrained(tmp_path / "out")
     assert generation.eos_token_id == tokenizer.eos_token_id is not None
     assert generation.suppress_tokens == [511]
@@ -379,6 +404,30 @@ def test_an_export_holds_the_tokenizer_of_the_data(tmp_path):
     xt = torch.cat([prompt, torch.full((1, 20), config.mask_id)], dim=1)
     ours = sample_left_to_right(model, xt, config.mask_id, eos_id=tokenizer.eos_token_id)
     assert torch.equal(ours.tokens[:, : answer.shape[1]], answer)
+
+
+def assert_same_tokenizer(found: Any, own: Any, texts: list[str]) -> None:
+    assert found(texts).input_ids == own(texts).input_ids
+    assert found.backend_tokenizer.to_str() == own.backend_tokenizer.to_str()
+    assert (len(found), found.eos_token_id, found.pad_token_id) == (len(own), own.eos_token_id, own.pad_token_id)
+    assert found.decode(found(texts[0]).input_ids) == texts[0]
+
+
+@pytest.mark.skipif(not QWEN.is_dir(), reason="needs the Qwen2 tokenizer in ../shared/data")
+def test_qwen2s_own_tokenizer_is_written_as_such(tmp_path):
+    from transformers import AutoTokenizer
+
+    own = load_tokenizer(str(QWEN))
+    settings = ModelSettings.model_validate(SHAPE)
+    source = hub.Pretrained("a test", settings, True, Transformer(settings, shifted=True).weights())
+    hub.write_qwen2(tmp_path, source, causal=True, mask_id=19, eos_id=0, pad_id=0)
+    hub.write_tokenizer(tmp_path, own)
+    assert not list(tmp_path.glob("*.py"))
+    with open(SHARED / "gsm8k" / "train.jsonl", encoding="utf-8") as file:
+        questions = [json.loads(next(file))["question"] for _ in range(50)]
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(found).__name__.startswith("Qwen2Tokenizer")
+    assert_same_tokenizer(found, own, questions)
 
 
 @pytest.mark.parametrize("name", ["baseline", "puma"])

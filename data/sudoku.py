@@ -6,7 +6,8 @@ solution:
 - `two_halves`: the puzzle's cells, then the solution's. The puzzle half is the prompt.
 - `in_place`: the solution's cells alone. The clues are the prompt; no token is an empty cell.
 
-`data/sudoku_files.py` reads the sources; `python -m data.sudoku check FILE` checks one.
+`data/sudoku_files.py` reads the sources. `python -m data.sudoku check FILE` checks one, and also that each puzzle has
+exactly one solution, which training does not ask for.
 
 Shapes: N boards, S size, C = S * S cells.
 """
@@ -14,16 +15,20 @@ Shapes: N boards, S size, C = S * S cells.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from config_data import SudokuLayout
-from data.sudoku_solver import BOX_SHAPE
+from data.sudoku_solver import BOX_SHAPE, count_solutions
 
 CHUNK_ROWS = 50_000
+SEARCH_ROWS = 500  # puzzles per task of a thread that counts solutions
 N_SHOWN = 10
 
 
@@ -142,6 +147,26 @@ def check_boards(tokens: np.ndarray, size: int) -> list[tuple[int, str]]:
     return bad
 
 
+def check_uniqueness(puzzles: np.ndarray, size: int, *, show_progress: bool = True) -> list[tuple[int, str]]:
+    """Rows whose puzzle has several solutions, with that reason, in order; the search runs on all cores.
+
+    Args:
+        puzzles: uint8 [N, C], each with at least one solution, as `check_boards` finds out.
+    """
+    bad: list[tuple[int, str]] = []
+    starts = range(0, len(puzzles), SEARCH_ROWS)
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # the compiled code holds no lock
+    try:
+        counts = pool.map(lambda start: count_solutions(puzzles[start : start + SEARCH_ROWS], size), starts)
+        with tqdm(total=len(puzzles), desc="counting solutions", unit="puzzle", disable=not show_progress) as bar:
+            for start, counted in zip(starts, counts, strict=True):
+                bad += [(start + int(row), "the puzzle has several solutions") for row in np.flatnonzero(counted > 1)]
+                bar.update(len(counted))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return bad
+
+
 def legal_solutions(boards: np.ndarray, size: int) -> np.ndarray:
     """Which boards [N, C] hold every digit once in each row, column and box; bool [N]."""
     height, width = BOX_SHAPE[size]
@@ -201,10 +226,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     bad = check_boards(tokens, options.size)
+    good = np.setdiff1d(np.arange(len(tokens)), [row for row, _ in bad])
+    several = check_uniqueness(tokens[good, : options.size**2].astype(np.uint8), options.size)
+    bad = sorted(bad + [(int(good[row]), reason) for row, reason in several])
     if bad:
         print(f"{options.file}: {format_bad_rows(bad, len(tokens))}")
         sys.exit(2)
-    print(f"{len(tokens)} good rows")
+    print(f"{len(tokens)} good rows, one solution each")
 
 
 if __name__ == "__main__":

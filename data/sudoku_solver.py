@@ -1,4 +1,4 @@
-"""Compiled Sudoku: search for grids and for puzzles with one solution, and what simple rules solve.
+"""Compiled Sudoku: search for grids and for puzzles with one solution, count of solutions, what simple rules solve.
 
 `data/generate_sudoku.py` says how puzzles are drawn.
 
@@ -226,3 +226,61 @@ def _fill_singles(boards: np.ndarray, groups: np.ndarray, size: int, popcount: n
                         digit += 1
                     _place(grid, used, groups, cell, digit)
                     progress = True
+
+
+def count_solutions(puzzles: np.ndarray, size: int) -> np.ndarray:
+    """How many solutions each puzzle has, counted up to two.
+
+    Args:
+        puzzles: uint8 [N, C], 0 where empty, digits up to `size`.
+
+    Returns:
+        uint8 [N]: 0, 1, or 2 for two and more.
+    """
+    boards = puzzles.astype(np.int64)  # a copy
+    height, width = BOX_SHAPE[size]
+    return _count_solutions(boards, _groups(size, height, width), size, POPCOUNT)
+
+
+@njit(cache=True, nogil=True)
+def _count_solutions(boards: np.ndarray, groups: np.ndarray, size: int, popcount: np.ndarray) -> np.ndarray:
+    """See `count_solutions`, of int64 [N, C], which it changes.
+
+    Any other solution differs from the first one in some empty cell. So each empty cell in turn is asked for another
+    digit that can be completed while the cells before it keep theirs.
+    """
+    counts = np.zeros(len(boards), dtype=np.uint8)
+    used = np.empty((3, size), dtype=np.int64)
+    state = np.zeros(1, dtype=np.uint64)
+    for i in range(len(boards)):
+        if not _find_used(boards[i], used, groups, size):
+            continue
+        # Singles are in every solution, so they change no count; most puzzles end here.
+        _fill_singles(boards[i : i + 1], groups, size, popcount)
+        grid = boards[i]
+        _find_used(grid, used, groups, size)
+        solution, solution_used = grid.copy(), used.copy()
+        if not _complete(solution, solution_used, groups, size, popcount, state):
+            continue
+        counts[i] = 1
+        for cell in range(size * size):
+            if grid[cell] == 0:
+                _place(grid, used, groups, cell, solution[cell])
+                if _is_needed(grid, used, groups, size, popcount, cell):
+                    counts[i] = 2
+                    break
+    return counts
+
+
+@njit(cache=True, nogil=True)
+def _find_used(grid: np.ndarray, used: np.ndarray, groups: np.ndarray, size: int) -> bool:
+    """Fill in the masks of `grid`, see `_place`; False where a row, column or box holds a digit twice."""
+    used[:] = 0
+    for cell in range(size * size):
+        if grid[cell] != 0:
+            bit = 1 << grid[cell]
+            for kind in range(3):
+                if used[kind, groups[kind, cell]] & bit:
+                    return False
+                used[kind, groups[kind, cell]] |= bit
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import time
 
 import numpy as np
@@ -117,6 +118,20 @@ def test_the_number_of_workers_changes_nothing(n_workers):
         assert ours is not None
         assert theirs is not None
         assert np.array_equal(ours.boards, theirs.boards)
+
+
+@pytest.mark.parametrize(
+    ("request_", "digest"),
+    [
+        ((4, 50, 10, 4, 8, 3), "402906fe8a3e9fdc"),
+        ((6, 300, 0, 14, 22, 0), "a51ce45832f671c9"),
+        ((9, 300, 0, 30, 40, 0), "14ed5d185648662e"),
+        ((9, 20, 0, 24, 25, 1), "9a38fe0c2635c74f"),
+    ],
+)
+def test_the_boards_of_a_seed_stay_what_they_were(request_, digest):
+    """Runs with generated boards are compared by their seed, also with runs of older versions."""
+    assert hashlib.sha256(train_set(*request_).boards.tobytes()).hexdigest()[:16] == digest
 
 
 def test_more_puzzles_begin_with_the_same_ones():

@@ -12,6 +12,7 @@ from data.sudoku import (
     BOX_SHAPE,
     SudokuData,
     check_boards,
+    check_uniqueness,
     count_shared_puzzles,
     format_bad_rows,
     legal_solutions,
@@ -106,9 +107,9 @@ def test_good_boards_are_good_in_every_number_type(size):
     assert check_boards(boards(size, n_clues=size * size), size) == []
 
 
-def damaged(size: int, changes: dict[int, tuple[int, float]], n: int = 6) -> np.ndarray:
+def damaged(size: int, changes: dict[int, tuple[int, float]], n: int = 6, n_clues: int | None = None) -> np.ndarray:
     """Good rows, but for {row: (column, value)}."""
-    tokens = boards(size, n).astype(np.float64)
+    tokens = boards(size, n, n_clues).astype(np.float64)
     for row, (column, value) in changes.items():
         tokens[row, column] = value
     return tokens
@@ -257,18 +258,40 @@ def test_426971_real_boards_are_good_and_checked_in_seconds():
 # The command
 
 
+def test_puzzles_with_several_solutions_are_named_across_chunks(monkeypatch):
+    monkeypatch.setattr("data.sudoku.SEARCH_ROWS", 4)
+    puzzles = boards(6, 11, n_clues=30)[:, :36].astype(np.uint8)
+    assert check_uniqueness(puzzles, 6, show_progress=False) == []
+    puzzles[[0, 4, 9], 6:] = 0
+    bad = check_uniqueness(puzzles, 6, show_progress=False)
+    assert bad == [(row, "the puzzle has several solutions") for row in (0, 4, 9)]
+
+
+def test_training_takes_puzzles_with_several_solutions():
+    assert len(make_data(boards(9, 3, n_clues=0), 9, "a file")) == 3
+
+
 def test_the_command_counts_good_rows(tmp_path):
     path = tmp_path / "good.npy"
-    np.save(path, boards(6, 7))
+    np.save(path, boards(6, 7, n_clues=30))
     result = run_python("-m", "data.sudoku", "check", path, "--size", 6)
     assert result.returncode == 0
-    assert result.stdout == "7 good rows\n"
+    assert result.stdout == "7 good rows, one solution each\n"
+    assert "counting solutions: 100%" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (damaged(9, {1: (0, 11), 3: (100, 0)}), ["2 of 6 rows", "row 1: the puzzle", "row 3: the solution"]),
+        (
+            damaged(9, {1: (0, 11), 3: (100, 0)}, n_clues=72),
+            ["2 of 6 rows", "row 1: the puzzle", "row 3: the solution"],
+        ),
+        (boards(9, 2, n_clues=0), ["2 of 2 rows", "row 0: the puzzle has several solutions", "row 1: the puzzle has"]),
+        (
+            np.concatenate([damaged(9, {0: (81, 0)}, n=2, n_clues=72), boards(9, 1), boards(9, 1, n_clues=80)]),
+            ["2 of 4 rows", "row 0: the solution has a cell", "row 2: the puzzle has several solutions"],
+        ),
         (boards(4, 2), ["rows must have 162 numbers"]),
         (np.zeros((0, 162)), ["holds no boards"]),
         (None, ["does not exist"]),

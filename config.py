@@ -67,9 +67,9 @@ class ModelSettings(Settings):
 
     @field_validator("learned_positions")
     @classmethod
-    def _tokens_have_places(cls, table: int | None, info: ValidationInfo) -> int | None:
+    def _has_positions(cls, table: int | None, info: ValidationInfo) -> int | None:
         if table is None and info.data.get("rotary") is False:
-            raise ValueError("with rotary false, nothing tells the model in which order tokens stand: set its length")
+            raise ValueError("rotary false needs learned positions: set it to the length of a sequence")
         return table
 
     @field_validator("num_key_value_heads")

@@ -50,6 +50,9 @@ class SudokuSettings(Settings):
         problems = []
         if self.min_clues > self.max_clues:
             problems.append(f"min_clues {self.min_clues} is above max_clues {self.max_clues}")
+        may_be_generated = self.source in ("generated", "published_or_generated")
+        if self.layout == "in_place" and may_be_generated and self.max_clues >= self.size**2:
+            problems.append(f"max_clues {self.max_clues}: layout in_place leaves nothing to predict on a full board")
         if self.source in ("published", "published_or_generated") and self.size != 9:
             problems.append(f"source {self.source!r} has 9x9 boards only, size is {self.size}: use source: generated")
         if self.source == "files" and not (self.train_file and self.test_file):

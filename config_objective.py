@@ -44,7 +44,7 @@ class ProgressiveSettings(Settings):
         None, gt=0.0, le=1.0, description="tau: also reveal what the model predicts with more than this probability"
     )
     pool_batches: int = Field(
-        1, gt=0, description="batches of rows in the pool, which updates train in turn; 1, as in the paper: its batch"
+        1, gt=0, description="size of the pool in batches, which updates train in turn; the paper's pool is one batch"
     )
     uniform_fraction: float = Field(
         0.0, ge=0.0, lt=1.0, description="share of each batch that stays ordinary uniformly masked rows"

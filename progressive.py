@@ -1,7 +1,7 @@
 """The PUMA pool: sequences revealed in the order of the model's own confidence (arXiv 2602.10314, section 3).
 
 Each row of the pool is one sequence on its way from nearly all masked (stage 0) to nearly all revealed (stage K - 1).
-Training reads the pool as a batch; the forward pass that gives the loss also gives the confidences that choose what
+Training reads one batch of the pool; the forward pass that gives the loss also gives the confidences that choose what
 each row reveals next, so the pool costs no extra pass. The true tokens are filled in, whatever the model predicted.
 
 A row advances as one segment, or, for block diffusion, each of its blocks does (`progressive_block.py`). Nothing here

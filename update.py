@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from typing import cast
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from run_state import Run
 from runtime.checkpoint import save_tensors
 from runtime.distributed import World, autocast, autocast_dtype
 from runtime.files import WriteError
+from runtime.optim import update_ema
 from runtime.sharding import whole
 
 # Updates before the recording: libraries choose kernels and allocate workspaces in the first ones.
@@ -47,8 +49,8 @@ class Updater:
             self._step_graph()
         else:
             apply_update(run, self.dtype)
-        if run.ema is not None:
-            run.ema.update_parameters(run.model)  # its decay changes, which a recorded update would not notice
+        if run.ema is not None:  # outside of the CUDA graph: the decay changes from update to update
+            update_ema(run.ema, run.model, cast(float, run.config.training.ema_decay))
         run.learning_rate = run.config.training.learning_rate * run.scheduler.lr_lambdas[0](run.step)
         run.scheduler.step()
         run.objective.stage_rows()

@@ -20,6 +20,7 @@ from config_objective import AutoregressiveSettings, BlockSettings, ProgressiveS
 from data.stream import SequenceStream
 from model.transformer import Transformer
 from runtime.distributed import autocast
+from runtime.optim import ema_decay
 
 Batch = tuple[Tensor, Tensor, Tensor]  # xt, x0 (int64 [B, L]) and weight (float32 [B, L])
 
@@ -172,6 +173,8 @@ def check_has_plain_form(config: Config) -> None:
         raise ValueError(f"objective {settings.name!r} has no plain form: see `python -m bench block`")
     if isinstance(settings, ProgressiveSettings) and settings.uniform_fraction:
         raise ValueError(f"objective.uniform_fraction {settings.uniform_fraction} has no plain form: set it to 0")
+    if isinstance(settings, ProgressiveSettings) and settings.pool_batches > 1:
+        raise ValueError(f"objective.pool_batches {settings.pool_batches} has no plain form: set it to 1")
 
 
 def build_dense_objective(config: Config, stream: SequenceStream, device: torch.device) -> DenseObjective:
@@ -194,6 +197,7 @@ class DenseTrainer:
             model.parameters(), training.learning_rate, training.adam_betas, weight_decay=training.weight_decay
         )
         self.average = [p.detach().clone() for p in model.parameters()] if training.ema_decay else None
+        self.n_averaged = 0
         self.loss = math.nan
 
     def step(self, objective: DenseObjective) -> None:
@@ -217,8 +221,10 @@ class DenseTrainer:
     @torch.no_grad()
     def _update_average(self) -> None:
         if self.average is not None and self.training.ema_decay is not None:
+            decay = ema_decay(self.training.ema_decay, self.n_averaged) if self.n_averaged else 0.0
             for average, parameter in zip(self.average, self.model.parameters(), strict=True):
-                average.lerp_(parameter, 1 - self.training.ema_decay)
+                average.lerp_(parameter, 1 - decay)
+            self.n_averaged += 1
 
     def _parts(self, batch: Batch) -> Iterator[Batch]:
         n_rows = self.training.micro_batch_size or len(batch[0])

@@ -39,7 +39,7 @@ class SudokuData:
     boards: np.ndarray  # uint8 [N, 2 * C], puzzles and solutions
     size: int
     layout: SudokuLayout = "two_halves"
-    ratings: np.ndarray | None = None  # float32 [N], difficulty where the source has one; NaN: not of this puzzle
+    ratings: np.ndarray | None = None  # float32 [N], difficulty where the source has one; NaN where a puzzle has none
 
     @property
     def n_cells(self) -> int:
@@ -96,7 +96,7 @@ def make_data(
     Args:
         boards: [N, 2 * C] of any number type, puzzles and solutions.
         source: where they come from, for the message.
-        ratings: float32 [N], the puzzles' difficulty.
+        ratings: float32 [N], the puzzles' difficulty, NaN where it is not known.
 
     Raises:
         ValueError: there are none, the shape is wrong or a board is bad; the message names the first bad rows.
@@ -108,28 +108,31 @@ def make_data(
         bad = [(int(row), "the puzzle has no empty cell, so layout in_place leaves nothing to predict") for row in full]
     if bad:
         raise ValueError(f"{source}: {format_bad_rows(bad, len(boards))}")
-    if ratings is not None and len(ratings) != len(boards):
-        raise ValueError(f"{source}: {len(ratings)} ratings for {len(boards)} boards")
+    if ratings is not None:
+        if ratings.shape != (len(boards),):
+            raise ValueError(f"{source}: ratings must be one number per board, [{len(boards)}], got {ratings.shape}")
+        if np.isinf(ratings).any() or np.isnan(ratings).all():
+            raise ValueError(f"{source}: ratings must be finite numbers, and some board must have one")
     return SudokuData(np.ascontiguousarray(boards, dtype=np.uint8), size, layout, ratings)
 
 
-def check_shape(tokens: np.ndarray, size: int, source: str) -> None:
-    """Raise ValueError unless `tokens` are numbers [N, 2 * C], N at least 1."""
+def check_shape(boards: np.ndarray, size: int, source: str) -> None:
+    """Raise ValueError unless `boards` are numbers [N, 2 * C], N at least 1."""
     expected = 2 * size * size
-    if tokens.ndim != 2 or tokens.shape[1] != expected or tokens.dtype.kind not in "uif":
+    if boards.ndim != 2 or boards.shape[1] != expected or boards.dtype.kind not in "uif":
         raise ValueError(
-            f"{source}: rows must have {expected} numbers for {size}x{size} boards, got shape {tokens.shape} of type "
-            f"{tokens.dtype}"
+            f"{source}: rows must have {expected} numbers for {size}x{size} boards, got shape {boards.shape} of type "
+            f"{boards.dtype}"
         )
-    if len(tokens) == 0:
+    if len(boards) == 0:
         raise ValueError(f"{source} holds no boards")
 
 
-def check_boards(tokens: np.ndarray, size: int) -> list[tuple[int, str]]:
+def check_boards(boards: np.ndarray, size: int) -> list[tuple[int, str]]:
     """Bad rows of [N, 2 * C] boards (any number type) with the reason for each, in order; empty if all are good."""
     bad: list[tuple[int, str]] = []
-    for start in range(0, len(tokens), CHUNK_ROWS):
-        chunk = tokens[start : start + CHUNK_ROWS]
+    for start in range(0, len(boards), CHUNK_ROWS):
+        chunk = boards[start : start + CHUNK_ROWS]
         puzzles, solutions = chunk[:, : size * size], chunk[:, size * size :]
         # In this order: the first that applies to a row is its reason.
         reasons = {

@@ -2,7 +2,7 @@
 
 Works on a live model during training and on a checkpoint from the command line, on one process or sharded over many:
 
-    python -m eval.evaluate runs/sudoku_puma --json results.json validation.n_examples=5000
+    python -m eval.evaluate runs/sudoku_puma --json results.json validation.n_final_examples=1000
 
 Shapes: B rows, L positions.
 """
@@ -108,7 +108,7 @@ def _run_sampler(
     names = (*task.figures, "nfe")
     sums = torch.zeros(len(names), dtype=torch.float64, device=world.device)
     samples: dict[int, dict[str, Any]] = {}
-    solved_by_row: dict[int, bool] = {}
+    solved = torch.zeros(n_examples, dtype=torch.float64, device=world.device)
     for rows in _own_batches(n_examples, world, settings.batch_size):
         result = sampler(
             model,
@@ -124,7 +124,7 @@ def _run_sampler(
         judged = task.judge(result.tokens, rows)
         figures = judged.figures | {"nfe": result.nfe}
         sums += torch.stack([figures[name].sum(dtype=torch.float64).to(world.device) for name in names])
-        solved_by_row |= dict(zip(rows.tolist(), (judged.figures["accuracy"] == 1).tolist(), strict=True))
+        solved[rows] = figures["accuracy"].to(solved)
         samples |= {
             int(row): {"confidence": confidence, "tokens_per_step": tokens_per_step, "row": int(row)} | facts
             for row, facts in zip(rows, judged.samples, strict=False)
@@ -136,11 +136,11 @@ def _run_sampler(
     means = {name: total / n_examples for name, total in totals.items()}
     accuracy, nfe = means.pop("accuracy"), means.pop("nfe")
     gathered = {row: facts for part in gather(samples) for row, facts in part.items()}
-    solved = np.zeros(n_examples, dtype=bool)
-    for part in gather(solved_by_row):
-        solved[list(part)] = list(part.values())
-    difficulty = task.difficulty(np.arange(n_examples))
-    groups = group_results(difficulty, solved, None if reference is None else reference.solved)
+    groups = group_results(
+        task.difficulty(np.arange(n_examples)),
+        sum_over_ranks(solved).cpu().numpy() == 1,
+        None if reference is None else reference.solved,
+    )
     return (
         SamplerResult(confidence, tokens_per_step, n_examples, accuracy, low, high, nfe, means, groups),
         [gathered[row] for row in sorted(gathered)],

@@ -38,7 +38,7 @@ class SamplerResult:
     accuracy_high: float
     nfe: float  # network forward evaluations per sequence, mean
     details: dict[str, float]  # means of what else the data set's judge reports
-    groups: list[GroupResult] = field(default_factory=list)  # by difficulty, easy measures first
+    groups: list[GroupResult] = field(default_factory=list)  # ascending within each measure of difficulty
 
     @property
     def label(self) -> str:
@@ -67,8 +67,11 @@ class Evaluation:
             for name in ("accuracy", "accuracy_low", "accuracy_high", "nfe"):
                 values[f"validation/{name}/{result.label}"] = getattr(result, name)
             values |= {f"validation/{name}/{result.label}": value for name, value in result.details.items()}
-        best = self.samplers[0]
-        values |= {f"validation/by_{group.by}/{group.value:g}/{best.label}": group.accuracy for group in best.groups}
+        if self.reference is not None:
+            values["validation/reference"] = self.reference[1]
+        for group in self.samplers[0].groups:
+            facts = {key: value for key, value in asdict(group).items() if key not in ("by", "value")}
+            values |= {f"validation/by_{group.by}/{group.value:g}/{key}": value for key, value in facts.items()}
         return values
 
     def table(self) -> str:

@@ -110,7 +110,7 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
     For `model_type: qwen2`, transformers 5 takes any `tokenizer_class` other than Qwen2Tokenizer for a mistake and
     builds Qwen2Tokenizer, which reads the vocabulary and merges of tokenizer.json but splits text by its own rules. An
     `auto_map` in tokenizer_config.json turns this replacement off; the named class is then used. `auto_map` must name
-    a class in a file of the folder, which is only run with `trust_remote_code=True` and reads the same.
+    a class in a file of the folder; it runs only with `trust_remote_code=True` and tokenizes the same.
     """
     tokenizer.save_pretrained(folder)
     if type(tokenizer).__name__.removesuffix("Fast") == "Qwen2Tokenizer":
@@ -119,7 +119,7 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     if config["tokenizer_class"] == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the same, by the name that transformers 4 knows too
-    # PreTrainedTokenizerFast of transformers 4 also gives token types otherwise, which a Qwen2 model does not take.
+    # Otherwise transformers 4 also returns token_type_ids, which Qwen2 does not accept.
     config["model_input_names"] = ["input_ids", "attention_mask"]
     config["auto_map"] = {"AutoTokenizer": [None, f"{TOKENIZER_MODULE}.{TOKENIZER_CLASS}"]}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -117,10 +117,16 @@ class Backbone(nn.Module):
             mask: bool [L, K] over the K = L keys of this pass (cache.length + L with a cache), or a BlockMask; by
                 default a causal model looks at what is not later, a bidirectional one at everything.
             cache: earlier positions to look at too; see `KeyValueCache`. Not for training.
+
+        Raises:
+            ValueError: more tokens than learned positions.
         """
         n_past = cache.length if cache is not None else 0
         n_keys = n_past + tokens.shape[1]
         if positions is None:
+            table = self.embed_positions
+            if table is not None and n_keys > table.num_embeddings:
+                raise ValueError(f"{n_keys} tokens, but the model has {table.num_embeddings} learned positions")
             positions = torch.arange(n_past, n_keys, device=tokens.device)
         if self.causal and mask is None and n_past:
             mask = torch.arange(n_keys, device=tokens.device) <= positions[:, None]  # [L, K]

@@ -28,12 +28,12 @@ from typing import Any
 from tqdm import tqdm
 
 from results.experiments import EXPERIMENTS, Arm, Experiment
+from runtime.config_file import changed_settings, read_config
+from runtime.curves import AXES
 from runtime.files import write_text
 from runtime.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-# What a run's records are drawn against.
-AXES = {"step": "updates", "sequences_distinct": "distinct sequences seen", "seconds": "seconds of training"}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by the colour-blind
 LINES = ("-", "--", "-.", ":")
 POLL_S = 0.5
@@ -46,7 +46,16 @@ class Task:
     arm: Arm
     seed: int
     run_dir: Path
-    command: list[str]
+    config: Path
+    overrides: list[str]
+
+    @property
+    def command(self) -> list[str]:
+        """What starts or continues it."""
+        return [
+            *(sys.executable, "train.py", "--config", str(self.config), "--run-dir", str(self.run_dir)),
+            *self.overrides,
+        ]
 
     @property
     def is_complete(self) -> bool:
@@ -66,10 +75,22 @@ def tasks_of(experiment: Experiment, folder: Path, more: list[str]) -> list[Task
         for arm in experiment.arms:
             run_dir = folder.resolve() / f"{re.sub(r'[^a-z0-9]+', '_', arm.label.lower())}_seed{seed}"
             config = ROOT / "yaml_files" / arm.config
-            settings = [*experiment.overrides, *arm.overrides, f"training.seed={seed}", *more]
-            command = [sys.executable, "train.py", "--config", str(config), "--run-dir", str(run_dir), *settings]
-            tasks.append(Task(arm, seed, run_dir, command))
+            overrides = [*experiment.overrides, *arm.overrides, f"training.seed={seed}", *more]
+            tasks.append(Task(arm, seed, run_dir, config, overrides))
     return tasks
+
+
+def check_settings(tasks: list[Task]) -> None:
+    """Read the settings of all runs.
+
+    Raises:
+        ValueError: a setting is wrong, or a run directory is there that was made with others.
+    """
+    for task in tasks:
+        config, kept = read_config(task.config, task.overrides), task.run_dir / "config.yaml"
+        if kept.exists() and (differences := changed_settings(read_config(kept), config)):
+            lines = "\n".join(f"  {line}" for line in differences)
+            raise ValueError(f"{task.run_dir} was made with other settings; delete it or name other --runs:\n{lines}")
 
 
 def run_all(tasks: list[Task], n_jobs: int, budget_s: float | None) -> bool:
@@ -119,8 +140,12 @@ def start(task: Task) -> subprocess.Popen[bytes]:
         return subprocess.Popen(task.command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
-def collect(name: str, experiment: Experiment, tasks: list[Task]) -> dict[str, Any]:
-    """What the table and the picture are made from: the records of all runs, shortened, and where they were made."""
+def collect(name: str, experiment: Experiment, tasks: list[Task], overrides: list[str]) -> dict[str, Any]:
+    """What the table and the picture are made from: the records of all runs, shortened, and where they were made.
+
+    Args:
+        overrides: settings that were changed in all runs.
+    """
     runs = []
     for task in tasks:
         rows = list(read_metrics(task.run_dir))
@@ -129,21 +154,17 @@ def collect(name: str, experiment: Experiment, tasks: list[Task]) -> dict[str, A
         points = [{axis: row[axis] for axis in AXES} | {"accuracy": row[key]} for row in rows if key in row]
         final = json.loads((task.run_dir / "final.json").read_text()) if task.is_complete else None
         if points:
-            runs.append({"arm": task.arm.label, "seed": task.seed, "points": points, "final": final and shorten(final)})
+            figures = final and {key: final[key] for key in ("accuracy", "n")}
+            runs.append({"arm": task.arm.label, "seed": task.seed, "points": points, "final": figures})
     return {
-        "experiment": name,
+        "command": " ".join(["python -m results.run", name, *overrides]),
         "question": experiment.question,
         "target": experiment.target,
         "machine": machine(),
-        "commit": git("rev-parse", "--short", "HEAD"),
+        "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "runs": runs,
     }
-
-
-def shorten(final: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a final.json that the table shows."""
-    return {key: final[key] for key in ("accuracy", "n", "steps", "train_seconds")}
 
 
 def machine() -> str:
@@ -159,10 +180,14 @@ def machine() -> str:
     return f"{fields.get('model name', platform.machine())}, {os.cpu_count()} cores, {fast[0] if fast else 'no AVX2'}"
 
 
-def git(*arguments: str) -> str:
-    """What git prints; empty outside of a checkout."""
-    result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    return result.stdout.strip()
+def commit() -> str:
+    """The checkout's commit, with a mark if files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return result.stdout.strip() or "unknown"
 
 
 def runs_by_arm(records: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -207,7 +232,7 @@ def report(records: dict[str, Any]) -> str:
         lines.append(f"| {label} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"`python -m results.run {records['experiment']}`, commit {records['commit']}, {records['date']}, "
+        f"`{records['command']}`, commit {records['commit']}, {records['date']}, "
         f"{records['machine']}; each run on one thread, while others ran. 'Updates to {target:.0%}' is the first "
         "evaluation during training at or above it.",
     ]
@@ -215,7 +240,7 @@ def report(records: dict[str, Any]) -> str:
 
 
 def draw(records: dict[str, Any], out: Path) -> None:
-    """Accuracy of each setting against each axis: every seed as a thin line, the last evaluation marked."""
+    """Accuracy of each setting against each axis: a line per seed, a marker per evaluation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
@@ -248,19 +273,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "results", help="folder of the run directories")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the experiment's folder")
     options = parser.parse_intermixed_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`, which stops the runs
     experiment, folder = EXPERIMENTS[options.experiment], options.out / options.experiment
-    complete = True
+    kept, complete = folder / "records.json", True
     if not options.draw:
         tasks = tasks_of(experiment, options.runs / options.experiment, options.overrides)
-        complete = run_all(tasks, options.jobs, options.budget_s)
-        records = collect(options.experiment, experiment, tasks)
+        try:
+            check_settings(tasks)
+            complete = run_all(tasks, options.jobs, options.budget_s)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit("interrupted; the same command continues")
+        records = collect(options.experiment, experiment, tasks, options.overrides)
+        if not records["runs"]:
+            sys.exit("no run has been evaluated yet")
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "records.json", json.dumps(records, indent=1) + "\n")
-    if not (folder / "records.json").exists():
-        sys.exit(f"{folder} holds no records.json: run the experiment without --draw first")
-    records = json.loads((folder / "records.json").read_text(encoding="utf-8"))
-    if not records["runs"]:
-        sys.exit("nothing has been evaluated yet: the same command continues")
+        write_text(kept, json.dumps(records, indent=1) + "\n")
+    if not kept.exists():
+        sys.exit(f"{kept} is missing: run the experiment without --draw first")
+    records = json.loads(kept.read_text(encoding="utf-8"))
     write_text(folder / "README.md", report(records))
     draw(records, folder / "curves.png")
     print(f"wrote {folder}/README.md" + ("" if complete else "; not complete: the same command continues"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -34,21 +32,25 @@ def build_scheduler(
 
 
 def ema_decay(decay: float, n_averaged: int) -> float:
-    """Decay of the average after `n_averaged` updates: min(decay, (1 + n) / (10 + n)), as in the published code.
+    """Share of the average that the next update keeps, after `n_averaged` of them: min(decay, (1 + n) / (10 + n)).
 
-    A constant decay d keeps d^n of the first weights: with 0.9999, 37% after 10,000 updates.
+    As in the published code. A constant decay d keeps d^n of the first weights: with 0.9999, 37% after 10,000 updates.
     """
     return min(decay, (1 + n_averaged) / (10 + n_averaged))
 
 
 def build_ema(model: nn.Module, decay: float | None) -> AveragedModel | None:
     """Exponential moving average of the weights; its `module` is a model of its own. None without a decay."""
-    if decay is None:
-        return None
+    return None if decay is None else AveragedModel(model)
 
-    def update(averaged: Any, current: Any, _: Any) -> None:
-        # The count on the host: the argument is its copy on the device, which would have to be waited for.
-        torch._foreach_lerp_(averaged, current, 1 - ema_decay(decay, int(average.n_averaged)))
 
-    average = AveragedModel(model, multi_avg_fn=update)
-    return average
+@torch.no_grad()
+def update_ema(ema: AveragedModel, model: nn.Module, decay: float) -> None:
+    """Move the average towards the weights; the first update copies them.
+
+    Not by `AveragedModel.update_parameters`, which copies its counter to the device: a host sync.
+    """
+    n_averaged = int(ema.n_averaged)  # on the CPU
+    weight = 1.0 - ema_decay(decay, n_averaged) if n_averaged else 1.0
+    torch._foreach_lerp_(list(ema.module.parameters()), list(model.parameters()), weight)
+    ema.n_averaged += 1

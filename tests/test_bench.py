@@ -149,6 +149,7 @@ def test_block_is_passed_on(tmp_path, monkeypatch, capsys):
     [
         (["step", "--config", "no.yaml"], "no.yaml"),
         (["step", "--config", "yaml_files/sudoku_puma.yaml", "objective.uniform_fraction=0.5"], "no plain form"),
+        (["step", "--config", "yaml_files/sudoku_puma.yaml", "objective.pool_batches=2"], "no plain form"),
         (["step", "--config", "yaml_files/sudoku_puma.yaml", "--memory-of", "x/ours"], "x/ours"),
     ],
 )
@@ -315,7 +316,7 @@ def test_heads_agree():
 def test_synthetic_boards_are_legal_and_differ(config_file, size):
     changes = {"data__size": size, "model__vocab_size": size + 2, "data__min_clues": 8, "data__max_clues": 12}
     data: Any = synthetic_rows(tiny_config(config_file, **changes))
-    assert check_boards(data.tokens, size) == []
+    assert check_boards(data.boards, size) == []
     assert len({board.tobytes() for board in data.solutions}) > 50  # of size 4 there are few
 
 

@@ -255,9 +255,11 @@ BAD = {
     "no positions": (
         "model={vocab_size: 6, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1, "
         "rotary: false}",
-        "model.learned_positions = None: with rotary false, nothing tells",
+        "model.learned_positions = None: rotary false needs learned positions",
     ),
     "unknown layout": ("data.layout=side_by_side", "data.layout = 'side_by_side': input should be 'two_halves' or"),
+    "full boards in place": ("data={dataset: sudoku, size: 4, source: generated, layout: in_place, max_clues: 16, "
+        "min_clues: 4}", "max_clues 16: layout in_place leaves nothing"),
     "pool of no batch": ("objective.pool_batches=0", "objective.pool_batches = 0"),
     "microbatches do not divide": ("training.micro_batch_size=3", "8 is not a multiple of micro_batch_size 3"),
     "no length": ("training.max_steps=null", "num_epochs or max_steps"),

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from config import TrainingSettings
 from model.transformer import Transformer
 from runtime.config_file import parse_config
-from runtime.optim import build_ema, build_optimizer, build_scheduler
+from runtime.optim import build_ema, build_optimizer, build_scheduler, update_ema
 
 CONFIG = parse_config(tiny_settings(UNIFORM, Path("boards")), "test")
 
@@ -99,7 +99,7 @@ def test_the_average_follows_its_formula():
     for n in range(120):
         with torch.no_grad():
             layer.weight.copy_(torch.randn(2, 3, generator=generator))
-        ema.update_parameters(layer)
+        update_ema(ema, layer, 0.9)
         weight = layer.weight.detach().double()
         decay = min(0.9, (1 + n) / (10 + n))
         expected = weight.clone() if expected is None else decay * expected + (1 - decay) * weight
@@ -110,7 +110,7 @@ def test_the_average_follows_its_formula():
 def test_the_average_is_a_model_of_its_own():
     layer = nn.Linear(3, 2)
     ema, average = averaged(layer, 0.9)
-    ema.update_parameters(layer)
+    update_ema(ema, layer, 0.9)
     before = average.weight.detach().clone()
     with torch.no_grad():
         layer.weight.add_(1.0)

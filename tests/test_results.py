@@ -23,9 +23,16 @@ def records(**changes: Any) -> dict[str, Any]:
             {"step": step, "sequences_distinct": 3 * step, "seconds": step / 2, "accuracy": accuracy * step / 20}
             for step in (10, 20)
         ]
-        final = {"accuracy": accuracy, "n": 40, "steps": 20, "train_seconds": 10.0} if (arm, seed) != ("b", 1) else None
+        final = {"accuracy": accuracy, "n": 40} if (arm, seed) != ("b", 1) else None
         found.append({"arm": arm, "seed": seed, "points": points, "final": final})
-    facts = {"experiment": "x", "question": "Which?", "target": 0.45, "machine": "M", "commit": "C", "date": "D"}
+    facts = {
+        "command": "python -m results.run x",
+        "question": "Which?",
+        "target": 0.45,
+        "machine": "M",
+        "commit": "C",
+        "date": "D",
+    }
     return facts | {"runs": found} | changes
 
 
@@ -58,6 +65,21 @@ def test_all_settings_of_an_experiment_are_read_and_differ(name, tmp_path):
     assert len({config.training.batch_size for config in configs}) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["training.max_step=1"], "did you mean 'max_steps'?"),
+    ],
+)
+def test_bad_input_ends_with_one_message(words, expected, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main(["positions", "--runs", str(tmp_path), "--out", str(tmp_path), *words])
+    assert stop.value.code == 2
+    assert expected in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_an_experiment_runs_once_and_continues(
     config_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -69,13 +91,17 @@ def test_an_experiment_runs_once_and_continues(
     places = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stop:
         run.main(["tiny", *places, "--budget-s", "0"])
-    assert "nothing has been evaluated yet" in str(stop.value.code)
+    assert "no run has been evaluated yet" in str(stop.value.code)
+    assert not (tmp_path / "out").exists(), "nothing is replaced by nothing"
     for _ in range(2):
         with pytest.raises(SystemExit) as stop:
             run.main(["tiny", *places])
         assert stop.value.code == 0
         times = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/tiny/*/final.json"))]
         assert len(times) == 4
+    with pytest.raises(SystemExit) as stop:
+        run.main(["tiny", *places, "training.learning_rate=2.0e-3"])
+    assert stop.value.code == 2, "runs of other settings are not taken for these"
     logs = list(tmp_path.glob("runs/tiny/*.log"))
     assert len(logs) == 4
     assert all(path.read_text().count("solved") == 1 for path in logs), "each ran once"

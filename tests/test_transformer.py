@@ -127,6 +127,12 @@ def test_without_rotary_positions_only_the_table_tells_the_order() -> None:
 
 
 @torch.no_grad()
+def test_a_row_longer_than_the_table_is_refused() -> None:
+    with pytest.raises(ValueError, match="20 tokens, but the model has 19 learned positions"):
+        random_model(**POSITIONS).logits(random_tokens(1, 20))
+
+
+@torch.no_grad()
 def test_a_table_of_zeros_changes_nothing() -> None:
     model = random_model(**POSITIONS)
     assert model.model.embed_positions is not None

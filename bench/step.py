@@ -130,6 +130,9 @@ def build_paths(
     if unknown := set(names or known) - known:
         raise ValueError(f"no path {sorted(unknown)} in this benchmark, which has {sorted(known)}")
     data = synthetic_rows(config, length)
+    if config.model.learned_positions is not None:  # as many as this length needs
+        model_settings = config.model.model_copy(update={"learned_positions": data.length})
+        config = config.model_copy(update={"model": model_settings})
     dtype = autocast_dtype(config.training.precision, world.device)
     paths: dict[str, tuple[Callable[[], object], Any]] = {}
     ours: Run | None = None

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, run_python
+from conftest import PUMA, ROOT, run_python
 from helpers import random_generator, random_log_probs, random_model
 from torch import Tensor
 
@@ -48,6 +48,10 @@ def bench(*arguments: object, json_file: Path) -> list[dict]:
     return rows
 
 
+# The plain form has no deeper pool.
+PLAIN = PUMA | {"pool_batches": 1}
+
+
 def tiny_config(config_file, **changes) -> Config:
     return read_config(config_file(**changes))
 
@@ -58,7 +62,7 @@ def tiny_config(config_file, **changes) -> Config:
 @pytest.mark.slow
 def test_step_as_a_command_measures_memory_too(config_file, tmp_path):
     file = tmp_path / "rows.json"
-    result = run_python("-m", "bench", "step", "--config", config_file(), "--json", file, *QUICK)
+    result = run_python("-m", "bench", "step", "--config", config_file(PLAIN), "--json", file, *QUICK)
     assert result.returncode == 0, result.stderr
     rows = {entry["name"]: entry for entry in json.loads(file.read_text())}
     assert rows.keys() == {"puma", "uniform"}
@@ -72,7 +76,7 @@ def test_step_as_a_command_measures_memory_too(config_file, tmp_path):
 
 def test_step_with_other_sizes(config_file, tmp_path):
     options = ["--batch", 3, "--length", 24, "--vocab", 50, "--no-memory"]
-    rows = bench("step", "--config", config_file(), *options, json_file=tmp_path / "rows.json")
+    rows = bench("step", "--config", config_file(PLAIN), *options, json_file=tmp_path / "rows.json")
     assert [entry["name"] for entry in rows] == ["puma", "uniform"]
     for entry in rows:
         assert (entry["batch"], entry["length"], entry["vocab"]) == (3, 24, 50)
@@ -97,7 +101,7 @@ def test_step_on_the_shape_of_tinygsm_needs_no_files(config_file, tmp_path):
 
 def test_profile(config_file, tmp_path, capsys):
     """The products of the model are among the dearest operations, and shares are of one whole."""
-    rows = bench("step", "--config", config_file(), "--profile", json_file=tmp_path / "rows.json")
+    rows = bench("step", "--config", config_file(PLAIN), "--profile", json_file=tmp_path / "rows.json")
     assert "aten::mm" in {entry["name"] for entry in rows}
     shares = [float(entry["share"].removesuffix("%")) for entry in rows]
     assert shares == sorted(shares, reverse=True)
@@ -108,7 +112,7 @@ def test_profile(config_file, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_sizes(config_file, tmp_path, capsys):
-    rows = bench("step", "--config", config_file(), "--sizes", json_file=tmp_path / "rows.json")
+    rows = bench("step", "--config", config_file(PLAIN), "--sizes", json_file=tmp_path / "rows.json")
     for axis in ("batch", "length", "vocab"):
         assert sum(entry["axis"] == axis for entry in rows) == 4
     assert capsys.readouterr().out.count("the arithmetic as size^") == 3
@@ -315,6 +319,7 @@ def test_heads_agree():
 @pytest.mark.parametrize("size", [4, 6, 9])
 def test_synthetic_boards_are_legal_and_differ(config_file, size):
     changes = {"data__size": size, "model__vocab_size": size + 2, "data__min_clues": 8, "data__max_clues": 12}
+    changes["model__learned_positions"] = None
     data: Any = synthetic_rows(tiny_config(config_file, **changes))
     assert check_boards(data.boards, size) == []
     assert len({board.tobytes() for board in data.solutions}) > 50  # of size 4 there are few

@@ -57,7 +57,7 @@ def train(run: Run, task: Task, recorder: Recorder | None, vote: StopVote) -> Ev
     """
     training, validation = run.config.training, run.config.validation
     updater = Updater(run)
-    evaluation, saved = None, run.step
+    evaluation, saved, figures = None, run.step, "loss ?"
     with tqdm(total=run.n_steps, initial=run.step, unit="step", disable=recorder is None) as bar:
         before = time.perf_counter()
         while run.step < run.n_steps:
@@ -81,13 +81,14 @@ def train(run: Run, task: Task, recorder: Recorder | None, vote: StopVote) -> Ev
             values = where(run)
             if log:
                 values |= summarize(run)
-                bar.set_postfix_str(f"loss {values['train/loss']:.4f}, lr {values['train/learning_rate']:.1e}")
+                figures = f"loss {values['train/loss']:.4f}, lr {values['train/learning_rate']:.1e}"
             if measure:
                 n_examples = (last and validation.n_final_examples) or validation.n_examples
                 evaluation = evaluate(run.evaluated_model(), run.config, task, run.world, n_examples)
                 values |= evaluation.metrics()
                 if recorder:
                     bar.write(f"step {run.step}: {evaluation.table().splitlines()[1]}")
+            bar.set_postfix_str(figures + (f", solved {100 * evaluation.accuracy:.1f}%" if evaluation else ""))
             if recorder and (log or measure):
                 recorder.write(values)
             if recorder and measure and evaluation and evaluation.samples:
@@ -204,6 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
             stop_early(run, outcome, recorder)
         elif recorder is not None:
             finish(run, outcome, recorder)
+            print(outcome.table())
             print_result(config, run_dir)
             recorder.close()  # last, since wandb may wait for its network
     except TrainingDiverged as error:

@@ -236,12 +236,15 @@ def report(records: dict[str, Any]) -> str:
         f"{records['machine']}; each run on one thread, while others ran. 'Updates to {target:.0%}' is the first "
         "evaluation during training at or above it.",
     ]
+    if "note" in records:  # by hand, on what the figures cannot say
+        lines += ["", records["note"]]
     return "\n".join(lines) + "\n"
 
 
 def draw(records: dict[str, Any], out: Path) -> None:
     """Accuracy of each setting against each axis: a line per seed, a marker per evaluation."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     plots = figure.subplots(1, len(AXES), sharey=True)
@@ -257,8 +260,10 @@ def draw(records: dict[str, Any], out: Path) -> None:
         plot.set(xlabel=label, ylim=(-2, 102))
         plot.grid(alpha=0.25)
         plot.spines[["top", "right"]].set_visible(False)
+        plot.xaxis.set_major_locator(MaxNLocator(5))
+        plot.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     plots[0].set_ylabel("solved, %")
-    plots[0].legend(loc="upper left", fontsize="small", framealpha=0.9)
+    figure.legend(*plots[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(out, dpi=110)
 
 

@@ -44,6 +44,7 @@ EXPERIMENTS = {
             "validation.n_examples=50",
             "validation.n_final_examples=300",
         ),
+        target=0.7,
     ),
     "tinygsm_mini": Experiment(
         "Generated word problems from random weights, two tokens per step: PUMA, uniform masks, no learned positions",

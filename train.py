@@ -34,7 +34,6 @@ from data.load import count_shared, describe_source, load_split
 from eval.evaluate import evaluate
 from eval.results import Evaluation, as_json
 from eval.tasks import Task, load_task
-from run_state import Run, build_run, describe, restore_run, save_run, summarize, where
 from runtime.checkpoint import latest_checkpoint
 from runtime.config_file import changed_settings, dump_config, flatten, read_config
 from runtime.curves import AXES, draw_curves
@@ -43,7 +42,8 @@ from runtime.files import WriteError, write_text
 from runtime.lock import lock_run
 from runtime.metrics import Recorder
 from runtime.signals import StopVote
-from update import TrainingDiverged, Updater, check_finite, check_graph
+from training.run import Run, build_run, describe, restore_run, save_run, summarize, where
+from training.update import TrainingDiverged, Updater, check_finite, check_graph
 
 FINAL_FILE = "final.json"
 

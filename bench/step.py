@@ -38,10 +38,10 @@ from data.stream import SequenceData, SequenceStream
 from model.logits import SMALL_VOCABULARY
 from model.transformer import build_model
 from objective import build_objective
-from run_state import Run, build_run
 from runtime.config_file import parse_config, read_config
 from runtime.distributed import World, autocast_dtype, start_world
-from update import Updater
+from training.run import Run, build_run
+from training.update import Updater
 
 COLUMNS = {
     "name": "objective",

@@ -35,7 +35,7 @@ from conftest import tiny_settings  # the tests' own settings
 
 import train
 from runtime.checkpoint import latest_checkpoint
-from update import Updater
+from training.update import Updater
 
 WORK = ("starting", "training", "evaluating", "saving", "finishing")
 MOST_LIVES = 500

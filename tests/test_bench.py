@@ -29,11 +29,11 @@ from data.stream import SequenceStream
 from data.sudoku import check_boards
 from model.transformer import build_model
 from progressive import PumaPool, draw_target
-from run_state import Run, build_run
 from runtime.config_file import parse_config, read_config
 from runtime.distributed import start_world
 from sampling import sample
-from update import Updater
+from training.run import Run, build_run
+from training.update import Updater
 
 KEYS = {"name", "ours_ms", "dense_ms", "ratio", "ours_peak_gib", "dense_peak_gib"}
 CPU = torch.device("cpu")

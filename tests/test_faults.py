@@ -29,7 +29,7 @@ from config import WandbSettings
 from runtime import checkpoint as checkpoint_module
 from runtime.checkpoint import find_checkpoint, latest_checkpoint
 from runtime.metrics import Recorder, read_metrics
-from update import Updater
+from training.update import Updater
 
 # Kills
 

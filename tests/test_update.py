@@ -11,10 +11,10 @@ from conftest import PUMA, UNIFORM, tiny_settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.load import load_split
-from run_state import Run, build_run
 from runtime.config_file import parse_config
 from runtime.distributed import World
-from update import Updater, apply_update, check_graph
+from training.run import Run, build_run
+from training.update import Updater, apply_update, check_graph
 
 OBJECTIVES = {
     "uniform": UNIFORM,

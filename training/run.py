@@ -17,7 +17,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from config import Config
 from data.stream import SequenceData, SequenceStream, fingerprint
-from elastic import take_over
 from microbatch import Microbatch, Objective
 from model.transformer import Transformer, build_model
 from objective import build_objective
@@ -27,6 +26,7 @@ from runtime.distributed import World, autocast_dtype, sum_over_ranks
 from runtime.metrics import peak_memory_gib, reduce_metrics
 from runtime.optim import build_ema, build_optimizer, build_scheduler
 from runtime.sharding import copy_whole, cut_weights, gather_moments, gather_weights, is_cut, load_moments, shard
+from training.rescale import take_over
 
 
 @dataclass

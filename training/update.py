@@ -17,12 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from config import Config
 from config_objective import ProgressiveSettings
 from model.logits import SMALL_VOCABULARY
-from run_state import Run
 from runtime.checkpoint import save_tensors
 from runtime.distributed import World, autocast, autocast_dtype
 from runtime.files import WriteError
 from runtime.optim import update_ema
 from runtime.sharding import whole
+from training.run import Run
 
 # Updates before the recording: libraries choose kernels and allocate workspaces in the first ones.
 N_WARMUP = 3

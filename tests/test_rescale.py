@@ -14,9 +14,9 @@ from torch import Tensor
 from config import TrainingSettings
 from config_objective import ObjectiveSettings
 from data.stream import SequenceStream
-from elastic import take_over
 from objective import build_objective
 from runtime.distributed import World
+from training.rescale import take_over
 
 CPU = torch.device("cpu")
 BATCH_SIZE, LENGTH, N_ROWS = 16, 12, 23

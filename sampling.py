@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import get_args
 
 import torch
@@ -22,93 +21,10 @@ from torch import Tensor
 
 from config import Confidence, Config
 from config_data import SudokuSettings
-from config_objective import BlockSettings
-from model.transformer import Transformer, build_model
-from runtime.checkpoint import find_checkpoint
+from model.hub import load_model
 from runtime.distributed import autocast, autocast_dtype, start_world
-from sampling_block import sample_blocks
-from sampling_causal import sample_left_to_right
-from sampling_step import Samples, fill, noise_keys, row_keys
-
-
-@torch.no_grad()
-def sample(
-    model: Transformer,
-    xt: Tensor,
-    mask_id: int,
-    *,
-    confidence: Confidence = "top_prob",
-    tokens_per_step: int = 1,
-    threshold: float | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
-    row_ids: Tensor | None = None,
-) -> Samples:
-    """Fill every masked position; at each step the best `tokens_per_step` of each row, and all above `threshold`.
-
-    Rows are independent: what a row becomes depends neither on its neighbours nor on the batch size. Finished rows
-    leave the batch.
-
-    Args:
-        xt: int64 [B, L], `mask_id` where a token is wanted.
-        confidence: which positions come first; higher is always sooner. `top_prob`: probability of the chosen token.
-            `top_prob_margin`: its lead over the second (Kim et al. 2025). `neg_entropy`: least uncertain. `random`.
-        threshold: probability of the chosen token above which a position is filled at once.
-        temperature: 0 takes the most probable token; otherwise Gumbel noise, see `gumbel_noise`.
-        seed, row_ids: random numbers depend on these alone (row_ids: int64 [B], by default 0..B-1).
-    """
-    tokens, order = xt.clone(), torch.zeros_like(xt)
-    nfe = torch.zeros(len(xt), dtype=torch.long, device=xt.device)
-    keys = row_keys(xt, seed, row_ids)  # [B]
-    positions = torch.arange(xt.shape[1], device=xt.device)
-    active = (tokens == mask_id).any(1).nonzero().squeeze(1)  # [b], rows that still have masks
-    while len(active):
-        nfe[active] += 1
-        part = tokens[active]  # [b, L]
-        masked = part == mask_id
-        places = noise_keys(keys[active], nfe[active], positions)
-        predicted = model.predict(part, masked, mask_id, temperature=temperature, noise_key=places[masked])
-        filled = fill(part, masked, predicted, places, confidence, tokens_per_step, threshold)
-        tokens[active] = part
-        order[active] += filled * nfe[active, None]
-        active = active[(part == mask_id).any(1)]
-    return Samples(tokens, order, nfe)
-
-
-def sampler_of(config: Config, eos_id: int | None = None) -> Callable[..., Samples]:
-    """The sampler that fits the objective; called as `sample` is.
-
-    Args:
-        eos_id: the token that ends a sequence, if the data set has one.
-    """
-    if isinstance(config.objective, BlockSettings):
-        return partial(sample_blocks, block_size=config.objective.block_size, eos_id=eos_id)
-    if config.causal:
-        return partial(sample_left_to_right, eos_id=eos_id)
-    return sample
-
-
-def load_model(path: str, overrides: Sequence[str] = ()) -> tuple[Transformer, Config]:
-    """The model of a run directory (its newest checkpoint) or checkpoint folder, averaged weights where there are any.
-
-    Args:
-        overrides: `section.key=value` settings to use instead of the run's own.
-
-    Raises:
-        ValueError: no usable checkpoint there, or a wrong setting.
-    """
-    checkpoint = find_checkpoint(path)
-    config = checkpoint.config(overrides)
-    weights = checkpoint.weights("ema") or checkpoint.weights("model")
-    if weights is None:
-        raise ValueError(f"checkpoint {checkpoint.path} holds no weights")
-    model = build_model(config)
-    try:
-        model.load_weights(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise ValueError(f"the settings describe another model than checkpoint {checkpoint.path}: {first}") from None
-    return model.eval(), config
+from samplers.sampler import sampler_of
+from samplers.step import Samples
 
 
 def parse_puzzle(text: str, size: int) -> list[int]:

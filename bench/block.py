@@ -24,7 +24,7 @@ from model.transformer import Transformer
 from progressive_block import Blocks
 from runtime.distributed import autocast, autocast_dtype
 from runtime.files import write_text
-from sampling_block import sample_blocks
+from samplers.block import sample_blocks
 
 N_BLOCKS = (2, 8, 16)
 MIN_SECONDS = 2.0  # of each measurement, after the first call

@@ -26,7 +26,7 @@ from config import Config
 from model.transformer import Transformer, build_model
 from runtime.config_file import read_config
 from runtime.distributed import World, autocast, autocast_dtype, start_world
-from sampling import sample
+from samplers.full import sample_full
 
 N_ROWS = {"sudoku": 64, "tinygsm": 8}
 SMALL = [
@@ -63,7 +63,7 @@ class Problem:
     def ours(self) -> Tensor:
         """All rows at once; int64 [B, L]."""
         with autocast(self.xt.device, self.dtype):
-            return sample(self.model, self.xt, self.mask_id, tokens_per_step=self.tokens_per_step).tokens
+            return sample_full(self.model, self.xt, self.mask_id, tokens_per_step=self.tokens_per_step).tokens
 
     def dense(self) -> Tensor:
         """Row by row."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from data.load import load_split
 from data.sudoku import SudokuData
+from model.hub import load_model
 from progressive import advance
-from sampling import load_model
 from unmasking import mask_uniformly, row_weights
 
 HIDDEN, SHOWN, FRESH = "#d5dae3", "#ffffff", "#f6c667"

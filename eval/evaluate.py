@@ -25,6 +25,7 @@ from config import Confidence, Config
 from data.stream import SequenceData
 from eval.results import Evaluation, SamplerResult, as_json, group_results, wilson_interval
 from eval.tasks import Reference, Task, load_task
+from model.hub import load_model
 from model.transformer import Transformer
 from progressive_block import build_blocks
 from runtime.distributed import (
@@ -38,7 +39,7 @@ from runtime.distributed import (
     sum_over_ranks,
 )
 from runtime.files import write_text
-from sampling import load_model, sampler_of
+from samplers.sampler import sampler_of
 
 # Masks of the validation loss: the same in every evaluation of every run, so that losses can be compared.
 MASK_SEED = 20_260_210

@@ -26,7 +26,7 @@ from model.transformer import Transformer
 from runtime.checkpoint import find_checkpoint
 from runtime.config_file import parse_config
 from runtime.distributed import start_world
-from sampling_causal import sample_left_to_right
+from samplers.causal import sample_left_to_right
 
 AUTOREGRESSIVE = {"name": "autoregressive"}
 MASK, EOS = 11, 0

@@ -31,7 +31,7 @@ from model.transformer import build_model
 from progressive import PumaPool, draw_target
 from runtime.config_file import parse_config, read_config
 from runtime.distributed import start_world
-from sampling import sample
+from samplers.full import sample_full
 from training.run import Run, build_run
 from training.update import Updater
 
@@ -292,7 +292,7 @@ def test_samples_are_the_same(tokens_per_step, shifted):
     xt[:, 0] = 1  # a shifted model says the same of tokens 0 and 1, and rounding would break the tie
     xt[:, 4] = 2  # a row that is masked throughout scores all positions alike, and rounding would choose
     xt[3] = 1  # nothing to fill
-    ours = sample(model, xt, mask_id, tokens_per_step=tokens_per_step).tokens
+    ours = sample_full(model, xt, mask_id, tokens_per_step=tokens_per_step).tokens
     assert torch.equal(dense.sample(model, xt, mask_id, tokens_per_step), ours)
 
 

@@ -16,20 +16,17 @@ from conftest import PUMA, ROOT, SHARED, UNIFORM, run_python, tiny_settings
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-import pretrained
 import train
 from config import Config, ModelSettings
 from data.load import find_tokenizer
 from data.text import load_tokenizer
 from data.word_problems import generate_problems
 from model import hub
-from model.hub import read_qwen2
+from model.hub import fit_vocabulary, load_initial_weights, load_model, read_qwen2
 from model.transformer import POSITIONS, Transformer, build_model
-from pretrained import fit_vocabulary, load_initial_weights
 from runtime.checkpoint import find_checkpoint
 from runtime.config_file import flatten, parse_config, read_config
-from sampling import load_model
-from sampling_causal import sample_left_to_right
+from samplers.causal import sample_left_to_right
 
 AUTOREGRESSIVE = {"name": "autoregressive"}
 QWEN = SHARED / "qwen2_tokenizer"
@@ -373,7 +370,7 @@ def test_an_export_holds_the_tokenizer_of_the_data(tmp_path):
     mini["validation"] = {"n_examples": 2, "n_final_examples": 2, "n_loss_rows": 4}
     (tmp_path / "mini.json").write_text(json.dumps(mini))
     train.main(["--config", str(tmp_path / "mini.json"), "--run-dir", str(tmp_path / "run")])
-    message = pretrained.export_run(str(tmp_path / "run"), tmp_path / "out")
+    message = hub.export_run(str(tmp_path / "run"), tmp_path / "out")
     assert "tokenizer.json" in message
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     own = find_tokenizer(load_model(str(tmp_path / "run"))[1].data)

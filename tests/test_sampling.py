@@ -17,7 +17,9 @@ import sampling
 import train
 from config import Confidence
 from model.transformer import Transformer
-from sampling import Samples, format_boards, parse_puzzle, sample
+from samplers.full import sample_full
+from samplers.step import Samples
+from sampling import format_boards, parse_puzzle
 
 MASK_ID = 22
 THRESHOLD = 0.3  # fills some positions of `random_model` early, not all
@@ -64,7 +66,7 @@ def model_of_one_distribution(probabilities: list[float]) -> tuple[Transformer, 
 
 def rows_alone(model: Transformer, xt: Tensor, **options: Any) -> Samples:
     """Each row sampled in a batch of its own, under the number that it has in xt."""
-    single = [sample(model, xt[i : i + 1], MASK_ID, row_ids=torch.tensor([i]), **options) for i in range(len(xt))]
+    single = [sample_full(model, xt[i : i + 1], MASK_ID, row_ids=torch.tensor([i]), **options) for i in range(len(xt))]
     return Samples(
         torch.cat([one.tokens for one in single]),
         torch.cat([one.order for one in single]),
@@ -87,7 +89,7 @@ def assert_same_samples(ours: Samples, theirs: Samples) -> None:
 def test_sampling_equals_the_oracle(rule: Any, tokens_per_step: int, threshold: float | None) -> None:
     model, xt = random_model(), masked_rows(6, 12)
     options: dict[str, Any] = {"tokens_per_step": tokens_per_step, "threshold": threshold}
-    found = sample(model, xt, MASK_ID, confidence=rule, **options)
+    found = sample_full(model, xt, MASK_ID, confidence=rule, **options)
     with torch.no_grad():
         expected = [oracle.sample_row(model.logits, row, MASK_ID, rule, **options) for row in xt]
     assert found.tokens.tolist() == [row.tokens for row in expected]
@@ -98,11 +100,11 @@ def test_sampling_equals_the_oracle(rule: Any, tokens_per_step: int, threshold: 
 def test_the_rules_of_the_oracle_differ_here() -> None:
     """Or the test above could not tell them apart; and the threshold fills some positions early, not all."""
     model, xt = random_model(), masked_rows(6, 12)
-    orders = {rule: sample(model, xt, MASK_ID, confidence=rule).order for rule in RULES}
+    orders = {rule: sample_full(model, xt, MASK_ID, confidence=rule).order for rule in RULES}
     assert not torch.equal(orders["top_prob"], orders["top_prob_margin"])
     assert not torch.equal(orders["top_prob"], orders["neg_entropy"])
     assert not torch.equal(orders["top_prob_margin"], orders["neg_entropy"])
-    early = sample(model, xt, MASK_ID, threshold=THRESHOLD)
+    early = sample_full(model, xt, MASK_ID, threshold=THRESHOLD)
     assert 1 < int(early.nfe[1]) < 11
 
 
@@ -114,7 +116,7 @@ def test_entropy_confidence_fills_the_least_uncertain_position_first() -> None:
     for position in (xt[0] == MASK_ID).nonzero().flatten().tolist():
         log_p = oracle.log_softmax(model.logits(xt)[0, position, :MASK_ID])  # the mask token is the last
         entropy[position] = -float((log_p.exp() * log_p).sum())
-    order = sample(model, xt, MASK_ID, confidence="neg_entropy").order[0].tolist()
+    order = sample_full(model, xt, MASK_ID, confidence="neg_entropy").order[0].tolist()
     assert order.index(1) == min(entropy, key=lambda position: entropy[position])
 
 
@@ -129,7 +131,7 @@ def test_given_tokens_stay_and_the_masked_are_filled_in_order(
 ) -> None:
     model, xt = random_model(), masked_rows(8, 12)
     before, masked = xt.clone(), xt == MASK_ID
-    found = sample(model, xt, MASK_ID, confidence=rule, temperature=temperature, tokens_per_step=tokens_per_step)
+    found = sample_full(model, xt, MASK_ID, confidence=rule, temperature=temperature, tokens_per_step=tokens_per_step)
     assert torch.equal(xt, before)  # the argument is not written to
     assert torch.equal(found.tokens[~masked], xt[~masked])
     assert not (found.tokens == MASK_ID).any()
@@ -150,9 +152,9 @@ def test_a_row_does_not_depend_on_its_neighbours_or_the_batch_size(
 ) -> None:
     model, xt = random_model(), masked_rows(7, 12)
     options: dict[str, Any] = {"confidence": rule, "temperature": temperature, "threshold": threshold, "seed": 5}
-    together = sample(model, xt, MASK_ID, **options)
+    together = sample_full(model, xt, MASK_ID, **options)
     assert_same_samples(together, rows_alone(model, xt, **options))
-    turned = sample(model, xt.flip(0), MASK_ID, row_ids=torch.arange(7).flip(0), **options)
+    turned = sample_full(model, xt.flip(0), MASK_ID, row_ids=torch.arange(7).flip(0), **options)
     assert_same_samples(together, Samples(turned.tokens.flip(0), turned.order.flip(0), turned.nfe.flip(0)))
 
 
@@ -166,7 +168,7 @@ def test_finished_rows_leave_the_batch() -> None:
             return super().predict(xt, *arguments, **options)
 
     xt = masked_rows(7, 12)
-    found = sample(Counting(model_settings()).eval(), xt, MASK_ID)
+    found = sample_full(Counting(model_settings()).eval(), xt, MASK_ID)
     assert len(n_seen) == int(found.nfe.max()) == 11
     assert n_seen == [int((found.nfe >= step).sum()) for step in range(1, 12)]
 
@@ -174,7 +176,7 @@ def test_finished_rows_leave_the_batch() -> None:
 def test_nothing_to_fill() -> None:
     model = random_model()
     for xt in (torch.zeros(3, 5, dtype=torch.long), torch.empty(0, 5, dtype=torch.long)):
-        found = sample(model, xt, MASK_ID)
+        found = sample_full(model, xt, MASK_ID)
         assert_same_samples(found, Samples(xt, torch.zeros_like(xt), torch.zeros(len(xt), dtype=torch.long)))
 
 
@@ -185,7 +187,7 @@ def test_the_mask_token_is_never_produced(rule: Any, temperature: float) -> None
     model, mask_id = model_of_one_distribution([0.5, 0.3, 0.2])
     xt = torch.full((200, 6), mask_id)
     assert (model.logits(xt).argmax(2) == mask_id).all()
-    found = sample(model, xt, mask_id, confidence=rule, temperature=temperature)
+    found = sample_full(model, xt, mask_id, confidence=rule, temperature=temperature)
     assert not (found.tokens == mask_id).any()
     assert (found.nfe == 6).all()
 
@@ -197,7 +199,7 @@ def test_the_mask_token_is_never_produced(rule: Any, temperature: float) -> None
 def test_all_above_the_threshold_are_filled_at_once(threshold: float | None, nfe: int) -> None:
     """Every position's best token has probability 0.7 once the mask token is struck out."""
     model, mask_id = model_of_one_distribution([0.1, 0.7, 0.2])
-    found = sample(model, torch.full((2, 6), mask_id), mask_id, threshold=threshold)
+    found = sample_full(model, torch.full((2, 6), mask_id), mask_id, threshold=threshold)
     assert (found.tokens == 1).all()
     assert found.nfe.tolist() == [nfe, nfe]
 
@@ -205,7 +207,7 @@ def test_all_above_the_threshold_are_filled_at_once(threshold: float | None, nfe
 @pytest.mark.parametrize("rule", RULES)
 def test_equal_confidences_are_filled_from_the_left(rule: Any) -> None:
     model, mask_id = model_of_one_distribution([0.1, 0.7, 0.2])
-    found = sample(model, torch.full((1, 6), mask_id), mask_id, confidence=rule, tokens_per_step=2)
+    found = sample_full(model, torch.full((1, 6), mask_id), mask_id, confidence=rule, tokens_per_step=2)
     assert found.order.tolist() == [[1, 1, 2, 2, 3, 3]]
 
 
@@ -218,7 +220,7 @@ def test_samples_follow_the_tempered_distribution(temperature: float, tokens_per
     """Both positions of a row independently, whether filled at one step or at two in random order."""
     probabilities = [0.5, 0.3, 0.2]
     model, mask_id = model_of_one_distribution(probabilities)
-    found = sample(
+    found = sample_full(
         model,
         torch.full((20_000, 2), mask_id),
         mask_id,
@@ -239,7 +241,7 @@ def test_tokens_are_drawn_anew_at_each_step() -> None:
     So the first to be filled gets the rare token only where both have drawn it.
     """
     model, mask_id = model_of_one_distribution([0.7, 0.3])
-    found = sample(model, torch.full((10_000, 2), mask_id), mask_id, temperature=1.0)
+    found = sample_full(model, torch.full((10_000, 2), mask_id), mask_id, temperature=1.0)
     in_order = found.tokens.gather(1, found.order.argsort(1))
     expected = torch.outer(torch.tensor([0.91, 0.09]), torch.tensor([0.7, 0.3]))
     assert_distribution((in_order[:, 0] * 2 + in_order[:, 1]).bincount(minlength=4), expected.flatten())
@@ -247,7 +249,7 @@ def test_tokens_are_drawn_anew_at_each_step() -> None:
 
 def test_random_confidence_fills_in_any_order_equally_often_and_whatever_the_token() -> None:
     model, mask_id = model_of_one_distribution([0.5, 0.5])
-    found = sample(
+    found = sample_full(
         model, torch.full((24_000, 3), mask_id), mask_id, confidence="random", temperature=1.0, tokens_per_step=1
     )
     orders = found.order @ torch.tensor([9, 3, 1])
@@ -261,7 +263,9 @@ def test_successive_seeds_and_rows_draw_independently() -> None:
     """Row 0 of one seed beside row 0 of the next, and row beside row."""
     model, mask_id = model_of_one_distribution([0.5, 0.5])
     first, second = (
-        sample(model, torch.full((8000, 2), mask_id), mask_id, temperature=1.0, tokens_per_step=2, seed=seed).tokens
+        sample_full(
+            model, torch.full((8000, 2), mask_id), mask_id, temperature=1.0, tokens_per_step=2, seed=seed
+        ).tokens
         for seed in (3, 4)
     )
     seeds = first[:, 0] * 2 + second[:, 0]
@@ -273,18 +277,18 @@ def test_successive_seeds_and_rows_draw_independently() -> None:
 def test_a_seed_repeats_its_samples_and_another_does_not() -> None:
     model, xt = random_model(), masked_rows(6, 12)
     options: dict[str, Any] = {"temperature": 1.0, "confidence": "random"}
-    first = sample(model, xt, MASK_ID, seed=1, **options)
+    first = sample_full(model, xt, MASK_ID, seed=1, **options)
     torch.manual_seed(99)  # no draw depends on the global generator
-    assert_same_samples(first, sample(model, xt, MASK_ID, seed=1, **options))
-    other = sample(model, xt, MASK_ID, seed=2, **options)
+    assert_same_samples(first, sample_full(model, xt, MASK_ID, seed=1, **options))
+    other = sample_full(model, xt, MASK_ID, seed=2, **options)
     assert not torch.equal(first.tokens, other.tokens)
     assert not torch.equal(first.order, other.order)
 
 
 def test_a_low_temperature_is_close_to_none() -> None:
     model, xt = random_model(), masked_rows(6, 12)
-    cold = sample(model, xt, MASK_ID, temperature=1e-6)
-    assert_same_samples(cold, sample(model, xt, MASK_ID))
+    cold = sample_full(model, xt, MASK_ID, temperature=1e-6)
+    assert_same_samples(cold, sample_full(model, xt, MASK_ID))
 
 
 # The command

@@ -12,12 +12,12 @@ import yaml
 from conftest import PUMA, run_python, tiny_settings
 from test_train import assert_same_checkpoint
 
+from model.hub import load_model
 from runtime.checkpoint import find_checkpoint
 from runtime.config_file import parse_config
 from runtime.distributed import World
 from runtime.metrics import read_metrics
 from runtime.sharding import cut_like, gather_weights, is_cut, whole
-from sampling import load_model
 
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 

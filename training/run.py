@@ -18,9 +18,9 @@ from torch.optim.swa_utils import AveragedModel
 from config import Config
 from data.stream import SequenceData, SequenceStream, fingerprint
 from microbatch import Microbatch, Objective
+from model.hub import load_initial_weights
 from model.transformer import Transformer, build_model
 from objective import build_objective
-from pretrained import load_initial_weights
 from runtime.checkpoint import Checkpoint, save_checkpoint
 from runtime.distributed import World, autocast_dtype, sum_over_ranks
 from runtime.metrics import peak_memory_gib, reduce_metrics

@@ -14,8 +14,8 @@ from torch import Tensor
 import sampling
 import train
 from model.transformer import Transformer
-from sampling import sample
-from sampling_block import sample_blocks
+from samplers.block import sample_blocks
+from samplers.full import sample_full
 
 RULES = {
     "top_prob": {},
@@ -103,7 +103,7 @@ def test_rows_do_not_depend_on_their_neighbours(rules, block_size):
 def test_one_block_is_the_plain_sampler(rules):
     network, xt = build(None), prompts()
     assert_same_samples(
-        sample_blocks(network, xt, MASK, block_size=LENGTH, **rules), sample(network, xt, MASK, **rules)
+        sample_blocks(network, xt, MASK, block_size=LENGTH, **rules), sample_full(network, xt, MASK, **rules)
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from config import Confidence
 from model.attention import KeyValueCache
 from model.transformer import Transformer
-from sampling_step import Samples, fill, noise_keys, row_keys
+from samplers.step import Samples, fill, noise_keys, row_keys
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def sample_blocks(
     seed: int = 0,
     row_ids: Tensor | None = None,
 ) -> Samples:
-    """Fill every masked position, all of a block before any of the next; the rest as in `sampling.sample`.
+    """Fill every masked position, all of a block before any of the next; the rest as in `samplers.full.sample_full`.
 
     A pass is over the rows that have masked positions in the block, from the first position that is not cached to the
     block's end. The first pass of a block also computes the keys and values of the finished tokens before it, so

@@ -11,7 +11,7 @@ from torch import Tensor
 from config import Confidence
 from model.token_predictions import mix_keys, predict_tokens
 from model.transformer import Transformer
-from sampling_step import Samples, row_keys
+from samplers.step import Samples, row_keys
 
 # Finished rows leave the batch once they are this share of it: leaving copies the whole cache.
 LEAVING_SHARE = 1 / 8

@@ -1,7 +1,7 @@
 """Every setting of an experiment, typed and strict: one class per section of the YAML file.
 
-`runtime/config_file.py` reads the file and words the errors. Objectives are a discriminated union, so that each takes
-only its own keys. The descriptions below are the table of settings in README.
+`runtime/config_file.py` reads the file and words the errors. Data sets and objectives are discriminated unions, so that
+each takes only its own keys. The descriptions below are the table of settings in README.
 """
 
 from __future__ import annotations
@@ -9,13 +9,19 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from config_data import DataSettings, Seed, Settings
-from config_objective import AutoregressiveSettings, BlockSettings, ObjectiveSettings
-
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Confidence = Literal["top_prob", "top_prob_margin", "neg_entropy", "random"]
+SudokuLayout = Literal["two_halves", "in_place"]
+BlockAttention = Literal["prefix", "block_causal"]
+
+
+class Settings(BaseModel):
+    """Base of all sections: unknown keys are errors, values never change after reading, no silent conversion."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSettings(Settings):
@@ -79,6 +85,207 @@ class ModelSettings(Settings):
         if n_key_heads and n_heads and n_heads % n_key_heads:
             raise ValueError(f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads {n_key_heads}")
         return n_key_heads
+
+
+class SudokuSettings(Settings):
+    """Where Sudoku boards come from. See `data/sudoku.py`."""
+
+    dataset: Literal["sudoku"]
+    data_dir: str = Field("data/sudoku_new", description="folder of the published set and of generated boards")
+    size: Literal[4, 6, 9] = Field(9, description="board size; 6 has boxes of 2 x 3")
+    layout: SudokuLayout = Field(
+        "two_halves",
+        description="two_halves: puzzle cells, then solution cells, as published; in_place: one board, the clues given",
+    )
+    source: Literal["published_or_generated", "published", "generated", "files", "hub"] = Field(
+        "published_or_generated", description="which of the sources below is read"
+    )
+    n_train: int = Field(1_000_000, gt=0, description="generated: training puzzles")
+    n_test: int = Field(2000, gt=0, description="generated: test puzzles, none of them in the training set")
+    min_clues: int = Field(30, gt=0, description="generated: fewest clues")
+    max_clues: int = Field(40, gt=0, description="generated: most clues")
+    seed: Seed = Field(0, description="generated: seed of the puzzles")
+    train_file: str | None = Field(None, description="files: .csv, .npz or .npy of the training boards")
+    test_file: str | None = Field(None, description="files: the same for the test boards")
+    hub_name: str | None = Field(None, description="hub: name of a Hugging Face data set")
+    train_split: str = Field("train", description="hub: split for training")
+    test_split: str = Field("test", description="hub: split for tests")
+    puzzle_column: str = Field("puzzle", description="hub: column of the puzzles")
+    solution_column: str = Field("solution", description="hub: column of the solutions")
+    rating_column: str | None = Field(
+        None, description="files (.csv, .npz), hub: column of the test puzzles' difficulty; accuracy is reported by it"
+    )
+
+    @model_validator(mode="after")
+    def _source_is_complete(self) -> SudokuSettings:
+        problems = []
+        if self.min_clues > self.max_clues:
+            problems.append(f"min_clues {self.min_clues} is above max_clues {self.max_clues}")
+        may_be_generated = self.source in ("generated", "published_or_generated")
+        if self.layout == "in_place" and may_be_generated and self.max_clues >= self.size**2:
+            problems.append(f"max_clues {self.max_clues}: layout in_place leaves nothing to predict on a full board")
+        if self.source in ("published", "published_or_generated") and self.size != 9:
+            problems.append(f"source {self.source!r} has 9x9 boards only, size is {self.size}: use source: generated")
+        if self.source == "files" and not (self.train_file and self.test_file):
+            problems.append("source 'files' needs train_file and test_file")
+        if self.source != "files" and (self.train_file or self.test_file):
+            problems.append(f"train_file and test_file are ignored by source {self.source!r}: set source: files")
+        if (self.source == "hub") != bool(self.hub_name):
+            problems.append(f"hub_name and source 'hub' go together; source is {self.source!r}")
+        if self.rating_column and self.source not in ("files", "hub"):
+            problems.append(f"rating_column is ignored by source {self.source!r}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def mask_id(self) -> int:
+        """The mask token, behind empty and the digits."""
+        return self.size + 1
+
+    @property
+    def min_vocab_size(self) -> int:
+        """Empty, the digits and the mask token."""
+        return self.size + 2
+
+    @property
+    def length(self) -> int:
+        """Tokens per sequence."""
+        n_cells = self.size * self.size
+        return n_cells if self.layout == "in_place" else 2 * n_cells
+
+
+class TinyGsmSettings(Settings):
+    """Where questions and programs come from. See `data/tiny_gsm.py`, `data/gsm8k.py` and `data/word_problems.py`."""
+
+    dataset: Literal["tiny_gsm"]
+    data_dir: str = Field("data/tiny_gsm", description="folder of the tokenized files, or of the word problems")
+    source: Literal["files", "word_problems"] = Field(
+        "files", description="files: what data/tiny_gsm.py wrote; word_problems: a small set that is generated"
+    )
+    max_len: int = Field(512, ge=8, multiple_of=8, description="tokens per sequence")
+    mask_id: int | None = Field(None, ge=0, description="the mask token; null: the model's last")
+    n_held_out: int = Field(1000, gt=0, description="last rows of the data, for the validation loss alone")
+    tokenizer: str | None = Field(None, description="files: Hugging Face name or folder; null: the files' own")
+    test_source: str | None = Field(
+        None, description="files: test.jsonl of GSM8K, or name of a Hugging Face data set; null: openai/gsm8k"
+    )
+    n_train: int | None = Field(None, gt=0, description="word_problems: rows, the held-out ones included")
+    n_test: int | None = Field(None, gt=0, description="word_problems: problems of the test set, none of them in a row")
+    seed: int | None = Field(None, ge=0, description="word_problems: seed of the problems")
+
+    @model_validator(mode="after")
+    def _source_is_complete(self) -> TinyGsmSettings:
+        problems = []
+        own = {"files": ("tokenizer", "test_source"), "word_problems": ("n_train", "n_test", "seed")}
+        for source, keys in own.items():
+            given = [key for key in keys if getattr(self, key) is not None]
+            if source != self.source and given:
+                problems.append(f"{', '.join(given)}: only source {source!r} reads it, source is {self.source!r}")
+        missing = [key for key in own["word_problems"] if getattr(self, key) is None]
+        if self.source == "word_problems" and missing:
+            problems.append(f"source 'word_problems' needs {', '.join(missing)}")
+        if self.n_train is not None and self.n_train <= self.n_held_out:
+            problems.append(f"n_held_out {self.n_held_out} leaves no training row of n_train {self.n_train}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def min_vocab_size(self) -> int:
+        """The mask token must be among the tokens."""
+        return (self.mask_id or 0) + 1
+
+    @property
+    def length(self) -> int:
+        """Tokens per sequence."""
+        return self.max_len
+
+
+DataSettings = SudokuSettings | TinyGsmSettings
+
+
+class UniformSettings(Settings):
+    """The baseline: masks drawn uniformly (docs/algorithm.md)."""
+
+    name: Literal["uniform"]
+
+
+class BlockSettings(Settings):
+    """How the rows of a block objective are cut. See `progressive_block.py`."""
+
+    block_size: int = Field(gt=0, description="tokens per block; divides the length of a sequence")
+    block_attention: BlockAttention = Field(
+        description="prefix: blocks see themselves and the clean tokens before them, one forward per block; "
+        "block_causal: nothing sees a later block, one forward for all blocks, and decoding caches keys and values"
+    )
+
+
+class BlockUniformSettings(BlockSettings):
+    """Block diffusion with masks drawn uniformly in each block."""
+
+    name: Literal["block_uniform"]
+
+
+class ProgressiveSettings(Settings):
+    """Progressive unmasking, arXiv 2602.10314."""
+
+    n_stages: int | None = Field(None, gt=0, description="K, stages of a trajectory; or k_schedule")
+    k_schedule: tuple[tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(ge=0)]], ...] | None = Field(
+        None, description="[[K, from_step], ...], first from_step 0, ascending; or n_stages"
+    )
+    collapse_threshold: float | None = Field(
+        None, gt=0.0, le=1.0, description="tau: also reveal what the model predicts with more than this probability"
+    )
+    pool_batches: int = Field(
+        1, gt=0, description="size of the pool in batches, which updates train in turn; the paper's pool is one batch"
+    )
+    uniform_fraction: float = Field(
+        0.0, ge=0.0, lt=1.0, description="share of each batch that stays ordinary uniformly masked rows"
+    )
+
+    @field_validator("k_schedule")
+    @classmethod
+    def _schedule_ascends(cls, schedule: tuple[tuple[int, int], ...] | None) -> tuple[tuple[int, int], ...] | None:
+        if schedule is not None:
+            steps = [from_step for _, from_step in schedule]
+            if not steps or steps[0] != 0 or sorted(set(steps)) != steps:
+                raise ValueError(f"k_schedule: from_step must start at 0 and ascend, got {steps}")
+        return schedule
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> ProgressiveSettings:
+        if (self.n_stages is None) == (self.k_schedule is None):
+            raise ValueError("give exactly one of n_stages and k_schedule")
+        return self
+
+    def n_stages_at(self, step: int) -> int:
+        """K at an update (0 is the first)."""
+        if self.k_schedule is None:
+            assert self.n_stages is not None
+            return self.n_stages
+        return [n_stages for n_stages, from_step in self.k_schedule if from_step <= step][-1]
+
+
+class PumaSettings(ProgressiveSettings):
+    """Progressive unmasking of whole rows."""
+
+    name: Literal["puma"]
+
+
+class BlockPumaSettings(BlockSettings, ProgressiveSettings):
+    """Progressive unmasking in each block."""
+
+    name: Literal["block_puma"]
+
+
+class AutoregressiveSettings(Settings):
+    """Each token from those before it: a causal model, sampled left to right."""
+
+    name: Literal["autoregressive"]
+
+
+ObjectiveSettings = UniformSettings | PumaSettings | BlockUniformSettings | BlockPumaSettings | AutoregressiveSettings
 
 
 class TrainingSettings(Settings):

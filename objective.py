@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from autoregressive import AutoregressiveObjective
-from config import TrainingSettings
-from config_objective import AutoregressiveSettings, ObjectiveSettings, ProgressiveSettings
+from config import AutoregressiveSettings, ObjectiveSettings, ProgressiveSettings, TrainingSettings
 from data.row_queue import RowQueue
 from data.stream import SequenceStream
 from microbatch import FreshRows, Microbatch, Objective

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from config_objective import BlockAttention, BlockSettings, ObjectiveSettings
+from config import BlockAttention, BlockSettings, ObjectiveSettings
 from microbatch import Microbatch, split_rows
 from runtime.distributed import mean_over_ranks
 from unmasking import mask_uniformly, row_weights

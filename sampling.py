@@ -19,8 +19,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from config import Confidence, Config
-from config_data import SudokuSettings
+from config import Confidence, Config, SudokuSettings
 from model.hub import load_model
 from runtime.distributed import autocast, autocast_dtype, start_world
 from samplers.sampler import sampler_of

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import ModelSettings
-from config_objective import BlockAttention
+from config import BlockAttention, ModelSettings
 from model.transformer import Transformer
 from progressive_block import Blocks
 from runtime.distributed import autocast, autocast_dtype

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from config import Config
-from config_objective import AutoregressiveSettings, BlockSettings, ProgressiveSettings
+from config import AutoregressiveSettings, BlockSettings, Config, ProgressiveSettings
 from data.stream import SequenceStream
 from model.transformer import Transformer
 from runtime.distributed import autocast

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.measure import Report, facts, interleave, medians, row, table
 from bench.rows import random_boards
-from config_data import SudokuSettings
+from config import SudokuSettings
 from data.generate_sudoku import generate_sudoku
 from data.row_queue import RowQueue
 from data.stream import SequenceData, SequenceStream

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from config import Config
-from config_data import SudokuSettings
+from config import Config, SudokuSettings
 from data.stream import SequenceData
 from data.sudoku import BOX_SHAPE, make_data
 

@@ -32,8 +32,7 @@ from bench.measure import (
 )
 from bench.profile import profile_step
 from bench.rows import synthetic_rows
-from config import Config
-from config_objective import PumaSettings, UniformSettings
+from config import Config, PumaSettings, UniformSettings
 from data.stream import SequenceData, SequenceStream
 from model.logits import SMALL_VOCABULARY
 from model.transformer import build_model

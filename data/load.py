@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from config import Config
-from config_data import DataSettings, SudokuSettings, TinyGsmSettings
+from config import Config, DataSettings, SudokuSettings, TinyGsmSettings
 from data.generate_sudoku import cached_generated
 from data.gsm8k import HUB_NAME, Prompts, build_prompts, read_problems
 from data.stream import SequenceData

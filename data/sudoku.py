@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from config_data import SudokuLayout
+from config import SudokuLayout
 from data.sudoku_solver import BOX_SHAPE, count_solutions
 
 CHUNK_ROWS = 50_000

@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 import numpy as np
 from tqdm import tqdm
 
-from config_data import SudokuLayout
+from config import SudokuLayout
 from data.sudoku import SudokuData, make_data
 
 # The published set (Shah et al. 2024): rows of k and 81 quadruples (row, column, value, strategy), k of them clues.

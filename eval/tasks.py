@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import Config
-from config_data import TinyGsmSettings
+from config import Config, TinyGsmSettings
 from data.gsm8k import Prompts
 from data.load import find_tokenizer, load_prompts, load_split
 from data.stream import SequenceData

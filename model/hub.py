@@ -22,8 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from config import Config, ModelSettings
-from config_data import SudokuSettings
+from config import Config, ModelSettings, SudokuSettings
 from model.transformer import POSITIONS, Transformer, build_model
 from runtime.checkpoint import MANIFEST, find_checkpoint
 

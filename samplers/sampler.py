@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from config import Config
-from config_objective import BlockSettings
+from config import BlockSettings, Config
 from samplers.block import sample_blocks
 from samplers.causal import sample_left_to_right
 from samplers.full import sample_full

@@ -11,9 +11,7 @@ import pytest
 import yaml
 from conftest import PUMA, ROOT, UNIFORM, tiny_settings
 
-from config import Config
-from config_data import Settings
-from config_objective import PumaSettings
+from config import Config, PumaSettings, Settings
 from runtime.config_file import changed_settings, dump_config, flatten, parse_config, read_config, settings_table
 
 SHIPPED = sorted((ROOT / "yaml_files").glob("*.yaml"))

@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from config import ModelSettings, TrainingSettings
-from config_objective import PumaSettings, UniformSettings
+from config import ModelSettings, PumaSettings, TrainingSettings, UniformSettings
 from data.stream import SequenceStream
 from model.transformer import Transformer
 from objective import Microbatch, Objective, PumaObjective, UniformObjective, build_objective

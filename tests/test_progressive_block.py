@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 import progressive_block
-from config import ModelSettings, TrainingSettings
-from config_objective import (
+from config import (
     BlockAttention,
     BlockPumaSettings,
     BlockUniformSettings,
+    ModelSettings,
     ObjectiveSettings,
     PumaSettings,
+    TrainingSettings,
     UniformSettings,
 )
 from data.stream import SequenceStream

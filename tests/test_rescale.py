@@ -11,8 +11,7 @@ from helpers import NumberedRows, numbered_rows, random_log_probs
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from config import TrainingSettings
-from config_objective import ObjectiveSettings
+from config import ObjectiveSettings, TrainingSettings
 from data.stream import SequenceStream
 from objective import build_objective
 from runtime.distributed import World

@@ -11,7 +11,7 @@ import pytest
 from conftest import SHARED
 from test_sudoku import boards
 
-from config_data import SudokuSettings
+from config import SudokuSettings
 from data.load import describe_source, load_sudoku
 from data.sudoku_files import (
     CONVERTED_FILES,

@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import Config
-from config_objective import ProgressiveSettings
+from config import Config, ProgressiveSettings
 from model.logits import SMALL_VOCABULARY
 from runtime.checkpoint import save_tensors
 from runtime.distributed import World, autocast, autocast_dtype

@@ -14,12 +14,16 @@ segments.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from config import ProgressiveSettings
 from data.row_queue import RowQueue
+from objective import Microbatch
+from progressive_block import Blocks
 from runtime.distributed import own_share
 from unmasking import reveal_random, reveal_top
 
@@ -251,3 +255,75 @@ class PumaPool:
         target = draw_target(stage, self.n_stages, n_maskable, self.generator)
         masked = segments & ~reveal_random(segments, target, self.generator)
         return torch.where(n_maskable > 0, stage, self.n_stages), masked.view_as(maskable)
+
+
+class PumaObjective:
+    """The pool of `progressive.py`, with a share of ordinary uniformly masked rows behind it if asked for."""
+
+    def __init__(
+        self,
+        settings: ProgressiveSettings,
+        blocks: Blocks,
+        queue: RowQueue,
+        mask_id: int,
+        n_rows: int,
+        micro_rows: int,
+        generator: torch.Generator,
+    ) -> None:
+        self.settings, self.blocks, self.queue = settings, blocks, queue
+        self.mask_id, self.generator = mask_id, generator
+        self.n_rows, self.micro_rows = n_rows, micro_rows
+        n_pool = rows_in_flight(settings.uniform_fraction, n_rows, queue.stream.rank, queue.stream.n_ranks)
+        self.n_uniform = n_rows - n_pool
+        self.pool = PumaPool(
+            queue,
+            n_pool,
+            settings.n_stages_at(0),
+            settings.collapse_threshold,
+            generator,
+            n_segments=blocks.n_blocks,
+            n_batches=settings.pool_batches,
+        )
+        self._confidence = torch.empty(n_rows, blocks.length, device=generator.device)
+
+    def microbatches(self, step: int) -> Iterator[Microbatch]:
+        """See `Objective`."""
+        pool = self.pool
+        pool.set_n_stages(self.settings.n_stages_at(step))
+        x0, masked = pool.batch()
+        if self.n_uniform:
+            fresh, maskable = self.queue.take_next(self.n_uniform)
+            x0 = torch.cat([x0, fresh])  # [B, L]
+            masked = torch.cat([masked, self.blocks.mask_uniformly(maskable, self.generator)])
+        xt = x0.masked_fill(masked, self.mask_id)
+        return self.blocks.microbatches(xt, x0, self.blocks.weights(masked, over_ranks=True), self.micro_rows)
+
+    def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
+        """See `Objective`."""
+        self._confidence[microbatch.rows, microbatch.columns] = confidence[:, microbatch.columns]
+
+    def end_step(self) -> None:
+        """See `Objective`."""
+        self.pool.advance(self._confidence[: self.n_rows - self.n_uniform])
+
+    def stage_rows(self) -> None:
+        """See `Objective`."""
+        self.queue.top_up()
+
+    def metrics(self) -> dict[str, Tensor]:
+        """See `Objective`."""
+        return self.pool.metrics() | {"sequences_drawn": self.queue.sequences_drawn}
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Objective`."""
+        return {
+            "queue": self.queue.state_dict(),
+            "generator": self.generator.get_state(),
+            "pool": self.pool.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Objective`."""
+        self.queue.load_state_dict(state["queue"])
+        self.generator.set_state(state["generator"])
+        self.pool.load_state_dict(state["pool"])

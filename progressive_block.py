@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from config import BlockAttention, BlockSettings, ObjectiveSettings
-from microbatch import Microbatch, split_rows
+from objective import Microbatch, split_rows
 from runtime.distributed import mean_over_ranks
 from unmasking import mask_uniformly, row_weights
 

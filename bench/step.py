@@ -36,10 +36,9 @@ from config import Config, PumaSettings, UniformSettings
 from data.stream import SequenceData, SequenceStream
 from model.logits import SMALL_VOCABULARY
 from model.transformer import build_model
-from objective import build_objective
 from runtime.config_file import parse_config, read_config
 from runtime.distributed import World, autocast_dtype, start_world
-from training.run import Run, build_run
+from training.run import Run, build_objective, build_run
 from training.update import Updater
 
 COLUMNS = {

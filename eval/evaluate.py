@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from autoregressive import next_token_targets, target_weights
+from baselines import next_token_targets, target_weights
 from config import Confidence, Config
 from data.stream import SequenceData
 from eval.results import Evaluation, SamplerResult, as_json, group_results, wilson_interval

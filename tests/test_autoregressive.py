@@ -12,10 +12,10 @@ import torch
 from conftest import PUMA, run_python, tiny_settings
 from torch import Tensor
 
-import autoregressive
+import baselines
 import sampling
 import train
-from autoregressive import AutoregressiveObjective, next_token_targets
+from baselines import AutoregressiveObjective, next_token_targets
 from config import Config, ModelSettings
 from data.row_queue import RowQueue
 from data.stream import SequenceStream
@@ -146,11 +146,11 @@ def test_ranks_and_microbatches_do_not_change_the_mean(monkeypatch):
         counts.append(count)
         return count
 
-    monkeypatch.setattr(autoregressive, "sum_over_ranks", note)
+    monkeypatch.setattr(baselines, "sum_over_ranks", note)
     for rank in range(3):
         list(make_objective(6, 2, rank, 3).microbatches(0))
     assert len({int(count) for count in counts}) > 1, "ranks must differ for this test to tell anything"
-    monkeypatch.setattr(autoregressive, "sum_over_ranks", lambda count: torch.stack(counts).sum())
+    monkeypatch.setattr(baselines, "sum_over_ranks", lambda count: torch.stack(counts).sum())
     ranks = gradients(model, [make_objective(6, 1, rank, 3) for rank in range(3)])
     for other_loss, others in (parts, ranks):
         assert other_loss == pytest.approx(loss, rel=1e-5)

@@ -15,10 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from baselines import UniformObjective
 from config import ModelSettings, PumaSettings, TrainingSettings, UniformSettings
 from data.stream import SequenceStream
 from model.transformer import Transformer
-from objective import Microbatch, Objective, PumaObjective, UniformObjective, build_objective
+from objective import Microbatch, Objective
+from progressive import PumaObjective
+from training.run import build_objective
 
 SEEDS = st.integers(0, 2**32)
 UNIFORM: dict[str, Any] = {"name": "uniform"}

@@ -23,9 +23,10 @@ from config import (
 from data.stream import SequenceStream
 from model.token_predictions import hash_uniform, mix_keys
 from model.transformer import Transformer
-from objective import Objective, PumaObjective, build_objective
-from progressive import PumaPool
+from objective import Objective
+from progressive import PumaObjective, PumaPool
 from progressive_block import Blocks, build_blocks
+from training.run import build_objective
 
 LENGTH, BLOCK, VOCAB, MASK = 12, 4, 9, 8
 LAYOUTS = ("prefix", "block_causal")

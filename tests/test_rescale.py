@@ -13,9 +13,9 @@ from torch import Tensor
 
 from config import ObjectiveSettings, TrainingSettings
 from data.stream import SequenceStream
-from objective import build_objective
 from runtime.distributed import World
 from training.rescale import take_over
+from training.run import build_objective
 
 CPU = torch.device("cpu")
 BATCH_SIZE, LENGTH, N_ROWS = 16, 12, 23

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from config import Config
+from baselines import AutoregressiveObjective, UniformObjective
+from config import AutoregressiveSettings, Config, ObjectiveSettings, ProgressiveSettings, TrainingSettings
+from data.row_queue import RowQueue
 from data.stream import SequenceData, SequenceStream, fingerprint
-from microbatch import Microbatch, Objective
 from model.hub import load_initial_weights
 from model.transformer import Transformer, build_model
-from objective import build_objective
+from objective import Microbatch, Objective
+from progressive import PumaObjective
+from progressive_block import build_blocks
 from runtime.checkpoint import Checkpoint, save_checkpoint
 from runtime.distributed import World, autocast_dtype, sum_over_ranks
 from runtime.metrics import peak_memory_gib, reduce_metrics
@@ -129,6 +132,37 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
         ),
         torch.zeros(2, dtype=torch.float64, device=world.device),
     )
+
+
+def build_objective(
+    settings: ObjectiveSettings,
+    training: TrainingSettings,
+    stream: SequenceStream,
+    mask_id: int,
+    device: torch.device,
+) -> Objective:
+    """The objective that the settings name, on the rank that `stream` belongs to.
+
+    Raises:
+        ValueError: the batch does not divide over the ranks or into microbatches, or the rows into blocks.
+    """
+    n_rows, rest = divmod(training.batch_size, stream.n_ranks)
+    if rest:
+        raise ValueError(f"training.batch_size {training.batch_size} does not divide over {stream.n_ranks} processes")
+    micro_rows = min(training.micro_batch_size or n_rows, n_rows)
+    if n_rows % micro_rows:
+        raise ValueError(
+            f"training.micro_batch_size {micro_rows} does not divide the {n_rows} rows that each process has"
+        )
+    queue = RowQueue(stream, n_rows, device)
+    if isinstance(settings, AutoregressiveSettings):
+        return AutoregressiveObjective(queue, stream.data.eos_id, n_rows, micro_rows)
+    # Masks differ between ranks, and from the weights' seed.
+    generator = torch.Generator(device).manual_seed(training.seed * 1_000_003 + stream.rank + 1)
+    blocks = build_blocks(settings, stream.data.length)
+    if isinstance(settings, ProgressiveSettings):
+        return PumaObjective(settings, blocks, queue, mask_id, n_rows, micro_rows, generator)
+    return UniformObjective(blocks, queue, mask_id, n_rows, micro_rows, generator)
 
 
 def settle_gradient_buckets(wrapped: DistributedDataParallel, length: int, device: torch.device) -> None:

@@ -1,7 +1,7 @@
-"""The autoregressive objective: a causal model learns each token from those before it.
+"""The objectives that PUMA is compared with: uniformly drawn masks, and autoregression.
 
-It is the baseline that diffusion is compared with, and what a diffusion model can start from. Nothing is masked
-(xt = x0): the model is causal, and shifts its scores so that what is computed at a position is about the next token.
+In the autoregressive objective nothing is masked (xt = x0): the model is causal, and shifts its scores so that what is
+computed at a position is about the next token. A diffusion model can start from it.
 
 Shapes: B rows of this rank, L positions.
 """
@@ -15,8 +15,48 @@ import torch
 from torch import Tensor
 
 from data.row_queue import RowQueue
-from microbatch import FreshRows, Microbatch, split_rows
+from objective import FreshRows, Microbatch, split_rows
+from progressive_block import Blocks
 from runtime.distributed import sum_over_ranks
+
+
+class UniformObjective(FreshRows):
+    """The baseline: fresh sequences at every step, masks drawn uniformly in each block."""
+
+    def __init__(
+        self, blocks: Blocks, queue: RowQueue, mask_id: int, n_rows: int, micro_rows: int, generator: torch.Generator
+    ) -> None:
+        self.blocks, self.queue, self.mask_id, self.generator = blocks, queue, mask_id, generator
+        self.n_rows, self.micro_rows = n_rows, micro_rows
+        self.masked_fraction = torch.zeros((), device=generator.device)
+
+    def microbatches(self, step: int) -> Iterator[Microbatch]:
+        """See `Objective`."""
+        x0, maskable = self.queue.take_next(self.n_rows)
+        masked = self.blocks.mask_uniformly(maskable, self.generator)
+        self.masked_fraction = (masked.sum(1) / maskable.sum(1)).mean()
+        xt = x0.masked_fill(masked, self.mask_id)
+        return self.blocks.microbatches(xt, x0, self.blocks.weights(masked, over_ranks=True), self.micro_rows)
+
+    def stage_rows(self) -> None:
+        """See `Objective`."""
+        self.queue.top_up()
+
+    def metrics(self) -> dict[str, Tensor]:
+        """See `Objective`."""
+        return {
+            "masked_fraction": self.masked_fraction,
+            "sequences_drawn": self.queue.sequences_drawn,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Objective`."""
+        return {"queue": self.queue.state_dict(), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Objective`."""
+        self.queue.load_state_dict(state["queue"])
+        self.generator.set_state(state["generator"])
 
 
 class AutoregressiveObjective(FreshRows):

@@ -34,9 +34,9 @@ from data.load import count_shared, describe_source, load_split
 from eval.evaluate import evaluate
 from eval.results import Evaluation, as_json
 from eval.tasks import Task, load_task
+from report.curves import AXES, draw_curves
 from runtime.checkpoint import latest_checkpoint
 from runtime.config_file import changed_settings, dump_config, flatten, read_config
-from runtime.curves import AXES, draw_curves
 from runtime.distributed import from_main, main_first, start_world, stop_world
 from runtime.files import WriteError, write_text
 from runtime.lock import lock_run

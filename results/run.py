@@ -27,9 +27,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from report.curves import AXES
 from results.experiments import EXPERIMENTS, Arm, Experiment
 from runtime.config_file import changed_settings, read_config
-from runtime.curves import AXES
 from runtime.files import write_text
 from runtime.metrics import read_metrics
 

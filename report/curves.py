@@ -1,6 +1,6 @@
 """Draw the curves of one run or several against steps, distinct sequences or seconds.
 
-    python -m runtime.curves runs/sudoku_puma runs/sudoku_baseline --x seconds --out curves.png
+    python -m report.curves runs/sudoku_puma runs/sudoku_baseline --x seconds --out curves.png
 
 PUMA reuses each sequence for a whole trajectory, so which method is ahead can depend on the axis: look at all three.
 """

@@ -31,8 +31,7 @@ from tqdm import tqdm
 
 from config import Config
 from data.load import count_shared, describe_source, load_split
-from eval.evaluate import evaluate
-from eval.results import Evaluation, as_json
+from eval.evaluate import Evaluation, as_json, evaluate
 from eval.tasks import Task, load_task
 from report.curves import AXES, draw_curves
 from runtime.checkpoint import latest_checkpoint

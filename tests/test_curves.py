@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from report import curves
 from report.curves import AXES, draw_curves
-from runtime import curves
 from runtime.metrics import METRICS_FILE
 
 

@@ -98,8 +98,8 @@ def read_question(options: argparse.Namespace, config: Config) -> tuple[Tensor, 
     # Sudoku needs none of these, and they are slow to import.
     from data.load import find_tokenizer
     from data.text import decode_programs, encode_prompts, prompt_fits
-    from eval.grader import extract_program
-    from eval.sandbox import run_programs
+    from grader.grade import extract_program
+    from grader.sandbox import run_programs
 
     tokenizer = find_tokenizer(config.data)
     ids = encode_prompts(tokenizer.backend_tokenizer, [options.prompt])[0]

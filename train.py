@@ -30,6 +30,7 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from config import Config
+from data.files import WriteError, write_text
 from data.load import count_shared, describe_source, load_split
 from eval.evaluate import Evaluation, as_json, evaluate
 from eval.tasks import Task, load_task
@@ -37,7 +38,6 @@ from report.curves import AXES, draw_curves
 from runtime.checkpoint import latest_checkpoint
 from runtime.config_file import changed_settings, dump_config, flatten, read_config
 from runtime.distributed import from_main, main_first, start_world, stop_world
-from runtime.files import WriteError, write_text
 from runtime.lock import lock_run
 from runtime.metrics import Recorder
 from runtime.signals import StopVote

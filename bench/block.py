@@ -19,10 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import BlockAttention, ModelSettings
+from data.files import write_text
 from model.transformer import Transformer
 from progressive_block import Blocks
 from runtime.distributed import autocast, autocast_dtype
-from runtime.files import write_text
 from samplers.block import sample_blocks
 
 N_BLOCKS = (2, 8, 16)

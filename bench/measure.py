@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from runtime.files import write_text
+from data.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 MIN_ROUNDS = 3

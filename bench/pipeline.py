@@ -26,7 +26,7 @@ from data.row_queue import RowQueue
 from data.stream import SequenceData, SequenceStream
 from data.text import encode_rows, load_tokenizer
 from data.word_problems import generate_problems, train_tokenizer
-from eval.sandbox import run_programs
+from grader.sandbox import run_programs
 
 MAX_LEN = 512
 BATCH = 32

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from data.files import write_text
 from data.text import encode_prompts, load_tokenizer, prompt_fits
-from runtime.files import write_text
 
 HUB_NAME = "openai/gsm8k"
 COLUMNS = ("question", "answer")

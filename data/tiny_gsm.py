@@ -33,9 +33,9 @@ from tqdm import tqdm
 if __name__ == "__main__":  # `python data/tiny_gsm.py` puts data/ on the path, not the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.files import write_text
 from data.text import encode_rows, load_tokenizer
 from data.token_files import LABELS_FILE, META_FILE, PROMPT_FILE, TOKENIZER_DIR, data_shape, read_meta, write_meta
-from runtime.files import write_text
 
 PROGRESS_FILE = ".progress.json"
 COLUMNS = ("question", "code")

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from data.files import write_text
 from data.text import SEPARATOR
-from runtime.files import write_text
 
 LABELS_FILE, PROMPT_FILE, META_FILE = "labels.bin", "prompt_mask.bin", "meta.json"
 TOKENIZER_DIR = "tokenizer"

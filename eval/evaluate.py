@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from baselines import next_token_targets, target_weights
 from config import Confidence, Config
+from data.files import write_text
 from data.stream import SequenceData
 from eval.tasks import Reference, Task, load_task
 from model.hub import load_model
@@ -39,7 +40,6 @@ from runtime.distributed import (
     stop_world,
     sum_over_ranks,
 )
-from runtime.files import write_text
 from samplers.sampler import sampler_of
 
 # Masks of the validation loss: the same in every evaluation of every run, so that losses can be compared.

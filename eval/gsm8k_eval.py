@@ -19,8 +19,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from eval.grader import REASONS, gold_number, grade
-from runtime.files import write_text
+from data.files import write_text
+from grader.grade import REASONS, gold_number, grade
 
 
 def read_cases(path: Path) -> tuple[list[str], list[float]]:

@@ -20,8 +20,8 @@ from data.stream import SequenceData
 from data.sudoku import SudokuData
 from data.sudoku_solver import solve_singles
 from data.text import decode_programs
-from eval.grader import grade, reason_shares
 from eval.sudoku_eval import judge_boards
+from grader.grade import grade, reason_shares
 
 
 @dataclass(frozen=True)

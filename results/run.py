@@ -27,10 +27,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data.files import write_text
 from report.curves import AXES
 from results.experiments import EXPERIMENTS, Arm, Experiment
 from runtime.config_file import changed_settings, read_config
-from runtime.files import write_text
 from runtime.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config import Config
+from data.files import reported, sync_folder, write_text
 from runtime.config_file import dump_config, read_config
 from runtime.distributed import World, barrier, gather
-from runtime.files import reported, sync_folder, write_text
 
 MANIFEST = "manifest.json"
 FORMAT = 2

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config import Config
+from data.files import write_text
 from runtime import checkpoint as module
 from runtime.checkpoint import (
     MANIFEST,
@@ -26,7 +27,6 @@ from runtime.checkpoint import (
 )
 from runtime.config_file import parse_config
 from runtime.distributed import World
-from runtime.files import write_text
 
 WORLD = World(0, 1, torch.device("cpu"))
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.grader import REASONS, Verdict, equals, extract_program, grade, judge, parse_number, reason_shares
-from eval.sandbox import MAX_PROGRAM, Outcome
+from grader.grade import REASONS, Verdict, equals, extract_program, grade, judge, parse_number, reason_shares
+from grader.sandbox import MAX_PROGRAM, Outcome
 from tests.conftest import SHARED
 from tests.grader_disagreements import DISAGREEMENTS
 

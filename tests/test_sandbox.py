@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-import eval.sandbox
-from eval import sandbox_worker
-from eval.sandbox import MAX_PROGRAM, Outcome, run_programs
+import grader.sandbox
+from grader import sandbox_worker
+from grader.sandbox import MAX_PROGRAM, Outcome, run_programs
 
 HAS_FILTER = sys.platform == "linux" and os.uname().machine in sandbox_worker.SYSCALLS
 needs_filter = pytest.mark.skipif(not HAS_FILTER, reason="no system call filter for this machine")
@@ -324,11 +324,11 @@ def changed_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert text.count(old) == 1
         path = tmp_path / "sandbox_worker.py"
         path.write_text(text.replace(old, new), encoding="utf-8")
-        monkeypatch.setattr(eval.sandbox, "WORKER", path)
+        monkeypatch.setattr(grader.sandbox, "WORKER", path)
 
-    eval.sandbox._warn_of_gaps.cache_clear()
+    grader.sandbox._warn_of_gaps.cache_clear()
     yield change
-    eval.sandbox._warn_of_gaps.cache_clear()
+    grader.sandbox._warn_of_gaps.cache_clear()
 
 
 def test_without_the_filter_limits_remain(changed_worker, folder: Path) -> None:
@@ -350,7 +350,7 @@ def test_a_dead_or_silent_worker_costs_one_program(changed_worker, monkeypatch: 
         "        if 'HANG' in source: time.sleep(1000)\n"
         "        reply(run(source, null",
     )
-    monkeypatch.setattr(eval.sandbox, "GRACE_S", 3.0)
+    monkeypatch.setattr(grader.sandbox, "GRACE_S", 3.0)
     programs = [
         "def f():\n    return 'DIE'",
         "def f():\n    return 1",
@@ -428,7 +428,7 @@ def test_limits_must_be_positive(limit: str) -> None:
 
 
 def test_no_programs_take_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eval.sandbox.subprocess, "Popen", None)
+    monkeypatch.setattr(grader.sandbox.subprocess, "Popen", None)
     assert run_programs([]) == []
 
 

@@ -18,7 +18,7 @@ from data.gsm8k import read_problems
 from data.text import decode_programs, load_tokenizer
 from data.token_files import open_tiny_gsm
 from data.word_problems import VOCAB_SIZE, cached_word_problems, generate_problems, train_tokenizer
-from eval.grader import grade
+from grader.grade import grade
 from runtime.metrics import read_metrics
 
 MINI = ROOT / "yaml_files" / "tinygsm_mini_puma.yaml"

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Config, ProgressiveSettings
+from data.files import WriteError
 from model.logits import SMALL_VOCABULARY
 from runtime.checkpoint import save_tensors
 from runtime.distributed import World, autocast, autocast_dtype
-from runtime.files import WriteError
 from runtime.optim import update_ema
 from runtime.sharding import whole
 from training.run import Run

@@ -1,4 +1,4 @@
-"""The process that runs untrusted programs, one confined child for each. Started by `eval/sandbox.py`; what it does
+"""The process that runs untrusted programs, one confined child for each. Started by `grader/sandbox.py`; what it does
 and does not protect against stands there.
 
     python sandbox_worker.py CPU_S WALL_S MEMORY_BYTES

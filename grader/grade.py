@@ -9,7 +9,7 @@ from fractions import Fraction
 from math import isfinite
 from typing import Literal, get_args
 
-from eval.sandbox import MAX_PROGRAM, Outcome, run_programs
+from grader.sandbox import MAX_PROGRAM, Outcome, run_programs
 
 TOLERANCE = 1e-3  # absolute; two integers must be equal
 
@@ -91,7 +91,7 @@ def grade(
     Args:
         completions: model output, the program somewhere in it.
         golds: the right answers, as numbers or text.
-        n_workers: programs at once; see `eval.sandbox.run_programs`.
+        n_workers: programs at once; see `grader.sandbox.run_programs`.
         on_done: called with the completion's index as each is finished.
 
     Raises:
@@ -144,7 +144,7 @@ def extract_program(text: str) -> str | None:
     hang or crash an interpreter.
 
     Returns:
-        The program, at most `eval.sandbox.MAX_PROGRAM` characters; None if the text holds no function.
+        The program, at most `grader.sandbox.MAX_PROGRAM` characters; None if the text holds no function.
     """
     text = text.replace("\r\n", "\n")
     start = FIRST_DEF.search(text)

@@ -1,6 +1,6 @@
 """Run untrusted Python programs and get the values that their first functions return.
 
-Each program runs in a fresh child of a small worker process (`eval/sandbox_worker.py`), which forks it from a clean
+Each program runs in a fresh child of a small worker process (`grader/sandbox_worker.py`), which forks it from a clean
 interpreter: nothing of this process, of earlier programs or of the environment is there, only some modules of the
 standard library, already imported. The child has
 
@@ -213,7 +213,7 @@ def _warn_of_gaps(protections: frozenset[str]) -> None:
     if "seccomp" not in protections:
         warnings.warn(
             "the system call filter is not available here, so model-written programs run under resource limits only: "
-            "see eval/sandbox.py",
+            "see grader/sandbox.py",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -9,71 +9,63 @@ Shapes: B rows of this rank, L positions.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from data.row_queue import RowQueue
-from objective import FreshRows, Microbatch, split_rows
-from progressive_block import Blocks
+from objective import Microbatch, Objective, split_rows
+from progressive_block import BlockLayout
 from runtime.distributed import sum_over_ranks
 
 
-class UniformObjective(FreshRows):
+class UniformObjective(Objective):
     """The baseline: fresh sequences at every step, masks drawn uniformly in each block."""
 
+    generator: torch.Generator
+
     def __init__(
-        self, blocks: Blocks, queue: RowQueue, mask_id: int, n_rows: int, micro_rows: int, generator: torch.Generator
+        self,
+        queue: RowQueue,
+        layout: BlockLayout,
+        mask_id: int,
+        *,
+        n_rows: int,
+        micro_rows: int,
+        generator: torch.Generator,
     ) -> None:
-        self.blocks, self.queue, self.mask_id, self.generator = blocks, queue, mask_id, generator
-        self.n_rows, self.micro_rows = n_rows, micro_rows
+        super().__init__(queue, n_rows=n_rows, micro_rows=micro_rows, generator=generator)
+        self.layout, self.mask_id = layout, mask_id
         self.masked_fraction = torch.zeros((), device=generator.device)
 
+    @override
     def microbatches(self, step: int) -> Iterator[Microbatch]:
-        """See `Objective`."""
         x0, maskable = self.queue.take_next(self.n_rows)
-        masked = self.blocks.mask_uniformly(maskable, self.generator)
+        masked = self.layout.mask_uniformly(maskable, self.generator)
         self.masked_fraction = (masked.sum(1) / maskable.sum(1)).mean()
         xt = x0.masked_fill(masked, self.mask_id)
-        return self.blocks.microbatches(xt, x0, self.blocks.weights(masked, over_ranks=True), self.micro_rows)
+        return self.layout.microbatches(xt, x0, self.layout.weights(masked, over_ranks=True), self.micro_rows)
 
-    def stage_rows(self) -> None:
-        """See `Objective`."""
-        self.queue.top_up()
-
+    @override
     def metrics(self) -> dict[str, Tensor]:
-        """See `Objective`."""
-        return {
-            "masked_fraction": self.masked_fraction,
-            "sequences_drawn": self.queue.sequences_drawn,
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Objective`."""
-        return {"queue": self.queue.state_dict(), "generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Objective`."""
-        self.queue.load_state_dict(state["queue"])
-        self.generator.set_state(state["generator"])
+        return {"masked_fraction": self.masked_fraction} | super().metrics()
 
 
-class AutoregressiveObjective(FreshRows):
+class AutoregressiveObjective(Objective):
     """Fresh sequences at every step, nothing masked: each token from those before it, to the first EOS.
 
     The loss is the mean over all targets of the batch, each weighing the same. For that the ranks add up their numbers
     of targets, one number per step.
     """
 
-    def __init__(self, queue: RowQueue, eos_id: int | None, n_rows: int, micro_rows: int) -> None:
-        self.queue, self.eos_id = queue, eos_id
-        self.n_rows, self.micro_rows = n_rows, micro_rows
-        self.generator = None  # nothing is random here
+    def __init__(self, queue: RowQueue, eos_id: int | None, *, n_rows: int, micro_rows: int) -> None:
+        super().__init__(queue, n_rows=n_rows, micro_rows=micro_rows)
+        self.eos_id = eos_id
         self.target_fraction = torch.zeros((), device=queue.device)
 
+    @override
     def microbatches(self, step: int) -> Iterator[Microbatch]:
-        """See `Objective`."""
         x0, maskable = self.queue.take_next(self.n_rows)
         target = next_token_targets(x0, maskable, self.eos_id)
         self.target_fraction = (target.sum(1) / maskable.sum(1)).mean()
@@ -81,24 +73,9 @@ class AutoregressiveObjective(FreshRows):
         weight = target_weights(target, sum_over_ranks(target.sum())) * self.queue.stream.n_ranks
         return split_rows(x0, x0, weight, self.micro_rows)
 
-    def stage_rows(self) -> None:
-        """See `Objective`."""
-        self.queue.top_up()
-
+    @override
     def metrics(self) -> dict[str, Tensor]:
-        """See `Objective`."""
-        return {
-            "target_fraction": self.target_fraction,
-            "sequences_drawn": self.queue.sequences_drawn,
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Objective`."""
-        return {"queue": self.queue.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Objective`."""
-        self.queue.load_state_dict(state["queue"])
+        return {"target_fraction": self.target_fraction} | super().metrics()
 
 
 def next_token_targets(x0: Tensor, maskable: Tensor, eos_id: int | None) -> Tensor:

@@ -1,27 +1,27 @@
 """Every setting of an experiment, typed and strict: one class per section of the YAML file.
 
 `runtime/config_file.py` reads the file and words the errors. Data sets and objectives are discriminated unions, so that
-each takes only its own keys. The descriptions below are the table of settings in README.
+each takes only its own keys. Settings of a data set are defined with the data set. The descriptions make the table of
+settings in docs/settings.md.
 """
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Literal
+from itertools import product
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+from data.dataset import DataSet
+from data.settings import FREE_ON_RESUME, Seed, Settings
+from data.sudoku import SudokuSettings
+from data.tiny_gsm import TinyGsmSettings
+
+AnyDataSettings = SudokuSettings | TinyGsmSettings  # every data set
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Confidence = Literal["top_prob", "top_prob_margin", "neg_entropy", "random"]
-SudokuLayout = Literal["two_halves", "in_place"]
 BlockAttention = Literal["prefix", "block_causal"]
-
-
-class Settings(BaseModel):
-    """Base of all sections: unknown keys are errors, values never change after reading, no silent conversion."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSettings(Settings):
@@ -87,131 +87,19 @@ class ModelSettings(Settings):
         return n_key_heads
 
 
-class SudokuSettings(Settings):
-    """Where Sudoku boards come from. See `data/sudoku.py`."""
+class ObjectiveSettings(Settings):
+    """Base of the settings of an objective. A subclass has a field `name`, a `Literal`."""
 
-    dataset: Literal["sudoku"]
-    data_dir: str = Field("data/sudoku_new", description="folder of the published set and of generated boards")
-    size: Literal[4, 6, 9] = Field(9, description="board size; 6 has boxes of 2 x 3")
-    layout: SudokuLayout = Field(
-        "two_halves",
-        description="two_halves: puzzle cells, then solution cells, as published; in_place: one board, the clues given",
-    )
-    source: Literal["published_or_generated", "published", "generated", "files", "hub"] = Field(
-        "published_or_generated", description="which of the sources below is read"
-    )
-    n_train: int = Field(1_000_000, gt=0, description="generated: training puzzles")
-    n_test: int = Field(2000, gt=0, description="generated: test puzzles, none of them in the training set")
-    min_clues: int = Field(30, gt=0, description="generated: fewest clues")
-    max_clues: int = Field(40, gt=0, description="generated: most clues")
-    seed: Seed = Field(0, description="generated: seed of the puzzles")
-    train_file: str | None = Field(None, description="files: .csv, .npz or .npy of the training boards")
-    test_file: str | None = Field(None, description="files: the same for the test boards")
-    hub_name: str | None = Field(None, description="hub: name of a Hugging Face data set")
-    train_split: str = Field("train", description="hub: split for training")
-    test_split: str = Field("test", description="hub: split for tests")
-    puzzle_column: str = Field("puzzle", description="hub: column of the puzzles")
-    solution_column: str = Field("solution", description="hub: column of the solutions")
-    rating_column: str | None = Field(
-        None, description="files (.csv, .npz), hub: column of the test puzzles' difficulty; accuracy is reported by it"
-    )
-
-    @model_validator(mode="after")
-    def _source_is_complete(self) -> SudokuSettings:
-        problems = []
-        if self.min_clues > self.max_clues:
-            problems.append(f"min_clues {self.min_clues} is above max_clues {self.max_clues}")
-        may_be_generated = self.source in ("generated", "published_or_generated")
-        if self.layout == "in_place" and may_be_generated and self.max_clues >= self.size**2:
-            problems.append(f"max_clues {self.max_clues}: layout in_place leaves nothing to predict on a full board")
-        if self.source in ("published", "published_or_generated") and self.size != 9:
-            problems.append(f"source {self.source!r} has 9x9 boards only, size is {self.size}: use source: generated")
-        if self.source == "files" and not (self.train_file and self.test_file):
-            problems.append("source 'files' needs train_file and test_file")
-        if self.source != "files" and (self.train_file or self.test_file):
-            problems.append(f"train_file and test_file are ignored by source {self.source!r}: set source: files")
-        if (self.source == "hub") != bool(self.hub_name):
-            problems.append(f"hub_name and source 'hub' go together; source is {self.source!r}")
-        if self.rating_column and self.source not in ("files", "hub"):
-            problems.append(f"rating_column is ignored by source {self.source!r}")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
-    @property
-    def mask_id(self) -> int:
-        """The mask token, behind empty and the digits."""
-        return self.size + 1
-
-    @property
-    def min_vocab_size(self) -> int:
-        """Empty, the digits and the mask token."""
-        return self.size + 2
-
-    @property
-    def length(self) -> int:
-        """Tokens per sequence."""
-        n_cells = self.size * self.size
-        return n_cells if self.layout == "in_place" else 2 * n_cells
+    causal: ClassVar[bool] = False  # whether it trains a model in which no position sees a later one
 
 
-class TinyGsmSettings(Settings):
-    """Where questions and programs come from. See `data/tiny_gsm.py`, `data/gsm8k.py` and `data/word_problems.py`."""
-
-    dataset: Literal["tiny_gsm"]
-    data_dir: str = Field("data/tiny_gsm", description="folder of the tokenized files, or of the word problems")
-    source: Literal["files", "word_problems"] = Field(
-        "files", description="files: what data/tiny_gsm.py wrote; word_problems: a small set that is generated"
-    )
-    max_len: int = Field(512, ge=8, multiple_of=8, description="tokens per sequence")
-    mask_id: int | None = Field(None, ge=0, description="the mask token; null: the model's last")
-    n_held_out: int = Field(1000, gt=0, description="last rows of the data, for the validation loss alone")
-    tokenizer: str | None = Field(None, description="files: Hugging Face name or folder; null: the files' own")
-    test_source: str | None = Field(
-        None, description="files: test.jsonl of GSM8K, or name of a Hugging Face data set; null: openai/gsm8k"
-    )
-    n_train: int | None = Field(None, gt=0, description="word_problems: rows, the held-out ones included")
-    n_test: int | None = Field(None, gt=0, description="word_problems: problems of the test set, none of them in a row")
-    seed: int | None = Field(None, ge=0, description="word_problems: seed of the problems")
-
-    @model_validator(mode="after")
-    def _source_is_complete(self) -> TinyGsmSettings:
-        problems = []
-        own = {"files": ("tokenizer", "test_source"), "word_problems": ("n_train", "n_test", "seed")}
-        for source, keys in own.items():
-            given = [key for key in keys if getattr(self, key) is not None]
-            if source != self.source and given:
-                problems.append(f"{', '.join(given)}: only source {source!r} reads it, source is {self.source!r}")
-        missing = [key for key in own["word_problems"] if getattr(self, key) is None]
-        if self.source == "word_problems" and missing:
-            problems.append(f"source 'word_problems' needs {', '.join(missing)}")
-        if self.n_train is not None and self.n_train <= self.n_held_out:
-            problems.append(f"n_held_out {self.n_held_out} leaves no training row of n_train {self.n_train}")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
-    @property
-    def min_vocab_size(self) -> int:
-        """The mask token must be among the tokens."""
-        return (self.mask_id or 0) + 1
-
-    @property
-    def length(self) -> int:
-        """Tokens per sequence."""
-        return self.max_len
-
-
-DataSettings = SudokuSettings | TinyGsmSettings
-
-
-class UniformSettings(Settings):
+class UniformSettings(ObjectiveSettings):
     """The baseline: masks drawn uniformly (docs/algorithm.md)."""
 
     name: Literal["uniform"]
 
 
-class BlockSettings(Settings):
+class BlockSettings(ObjectiveSettings):
     """How the rows of a block objective are cut. See `progressive_block.py`."""
 
     block_size: int = Field(gt=0, description="tokens per block; divides the length of a sequence")
@@ -227,7 +115,7 @@ class BlockUniformSettings(BlockSettings):
     name: Literal["block_uniform"]
 
 
-class ProgressiveSettings(Settings):
+class ProgressiveSettings(ObjectiveSettings):
     """Progressive unmasking, arXiv 2602.10314."""
 
     n_stages: int | None = Field(None, gt=0, description="K, stages of a trajectory; or k_schedule")
@@ -279,20 +167,26 @@ class BlockPumaSettings(BlockSettings, ProgressiveSettings):
     name: Literal["block_puma"]
 
 
-class AutoregressiveSettings(Settings):
+class AutoregressiveSettings(ObjectiveSettings):
     """Each token from those before it: a causal model, sampled left to right."""
+
+    causal: ClassVar[bool] = True
 
     name: Literal["autoregressive"]
 
 
-ObjectiveSettings = UniformSettings | PumaSettings | BlockUniformSettings | BlockPumaSettings | AutoregressiveSettings
+AnyObjectiveSettings = (
+    UniformSettings | PumaSettings | BlockUniformSettings | BlockPumaSettings | AutoregressiveSettings
+)
 
 
 class TrainingSettings(Settings):
     """The loop: batch, optimizer, length, records."""
 
     batch_size: int = Field(gt=0, description="rows per optimizer step over all ranks")
-    micro_batch_size: int | None = Field(None, gt=0, description="rows per forward on one rank; null: all at once")
+    micro_batch_size: int | None = Field(
+        None, gt=0, description="rows per forward on one rank; null: all at once", json_schema_extra=FREE_ON_RESUME
+    )
     learning_rate: float = Field(gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay, on matrices only")
     adam_betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="decay of AdamW's two moments")
@@ -309,20 +203,25 @@ class TrainingSettings(Settings):
         "auto", description="bfloat16 means autocast; auto: where the machine multiplies bfloat16 fast"
     )
     parallel: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="many ranks: ddp copies the model to each, fsdp cuts it over them, if it outgrows one GPU"
+        "ddp",
+        description="many ranks: ddp copies the model to each, fsdp cuts it over them, if it outgrows one GPU",
+        json_schema_extra=FREE_ON_RESUME,
     )
     gradient_checkpointing: bool = Field(
         False,
         description="compute each block again in the backward pass: a fifth more time, a tenth of the activations",
+        json_schema_extra=FREE_ON_RESUME,
     )
     compile: bool = Field(False, description="torch.compile the model; pays off on long runs")
     cuda_graph: bool = Field(
         False, description="record an update once and replay it; for small models on one GPU, which wait for launches"
     )
-    log_every: int = Field(50, gt=0, description="steps between records")
-    eval_every: int = Field(1000, gt=0, description="steps between evaluations")
-    save_every: int = Field(1000, gt=0, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints kept, besides the best")
+    log_every: int = Field(50, gt=0, description="steps between records", json_schema_extra=FREE_ON_RESUME)
+    eval_every: int = Field(1000, gt=0, description="steps between evaluations", json_schema_extra=FREE_ON_RESUME)
+    save_every: int = Field(1000, gt=0, description="steps between checkpoints", json_schema_extra=FREE_ON_RESUME)
+    keep_checkpoints: int = Field(
+        2, gt=0, description="newest checkpoints kept, besides the best", json_schema_extra=FREE_ON_RESUME
+    )
 
     @field_validator("micro_batch_size")
     @classmethod
@@ -346,8 +245,30 @@ class TrainingSettings(Settings):
         return max_steps
 
 
+class SamplingRule(Settings):
+    """How a sampler chooses what to fill in: which positions come first, and how many in one forward pass."""
+
+    confidence: Confidence = Field("top_prob", description="which masked position is filled first")
+    tokens_per_step: int = Field(1, gt=0, description="positions filled per forward pass")
+    threshold: float | None = Field(None, gt=0.0, lt=1.0, description="also fill all above this probability")
+    temperature: float = Field(0.0, ge=0.0, description="0: most probable token; else Gumbel noise")
+
+    def check(self, *, causal: bool) -> None:
+        """Raise ValueError if a model, causal or not, cannot be sampled by this rule."""
+        for key in ("confidence", "tokens_per_step", "threshold") if causal else ():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} {getattr(self, key)}: a causal model is sampled left to right, token by token; leave it out"
+                )
+
+
+DEFAULT_RULE = SamplingRule()
+
+
 class ValidationSettings(Settings):
-    """What is measured on the test split."""
+    """What is measured on the test split. `confidence` and `tokens_per_step` span a grid of sampling rules."""
+
+    free_on_resume: ClassVar[bool] = True
 
     confidence: tuple[Confidence, ...] = Field(
         ("top_prob",), min_length=1, description="which masked position is filled first"
@@ -365,9 +286,23 @@ class ValidationSettings(Settings):
         50, ge=0, description="tiny_gsm: sampled programs that are kept with their verdicts, for each way of sampling"
     )
 
+    def rules(self) -> list[SamplingRule]:
+        """The grid of sampling rules; the first one gives the headline figure."""
+        return [
+            SamplingRule(
+                confidence=confidence,
+                tokens_per_step=n_tokens,
+                threshold=self.threshold,
+                temperature=self.temperature,
+            )
+            for confidence, n_tokens in product(self.confidence, self.tokens_per_step)
+        ]
+
 
 class WandbSettings(Settings):
     """Where wandb keeps its copy of the records; metrics.jsonl is always written."""
+
+    free_on_resume: ClassVar[bool] = True
 
     mode: Literal["online", "offline", "disabled"] = Field(
         "disabled", description="a missing network never stops a run"
@@ -381,81 +316,116 @@ class Config(Settings):
     """One experiment."""
 
     model: ModelSettings
-    data: Annotated[DataSettings, Field(discriminator="dataset")]
-    objective: Annotated[ObjectiveSettings, Field(discriminator="name")]
+    data: Annotated[AnyDataSettings, Field(discriminator="dataset")]
+    objective: Annotated[AnyObjectiveSettings, Field(discriminator="name")]
     training: TrainingSettings
     validation: ValidationSettings
     wandb: WandbSettings = WandbSettings()
 
-    @model_validator(mode="after")
-    def _sections_fit(self) -> Config:
-        model, data, problems = self.model, self.data, []
-        if model.vocab_size < data.min_vocab_size:
+    # Checks of a section against those above it. A section with problems of its own is absent from `info.data`.
+    @field_validator("data")
+    @classmethod
+    def _data_fits_the_model(cls, data: AnyDataSettings, info: ValidationInfo) -> AnyDataSettings:
+        problems = []
+        vocab_size, n_positions = _model_size("vocab_size", info), _model_size("learned_positions", info)
+        if vocab_size is not None and vocab_size < data.min_vocab_size:
             problems.append(
-                f"model.vocab_size {model.vocab_size} is too small for the data: set at least {data.min_vocab_size}"
+                f"model.vocab_size {vocab_size} is too small for the data: set at least {data.min_vocab_size}"
             )
-        if model.learned_positions is not None and model.learned_positions < data.length:
+        if n_positions is not None and n_positions < data.length:
             problems.append(
-                f"model.learned_positions {model.learned_positions} is less than the {data.length} tokens of a "
-                f"sequence: set at least {data.length}"
+                f"model.learned_positions {n_positions} is less than the {data.length} tokens of a sequence: set at "
+                f"least {data.length}"
             )
         if problems:
             raise ValueError("; ".join(problems))
-        return self
+        return data
 
-    @model_validator(mode="after")
-    def _objective_fits_model(self) -> Config:
-        objective, problems = f"objective {self.objective.name!r}", []
-        if self.model.causal not in (None, self.causal):
-            needed = "a causal" if self.causal else "a bidirectional"
-            problems.append(f"model.causal {self.model.causal}: {objective} needs {needed} model; leave it out")
-        if self.causal and not self.shifted:
-            problems.append(f"model.shifted False: {objective} predicts the next token; leave it out")
-        if self.block_causal_size is not None and self.shifted:
-            problems.append(
-                "objective.block_attention 'block_causal' cannot shift scores to the next token, which a start from an "
-                "autoregressive model needs: set block_attention: prefix, or model.shifted: false if it is none"
-            )
-        for key in ("confidence", "tokens_per_step", "threshold") if self.causal else ():
-            value = getattr(self.validation, key)
-            if value != ValidationSettings.model_fields[key].default:
+    @field_validator("objective")
+    @classmethod
+    def _objective_fits_model_and_data(
+        cls, objective: AnyObjectiveSettings, info: ValidationInfo
+    ) -> AnyObjectiveSettings:
+        name, problems = f"objective {objective.name!r}", []
+        model, data = info.data.get("model"), info.data.get("data")
+        if model is not None:
+            if model.causal not in (None, objective.causal):
+                needed = "a causal" if objective.causal else "a bidirectional"
+                problems.append(f"model.causal {model.causal}: {name} needs {needed} model; leave it out")
+            if objective.causal and model.shifted is False:
+                problems.append(f"model.shifted False: {name} predicts the next token; leave it out")
+            if _block_causal_size(objective) is not None and _is_shifted(model, objective):
                 problems.append(
-                    f"validation.{key} {value}: {objective} is sampled left to right, token by token; leave it out"
+                    "objective.block_attention 'block_causal' cannot shift scores to the next token, which a start "
+                    "from an autoregressive model needs: set block_attention: prefix, or model.shifted: false if it is "
+                    "none"
                 )
+        if data is not None and isinstance(objective, BlockSettings) and data.length % objective.block_size:
+            # A shorter last block would train on fewer tokens than its weight says, and need a shape of its own.
+            divisors = [size for size in range(1, data.length + 1) if data.length % size == 0]
+            nearest = min(divisors, key=lambda size: abs(size - objective.block_size))
+            problems.append(
+                f"objective.block_size {objective.block_size} does not divide the {data.length} tokens of a sequence: "
+                f"the nearest that does is {nearest}"
+            )
         if problems:
             raise ValueError("; ".join(problems))
-        return self
+        return objective
+
+    @field_validator("validation")
+    @classmethod
+    def _rules_fit_the_objective(cls, validation: ValidationSettings, info: ValidationInfo) -> ValidationSettings:
+        objective = info.data.get("objective")
+        if objective is None:
+            return validation
+        for rule in validation.rules():
+            try:
+                rule.check(causal=objective.causal)
+            except ValueError as error:
+                raise ValueError(f"validation.{error}") from None
+        return validation
 
     @property
     def causal(self) -> bool:
         """Whether no position of the model sees a later one."""
-        return isinstance(self.objective, AutoregressiveSettings)
+        return self.objective.causal
 
     @property
     def shifted(self) -> bool:
         """Whether what the model computes at a position is about the next token."""
-        if self.model.shifted is not None:
-            return self.model.shifted
-        return self.causal or self.model.init_from is not None
+        return _is_shifted(self.model, self.objective)
 
     @property
     def block_causal_size(self) -> int | None:
         """Block size where the model itself must know the blocks, which is under block_causal attention."""
-        blocks = self.objective
-        return (
-            blocks.block_size
-            if isinstance(blocks, BlockSettings) and blocks.block_attention == "block_causal"
-            else None
-        )
+        return _block_causal_size(self.objective)
 
     @property
     def mask_id(self) -> int:
         """The mask token."""
-        return self.model.vocab_size - 1 if self.data.mask_id is None else self.data.mask_id
+        return self.data.mask_id_in(self.model.vocab_size)
+
+    def open_data(self) -> DataSet:
+        """The data set; it reads its files at first use."""
+        return self.data.open(self.model.vocab_size)
 
 
-# Settings that change what is recorded or how a batch is cut, not what is learnt: a run may be resumed with others.
-FREE_ON_RESUME = re.compile(
-    r"wandb\..*|validation\..*|data\.(data_dir|test_source|rating_column)|"
-    r"training\.(log_every|eval_every|save_every|keep_checkpoints|micro_batch_size|parallel|gradient_checkpointing)"
-)
+def _model_size(key: str, info: ValidationInfo) -> int | None:
+    """A number of the model section; if that has other problems, as it is in the file, which is the context."""
+    if "model" in info.data:
+        return getattr(info.data["model"], key)
+    raw = (info.context or {}).get("model")
+    size = raw.get(key) if isinstance(raw, dict) else None
+    return size if type(size) is int else None
+
+
+def _is_shifted(model: ModelSettings, objective: ObjectiveSettings) -> bool:
+    if model.shifted is not None:
+        return model.shifted
+    return objective.causal or model.init_from is not None
+
+
+def _block_causal_size(objective: ObjectiveSettings) -> int | None:
+    if isinstance(objective, BlockSettings) and objective.block_attention == "block_causal":
+        return objective.block_size
+    return None

@@ -1,16 +1,23 @@
-"""What objectives and the training loop say to each other: microbatches one way, confidences the other.
+"""What training learns from: an objective turns sequences into microbatches of (xt, x0, weight).
+
+One loss serves every objective: the sum over positions of weight * -log p(x0 | xt). An objective only chooses what is
+masked and how much each position weighs. Weights are for the mean over the rank's rows; data-parallel training averages
+over ranks, which makes it the mean over the whole batch.
 
 Shapes: B rows of this rank, b of them in one pass, L positions.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from data.row_queue import RowQueue
 
 
 @dataclass(frozen=True)
@@ -27,54 +34,56 @@ class Microbatch:
 def split_rows(
     xt: Tensor, x0: Tensor, weight: Tensor, n_rows: int, columns: slice = slice(None)
 ) -> Iterator[Microbatch]:
-    """Cut a batch into microbatches of `n_rows` rows (the last may be smaller)."""
+    """Split a batch into microbatches of `n_rows` rows (the last may be smaller)."""
     for start in range(0, len(xt), n_rows):
         rows = slice(start, min(start + n_rows, len(xt)))
         yield Microbatch(xt[rows], x0[rows], weight[rows], rows, columns)
 
 
-class FreshRows:
-    """Base of objectives that draw new sequences for each step: confidences teach them nothing, no row goes on."""
+class Objective(ABC):
+    """Base of all objectives, and everything that the training loop knows about one.
 
-    def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
-        """Nothing is learnt from confidences."""
+    In each update the loop takes `microbatches`, passes the confidences of each to `observe`, and calls `end_step`
+    after the optimizer. These three run on the device alone (no host sync), and may be captured in a CUDA graph;
+    `prefetch` is the host's part.
 
-    def end_step(self) -> None:
-        """Each step draws its own rows."""
+    Args:
+        queue: fresh sequences.
+        n_rows: B.
+        micro_rows: rows of a microbatch.
+        generator: source of all random numbers, on the device; None if nothing is random.
+    """
 
+    def __init__(
+        self, queue: RowQueue, *, n_rows: int, micro_rows: int, generator: torch.Generator | None = None
+    ) -> None:
+        self.queue, self.n_rows, self.micro_rows, self.generator = queue, n_rows, micro_rows, generator
 
-class Objective(Protocol):
-    """Everything the training loop knows about an objective."""
-
-    @property
-    def generator(self) -> torch.Generator | None:
-        """Source of all random numbers, if there are any."""
-        ...
-
+    @abstractmethod
     def microbatches(self, step: int) -> Iterator[Microbatch]:
         """Batches of one update; as many and of the same shapes on every rank."""
-        ...
 
     def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
         """Take the max log-probabilities (float32 [b, L]) that the forward pass found where weight is not 0."""
-        ...
 
     def end_step(self) -> None:
         """The update is done: retire and admit rows."""
-        ...
 
-    def stage_rows(self) -> None:
-        """The host's part after each update: send rows to the device that later updates may need."""
-        ...
+    def prefetch(self) -> None:
+        """After each update: copy rows to the device that later updates may need."""
+        self.queue.top_up()
 
     def metrics(self) -> dict[str, Tensor]:
-        """Figures of this rank. Those named `sequences_...` add up over ranks, all others are averaged."""
-        ...
+        """Figures of this rank. Those named `sequences_...` are summed over ranks, all others averaged."""
+        return {"sequences_drawn": self.queue.sequences_drawn}
 
     def state_dict(self) -> dict[str, Any]:
         """What a restart needs on this rank."""
-        ...
+        state = {"queue": self.queue.state_dict()}
+        return state if self.generator is None else state | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo `state_dict`."""
-        ...
+        """Restore what `state_dict` returned."""
+        self.queue.load_state_dict(state["queue"])
+        if self.generator is not None:
+            self.generator.set_state(state["generator"])

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from config import ProgressiveSettings
 from data.row_queue import RowQueue
-from objective import Microbatch
-from progressive_block import Blocks
+from objective import Microbatch, Objective
+from progressive_block import BlockLayout
 from runtime.distributed import own_share
 from unmasking import reveal_random, reveal_top
 
@@ -93,7 +94,7 @@ def advance(
     return masked, stage, finished
 
 
-def rows_in_flight(uniform_fraction: float, n_rows: int, rank: int, n_ranks: int) -> int:
+def pool_rows(uniform_fraction: float, n_rows: int, rank: int, n_ranks: int) -> int:
     """How many of a rank's `n_rows` rows are the pool's; together as many whatever the number of ranks.
 
     Raises:
@@ -257,73 +258,65 @@ class PumaPool:
         return torch.where(n_maskable > 0, stage, self.n_stages), masked.view_as(maskable)
 
 
-class PumaObjective:
-    """The pool of `progressive.py`, with a share of ordinary uniformly masked rows behind it if asked for."""
+class PumaObjective(Objective):
+    """The pool, and beside it a share of ordinary uniformly masked rows if asked for."""
+
+    generator: torch.Generator
 
     def __init__(
         self,
         settings: ProgressiveSettings,
-        blocks: Blocks,
         queue: RowQueue,
+        layout: BlockLayout,
         mask_id: int,
+        *,
         n_rows: int,
         micro_rows: int,
         generator: torch.Generator,
     ) -> None:
-        self.settings, self.blocks, self.queue = settings, blocks, queue
-        self.mask_id, self.generator = mask_id, generator
-        self.n_rows, self.micro_rows = n_rows, micro_rows
-        n_pool = rows_in_flight(settings.uniform_fraction, n_rows, queue.stream.rank, queue.stream.n_ranks)
-        self.n_uniform = n_rows - n_pool
+        super().__init__(queue, n_rows=n_rows, micro_rows=micro_rows, generator=generator)
+        self.settings, self.layout, self.mask_id = settings, layout, mask_id
+        self.n_pool_rows = pool_rows(settings.uniform_fraction, n_rows, queue.stream.rank, queue.stream.n_ranks)
         self.pool = PumaPool(
             queue,
-            n_pool,
+            self.n_pool_rows,
             settings.n_stages_at(0),
             settings.collapse_threshold,
             generator,
-            n_segments=blocks.n_blocks,
+            n_segments=layout.n_blocks,
             n_batches=settings.pool_batches,
         )
-        self._confidence = torch.empty(n_rows, blocks.length, device=generator.device)
+        self._confidence = torch.empty(n_rows, layout.length, device=generator.device)
 
+    @override
     def microbatches(self, step: int) -> Iterator[Microbatch]:
-        """See `Objective`."""
-        pool = self.pool
-        pool.set_n_stages(self.settings.n_stages_at(step))
-        x0, masked = pool.batch()
-        if self.n_uniform:
-            fresh, maskable = self.queue.take_next(self.n_uniform)
+        self.pool.set_n_stages(self.settings.n_stages_at(step))
+        x0, masked = self.pool.batch()
+        n_uniform = self.n_rows - self.n_pool_rows
+        if n_uniform:
+            fresh, maskable = self.queue.take_next(n_uniform)
             x0 = torch.cat([x0, fresh])  # [B, L]
-            masked = torch.cat([masked, self.blocks.mask_uniformly(maskable, self.generator)])
+            masked = torch.cat([masked, self.layout.mask_uniformly(maskable, self.generator)])
         xt = x0.masked_fill(masked, self.mask_id)
-        return self.blocks.microbatches(xt, x0, self.blocks.weights(masked, over_ranks=True), self.micro_rows)
+        return self.layout.microbatches(xt, x0, self.layout.weights(masked, over_ranks=True), self.micro_rows)
 
+    @override
     def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
-        """See `Objective`."""
         self._confidence[microbatch.rows, microbatch.columns] = confidence[:, microbatch.columns]
 
+    @override
     def end_step(self) -> None:
-        """See `Objective`."""
-        self.pool.advance(self._confidence[: self.n_rows - self.n_uniform])
+        self.pool.advance(self._confidence[: self.n_pool_rows])
 
-    def stage_rows(self) -> None:
-        """See `Objective`."""
-        self.queue.top_up()
-
+    @override
     def metrics(self) -> dict[str, Tensor]:
-        """See `Objective`."""
-        return self.pool.metrics() | {"sequences_drawn": self.queue.sequences_drawn}
+        return self.pool.metrics() | super().metrics()
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """See `Objective`."""
-        return {
-            "queue": self.queue.state_dict(),
-            "generator": self.generator.get_state(),
-            "pool": self.pool.state_dict(),
-        }
+        return super().state_dict() | {"pool": self.pool.state_dict()}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Objective`."""
-        self.queue.load_state_dict(state["queue"])
-        self.generator.set_state(state["generator"])
+        super().load_state_dict(state)
         self.pool.load_state_dict(state["pool"])

@@ -2,8 +2,8 @@
 
 A block is a segment of a row, and what the objectives do to rows they do to segments: the baseline draws masks for
 each segment, the PUMA pool advances each by its own stage, and the loss counts every block that has masked positions
-alike. So `block_uniform` and `block_puma` are `uniform` and `puma` over another `Blocks`, and ordinary rows are the
-case of one block per row, with the same losses, pool and random numbers bit for bit.
+alike. So `block_uniform` and `block_puma` are `uniform` and `puma` over another `BlockLayout`, and ordinary rows
+have one block, with the same losses, pool and random numbers bit for bit.
 
 Two layouts say what a block sees (arXiv 2602.10314 trains with the first):
 
@@ -30,8 +30,8 @@ from unmasking import mask_uniformly, row_weights
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """How rows are cut, and in which passes their blocks are trained."""
+class BlockLayout:
+    """How rows are divided into blocks, and in which passes the blocks are trained."""
 
     length: int  # L
     size: int  # S, divides L
@@ -85,21 +85,8 @@ class Blocks:
             yield from split_rows(behind_prefix, x0[:, : block.stop], own_weight, n_rows, block)
 
 
-def build_blocks(settings: ObjectiveSettings, length: int) -> Blocks:
-    """The blocks of the objective that the settings name; one per row where it knows no blocks.
-
-    A shorter last block is refused: it would train on fewer tokens than its weight says and ask for a shape of its own.
-
-    Raises:
-        ValueError: `block_size` does not divide the length of a sequence.
-    """
+def block_layout(settings: ObjectiveSettings, length: int) -> BlockLayout:
+    """The layout of an objective's rows of `length` tokens; one block per row where the objective has no blocks."""
     if not isinstance(settings, BlockSettings):
-        return Blocks(length, length, "prefix")
-    if length % settings.block_size:
-        divisors = [size for size in range(1, length + 1) if length % size == 0]
-        nearest = min(divisors, key=lambda size: abs(size - settings.block_size))
-        raise ValueError(
-            f"objective.block_size {settings.block_size} does not divide the {length} tokens of a sequence: "
-            f"the nearest that does is {nearest}"
-        )
-    return Blocks(length, settings.block_size, settings.block_attention)
+        return BlockLayout(length, length, "prefix")
+    return BlockLayout(length, settings.block_size, settings.block_attention)

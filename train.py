@@ -30,10 +30,10 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from config import Config
+from data.dataset import DataSet
 from data.files import WriteError, write_text
-from data.load import count_shared, describe_source, load_split
-from eval.evaluate import Evaluation, as_json, evaluate
-from eval.tasks import Task, load_task
+from eval.evaluate import Evaluation, as_json, check_n_examples, evaluate
+from model.hub import check_init_from
 from report.curves import AXES, draw_curves
 from runtime.checkpoint import latest_checkpoint
 from runtime.config_file import changed_settings, dump_config, flatten, read_config
@@ -47,7 +47,7 @@ from training.update import TrainingDiverged, Updater, check_finite, check_graph
 FINAL_FILE = "final.json"
 
 
-def train(run: Run, task: Task, recorder: Recorder | None, vote: StopVote) -> Evaluation | Signals:
+def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) -> Evaluation | Signals:
     """Train to the end, from wherever `run` stands; record, evaluate and save on the way.
 
     Returns:
@@ -85,7 +85,7 @@ def train(run: Run, task: Task, recorder: Recorder | None, vote: StopVote) -> Ev
                 figures = f"loss {values['train/loss']:.4f}, lr {values['train/learning_rate']:.1e}"
             if measure:
                 n_examples = (last and validation.n_final_examples) or validation.n_examples
-                evaluation = evaluate(run.evaluated_model(), run.config, task, run.world, n_examples)
+                evaluation = evaluate(run.evaluated_model(), run.config, data, run.world, n_examples)
                 values |= evaluation.metrics()
                 if recorder:
                     bar.write(f"step {run.step}: {evaluation.table().splitlines()[1]}")
@@ -99,7 +99,7 @@ def train(run: Run, task: Task, recorder: Recorder | None, vote: StopVote) -> Ev
                 saved = run.step
             before = time.perf_counter()
     n_examples = validation.n_final_examples or validation.n_examples
-    return evaluation or evaluate(run.evaluated_model(), run.config, task, run.world, n_examples)
+    return evaluation or evaluate(run.evaluated_model(), run.config, data, run.world, n_examples)
 
 
 def finish(run: Run, evaluation: Evaluation, recorder: Recorder) -> None:
@@ -132,7 +132,7 @@ def stop_early(run: Run, stopped: Signals, recorder: Recorder | None) -> None:
         sys.exit(130)
 
 
-def start(config: Config, run_dir: Path) -> tuple[Run, Task]:
+def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
     """Load the data and build the run, at its newest checkpoint if it has one.
 
     Raises:
@@ -144,25 +144,28 @@ def start(config: Config, run_dir: Path) -> tuple[Run, Task]:
     run_dir.mkdir(parents=True, exist_ok=True)
     if world.is_main:
         lock_run(run_dir)
-        print(f"data: {describe_source(config.data)}", flush=True)
-    train_data, task = main_first(world, lambda: (load_split(config, "train"), load_task(config)))
     checkpoint = from_main(latest_checkpoint(run_dir) if world.is_main else None)
-    run = build_run(config, world, run_dir, train_data, resuming=checkpoint is not None)
+    if config.model.init_from is not None and checkpoint is None:
+        check_init_from(config.model.init_from)  # before work on the data
+    if world.is_main:
+        print(f"data: {config.data.describe()}", flush=True)
+    data = main_first(world, lambda: config.open_data().load())
+    for key in config.validation.model_fields_set & {"n_examples", "n_final_examples"}:
+        check_n_examples(getattr(config.validation, key) or 0, data, f"validation.{key}")
+    run = build_run(config, world, run_dir, data.train, resuming=checkpoint is not None)
     if checkpoint is not None:
         restore_run(run, checkpoint)
     if world.is_main:
         write_text(run_dir / "config.yaml", dump_config(config))
-        if ignored:
-            warnings.warn(ignored, stacklevel=2)
-        if n_shared := count_shared(train_data, task.validation):
-            warnings.warn(f"{n_shared} of the {len(task)} test puzzles are in the training set", stacklevel=2)
+        for warning in (*([ignored] if ignored else []), *data.warnings()):
+            warnings.warn(warning, stacklevel=2)
         print(describe(run), flush=True)
-    return run, task
+    return run, data
 
 
 def print_result(config: Config, run_dir: Path) -> None:
     """The last line of a finished run."""
-    questions = "puzzles" if config.data.dataset == "sudoku" else "problems"
+    questions = config.open_data().questions
     final = json.loads((run_dir / FINAL_FILE).read_text(encoding="utf-8"))
     print(f"solved {100 * final['accuracy']:.1f}% of {final['n']} unseen {questions}")
 
@@ -196,12 +199,12 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"{run_dir} is complete; give another --run-dir to train again")
                 print_result(config, run_dir)
                 return
-            run, task = start(config, run_dir)
+            run, data = start(config, run_dir)
             recorder = Recorder(run_dir, config.wandb, flatten(config), run.step) if run.world.is_main else None
         except (ValueError, OSError) as error:
             fail(str(error), status=2)
         with StopVote(run.world) as vote:
-            outcome = train(run, task, recorder, vote)
+            outcome = train(run, data, recorder, vote)
         if isinstance(outcome, Signals):
             stop_early(run, outcome, recorder)
         elif recorder is not None:

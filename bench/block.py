@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import BlockAttention, ModelSettings
+from config import BlockAttention, ModelSettings, SamplingRule
 from data.files import write_text
 from model.transformer import Transformer
-from progressive_block import Blocks
+from progressive_block import BlockLayout
 from runtime.distributed import autocast, autocast_dtype
 from samplers.block import sample_blocks
 
@@ -77,7 +77,7 @@ def measure(n_blocks: int, device: torch.device) -> list[dict[str, Any]]:
     attention: BlockAttention
     for attention in ("prefix", "block_causal"):
         model = Transformer(settings, block_size=size if attention == "block_causal" else None).to(device)
-        blocks = Blocks(length, size, attention)
+        blocks = BlockLayout(length, size, attention)
         with autocast(device, precision):
             seconds = _time(lambda: _train(model, blocks, x0, masked, mask_id), device)  # noqa: B023, called at once
         rows.append(facts | {"what": "training", "how": attention, "steps_per_s": 1 / seconds})
@@ -93,7 +93,7 @@ def measure(n_blocks: int, device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
-def _train(model: Transformer, blocks: Blocks, x0: Tensor, masked: Tensor, mask_id: int) -> None:
+def _train(model: Transformer, blocks: BlockLayout, x0: Tensor, masked: Tensor, mask_id: int) -> None:
     """Forward and backward of one step; the optimizer costs both layouts the same."""
     xt, weight = x0.masked_fill(masked, mask_id), blocks.weights(masked)
     for batch in blocks.microbatches(xt, x0, weight, len(x0)):
@@ -102,7 +102,7 @@ def _train(model: Transformer, blocks: Blocks, x0: Tensor, masked: Tensor, mask_
 
 
 def _decode(model: Transformer, xt: Tensor, mask_id: int, size: int, cached: bool) -> None:
-    sample_blocks(model, xt, mask_id, block_size=size, cached=cached, tokens_per_step=TOKENS_PER_STEP)
+    sample_blocks(model, xt, mask_id, SamplingRule(tokens_per_step=TOKENS_PER_STEP), block_size=size, cached=cached)
 
 
 def _time(call: Callable[[], None], device: torch.device) -> float:

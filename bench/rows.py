@@ -9,7 +9,7 @@ import numpy as np
 
 from config import Config, SudokuSettings
 from data.stream import SequenceData
-from data.sudoku import BOX_SHAPE, make_data
+from data.sudoku_boards import BOX_SHAPE, make_data
 
 N_ROWS = 1024
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from bench import dense
 from bench.measure import ROOT, Report, clock_of, facts, interleave, measure_peaks, medians, peak_of, row, table
 from bench.rows import synthetic_rows
-from config import Config
+from config import Config, SamplingRule
 from model.transformer import Transformer, build_model
 from runtime.config_file import read_config
 from runtime.distributed import World, autocast, autocast_dtype, start_world
@@ -63,7 +63,9 @@ class Problem:
     def ours(self) -> Tensor:
         """All rows at once; int64 [B, L]."""
         with autocast(self.xt.device, self.dtype):
-            return sample_full(self.model, self.xt, self.mask_id, tokens_per_step=self.tokens_per_step).tokens
+            return sample_full(
+                self.model, self.xt, self.mask_id, SamplingRule(tokens_per_step=self.tokens_per_step)
+            ).tokens
 
     def dense(self) -> Tensor:
         """Row by row."""

@@ -23,8 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.sudoku import BOX_SHAPE, SudokuData, make_data, puzzle_keys
-from data.sudoku_files import save_array
+from data.sudoku_boards import BOX_SHAPE, SudokuData, make_data, puzzle_keys, save_array
 from data.sudoku_solver import POPCOUNT, fill_boards
 
 # No puzzle with fewer clues has one solution.

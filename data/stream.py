@@ -13,36 +13,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-class SequenceData(Protocol):
-    """What a data set offers."""
-
-    @property
-    def length(self) -> int:
-        """Tokens per sequence."""
-        ...
-
-    @property
-    def mask_id(self) -> int:
-        """The mask token, which no sequence holds."""
-        ...
-
-    @property
-    def eos_id(self) -> int | None:
-        """The token that ends a sequence and pads it; None where all are of one length."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (int64 [n, L]) and prompt mask (bool [n, L]) of the rows with these indices."""
-        ...
+from data.dataset import SequenceData
 
 
 def fingerprint(data: SequenceData) -> str:

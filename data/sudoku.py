@@ -1,221 +1,302 @@
-"""Sudoku boards as token sequences, checked in bulk.
+"""Sudoku: puzzles to complete, from generated boards, files, the published set or a Hugging Face data set.
 
-0 is an empty cell, the mask token is size + 1. There are two layouts of a sequence; in both the last C tokens are the
-solution:
+A file of boards can be checked, and also whether each puzzle has exactly one solution, which training does not require:
 
-- `two_halves`: the puzzle's cells, then the solution's. The puzzle half is the prompt.
-- `in_place`: the solution's cells alone. The clues are the prompt; no token is an empty cell.
+    python -m data.sudoku check FILE
 
-`data/sudoku_files.py` reads the sources. `python -m data.sudoku check FILE` checks one, and also that each puzzle has
-exactly one solution, which training does not ask for.
-
-Shapes: N boards, S size, C = S * S cells.
+Shapes: B boards, n questions, S size, C = S * S cells, L positions.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
+from pydantic import Field, model_validator
+from typing_extensions import override
 
-from config import SudokuLayout
-from data.sudoku_solver import BOX_SHAPE, count_solutions
+from data.dataset import DataSet, DataSettings, Judged, Reference
+from data.settings import FREE_ON_RESUME, Seed
+from data.sudoku_boards import (
+    BOX_SHAPE,
+    SudokuData,
+    SudokuLayout,
+    check_boards,
+    check_shape,
+    count_shared_puzzles,
+    format_bad_rows,
+    legal_solutions,
+    load_hub,
+    load_published,
+    load_sudoku_file,
+    published_available,
+    read_boards,
+    sequence_length,
+)
 
-CHUNK_ROWS = 50_000
-SEARCH_ROWS = 500  # puzzles per task of a thread that counts solutions
-N_SHOWN = 10
+Split = Literal["train", "test"]
 
 
-@dataclass(frozen=True)
-class SudokuData:
-    """Boards in memory; see `data.stream.SequenceData`. Build it with `make_data`, which checks them."""
+class SudokuSettings(DataSettings):
+    """Where Sudoku boards come from, and how they become sequences."""
 
-    boards: np.ndarray  # uint8 [N, 2 * C], puzzles and solutions
-    size: int
-    layout: SudokuLayout = "two_halves"
-    ratings: np.ndarray | None = None  # float32 [N], difficulty where the source has one; NaN where a puzzle has none
+    dataset: Literal["sudoku"]
+    data_dir: str = Field(
+        "data/sudoku_new",
+        description="folder of the published set and of generated boards",
+        json_schema_extra=FREE_ON_RESUME,
+    )
+    size: Literal[4, 6, 9] = Field(9, description="board size; 6 has boxes of 2 x 3")
+    layout: SudokuLayout = Field(
+        "two_halves",
+        description="two_halves: puzzle cells, then solution cells, as published; in_place: one board, the clues given",
+    )
+    source: Literal["published_or_generated", "published", "generated", "files", "hub"] = Field(
+        "published_or_generated", description="which of the sources below is read"
+    )
+    n_train: int = Field(1_000_000, gt=0, description="generated: training puzzles")
+    n_test: int = Field(2000, gt=0, description="generated: test puzzles, none of them in the training set")
+    min_clues: int = Field(30, gt=0, description="generated: fewest clues")
+    max_clues: int = Field(40, gt=0, description="generated: most clues")
+    seed: Seed = Field(0, description="generated: seed of the puzzles")
+    train_file: str | None = Field(None, description="files: .csv, .npz or .npy of the training boards")
+    test_file: str | None = Field(None, description="files: the same for the test boards")
+    hub_name: str | None = Field(None, description="hub: name of a Hugging Face data set")
+    train_split: str = Field("train", description="hub: split for training")
+    test_split: str = Field("test", description="hub: split for tests")
+    puzzle_column: str = Field("puzzle", description="hub: column of the puzzles")
+    solution_column: str = Field("solution", description="hub: column of the solutions")
+    rating_column: str | None = Field(
+        None,
+        description="files (.csv, .npz), hub: column of the test puzzles' difficulty; accuracy is reported by it",
+        json_schema_extra=FREE_ON_RESUME,
+    )
 
-    @property
-    def n_cells(self) -> int:
-        """Cells of a board."""
-        return self.size * self.size
+    @model_validator(mode="after")
+    def _source_is_complete(self) -> SudokuSettings:
+        problems = []
+        if self.min_clues > self.max_clues:
+            problems.append(f"min_clues {self.min_clues} is above max_clues {self.max_clues}")
+        may_be_generated = self.source in ("generated", "published_or_generated")
+        if self.layout == "in_place" and may_be_generated and self.max_clues >= self.size**2:
+            problems.append(f"max_clues {self.max_clues}: layout in_place leaves nothing to predict on a full board")
+        if self.source in ("published", "published_or_generated") and self.size != 9:
+            problems.append(f"source {self.source!r} has 9x9 boards only, size is {self.size}: use source: generated")
+        if self.source == "files" and not (self.train_file and self.test_file):
+            problems.append("source 'files' needs train_file and test_file")
+        if self.source != "files" and (self.train_file or self.test_file):
+            problems.append(f"train_file and test_file are ignored by source {self.source!r}: set source: files")
+        if (self.source == "hub") != bool(self.hub_name):
+            problems.append(f"hub_name and source 'hub' go together; source is {self.source!r}")
+        if self.rating_column and self.source not in ("files", "hub"):
+            problems.append(f"rating_column is ignored by source {self.source!r}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
     @property
     def length(self) -> int:
         """Tokens per sequence."""
-        return self.n_cells if self.layout == "in_place" else 2 * self.n_cells
+        return sequence_length(self.size, self.layout)
 
     @property
-    def mask_id(self) -> int:
-        """The mask token."""
+    def min_vocab_size(self) -> int:
+        """Empty, the digits and the mask token."""
+        return self.size + 2
+
+    def mask_id_in(self, vocab_size: int) -> int:
+        """The mask token, which follows empty and the digits."""
         return self.size + 1
 
-    @property
-    def eos_id(self) -> None:
-        """Boards have no end token."""
-        return None
+    @override
+    def describe(self) -> str:
+        size = f"{self.size}x{self.size}"
+        generated = f"{self.n_train:,} generated {size} boards with {self.min_clues} to {self.max_clues} clues"
+        if self.source == "published_or_generated":
+            if published_available(self.data_dir):
+                return f"the published Sudoku set in {self.data_dir}"
+            return f"{generated}: the published Sudoku set is not in {self.data_dir}"
+        if self.source == "generated":
+            return generated
+        place = {"published": self.data_dir, "files": self.train_file, "hub": self.hub_name}[self.source]
+        return f"{size} boards of {place}"
+
+    @override
+    def open(self, vocab_size: int) -> Sudoku:
+        return Sudoku(self)
+
+
+class Sudoku(DataSet):
+    """Boards to learn from and puzzles to solve."""
+
+    figures = ("accuracy", "cell_accuracy")
+    questions = "puzzles"
+    question_option = "puzzle"
+
+    def __init__(self, settings: SudokuSettings) -> None:
+        self.settings = settings
+
+    @cached_property
+    @override
+    def train(self) -> SudokuData:
+        return load_split(self.settings, "train")
+
+    @cached_property
+    def validation(self) -> SudokuData:
+        """The test split, whose puzzles are also the questions."""
+        return load_split(self.settings, "test")
 
     @property
-    def puzzles(self) -> np.ndarray:
-        """uint8 [N, C]."""
-        return self.boards[:, : self.n_cells]
+    @override
+    def n_questions(self) -> int:
+        return len(self.validation)
 
-    @property
-    def solutions(self) -> np.ndarray:
-        """uint8 [N, C]."""
-        return self.boards[:, self.n_cells :]
+    @override
+    def prompts(self, indices: np.ndarray) -> np.ndarray:
+        tokens, prompt_mask = self.validation.rows(indices)
+        return np.where(prompt_mask, tokens, self.validation.mask_id)
 
-    def __len__(self) -> int:
-        return len(self.boards)
+    def judge(self, tokens: np.ndarray, indices: np.ndarray) -> Judged:
+        """See `judge_boards`; no samples, since a grid says little to a reader."""
+        data = self.validation
+        grid = tokens[:, -data.n_cells :]  # in both layouts
+        return Judged(judge_boards(grid, data.puzzles[indices], data.solutions[indices], data.size))
 
-    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (int64 [n, L]) and prompt mask (bool [n, L]) of these rows."""
-        boards = self.boards[indices]
-        if self.layout == "in_place":
-            return boards[:, self.n_cells :].astype(np.int64), boards[:, : self.n_cells] != 0
-        prompt_mask = np.zeros(boards.shape, dtype=bool)
-        prompt_mask[:, : self.n_cells] = True
-        return boards.astype(np.int64), prompt_mask
+    def encode(self, question: str) -> np.ndarray:
+        """A puzzle of C characters, `.` or `0` where empty, as a row [L]."""
+        puzzle = np.array(parse_puzzle(question, self.settings.size))  # [C]
+        mask_id = self.settings.size + 1
+        if self.settings.layout == "in_place":
+            return np.where(puzzle == 0, mask_id, puzzle)
+        return np.concatenate([puzzle, np.full_like(puzzle, mask_id)])
+
+    def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
+        """The solved board beside the order in which its cells were filled."""
+        n_cells, mask_id = self.settings.size**2, self.settings.size + 1
+        puzzle = np.where(prompt[:n_cells] == mask_id, 0, prompt[:n_cells])  # in both layouts
+        return format_boards(puzzle, tokens[-n_cells:], order[-n_cells:], self.settings.size)
+
+    def example(self) -> str:
+        """The first puzzle of the test split."""
+        return "".join(str(digit) if digit else "." for digit in self.validation.puzzles[0])
+
+    def difficulty(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """By number of clues, and by whole steps of the rating where the file has one."""
+        data = self.validation
+        measures = {"clues": (data.puzzles[indices] != 0).sum(1)}
+        if data.ratings is not None:
+            measures["rating"] = np.floor(data.ratings[indices])
+        return measures
+
+    def reference(self, indices: np.ndarray) -> Reference:
+        """What naked and hidden singles solve, the two rules that every human solver begins with."""
+        from data.sudoku_solver import solve_singles  # imports numba, which is slow
+
+        data = self.validation
+        filled = solve_singles(data.puzzles[indices], data.size)
+        return Reference("naked and hidden singles", (filled != 0).all(1))
+
+    def warnings(self) -> Sequence[str]:
+        """Test puzzles that are also in the training set."""
+        n_shared = count_shared_puzzles(self.train, self.validation)
+        return [f"{n_shared} of the {len(self.validation)} test puzzles are in the training set"] if n_shared else []
 
 
-def make_data(
-    boards: np.ndarray,
-    size: int,
-    source: str,
-    layout: SudokuLayout = "two_halves",
-    ratings: np.ndarray | None = None,
-) -> SudokuData:
-    """Check boards and wrap them.
-
-    Args:
-        boards: [N, 2 * C] of any number type, puzzles and solutions.
-        source: where they come from, for the message.
-        ratings: float32 [N], the puzzles' difficulty, NaN where it is not known.
+def load_split(settings: SudokuSettings, split: Split) -> SudokuData:
+    """One split of the boards; what is generated is made on first use and kept in `data_dir`.
 
     Raises:
-        ValueError: there are none, the shape is wrong or a board is bad; the message names the first bad rows.
+        ValueError: a file is missing or holds a bad row; the message names it.
     """
-    check_shape(boards, size, source)
-    bad = check_boards(boards, size)
-    if not bad and layout == "in_place":
-        full = np.flatnonzero((boards[:, : size * size] != 0).all(1))
-        bad = [(int(row), "the puzzle has no empty cell, so layout in_place leaves nothing to predict") for row in full]
-    if bad:
-        raise ValueError(f"{source}: {format_bad_rows(bad, len(boards))}")
-    if ratings is not None:
-        if ratings.shape != (len(boards),):
-            raise ValueError(f"{source}: ratings must be one number per board, [{len(boards)}], got {ratings.shape}")
-        if np.isinf(ratings).any() or np.isnan(ratings).all():
-            raise ValueError(f"{source}: ratings must be finite numbers, and some board must have one")
-    return SudokuData(np.ascontiguousarray(boards, dtype=np.uint8), size, layout, ratings)
-
-
-def check_shape(boards: np.ndarray, size: int, source: str) -> None:
-    """Raise ValueError unless `boards` are numbers [N, 2 * C], N at least 1."""
-    expected = 2 * size * size
-    if boards.ndim != 2 or boards.shape[1] != expected or boards.dtype.kind not in "uif":
-        raise ValueError(
-            f"{source}: rows must have {expected} numbers for {size}x{size} boards, got shape {boards.shape} of type "
-            f"{boards.dtype}"
+    is_train, layout, source = split == "train", settings.layout, settings.source
+    rating_column = None if is_train else settings.rating_column
+    if source == "published_or_generated":
+        source = "published" if published_available(settings.data_dir) else "generated"
+    if source == "published":
+        return load_published(settings.data_dir, split, layout)
+    if source == "hub":
+        assert settings.hub_name is not None  # the settings have been checked, as for the files below
+        return load_hub(
+            settings.hub_name,
+            settings.train_split if is_train else settings.test_split,
+            settings.puzzle_column,
+            settings.solution_column,
+            settings.size,
+            layout,
+            rating_column,
         )
-    if len(boards) == 0:
-        raise ValueError(f"{source} holds no boards")
+    if source == "files":
+        path = settings.train_file if is_train else settings.test_file
+        assert path is not None
+        return load_sudoku_file(path, settings.size, layout, rating_column)
+    from data.generate_sudoku import cached_generated  # imports numba, which is slow
+
+    paths = cached_generated(
+        settings.data_dir,
+        settings.size,
+        settings.n_train,
+        settings.n_test,
+        settings.min_clues,
+        settings.max_clues,
+        settings.seed,
+    )
+    return load_sudoku_file(paths[0 if is_train else 1], settings.size, layout)
 
 
-def check_boards(boards: np.ndarray, size: int) -> list[tuple[int, str]]:
-    """Bad rows of [N, 2 * C] boards (any number type) with the reason for each, in order; empty if all are good."""
-    bad: list[tuple[int, str]] = []
-    for start in range(0, len(boards), CHUNK_ROWS):
-        chunk = boards[start : start + CHUNK_ROWS]
-        puzzles, solutions = chunk[:, : size * size], chunk[:, size * size :]
-        # In this order: the first that applies to a row is its reason.
-        reasons = {
-            f"the puzzle has a cell that is not 0 to {size}": ~_are_digits(puzzles, 0, size),
-            f"the solution has a cell that is not 1 to {size}": ~_are_digits(solutions, 1, size),
-            "the solution repeats a digit in a row, column or box": ~legal_solutions(solutions, size),
-            "the solution changes a clue": ((puzzles != 0) & (puzzles != solutions)).any(1),
-        }
-        named = np.zeros(len(chunk), dtype=bool)
-        found: list[tuple[int, str]] = []
-        for reason, where in reasons.items():
-            found += [(start + int(row), reason) for row in np.flatnonzero(where & ~named)]
-            named |= where
-        bad += sorted(found)
-    return bad
+def judge_boards(grid: np.ndarray, puzzle: np.ndarray, solution: np.ndarray, size: int) -> dict[str, np.ndarray]:
+    """Judge filled boards, whatever the layout of the sequences that they come from.
 
-
-def check_uniqueness(puzzles: np.ndarray, size: int, *, show_progress: bool = True) -> list[tuple[int, str]]:
-    """Rows whose puzzle has several solutions, with that reason, in order; the search runs on all cores.
+    A puzzle is solved if the grid is legal and keeps every clue; a grid that differs from the recorded solution counts
+    too, should a puzzle have several. (The published code accepts a grid that keeps any of the clues.)
 
     Args:
-        puzzles: uint8 [N, C], each with at least one solution, as `check_boards` finds out.
+        grid: [B, C], sampled.
+        puzzle: [B, C], 0 where empty.
+        solution: [B, C], as recorded.
+
+    Returns:
+        `accuracy` float32 [B], 1 if solved; `cell_accuracy` float32 [B], share of the puzzle's empty cells that equal
+        the recorded solution (1 where it has none).
     """
-    bad: list[tuple[int, str]] = []
-    starts = range(0, len(puzzles), SEARCH_ROWS)
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # the compiled code holds no lock
-    try:
-        counts = pool.map(lambda start: count_solutions(puzzles[start : start + SEARCH_ROWS], size), starts)
-        with tqdm(total=len(puzzles), desc="counting solutions", unit="puzzle", disable=not show_progress) as bar:
-            for start, counted in zip(starts, counts, strict=True):
-                bad += [(start + int(row), "the puzzle has several solutions") for row in np.flatnonzero(counted > 1)]
-                bar.update(len(counted))
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return bad
+    empty = puzzle == 0
+    solved = legal_solutions(grid, size) & (empty | (grid == puzzle)).all(1)
+    n_right, n_empty = ((grid == solution) & empty).sum(1), empty.sum(1)
+    cell_accuracy = np.where(n_empty > 0, n_right / np.maximum(n_empty, 1), 1.0)
+    return {"accuracy": solved.astype(np.float32), "cell_accuracy": cell_accuracy.astype(np.float32)}
 
 
-def legal_solutions(boards: np.ndarray, size: int) -> np.ndarray:
-    """Which boards [N, C] hold every digit once in each row, column and box; bool [N]."""
-    height, width = BOX_SHAPE[size]
-    in_range = _are_digits(boards, 1, size)
-    digits = np.where(in_range[:, None], boards, 1).astype(np.uint16)
-    bits = (np.uint16(1) << digits).reshape(-1, size, size)
-    boxes = bits.reshape(-1, size // height, height, size // width, width).transpose(0, 1, 3, 2, 4)
-    every_digit = (1 << (size + 1)) - 2
-    legal = in_range
-    for groups in (bits, bits.transpose(0, 2, 1), boxes.reshape(-1, size, size)):
-        legal = legal & (np.bitwise_or.reduce(groups, axis=2) == every_digit).all(1)
-    return legal
+def parse_puzzle(text: str, size: int) -> list[int]:
+    """Cells of a puzzle written as C characters, `.` or `0` where empty.
+
+    Raises:
+        ValueError: another length or another character.
+    """
+    digits = {".": 0} | {str(digit): digit for digit in range(size + 1)}
+    wrong = sorted(set(text) - set(digits))
+    if len(text) != size * size or wrong:
+        detail = f"holds {wrong}" if wrong else f"has {len(text)} cells"
+        raise ValueError(f"puzzle {text!r} {detail}: a {size}x{size} puzzle is {size * size} of . and 0 to {size}")
+    return [digits[character] for character in text]
 
 
-def count_shared_puzzles(first: SudokuData, second: SudokuData) -> int:
-    """How many puzzles of `second` also stand in `first`."""
-    return len(set(puzzle_keys(second.puzzles)).intersection(puzzle_keys(first.puzzles)))
-
-
-def puzzle_keys(puzzles: np.ndarray) -> list[bytes]:
-    """One hashable key per puzzle (uint8 [N, C])."""
-    cells = np.ascontiguousarray(puzzles)
-    keys: list[Any] = cells.view(np.dtype((np.void, cells.shape[1]))).ravel().tolist()
-    return keys
-
-
-def format_bad_rows(bad: list[tuple[int, str]], n_rows: int) -> str:
-    """The first bad rows, one per line; rows count from 0."""
-    lines = [f"{len(bad)} of {n_rows} rows are bad (rows count from 0)"]
-    lines += [f"  row {row}: {reason}" for row, reason in bad[:N_SHOWN]]
-    if len(bad) > N_SHOWN:
-        lines.append(f"  and {len(bad) - N_SHOWN} more")
+def format_boards(puzzle: np.ndarray, solution: np.ndarray, order: np.ndarray, size: int) -> str:
+    """The solved board beside the order in which its cells were filled, all [C]; clues are in brackets."""
+    lines = [f"{'solution, [clues]':<{4 * size}}  filled at step (. = clue)"]
+    for row in range(size):
+        cells = range(row * size, (row + 1) * size)
+        left = "".join(f"[{solution[i]}] " if puzzle[i] else f" {solution[i]}  " for i in cells)
+        right = "".join(f"{int(order[i]) or '.':>4}" for i in cells)
+        lines.append(f"{left:<{4 * size}}  {right}")
     return "\n".join(lines)
-
-
-def _are_digits(boards: np.ndarray, lowest: int, highest: int) -> np.ndarray:
-    """Which boards hold only whole numbers in a range; bool [N]."""
-    inside = (boards >= lowest) & (boards <= highest)
-    if not np.issubdtype(boards.dtype, np.integer):
-        inside &= boards == np.floor(boards)
-    return np.asarray(inside.all(1))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad rows or files end with exit status 2."""
-    from data.sudoku_files import read_boards  # it imports this module
+    from data.sudoku_solver import check_uniqueness  # imports numba, which is slow
 
     parser = argparse.ArgumentParser(description="Check a file of Sudoku boards.")
     parser.add_argument("command", choices=["check"])
@@ -223,7 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=9, choices=sorted(BOX_SHAPE))
     options = parser.parse_args(arguments)
     try:
-        tokens = read_boards(options.file, options.size)
+        tokens, _ = read_boards(options.file, options.size)
         check_shape(tokens, options.size, options.file)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,11 +7,16 @@ Shapes: n boards, S size, C = S * S cells.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from numba import njit, uint64
+from tqdm import tqdm
 
-# Rows and columns of a box.
-BOX_SHAPE = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
+from data.sudoku_boards import BOX_SHAPE
+
+SEARCH_ROWS = 500  # puzzles per task of a thread that counts solutions
 # Digits in a mask of candidates.
 POPCOUNT = np.array([bin(mask).count("1") for mask in range(1 << 10)], dtype=np.uint8)
 
@@ -192,11 +197,7 @@ def _fill_singles(boards: np.ndarray, groups: np.ndarray, size: int, popcount: n
     full = (1 << (size + 1)) - 2
     used = np.empty((3, size), dtype=np.int64)
     for grid in boards:
-        used[:] = 0
-        for cell in range(size * size):
-            if grid[cell] != 0:
-                for kind in range(3):
-                    used[kind, groups[kind, cell]] |= 1 << grid[cell]
+        _find_used(grid, used, groups, size)
         progress = True
         while progress:
             progress = False
@@ -226,6 +227,26 @@ def _fill_singles(boards: np.ndarray, groups: np.ndarray, size: int, popcount: n
                         digit += 1
                     _place(grid, used, groups, cell, digit)
                     progress = True
+
+
+def check_uniqueness(puzzles: np.ndarray, size: int, *, show_progress: bool = True) -> list[tuple[int, str]]:
+    """Rows whose puzzle has several solutions, with that reason, in order; the search runs on all cores.
+
+    Args:
+        puzzles: uint8 [N, C], each with at least one solution, as `check_boards` finds out.
+    """
+    bad: list[tuple[int, str]] = []
+    starts = range(0, len(puzzles), SEARCH_ROWS)
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # the compiled code holds no lock
+    try:
+        counts = pool.map(lambda start: count_solutions(puzzles[start : start + SEARCH_ROWS], size), starts)
+        with tqdm(total=len(puzzles), desc="counting solutions", unit="puzzle", disable=not show_progress) as bar:
+            for start, counted in zip(starts, counts, strict=True):
+                bad += [(start + int(row), "the puzzle has several solutions") for row in np.flatnonzero(counted > 1)]
+                bar.update(len(counted))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return bad
 
 
 def count_solutions(puzzles: np.ndarray, size: int) -> np.ndarray:

@@ -1,273 +1,229 @@
-"""TinyGSM: questions and programs tokenized once into flat files, which training then maps into memory.
+"""TinyGSM: questions answered by programs, tested on GSM8K; and the generated word problems that stand in for both.
 
     python data/tiny_gsm.py --source TinyGSM/TinyGSM --tokenizer Qwen/Qwen2-0.5B --out data/tiny_gsm
 
-writes the files of `data/token_files.py`. A call that was interrupted goes on where it stopped when it is made again;
-the result is the same, byte for byte.
+tokenizes the rows of TinyGSM once, see `data/pretokenize.py`; `data/word_problems.py` generates those of the word
+problems. A row is a question, a newline and a program, padded with EOS (`data/text.py`). An answer is
+right if its program returns the right number.
 
-Shapes: N rows, L tokens per row.
+Shapes: n questions, L positions.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
-from multiprocessing.connection import wait
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
+from pydantic import Field, model_validator
+from typing_extensions import override
 
 if __name__ == "__main__":  # `python data/tiny_gsm.py` puts data/ on the path, not the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.files import write_text
-from data.text import encode_rows, load_tokenizer
-from data.token_files import LABELS_FILE, META_FILE, PROMPT_FILE, TOKENIZER_DIR, data_shape, read_meta, write_meta
-
-PROGRESS_FILE = ".progress.json"
-COLUMNS = ("question", "code")
-CHUNK_ROWS = 500  # rows per task of a worker process: 1 MiB of labels
-CHUNKS_UNDER_WAY = 4  # per worker
-SAVE_EVERY_S = 5.0
-# How texts become rows, recorded so that a call never continues rows that were made otherwise.
-WHITE_SPACE = {"outer_white_space": "stripped"}
-WHITE_SPACE_BEFORE = {"outer_white_space": "kept"}  # of this code's files that record none
+from data.dataset import DataSet, DataSettings, Judged
+from data.gsm8k import HUB_NAME, Prompts, build_prompts, read_problems
+from data.settings import FREE_ON_RESUME
+from data.text import decode_programs, encode_prompts, load_tokenizer, prompt_fits
+from data.token_files import TinyGsmData, open_tiny_gsm, read_meta, tokenizer_of
+from data.word_problems import TEST_FILE, cached_word_problems
+from grader.grade import extract_program, grade, reason_shares
+from grader.sandbox import run_programs
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What is safely on disk of an unfinished run."""
+class TinyGsmSettings(DataSettings):
+    """Where questions and programs come from."""
 
-    n_read: int = 0  # rows of the source
-    n_written: int = 0
-    n_left_out: int = 0
-    max_token_id: int = 0
+    dataset: Literal["tiny_gsm"]
+    data_dir: str = Field(
+        "data/tiny_gsm",
+        description="folder of the tokenized files, or of the word problems",
+        json_schema_extra=FREE_ON_RESUME,
+    )
+    source: Literal["files", "word_problems"] = Field(
+        "files", description="files: what data/pretokenize.py wrote; word_problems: a small set that is generated"
+    )
+    max_len: int = Field(512, ge=8, multiple_of=8, description="tokens per sequence")
+    mask_id: int | None = Field(None, ge=0, description="the mask token; null: the model's last")
+    n_held_out: int = Field(1000, gt=0, description="last rows of the data, for the validation loss alone")
+    tokenizer: str | None = Field(None, description="files: Hugging Face name or folder; null: the files' own")
+    test_source: str | None = Field(
+        None,
+        description="files: test.jsonl of GSM8K, or name of a Hugging Face data set; null: openai/gsm8k",
+        json_schema_extra=FREE_ON_RESUME,
+    )
+    n_train: int | None = Field(None, gt=0, description="word_problems: rows, the held-out ones included")
+    n_test: int | None = Field(None, gt=0, description="word_problems: problems of the test set, none of them in a row")
+    seed: int | None = Field(None, ge=0, description="word_problems: seed of the problems")
 
+    @model_validator(mode="after")
+    def _source_is_complete(self) -> TinyGsmSettings:
+        problems = []
+        own = {"files": ("tokenizer", "test_source"), "word_problems": ("n_train", "n_test", "seed")}
+        for source, keys in own.items():
+            given = [key for key in keys if getattr(self, key) is not None]
+            if source != self.source and given:
+                problems.append(f"{', '.join(given)}: only source {source!r} reads it, source is {self.source!r}")
+        missing = [key for key in own["word_problems"] if getattr(self, key) is None]
+        if self.source == "word_problems" and missing:
+            problems.append(f"source 'word_problems' needs {', '.join(missing)}")
+        if self.n_train is not None and self.n_train <= self.n_held_out:
+            problems.append(f"n_held_out {self.n_held_out} leaves no training row of n_train {self.n_train}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
-def pretokenize(
-    source: str,
-    tokenizer_name: str,
-    out: Path,
-    max_len: int = 512,
-    limit: int | None = None,
-    n_workers: int | None = None,
-) -> Progress:
-    """Tokenize `source` into `out`, from where an earlier call stopped; the result does not depend on interruptions.
+    @property
+    def length(self) -> int:
+        """Tokens per sequence."""
+        return self.max_len
 
-    Args:
-        source: .jsonl or .parquet file, folder of such files, or name of a Hugging Face data set, with the columns
-            `question` and `code`.
-        limit: rows of the source to read; None: all.
-        n_workers: processes; None: one per CPU core that this process may use.
+    @property
+    def min_vocab_size(self) -> int:
+        """The mask token must be among the tokens."""
+        return (self.mask_id or 0) + 1
 
-    Raises:
-        ValueError: bad source or tokenizer, or `out` was begun with other settings.
-    """
-    if max_len % 8 or max_len < 8:
-        raise ValueError(f"max_len {max_len} is not a multiple of 8: prompt_mask.bin holds eight positions a byte")
-    job = {"dataset": source, "tokenizer": tokenizer_name, "max_len": max_len, "limit": limit} | WHITE_SPACE
-    done, finished = _read_progress(out, job)
-    if finished:
-        return done
-    tokenizer = load_tokenizer(tokenizer_name)
-    tokenizer.save_pretrained(out / TOKENIZER_DIR)  # makes `out` too
-    n_bytes = {LABELS_FILE: done.n_written * max_len * 4, PROMPT_FILE: done.n_written * max_len // 8}
-    with (
-        open(out / LABELS_FILE, "ab") as labels_file,
-        open(out / PROMPT_FILE, "ab") as prompt_file,
-        tqdm(total=limit, initial=done.n_read, desc="tokenizing", unit="row", unit_scale=True) as bar,
-    ):
-        files = (labels_file, prompt_file)
-        for file, size in zip(files, n_bytes.values(), strict=True):
-            if os.fstat(file.fileno()).st_size < size:
-                raise ValueError(f"{file.name} is shorter than {PROGRESS_FILE} says: delete {out} and start again")
-            file.truncate(size)  # what came after the last save is written anew
-        saved_at = -SAVE_EVERY_S
-        for labels, prompt_bits, n_left_out in _encode_chunks(
-            _read_chunks(source, done.n_read, limit), tokenizer, max_len, n_workers
-        ):
-            labels_file.write(labels.data)
-            prompt_file.write(prompt_bits.data)
-            done = Progress(
-                done.n_read + len(labels) + n_left_out,
-                done.n_written + len(labels),
-                done.n_left_out + n_left_out,
-                max(done.max_token_id, int(labels.max(initial=0))),
-            )
-            bar.update(len(labels) + n_left_out)
-            if time.monotonic() - saved_at > SAVE_EVERY_S:
-                _sync(files)
-                write_text(out / PROGRESS_FILE, json.dumps({"job": job, "done": asdict(done)}))
-                saved_at = time.monotonic()
-        _sync(files)
-    if done.n_written == 0:
-        raise ValueError(f"{source} holds no row that fits {max_len} tokens")
-    facts = job | {"eos_id": tokenizer.eos_token_id, "num_left_out": done.n_left_out}
-    write_meta(out, facts, done.n_written, done.max_token_id)
-    (out / PROGRESS_FILE).unlink(missing_ok=True)
-    return done
+    def mask_id_in(self, vocab_size: int) -> int:
+        """The mask token of a model with this vocabulary."""
+        return vocab_size - 1 if self.mask_id is None else self.mask_id
+
+    @override
+    def describe(self) -> str:
+        if self.source == "word_problems":
+            return f"{self.n_train:,} generated word problems with programs, {self.n_test:,} others for tests"
+        return f"questions with programs in {self.data_dir}, tested on {self.test_source or HUB_NAME}"
+
+    @override
+    def open(self, vocab_size: int) -> TinyGsm:
+        return TinyGsm(self, vocab_size)
 
 
-def _read_progress(out: Path, job: dict[str, Any]) -> tuple[Progress, bool]:
-    """What an earlier call with the same settings has done, and whether it finished."""
-    finished = (out / META_FILE).exists()
-    if finished:
-        meta = read_meta(out)
-        unrecorded = WHITE_SPACE_BEFORE if "num_left_out" in meta else WHITE_SPACE  # the published code strips
-        begun = {key: (unrecorded | meta).get(key) for key in job}
-        n_left_out = meta.get("num_left_out", 0)
-        n_written = data_shape(out, meta)[0]
-        done = Progress(n_written + n_left_out, n_written, n_left_out, meta.get("max_token_id", 0))
-    elif (out / PROGRESS_FILE).exists():
-        content = json.loads((out / PROGRESS_FILE).read_text(encoding="utf-8"))
-        begun, done = WHITE_SPACE_BEFORE | content["job"], Progress(**content["done"])
-    else:
-        return Progress(), False
-    differences = [f"{key} {begun[key]!r}, now {job[key]!r}" for key in job if begun[key] != job[key]]
-    if differences:
-        raise ValueError(f"{out} was made with {'; '.join(differences)}: give another --out, or delete it")
-    return done, finished
+class TinyGsm(DataSet):
+    """Programs to learn from, and questions to answer by a program that is run."""
 
+    figures = ("accuracy", "fails_to_parse", "fails_to_run", "out_of_time")
+    questions = "problems"
 
-def _read_chunks(source: str, n_skipped: int, limit: int | None) -> Iterator[tuple[list[str], list[str]]]:
-    """Questions and programs of the source in order, `CHUNK_ROWS` at a time."""
-    from datasets import load_dataset  # slow to import, and only this command needs it
+    def __init__(self, settings: TinyGsmSettings, vocab_size: int) -> None:
+        self.settings, self.vocab_size, self.mask_id = settings, vocab_size, settings.mask_id_in(vocab_size)
 
-    path = Path(source)
-    try:
-        if path.exists():
-            files = find_files(path)
-            kind = "parquet" if files[0].endswith(".parquet") else "json"
-            rows = load_dataset(kind, data_files=files, split="train", streaming=True)
-        elif path.is_absolute() or path.suffix in (".jsonl", ".parquet") or source.count("/") > 1:
-            raise ValueError("it does not exist")
-        else:
-            rows = load_dataset(source, split="train", streaming=True)
-        if limit is not None:
-            rows = rows.take(limit)
-        n_read = n_skipped
-        for batch in rows.skip(n_skipped).iter(batch_size=CHUNK_ROWS):
-            missing = set(COLUMNS) - set(batch)
-            if missing:
-                raise ValueError(f"it has no column {sorted(missing)}, only {sorted(batch)}")
-            for name in COLUMNS:
-                wrong = next((i for i, value in enumerate(batch[name]) if not isinstance(value, str)), None)
-                if wrong is not None:
-                    raise ValueError(f"{name} of row {n_read + wrong} (from 0) is no text: {batch[name][wrong]!r}")
-            yield batch["question"], batch["code"]
-            n_read += len(batch["question"])
-    except Exception as error:  # the library raises a dozen kinds for what is one problem to the user
-        raise ValueError(f"source {source!r} cannot be read: {error}") from error
-
-
-def find_files(path: Path) -> list[str]:
-    """The .jsonl or .parquet files that `path` is or holds, sorted; raises ValueError for none or both kinds."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    found = [file for file in files if file.suffix in (".jsonl", ".parquet")]
-    if not found:
-        raise ValueError(f"{path} is or holds no .jsonl or .parquet file")
-    if len({file.suffix for file in found}) > 1:
-        raise ValueError(f"{path} holds both .jsonl and .parquet files: name one kind's folder")
-    return [str(file) for file in found]
-
-
-def _encode_chunks(
-    chunks: Iterator[tuple[list[str], list[str]]], tokenizer: Any, max_len: int, n_workers: int | None
-) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """`encode_rows` of each chunk in worker processes, in order; a bounded number of chunks is under way."""
-    n_workers = n_workers or len(os.sched_getaffinity(0))
-    work = partial(encode_rows, tokenizer.backend_tokenizer, tokenizer.eos_token_id, max_len=max_len)
-    executor = ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), _start_worker, (work,))
-    pending: deque[Future[tuple[np.ndarray, np.ndarray, int]]] = deque()
-    try:
-        for questions, codes in chunks:
-            pending.append(executor.submit(_work, questions, codes))
-            if len(pending) >= CHUNKS_UNDER_WAY * n_workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-_encode: Callable[[list[str], list[str]], tuple[np.ndarray, np.ndarray, int]]  # of a worker process
-
-
-def _start_worker(encode: Callable[[list[str], list[str]], tuple[np.ndarray, np.ndarray, int]]) -> None:
-    global _encode
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    _encode = encode
-
-
-def _follow_parent() -> None:
-    """End with the parent: if it is killed, nobody asks for the rest."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
-
-
-def _work(questions: list[str], codes: list[str]) -> tuple[np.ndarray, np.ndarray, int]:
-    return _encode(questions, codes)
-
-
-def _sync(files: tuple[Any, ...]) -> None:
-    for file in files:
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Command line; bad input ends with one message and exit status 2."""
-    parser = argparse.ArgumentParser(description="Tokenize TinyGSM into flat files for training.")
-    parser.add_argument("--source", default="TinyGSM/TinyGSM", help="file, folder or Hugging Face data set")
-    parser.add_argument("--tokenizer", default="Qwen/Qwen2-0.5B", help="Hugging Face name or folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--max-len", type=int, default=512, help="tokens per row, a multiple of 8")
-    parser.add_argument("--limit", type=int, help="rows of the source to read")
-    parser.add_argument("--workers", type=int, help="processes; all cores by default")
-    options = parser.parse_args(arguments)
-    for name in ("limit", "workers"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
-    try:
-        finished = (options.out / META_FILE).exists()
-        before, start = _n_read(options.out), time.monotonic()
-        done = pretokenize(
-            options.source, options.tokenizer, options.out, options.max_len, options.limit, options.workers
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of the tokenized rows; word problems are written on first use."""
+        settings = self.settings
+        if settings.source == "files":
+            return Path(settings.data_dir)
+        assert settings.n_train is not None  # the settings have been checked, as for these two
+        assert settings.n_test is not None
+        assert settings.seed is not None
+        return cached_word_problems(
+            settings.data_dir, settings.n_train, settings.n_test, settings.seed, settings.max_len
         )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"error: interrupted; the same command continues in {options.out}", file=sys.stderr)
-        sys.exit(130)
-    seconds = time.monotonic() - start
-    speed = "already complete" if finished else f"{(done.n_read - before) / seconds:,.0f} rows/s"
-    print(f"{options.out}: {done.n_written:,} rows, {done.n_left_out:,} left out whose question is too long; {speed}")
 
+    @cached_property
+    def rows(self) -> TinyGsmData:
+        """All rows."""
+        settings = self.settings
+        data = open_tiny_gsm(self.folder, settings.max_len, self.mask_id, self.vocab_size)
+        if len(data) <= settings.n_held_out:
+            raise ValueError(f"data.n_held_out {settings.n_held_out} leaves no training row of {len(data)}")
+        return data
 
-def _n_read(out: Path) -> int:
-    """Rows that an earlier call has read, for the speed of this one."""
-    path = out / PROGRESS_FILE
-    return int(json.loads(path.read_text(encoding="utf-8"))["done"]["n_read"]) if path.exists() else 0
+    @property
+    def train(self) -> TinyGsmData:
+        """All rows but the last `n_held_out`."""
+        return self.rows.part(slice(0, len(self.rows) - self.settings.n_held_out))
+
+    @property
+    def validation(self) -> TinyGsmData:
+        """The last `n_held_out` rows."""
+        return self.rows.part(slice(len(self.rows) - self.settings.n_held_out, None))
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that made the rows; ValueError where it cannot be loaded or is another one."""
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        tokenizer = load_tokenizer(self.settings.tokenizer or tokenizer_of(self.folder))
+        eos_id = read_meta(self.folder).get("eos_id", tokenizer.eos_token_id)
+        if eos_id != tokenizer.eos_token_id:
+            raise ValueError(
+                f"the rows in {self.folder} end in token {eos_id} and tokenizer {tokenizer.name_or_path!r} has EOS "
+                f"{tokenizer.eos_token_id}: set data.tokenizer to the one that made them"
+            )
+        return tokenizer
+
+    @property
+    @override
+    def eos_id(self) -> int:
+        return int(self.tokenizer().eos_token_id)
+
+    @cached_property
+    def test(self) -> Prompts:
+        """The test problems as prompts."""
+        if self.settings.source == "word_problems":
+            problems = read_problems(str(self.folder / TEST_FILE))
+        else:
+            problems = read_problems(self.settings.test_source or HUB_NAME, cache_dir=self.folder)
+        return build_prompts(problems, self.tokenizer(), self.mask_id, self.settings.max_len)
+
+    @property
+    @override
+    def n_questions(self) -> int:
+        return len(self.test.problems)
+
+    @override
+    def prompts(self, indices: np.ndarray) -> np.ndarray:
+        return self.test.xt[indices]
+
+    def judge(self, tokens: np.ndarray, indices: np.ndarray) -> Judged:
+        """See `DataSet`; runs the programs."""
+        problems = [self.test.problems[i] for i in indices]
+        programs = decode_programs(self.tokenizer(), tokens, self.test.xt[indices] != self.mask_id)
+        # The ranks of a machine share its cores.
+        n_workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        verdicts = grade(programs, [problem.answer for problem in problems], n_workers=n_workers)
+        shares = [{"accuracy": float(verdict.verdict)} | reason_shares([verdict]) for verdict in verdicts]
+        figures = {name: np.array([share[name] for share in shares], dtype=np.float32) for name in self.figures}
+        samples = [
+            {
+                "question": problem.question,
+                "program": program,
+                "value": verdict.value,
+                "answer": problem.answer,
+                "verdict": verdict.reason,
+            }
+            for problem, program, verdict in zip(problems, programs, verdicts, strict=True)
+        ]
+        return Judged(figures, samples)
+
+    def encode(self, question: str) -> np.ndarray:
+        """A question in words."""
+        ids = encode_prompts(self.tokenizer().backend_tokenizer, [question])[0]
+        if not prompt_fits(len(ids), self.settings.max_len):
+            raise ValueError(f"the prompt has {len(ids)} tokens, which leaves no room in {self.settings.max_len}")
+        return np.array(ids + [self.mask_id] * (self.settings.max_len - len(ids)))
+
+    def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
+        """The program and what it returns."""
+        text = decode_programs(self.tokenizer(), tokens[None], (prompt != self.mask_id)[None])[0]
+        program = extract_program(text)
+        if program is None:
+            return f"{text}\n\nno program"
+        outcome = run_programs([program], n_workers=1)[0]
+        value = f"returns {outcome.value}" if outcome.status == "ok" else f"{outcome.status}: {outcome.message}"
+        return f"{text}\n\n{value}"
+
+    def example(self) -> str:
+        """The first test problem."""
+        return self.test.problems[0].question
 
 
 if __name__ == "__main__":
+    from data.pretokenize import main
+
     main()

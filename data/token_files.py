@@ -2,7 +2,7 @@
 
 `labels.bin`: uint32 [N, L], question, newline, program, then EOS to the end. `prompt_mask.bin`: uint8 [N, L / 8], eight
 positions a byte, the first in the lowest bit. `meta.json`: number of rows and their length among other facts, written
-last. Beside them `tokenizer/`, in folders that this code has written. `data/tiny_gsm.py` and `data/word_problems.py`
+last. Beside them `tokenizer/`, in folders that this code has written. `data/pretokenize.py` and `data/word_problems.py`
 write them. The published code allocates its files for as many rows as the data set is said to have and gives in
 meta.json how many it wrote, so its files may be longer.
 

@@ -157,8 +157,7 @@ def train_tokenizer() -> Any:
 def cached_word_problems(data_dir: str | Path, n_train: int, n_test: int, seed: int, max_len: int) -> Path:
     """The folder of these problems in `data_dir`, written on first use, whole or not at all.
 
-    It holds what `data/tiny_gsm.py` writes (`n_train` rows), and `test.jsonl` with `n_test` problems of which none is
-    among the rows.
+    It holds what `data/pretokenize.py` writes (`n_train` rows), and `test.jsonl` with `n_test` other problems.
 
     Raises:
         ValueError: a problem does not fit `max_len` tokens.

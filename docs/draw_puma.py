@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.load import load_split
 from data.sudoku import SudokuData
 from model.hub import load_model
 from progressive import advance
@@ -31,7 +30,7 @@ def trajectory(run_dir: Path, row: int, seed: int) -> tuple[Tensor, Tensor, list
         x0 (int64 [C]), clues (bool [C]), and masks (bool [C] each) at the pool's steps and of as many random draws.
     """
     model, config = load_model(str(run_dir))
-    data = load_split(config, "test")
+    data = config.open_data().validation
     tokens, prompt_mask = (torch.from_numpy(part) for part in data.rows(np.array([row])))
     maskable, generator = ~prompt_mask, torch.Generator().manual_seed(seed)
     assert isinstance(data, SudokuData)

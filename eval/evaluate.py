@@ -14,7 +14,6 @@ import json
 import math
 import sys
 from dataclasses import asdict, dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,12 @@ import torch
 from tqdm import tqdm
 
 from baselines import next_token_targets, target_weights
-from config import Confidence, Config
+from config import Confidence, Config, SamplingRule
+from data.dataset import DataSet, Reference, SequenceData
 from data.files import write_text
-from data.stream import SequenceData
-from eval.tasks import Reference, Task, load_task
 from model.hub import load_model
 from model.transformer import Transformer
-from progressive_block import build_blocks
+from progressive_block import block_layout
 from runtime.distributed import (
     World,
     autocast,
@@ -40,7 +38,7 @@ from runtime.distributed import (
     stop_world,
     sum_over_ranks,
 )
-from samplers.sampler import sampler_of
+from samplers.build import build_sampler
 
 # Masks of the validation loss: the same in every evaluation of every run, so that losses can be compared.
 MASK_SEED = 20_260_210
@@ -177,29 +175,42 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
     return values
 
 
-def evaluate(model: Transformer, config: Config, task: Task, world: World, n_examples: int) -> Evaluation:
-    """Measure `model` on the first questions of `task`; every rank calls this and gets the whole result.
+def evaluate(model: Transformer, config: Config, data: DataSet, world: World, n_examples: int) -> Evaluation:
+    """Measure `model` on the first questions of the test; every rank calls this and gets the whole result.
 
     Args:
-        n_examples: sequences to sample (as many as there are, if fewer).
+        n_examples: sequences to sample (all questions, if there are fewer).
     """
-    settings, device = config.validation, world.device
-    dtype = autocast_dtype(config.training.precision, device)
-    n_examples = min(n_examples, len(task))
-    grid = list(product(settings.confidence, settings.tokens_per_step))
+    device = world.device
+    n_examples = min(n_examples, data.n_questions)
+    rules = config.validation.rules()
     was_training = model.training
     model.eval()
-    with autocast(device, dtype), _bar(world, len(grid) * n_examples) as bar:
-        loss = validation_loss(model, config, task.validation, world)
-        reference = task.reference(np.arange(n_examples))
-        runs = [_run_sampler(model, config, task, world, n_examples, *cell, reference, bar) for cell in grid]
+    with (
+        autocast(device, autocast_dtype(config.training.precision, device)),
+        _bar(world, len(rules) * n_examples) as bar,
+    ):
+        loss = validation_loss(model, config, data.validation, world)
+        test = _Test(data, data.reference(np.arange(n_examples)), data.difficulty(np.arange(n_examples)), n_examples)
+        results = [_measure_rule(model, config, test, world, rule, bar) for rule in rules]
     model.train(was_training)
+    reference = test.reference
     return Evaluation(
         loss,
-        [result for result, _ in runs],
+        [result for result, _ in results],
         None if reference is None else (reference.name, float(reference.solved.mean())),
-        [sample for _, samples in runs for sample in samples],
+        [sample for _, samples in results for sample in samples],
     )
+
+
+@dataclass(frozen=True)
+class _Test:
+    """The questions of one evaluation, and what is known of them without a model."""
+
+    data: DataSet
+    reference: Reference | None
+    difficulty: dict[str, np.ndarray]
+    n_examples: int
 
 
 @torch.no_grad()
@@ -209,59 +220,49 @@ def validation_loss(model: Transformer, config: Config, data: SequenceData, worl
     The masks never change whatever the number of ranks; models of the same block size are measured on the same ones.
     """
     n_rows = min(config.validation.n_loss_rows, len(data))
-    blocks = build_blocks(config.objective, data.length)
+    layout = block_layout(config.objective, data.length)
     x0, prompt_mask = (torch.from_numpy(part) for part in data.rows(np.arange(n_rows)))
     if config.causal:
         target = next_token_targets(x0, ~prompt_mask, data.eos_id)  # [B, L]
         xt, weight = x0, target_weights(target, target.sum())
     else:
-        masked = blocks.mask_uniformly(~prompt_mask, torch.Generator().manual_seed(MASK_SEED))  # [B, L]
-        xt, weight = x0.masked_fill(masked, data.mask_id), blocks.weights(masked)
+        masked = layout.mask_uniformly(~prompt_mask, torch.Generator().manual_seed(MASK_SEED))  # [B, L]
+        xt, weight = x0.masked_fill(masked, data.mask_id), layout.weights(masked)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for rows in _own_batches(n_rows, world, config.validation.batch_size):
         own_xt, own_x0, own_weight = (part[rows].to(world.device) for part in (xt, x0, weight))
-        for microbatch in blocks.microbatches(own_xt, own_x0, own_weight, len(rows)):
+        for microbatch in layout.microbatches(own_xt, own_x0, own_weight, len(rows)):
             total += model(microbatch.xt, microbatch.x0, microbatch.weight).loss
     return float(sum_over_ranks(total))
 
 
-def _run_sampler(
-    model: Transformer,
-    config: Config,
-    task: Task,
-    world: World,
-    n_examples: int,
-    confidence: Confidence,
-    tokens_per_step: int,
-    reference: Reference | None,
-    bar: tqdm,
+def _measure_rule(
+    model: Transformer, config: Config, test: _Test, world: World, rule: SamplingRule, bar: tqdm
 ) -> tuple[SamplerResult, list[dict[str, Any]]]:
-    """Sample and judge one cell of the grid; the first judged rows come along as samples, in order."""
-    settings, sampler = config.validation, sampler_of(config, task.validation.eos_id)
-    names = (*task.figures, "nfe")
+    """Sample by one rule and judge the answers; the first judged rows are returned as samples, in order."""
+    data, n_examples = test.data, test.n_examples
+    sampler = build_sampler(config, data.eos_id)
+    names = (*data.figures, "nfe")
     sums = torch.zeros(len(names), dtype=torch.float64, device=world.device)
     samples: dict[int, dict[str, Any]] = {}
     solved = torch.zeros(n_examples, dtype=torch.float64, device=world.device)
-    for rows in _own_batches(n_examples, world, settings.batch_size):
+    for rows in _own_batches(n_examples, world, config.validation.batch_size):
         result = sampler(
             model,
-            task.prompts(rows).to(world.device),
+            torch.from_numpy(data.prompts(rows)).to(world.device),
             config.mask_id,
-            confidence=confidence,
-            tokens_per_step=tokens_per_step,
-            threshold=settings.threshold,
-            temperature=settings.temperature,
+            rule,
             seed=config.training.seed,
             row_ids=torch.from_numpy(rows),
         )
-        judged = task.judge(result.tokens, rows)
-        figures = judged.figures | {"nfe": result.nfe}
-        sums += torch.stack([figures[name].sum(dtype=torch.float64).to(world.device) for name in names])
-        solved[rows] = figures["accuracy"].to(solved)
+        judged = data.judge(result.tokens.cpu().numpy(), rows)
+        figures = [*(judged.figures[name] for name in data.figures), result.nfe.cpu().numpy()]
+        sums += torch.tensor([each.sum(dtype=np.float64) for each in figures], device=world.device)
+        solved[rows] = torch.from_numpy(judged.figures["accuracy"]).to(solved)
         samples |= {
-            int(row): {"confidence": confidence, "tokens_per_step": tokens_per_step, "row": int(row)} | facts
+            int(row): {"confidence": rule.confidence, "tokens_per_step": rule.tokens_per_step, "row": int(row)} | facts
             for row, facts in zip(rows, judged.samples, strict=False)
-            if row < settings.n_table_rows
+            if row < config.validation.n_table_rows
         }
         bar.update(len(rows) * world.n_ranks)
     totals = dict(zip(names, sum_over_ranks(sums).tolist(), strict=True))
@@ -270,14 +271,20 @@ def _run_sampler(
     accuracy, nfe = means.pop("accuracy"), means.pop("nfe")
     gathered = {row: facts for part in gather(samples) for row, facts in part.items()}
     groups = group_results(
-        task.difficulty(np.arange(n_examples)),
+        test.difficulty,
         sum_over_ranks(solved).cpu().numpy() == 1,
-        None if reference is None else reference.solved,
+        None if test.reference is None else test.reference.solved,
     )
     return (
-        SamplerResult(confidence, tokens_per_step, n_examples, accuracy, low, high, nfe, means, groups),
+        SamplerResult(rule.confidence, rule.tokens_per_step, n_examples, accuracy, low, high, nfe, means, groups),
         [gathered[row] for row in sorted(gathered)],
     )
+
+
+def check_n_examples(n_examples: int, data: DataSet, setting: str) -> None:
+    """Raise ValueError if a number of examples that a user asked for by `setting` is more than the test has."""
+    if n_examples > data.n_questions:
+        raise ValueError(f"{setting} {n_examples}: the test has {data.n_questions} {data.questions}; set at most that")
 
 
 def _own_batches(n_rows: int, world: World, batch_size: int) -> list[np.ndarray]:
@@ -288,6 +295,16 @@ def _own_batches(n_rows: int, world: World, batch_size: int) -> list[np.ndarray]
 
 def _bar(world: World, total: int) -> tqdm:
     return tqdm(total=total, desc="evaluating", unit="seq", disable=not world.is_main, leave=False)
+
+
+def _n_examples(config: Config, overrides: list[str], data: DataSet) -> int:
+    """How many questions to ask: what an override asks for, else as many as after a run's last step."""
+    validation = config.validation
+    for key, value in (("n_final_examples", validation.n_final_examples), ("n_examples", validation.n_examples)):
+        if value is not None and any(override.startswith(f"validation.{key}=") for override in overrides):
+            check_n_examples(value, data, f"validation.{key}")
+            return value
+    return validation.n_final_examples or validation.n_examples
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -303,9 +320,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         model, config = load_model(options.checkpoint, overrides=options.overrides)
         world = start_world(config.training.device)
-        task = main_first(world, lambda: load_task(config))
-        n_examples = config.validation.n_final_examples or config.validation.n_examples
-        evaluation = evaluate(model.to(world.device), config, task, world, n_examples)
+        data = main_first(world, lambda: config.open_data().load())
+        n_examples = _n_examples(config, options.overrides, data)
+        evaluation = evaluate(model.to(world.device), config, data, world, n_examples)
         if world.is_main:
             print(evaluation.table())
             if options.json:

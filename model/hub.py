@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from config import Config, ModelSettings, SudokuSettings
+from config import Config, ModelSettings
 from model.transformer import POSITIONS, Transformer, build_model
 from runtime.checkpoint import MANIFEST, find_checkpoint
 
@@ -84,6 +84,21 @@ def load_model(path: str, overrides: Sequence[str] = ()) -> tuple[Transformer, C
         first = str(error).splitlines()[1].strip()
         raise ValueError(f"the settings describe another model than checkpoint {checkpoint.path}: {first}") from None
     return model.eval(), config
+
+
+def check_init_from(source: str) -> None:
+    """Raise ValueError if `model.init_from` is a local folder that is not there; quick, so that it can come first."""
+    folder = Path(source)
+    config = Path("yaml_files") / f"{folder.name}.yaml"
+    if folder.exists():
+        return
+    if (Path(__file__).parents[1] / config).exists():
+        where = "" if folder == Path("runs") / folder.name else f" --run-dir {source}"
+        raise ValueError(
+            f"model.init_from: {source} does not exist. Train it first: python train.py --config {config}{where}"
+        )
+    if folder.parts[0] in ("runs", ".", "..", "/"):
+        raise ValueError(f"model.init_from: {source} does not exist")
 
 
 def load_initial_weights(model: Transformer, config: Config) -> None:
@@ -305,7 +320,7 @@ def export_run(path: str, out: Path) -> str:
             f"take the weights from its checkpoints, where they have Hugging Face's names and {POSITIONS} is added to "
             "the token embeddings"
         )
-    tokenizer = _tokenizer_of(config)
+    tokenizer = config.open_data().tokenizer()
     eos_id = pad_id = None
     if tokenizer is not None:
         eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -321,15 +336,6 @@ def export_run(path: str, out: Path) -> str:
             "generate() does not unmask."
         )
     return "\n".join(lines)
-
-
-def _tokenizer_of(config: Config) -> Any:
-    """The tokenizer of the data; None for Sudoku, which has none."""
-    if isinstance(config.data, SudokuSettings):
-        return None
-    from data.load import find_tokenizer  # slow to import
-
-    return find_tokenizer(config.data)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """Read one YAML file into a `Config`, and say everything that is wrong with it at once.
 
-python -m runtime.config_file README.md     # writes the table of all settings into it
+python -m runtime.config_file docs/settings.md     # writes the table of all settings into it
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from config import FREE_ON_RESUME, Config
+from config import Config
+
+TAGS = ("objective.name=", "data.dataset=")  # settings that choose the class of their section
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML, but `3e-4` is a number, though YAML 1.1 wants `3.0e-4`, and a key that stands twice is an error."""
+    """PyYAML, but `3e-4` is a number, though YAML 1.1 wants `3.0e-4`, and a duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping of a node; see PyYAML."""
         keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands there twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -51,7 +53,8 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"config {path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"config {path} must be a mapping with sections {', '.join(Config.model_fields)}, got {raw!r}")
-    for override in overrides:
+    # A change of the objective or the data set first: the settings of the new one may be given in any order.
+    for override in sorted(overrides, key=lambda override: not override.startswith(TAGS)):
         _apply_override(raw, override)
     return parse_config(raw, str(path))
 
@@ -60,9 +63,9 @@ def parse_config(raw: dict[str, Any], source: str) -> Config:
     """Check a mapping read from `source` (a file name, for the message); raises ValueError naming all problems."""
     try:
         # Through JSON, since pydantic's strict mode then takes lists for tuples but still no text for numbers.
-        return Config.model_validate_json(json.dumps(raw, default=str))
+        return Config.model_validate_json(json.dumps(raw, default=str), context=raw)
     except ValidationError as error:
-        problems = [_explain(details) for details in _all_errors(error, raw)]
+        problems = [explain(details) for details in _all_errors(error)]
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         raise ValueError(f"config {source}: {count}\n" + "\n".join(f"  {problem}" for problem in problems)) from None
     except (TypeError, ValueError) as error:
@@ -86,12 +89,22 @@ def flatten(config: Config) -> dict[str, Any]:
 def changed_settings(old: Config, new: Config) -> list[str]:
     """Differences that would change the result of a resumed run, one readable line each."""
     before, after = flatten(old), flatten(new)
-    absent = "(absent)"
+    free, absent = _free_settings(old) | _free_settings(new), "(absent)"
     return [
         f"{key}: {before.get(key, absent)} -> {after.get(key, absent)}"
         for key in sorted(before | after)
-        if before.get(key, absent) != after.get(key, absent) and not FREE_ON_RESUME.fullmatch(key)
+        if before.get(key, absent) != after.get(key, absent) and key not in free
     ]
+
+
+def _free_settings(config: Config) -> set[str]:
+    """Dotted names of the settings that a resumed run may change."""
+    return {
+        f"{name}.{key}"
+        for name, section in config
+        for key, field in type(section).model_fields.items()
+        if section.free_on_resume or "free_on_resume" in (field.json_schema_extra or {})
+    }
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -102,6 +115,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
+    if override.startswith(TAGS):
+        _keep_known(raw, key, value)
     *sections, last = key.split(".")
     target = raw
     for section in sections:
@@ -111,32 +126,28 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     target[last] = value
 
 
-def _all_errors(error: ValidationError, raw: dict[str, Any]) -> list[ErrorDetails]:
-    """What `raw` is refused for, and with it what pydantic checks only where all sections are right."""
+def _keep_known(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Before an override chooses another objective or data set: drop the settings that the new one does not have.
+
+    Another data set keeps none, since the same name means something else there.
+    """
+    section, _, tag = key.partition(".")
+    given = raw.get(section)
+    if not isinstance(given, dict) or given.get(tag) == value:
+        return
+    models = [model for name, models in _sections() if name == section for model in models]
+    fields = next((model.model_fields for model in models if value in _literal(model, tag)), {})
+    raw[section] = {name: each for name, each in given.items() if name in fields and section == "objective"}
+
+
+def _all_errors(error: ValidationError) -> list[ErrorDetails]:
+    """Everything that is wrong; a list whose entries are all wrong is called too short as well, which is left out."""
     errors = error.errors(include_url=False)
-    # A list whose entries are all wrong is called too short as well.
-    places = {details["loc"][:-1] for details in errors}
-    errors = [details for details in errors if not (details["type"] == "too_short" and details["loc"] in places)]
-    model = raw.get("model")
-    if isinstance(model, dict) and all(details["loc"] for details in errors):
-        model = _RIGHT["model"] | {key: model.get(key) for key in ("vocab_size", "learned_positions")}
-        try:
-            Config.model_validate_json(json.dumps(_RIGHT | {"model": model, "data": raw.get("data")}, default=str))
-        except ValidationError as second:
-            errors += [details for details in second.errors(include_url=False) if not details["loc"]]
-    return errors
+    parents = {details["loc"][:-1] for details in errors}
+    return [details for details in errors if not (details["type"] == "too_short" and details["loc"] in parents)]
 
 
-# Sections that hold no problem, to check the vocabulary against the data whatever else is wrong.
-_RIGHT: dict[str, Any] = {
-    "model": dict.fromkeys(("intermediate_size", "num_hidden_layers", "num_attention_heads"), 1) | {"hidden_size": 2},
-    "objective": {"name": "uniform"},
-    "training": {"batch_size": 1, "learning_rate": 1.0, "max_steps": 1},
-    "validation": {},
-}
-
-
-def _explain(details: ErrorDetails) -> str:
+def explain(details: ErrorDetails) -> str:
     """One line for one problem: the key, the value, what is allowed."""
     location = [part for part in details["loc"] if part not in _union_tags()]
     key = ".".join(str(part) for part in location)
@@ -151,7 +162,8 @@ def _explain(details: ErrorDetails) -> str:
     message = details["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if isinstance(value, dict):  # a check over several keys; the message names them
-        return f"{key}: {message}" if key else message
+        named = any(message.startswith(f"{section}") for section in Config.model_fields)
+        return message if named else f"{key}: {message}"
     return f"{key} = {value!r}: {message}"
 
 
@@ -191,7 +203,7 @@ def _known_keys(location: list[str]) -> Iterator[str]:
 
 
 def settings_table() -> str:
-    """Markdown table of every setting, as README shows it."""
+    """Markdown table of every setting, as docs/settings.md shows it."""
     lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
     for section, models in _sections():
         for model in models:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from config import Confidence
+from config import DEFAULT_RULE, SamplingRule
 from model.attention import KeyValueCache
 from model.transformer import Transformer
 from samplers.step import Samples, fill, noise_keys, row_keys
@@ -19,14 +19,11 @@ def sample_blocks(
     model: Transformer,
     xt: Tensor,
     mask_id: int,
+    rule: SamplingRule = DEFAULT_RULE,
     *,
     block_size: int,
     eos_id: int | None = None,
     cached: bool = True,
-    confidence: Confidence = "top_prob",
-    tokens_per_step: int = 1,
-    threshold: float | None = None,
-    temperature: float = 0.0,
     seed: int = 0,
     row_ids: Tensor | None = None,
 ) -> Samples:
@@ -63,11 +60,11 @@ def sample_blocks(
             part = tokens[active, begin:end]
             masked = part == mask_id
             nfe[active] += 1
-            places = noise_keys(keys[active], nfe[active], torch.arange(begin, end, device=xt.device))
+            noise = noise_keys(keys[active], nfe[active], torch.arange(begin, end, device=xt.device))
             predicted = model.predict(
-                part, masked, mask_id, temperature=temperature, noise_key=places[masked], cache=cache
+                part, masked, mask_id, temperature=rule.temperature, noise_key=noise[masked], cache=cache
             )
-            filled = fill(part, masked, predicted, places, confidence, tokens_per_step, threshold)
+            filled = fill(part, masked, predicted, noise, rule)
             tokens[active, begin:end] = part
             order[active, begin:end] += filled * nfe[active, None]
             if finished is not None and cache is not None and begin < start:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from config import Confidence
+from config import DEFAULT_RULE, SamplingRule
 from model.token_predictions import mix_keys, predict_tokens
 from model.transformer import Transformer
 from samplers.step import Samples, row_keys
@@ -18,16 +18,13 @@ LEAVING_SHARE = 1 / 8
 
 
 @torch.no_grad()
-def sample_left_to_right(
+def sample_causal(
     model: Transformer,
     xt: Tensor,
     mask_id: int,
+    rule: SamplingRule = DEFAULT_RULE,
     *,
     eos_id: int | None = None,
-    confidence: Confidence = "top_prob",
-    tokens_per_step: int = 1,
-    threshold: float | None = None,
-    temperature: float = 0.0,
     seed: int = 0,
     row_ids: Tensor | None = None,
 ) -> Samples:
@@ -40,18 +37,14 @@ def sample_left_to_right(
     Args:
         xt: int64 [B, L], `mask_id` where a token is wanted.
         eos_id: None if rows are written to their full length.
-        confidence, tokens_per_step, threshold: as for the other samplers; there is no choice here.
-        temperature: 0 takes the most probable token; otherwise Gumbel noise, see `gumbel_noise`.
+        rule: only the temperature can be chosen.
         seed, row_ids: random numbers depend on these alone (row_ids: int64 [B], by default 0..B-1).
 
     Raises:
-        ValueError: another order than left to right is asked for, or a row begins with a masked position, which there
-            is nothing to predict from.
+        ValueError: the rule asks for another order than left to right, or a row begins with a masked position, which
+            there is nothing to predict from.
     """
-    if (confidence, tokens_per_step, threshold) != ("top_prob", 1, None):
-        raise ValueError(
-            "a causal model writes one token after the other: it takes no confidence, tokens_per_step, threshold"
-        )
+    rule.check(causal=True)
     if (xt[:, 0] == mask_id).any():
         row = int((xt[:, 0] == mask_id).nonzero()[0])
         raise ValueError(f"row {row} has no prompt: a causal model needs at least one given token to start from")
@@ -62,20 +55,20 @@ def sample_left_to_right(
     cache = model.model.empty_cache(len(active), xt.shape[1])
     while len(active):
         masked = tokens[active] == mask_id  # [b, L]
-        place = int(masked.any(0).int().argmax())  # the first position that any row wants
-        hidden = model.model(tokens[active, cache.length : place], cache=cache)[:, -1]  # [b, D]
-        cache.length = place
-        wanting = masked[:, place]
+        position = int(masked.any(0).int().argmax())  # the first that any row wants
+        hidden = model.model(tokens[active, cache.length : position], cache=cache)[:, -1]  # [b, D]
+        cache.length = position
+        wanting = masked[:, position]
         writing = active[wanting]
         predicted = predict_tokens(
             hidden[wanting],
             model.lm_head.weight,
             mask_id,
-            temperature=temperature,
-            noise_key=mix_keys(keys[writing], place),
+            temperature=rule.temperature,
+            noise_key=mix_keys(keys[writing], position),
         )
         nfe[writing] += 1
-        tokens[writing, place], order[writing, place] = predicted.token, nfe[writing]
+        tokens[writing, position], order[writing, position] = predicted.token, nfe[writing]
         if eos_id is not None:
             ended = writing[predicted.token == eos_id]
             rest = tokens[ended] == mask_id  # [n, L]

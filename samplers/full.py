@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from config import Confidence
+from config import DEFAULT_RULE, SamplingRule
 from model.transformer import Transformer
 from samplers.step import Samples, fill, noise_keys, row_keys
 
@@ -18,25 +18,20 @@ def sample_full(
     model: Transformer,
     xt: Tensor,
     mask_id: int,
+    rule: SamplingRule = DEFAULT_RULE,
     *,
-    confidence: Confidence = "top_prob",
-    tokens_per_step: int = 1,
-    threshold: float | None = None,
-    temperature: float = 0.0,
     seed: int = 0,
     row_ids: Tensor | None = None,
 ) -> Samples:
-    """Fill every masked position; at each step the best `tokens_per_step` of each row, and all above `threshold`.
+    """Fill every masked position; in each pass the best `tokens_per_step` of each row, and all above `threshold`.
 
-    Rows are independent: what a row becomes depends neither on its neighbours nor on the batch size. Finished rows
-    leave the batch.
+    Rows are independent: a row's result depends neither on its neighbours nor on the batch size. Finished rows leave
+    the batch.
 
     Args:
         xt: int64 [B, L], `mask_id` where a token is wanted.
-        confidence: which positions come first; higher is always sooner. `top_prob`: probability of the chosen token.
-            `top_prob_margin`: its lead over the second (Kim et al. 2025). `neg_entropy`: least uncertain. `random`.
-        threshold: probability of the chosen token above which a position is filled at once.
-        temperature: 0 takes the most probable token; otherwise Gumbel noise, see `gumbel_noise`.
+        rule: which positions are filled first, how many per pass, and the temperature: 0 takes the most probable token,
+            otherwise Gumbel noise is added, see `model.token_predictions.gumbel_noise`.
         seed, row_ids: random numbers depend on these alone (row_ids: int64 [B], by default 0..B-1).
     """
     tokens, order = xt.clone(), torch.zeros_like(xt)
@@ -48,9 +43,9 @@ def sample_full(
         nfe[active] += 1
         part = tokens[active]  # [b, L]
         masked = part == mask_id
-        places = noise_keys(keys[active], nfe[active], positions)
-        predicted = model.predict(part, masked, mask_id, temperature=temperature, noise_key=places[masked])
-        filled = fill(part, masked, predicted, places, confidence, tokens_per_step, threshold)
+        noise = noise_keys(keys[active], nfe[active], positions)  # [b, L]
+        predicted = model.predict(part, masked, mask_id, temperature=rule.temperature, noise_key=noise[masked])
+        filled = fill(part, masked, predicted, noise, rule)
         tokens[active] = part
         order[active] += filled * nfe[active, None]
         active = active[(part == mask_id).any(1)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from config import Confidence
+from config import Confidence, SamplingRule
 from model.token_predictions import TokenPredictions, hash_uniform, mix_keys
 from unmasking import reveal_top
 
@@ -32,19 +32,11 @@ def row_keys(xt: Tensor, seed: int, row_ids: Tensor | None) -> Tensor:
 
 
 def noise_keys(row_keys: Tensor, step: Tensor, positions: Tensor) -> Tensor:
-    """Random keys int64 [B, L] that tell apart rows (keys int64 [B]), their steps ([B]) and positions (int64 [L])."""
+    """Random keys int64 [B, L], different for each row (keys int64 [B]), step ([B]) and position (int64 [L])."""
     return mix_keys(mix_keys(row_keys, step)[:, None], positions)
 
 
-def fill(
-    tokens: Tensor,
-    masked: Tensor,
-    predicted: TokenPredictions,
-    keys: Tensor,
-    confidence: Confidence,
-    tokens_per_step: int,
-    threshold: float | None,
-) -> Tensor:
+def fill(tokens: Tensor, masked: Tensor, predicted: TokenPredictions, keys: Tensor, rule: SamplingRule) -> Tensor:
     """Fill the best `tokens_per_step` masked positions of each row, and all above `threshold`.
 
     Args:
@@ -57,21 +49,21 @@ def fill(
         bool [B, L], what was filled.
     """
     score = torch.full(tokens.shape, -torch.inf, device=tokens.device)
-    score[masked] = _confidence(confidence, predicted, keys[masked])
-    n_fill = torch.full_like(tokens[:, 0], tokens_per_step)
+    score[masked] = _confidence(rule.confidence, predicted, keys[masked])
+    n_fill = torch.full_like(tokens[:, 0], rule.tokens_per_step)
     filled = reveal_top(score, masked, n_fill)  # [B, L]
-    if threshold is not None:
-        filled[masked] |= predicted.log_prob > math.log(threshold)
+    if rule.threshold is not None:
+        filled[masked] |= predicted.log_prob > math.log(rule.threshold)
     tokens[filled] = predicted.token[filled[masked]]
     return filled
 
 
-def _confidence(rule: Confidence, predicted: TokenPredictions, keys: Tensor) -> Tensor:
-    """Confidence of each masked position by the rule's name, float32 [N]."""
-    if rule == "top_prob":
+def _confidence(name: Confidence, predicted: TokenPredictions, keys: Tensor) -> Tensor:
+    """Confidence of each masked position, float32 [N]; a higher one is filled sooner."""
+    if name == "top_prob":  # of the chosen token
         return predicted.log_prob
-    if rule == "top_prob_margin":
+    if name == "top_prob_margin":  # its lead over the second most probable (Kim et al. 2025)
         return predicted.margin
-    if rule == "neg_entropy":
+    if name == "neg_entropy":
         return predicted.neg_entropy
-    return hash_uniform(mix_keys(keys, -1)).float()
+    return hash_uniform(mix_keys(keys, -1)).float()  # random

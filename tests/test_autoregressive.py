@@ -16,7 +16,7 @@ import baselines
 import sampling
 import train
 from baselines import AutoregressiveObjective, next_token_targets
-from config import Config, ModelSettings
+from config import Config, ModelSettings, SamplingRule
 from data.row_queue import RowQueue
 from data.stream import SequenceStream
 from eval.evaluate import validation_loss
@@ -26,7 +26,7 @@ from model.transformer import Transformer
 from runtime.checkpoint import find_checkpoint
 from runtime.config_file import parse_config
 from runtime.distributed import start_world
-from samplers.causal import sample_left_to_right
+from samplers.causal import sample_causal
 
 AUTOREGRESSIVE = {"name": "autoregressive"}
 MASK, EOS = 11, 0
@@ -80,7 +80,7 @@ def make_objective(batch_size: int, micro_rows: int, rank: int = 0, n_ranks: int
     data = CountingRows()
     n_rows = batch_size // n_ranks
     queue = RowQueue(SequenceStream(data, seed=3, rank=rank, n_ranks=n_ranks), n_rows, CPU)
-    return AutoregressiveObjective(queue, data.eos_id, n_rows, micro_rows)
+    return AutoregressiveObjective(queue, data.eos_id, n_rows=n_rows, micro_rows=micro_rows)
 
 
 def gradients(model: Transformer, objectives: list[AutoregressiveObjective]) -> tuple[float, list[Tensor]]:
@@ -180,9 +180,9 @@ def test_a_small_model_learns_to_count_and_stops():
         optimizer.step()
         optimizer.zero_grad()
         objective.end_step()
-        objective.stage_rows()
+        objective.prefetch()
     tokens, prompt_mask = (torch.from_numpy(part) for part in CountingRows().rows(np.arange(6)))
-    samples = sample_left_to_right(model.eval(), tokens.masked_fill(~prompt_mask, MASK), MASK, eos_id=EOS)
+    samples = sample_causal(model.eval(), tokens.masked_fill(~prompt_mask, MASK), MASK, eos_id=EOS)
     assert torch.equal(samples.tokens, tokens)
     assert samples.nfe.tolist() == [n + 1 for n in range(1, 7)]
     assert samples.order[0].tolist() == [0, 0, 1, 2, 2, 2, 2, 2, 2, 2]
@@ -238,7 +238,9 @@ def mixed_prompts(n_rows: int = 24, length: int = 14) -> Tensor:
 def test_cached_sampling_equals_sampling_without_a_cache(eos_id, temperature):
     model, rows = make_model(), mixed_prompts()
     ids = torch.arange(len(rows)) * 7
-    samples = sample_left_to_right(model, rows, MASK, eos_id=eos_id, temperature=temperature, seed=5, row_ids=ids)
+    samples = sample_causal(
+        model, rows, MASK, SamplingRule(temperature=temperature), eos_id=eos_id, seed=5, row_ids=ids
+    )
     for index, row in enumerate(rows):
         tokens, order, nfe = sample_without_cache(model, row, eos_id, temperature, int(ids[index]))
         assert torch.equal(samples.tokens[index], tokens)
@@ -252,14 +254,16 @@ def test_cached_sampling_equals_sampling_without_a_cache(eos_id, temperature):
 
 def test_a_row_does_not_depend_on_its_neighbours():
     model, rows = make_model(), mixed_prompts()
-    whole = sample_left_to_right(model, rows, MASK, eos_id=EOS, temperature=1.0)
+    whole = sample_causal(model, rows, MASK, SamplingRule(temperature=1.0), eos_id=EOS)
     for index in range(len(rows)):
         own = slice(index, index + 1)
-        alone = sample_left_to_right(model, rows[own], MASK, eos_id=EOS, temperature=1.0, row_ids=torch.tensor([index]))
+        alone = sample_causal(
+            model, rows[own], MASK, SamplingRule(temperature=1.0), eos_id=EOS, row_ids=torch.tensor([index])
+        )
         assert torch.equal(alone.tokens, whole.tokens[own])
         assert torch.equal(alone.order, whole.order[own])
         assert torch.equal(alone.nfe, whole.nfe[own])
-    again = sample_left_to_right(model, rows, MASK, eos_id=EOS, temperature=1.0, seed=1)
+    again = sample_causal(model, rows, MASK, SamplingRule(temperature=1.0), eos_id=EOS, seed=1)
     assert not torch.equal(again.tokens, whole.tokens)
 
 
@@ -272,7 +276,7 @@ def test_finished_rows_leave_the_batch(monkeypatch):
         keep_rows(cache, rows)
 
     monkeypatch.setattr(KeyValueCache, "keep_rows", count)
-    sample_left_to_right(make_model(), mixed_prompts(), MASK, eos_id=EOS, temperature=1.0)
+    sample_causal(make_model(), mixed_prompts(), MASK, SamplingRule(temperature=1.0), eos_id=EOS)
     assert kept == sorted(kept, reverse=True)
     assert len(kept) >= 3
     assert kept[0] < 24
@@ -284,17 +288,17 @@ def test_the_mask_token_is_never_written(temperature):
     model = make_model()
     with torch.no_grad():
         model.lm_head.weight[MASK] = 50 * model.lm_head.weight[3]  # the best token by far, or the worst
-    samples = sample_left_to_right(model, mixed_prompts(), MASK, temperature=temperature)
+    samples = sample_causal(model, mixed_prompts(), MASK, SamplingRule(temperature=temperature))
     assert not (samples.tokens == MASK).any()
 
 
 def test_what_left_to_right_sampling_cannot_do_is_refused():
     model, rows = make_model(), mixed_prompts()
-    with pytest.raises(ValueError, match="one token after the other"):
-        sample_left_to_right(model, rows, MASK, tokens_per_step=2)
+    with pytest.raises(ValueError, match="tokens_per_step 2: a causal model is sampled left to right"):
+        sample_causal(model, rows, MASK, SamplingRule(tokens_per_step=2))
     rows[3, 0] = MASK
     with pytest.raises(ValueError, match="row 3 has no prompt"):
-        sample_left_to_right(model, rows, MASK)
+        sample_causal(model, rows, MASK)
 
 
 # Settings and commands

@@ -24,7 +24,7 @@ from bench.head import random_problem, torch_chunked
 from bench.measure import interleave, peak_of
 from bench.rows import synthetic_rows
 from bench.step import exponent
-from config import Config
+from config import Config, SamplingRule
 from data.stream import SequenceStream
 from data.sudoku import check_boards
 from model.transformer import build_model
@@ -292,7 +292,7 @@ def test_samples_are_the_same(tokens_per_step, shifted):
     xt[:, 0] = 1  # a shifted model says the same of tokens 0 and 1, and rounding would break the tie
     xt[:, 4] = 2  # a row that is masked throughout scores all positions alike, and rounding would choose
     xt[3] = 1  # nothing to fill
-    ours = sample_full(model, xt, mask_id, tokens_per_step=tokens_per_step).tokens
+    ours = sample_full(model, xt, mask_id, SamplingRule(tokens_per_step=tokens_per_step)).tokens
     assert torch.equal(dense.sample(model, xt, mask_id, tokens_per_step), ours)
 
 

@@ -370,7 +370,7 @@ def test_a_missing_key_is_named(tmp_path):
         ("2026-01-01: 3", "keys must be"),
         ("? [a, b]\n: 3", "not valid YAML"),
         ("1: 2", "unknown key"),
-        ("training: {seed: 1, seed: 2}", "'seed' stands there twice"),
+        ("training: {seed: 1, seed: 2}", "duplicate key 'seed'"),
     ],
 )
 def test_files_that_hold_no_settings_are_refused(text, expected, tmp_path):

@@ -13,7 +13,7 @@ from conftest import PUMA, run_python, tiny_settings
 from test_sudoku import boards
 
 import train
-from data.sudoku import SudokuData, make_data
+from data.sudoku_boards import SudokuData, make_data
 from data.sudoku_solver import solve_singles
 from eval import evaluate as evaluation
 from eval.evaluate import group_results, validation_loss, wilson_interval

@@ -13,8 +13,7 @@ from test_sudoku import groups_of
 
 from data import generate_sudoku as generator
 from data.generate_sudoku import cached_generated, generate_sudoku
-from data.sudoku import SudokuData, count_shared_puzzles, puzzle_keys
-from data.sudoku_files import load_sudoku_file
+from data.sudoku_boards import SudokuData, count_shared_puzzles, load_sudoku_file, puzzle_keys
 
 # Board size, fewest and most clues.
 RANGES = [(4, 4, 8), (4, 16, 16), (6, 14, 22), (6, 36, 36), (9, 30, 40), (9, 24, 25), (9, 81, 81)]

@@ -18,7 +18,6 @@ from torch import Tensor
 
 import train
 from config import Config, ModelSettings
-from data.load import find_tokenizer
 from data.text import load_tokenizer
 from data.word_problems import generate_problems
 from model import hub
@@ -26,7 +25,7 @@ from model.hub import fit_vocabulary, load_initial_weights, load_model, read_qwe
 from model.transformer import POSITIONS, Transformer, build_model
 from runtime.checkpoint import find_checkpoint
 from runtime.config_file import flatten, parse_config, read_config
-from samplers.causal import sample_left_to_right
+from samplers.causal import sample_causal
 
 AUTOREGRESSIVE = {"name": "autoregressive"}
 QWEN = SHARED / "qwen2_tokenizer"
@@ -332,7 +331,7 @@ def test_an_exported_autoregressive_model_opens_with_equal_logits(autoregressive
     reference = Qwen2ForCausalLM.from_pretrained(out).eval()
     tokens = torch.randint(0, 5, (4, 32), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model.logits(tokens), reference(tokens).logits)
-    written = sample_left_to_right(model, torch.cat([tokens[:, :16], torch.full((4, 16), 5)], dim=1), 5)
+    written = sample_causal(model, torch.cat([tokens[:, :16], torch.full((4, 16), 5)], dim=1), 5)
     assert torch.equal(reference.generate(tokens[:, :16], max_new_tokens=16), written.tokens)
     again = read_qwen2(out, str(out))
     assert again.shifted
@@ -373,7 +372,7 @@ def test_an_export_holds_the_tokenizer_of_the_data(tmp_path):
     message = hub.export_run(str(tmp_path / "run"), tmp_path / "out")
     assert "tokenizer.json" in message
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    own = find_tokenizer(load_model(str(tmp_path / "run"))[1].data)
+    own = load_model(str(tmp_path / "run"))[1].open_data().tokenizer()
     texts = [f"{problem.question}\n{problem.code}" for problem in generate_problems(50, seed=5)]
     assert_same_tokenizer(tokenizer, own, texts)
     assert set(tokenizer(texts[0])) == {"input_ids", "attention_mask"}
@@ -399,7 +398,7 @@ def test_an_export_holds_the_tokenizer_of_the_data(tmp_path):
     answer = reference.generate(prompt, max_new_tokens=20)
     model, config = load_model(str(tmp_path / "run"))
     xt = torch.cat([prompt, torch.full((1, 20), config.mask_id)], dim=1)
-    ours = sample_left_to_right(model, xt, config.mask_id, eos_id=tokenizer.eos_token_id)
+    ours = sample_causal(model, xt, config.mask_id, eos_id=tokenizer.eos_token_id)
     assert torch.equal(ours.tokens[:, : answer.shape[1]], answer)
 
 

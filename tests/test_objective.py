@@ -61,7 +61,7 @@ def run_step(objective: Objective, step: int, seed: int = 0) -> tuple[Tensor, Te
         confidence = random_log_probs(tuple(microbatch.xt.shape), 1000 * seed + 10 * step + number)
         objective.observe(microbatch, confidence.masked_fill(microbatch.weight == 0, -torch.inf))
     objective.end_step()
-    objective.stage_rows()
+    objective.prefetch()
     return join(microbatches)
 
 
@@ -114,9 +114,9 @@ def test_microbatches_are_the_batch_in_order_and_of_equal_shape(objective: dict[
             parts.observe(microbatch, confidence[microbatch.rows])
         whole.observe(batch, confidence)
         parts.end_step()
-        parts.stage_rows()
+        parts.prefetch()
         whole.end_step()
-        whole.stage_rows()
+        whole.prefetch()
 
 
 @every_objective
@@ -161,7 +161,7 @@ def test_every_drawn_row_is_used_and_none_twice_in_an_epoch(objective: dict[str,
         used.update(fresh_rows(built, batch))
         built.observe(batch, random_log_probs((10, 12), step))
         built.end_step()
-        built.stage_rows()
+        built.prefetch()
         drawn = used + waiting_rows(built)
         assert n_drawn(built) == drawn.total()
         assert drawn == Counter(SequenceStream(data, 0).draw(drawn.total())[0][:, 0].tolist())
@@ -267,7 +267,7 @@ def test_one_pass_serves_the_loss_and_the_pool() -> None:
         for microbatch in microbatches:
             built.observe(microbatch, confidence[microbatch.rows])
         built.end_step()
-        built.stage_rows()
+        built.prefetch()
         for row in (built.pool.age > 0).nonzero().flatten().tolist():
             revealed = masked[row] & ~built.pool.masked[row]
             n_revealed += int(revealed.sum())

@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_settings
 from torch import Tensor
 
 import progressive_block
 from config import (
+    AnyObjectiveSettings,
     BlockAttention,
     BlockPumaSettings,
     BlockUniformSettings,
     ModelSettings,
-    ObjectiveSettings,
     PumaSettings,
     TrainingSettings,
     UniformSettings,
@@ -25,7 +26,8 @@ from model.token_predictions import hash_uniform, mix_keys
 from model.transformer import Transformer
 from objective import Objective
 from progressive import PumaObjective, PumaPool
-from progressive_block import Blocks, build_blocks
+from progressive_block import BlockLayout, block_layout
+from runtime.config_file import parse_config
 from training.run import build_objective
 
 LENGTH, BLOCK, VOCAB, MASK = 12, 4, 9, 8
@@ -57,7 +59,7 @@ class Rows:
 
 
 def build(
-    settings: ObjectiveSettings, n_rows: int = 10, data: Rows | None = None, micro_batch_size: int | None = None
+    settings: AnyObjectiveSettings, n_rows: int = 10, data: Rows | None = None, micro_batch_size: int | None = None
 ) -> Objective:
     trained = TrainingSettings(batch_size=n_rows, micro_batch_size=micro_batch_size, learning_rate=1.0, max_steps=1)
     return build_objective(settings, trained, SequenceStream(data or Rows(), 0), MASK, CPU)
@@ -90,7 +92,7 @@ def run_step(objective: Objective, step: int) -> tuple[Tensor, Tensor, Tensor]:
         assert torch.equal(batch.xt[:, behind], batch.x0[:, behind]), "the prefix is clean"
         assert not batch.weight[:, behind].any()
     objective.end_step()
-    objective.stage_rows()
+    objective.prefetch()
     return xt, x0, weight
 
 
@@ -131,7 +133,7 @@ def test_one_block_per_row_is_the_row_objective_bit_for_bit(plain, block, layout
             optimizer.step()
             optimizer.zero_grad()
             objective.end_step()
-            objective.stage_rows()
+            objective.prefetch()
     assert losses[0] == losses[1]
     states = [objective.state_dict() for objective, _ in runs]
     assert torch.equal(states[0]["generator"], states[1]["generator"]), "the same random stream"
@@ -166,7 +168,7 @@ def test_weights_are_those_of_a_mean_over_blocks(name, layout):
 
 
 def test_over_ranks_a_block_weighs_the_same_wherever_it_is(monkeypatch):
-    blocks, masked = Blocks(LENGTH, BLOCK, "prefix"), torch.zeros(4, LENGTH, dtype=torch.bool)
+    blocks, masked = BlockLayout(LENGTH, BLOCK, "prefix"), torch.zeros(4, LENGTH, dtype=torch.bool)
     masked[:2, :BLOCK], masked[2:, 0] = True, True  # 4 blocks here, 10 on the other rank
     monkeypatch.setattr(progressive_block, "mean_over_ranks", lambda n_counted: (n_counted + 10) / 2)
     weight = blocks.weights(masked, over_ranks=True)
@@ -292,7 +294,11 @@ def test_passes_and_shapes_do_not_depend_on_the_data(layout):
     assert len(found[0]) == n_passes
 
 
-def test_block_sizes_that_do_not_divide_a_row_are_refused():
-    with pytest.raises(ValueError, match=r"block_size 5 does not divide the 12 tokens .* nearest that does is 4"):
-        build_blocks(puma(size=5), LENGTH)
-    assert build_blocks(PumaSettings(name="puma", n_stages=2), LENGTH) == Blocks(LENGTH, LENGTH, "prefix")
+def test_block_sizes_that_do_not_divide_a_row_are_refused(tmp_path):
+    settings = tiny_settings({"name": "block_uniform", "block_size": 5, "block_attention": "prefix"}, tmp_path)
+    with pytest.raises(ValueError, match=r"block_size 5 does not divide the 32 tokens .* nearest that does is 4"):
+        parse_config(settings, "tiny.yaml")
+
+
+def test_an_objective_without_blocks_has_one_block_per_row():
+    assert block_layout(PumaSettings(name="puma", n_stages=2), LENGTH) == BlockLayout(LENGTH, LENGTH, "prefix")

@@ -11,7 +11,7 @@ from helpers import NumberedRows, numbered_rows, random_log_probs
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from config import ObjectiveSettings, TrainingSettings
+from config import AnyObjectiveSettings, TrainingSettings
 from data.stream import SequenceStream
 from runtime.distributed import World
 from training.rescale import take_over
@@ -33,7 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
 def ranks_of(settings: dict[str, Any], data: NumberedRows, n_ranks: int) -> list[Any]:
     """One objective for each rank, as the training command builds them."""
     training = TrainingSettings(batch_size=BATCH_SIZE, learning_rate=1.0, max_steps=1)
-    parsed = TypeAdapter(ObjectiveSettings).validate_python(settings)
+    parsed = TypeAdapter(AnyObjectiveSettings).validate_python(settings)
     return [
         build_objective(parsed, training, SequenceStream(data, 0, rank, n_ranks), data.mask_id, CPU)
         for rank in range(n_ranks)
@@ -50,7 +50,7 @@ def run_step(objective: Any, seed: int) -> list[int]:
         objective.observe(microbatch, random_log_probs(tuple(microbatch.xt.shape), seed + number))
     rows = torch.cat([part.x0[:, 0] for part in batch if part.columns in (slice(None), slice(0, 4))]).tolist()
     objective.end_step()
-    objective.stage_rows()
+    objective.prefetch()
     if pool is None:
         return rows
     ages = pool.age.view(pool.n_batches, -1)[turn].tolist()

@@ -13,15 +13,17 @@ from torch import Tensor
 
 import sampling
 import train
+from config import SamplingRule
 from model.transformer import Transformer
 from samplers.block import sample_blocks
 from samplers.full import sample_full
+from samplers.step import Samples
 
 RULES = {
     "top_prob": {},
     "margin, two per step": {"confidence": "top_prob_margin", "tokens_per_step": 2},
     "entropy, threshold": {"confidence": "neg_entropy", "threshold": 0.4},
-    "random, temperature": {"confidence": "random", "temperature": 0.7, "seed": 3},
+    "random, temperature": {"confidence": "random", "temperature": 0.7},
 }
 
 
@@ -38,7 +40,7 @@ def prompts(n_rows: int = 7, seed: int = 2) -> Tensor:
     return xt.masked_fill(~given, MASK)
 
 
-def assert_same_samples(ours: sampling.Samples, theirs: sampling.Samples) -> None:
+def assert_same_samples(ours: Samples, theirs: Samples) -> None:
     for name in ("tokens", "order", "nfe"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
 
@@ -47,7 +49,7 @@ def assert_same_samples(ours: sampling.Samples, theirs: sampling.Samples) -> Non
 @pytest.mark.parametrize("block_size", [BLOCK, None], ids=["block_causal", "prefix"])
 def test_blocks_are_filled_in_order_and_prompts_kept(rules, block_size):
     xt = prompts()
-    result = sample_blocks(build(block_size), xt, MASK, block_size=BLOCK, **rules)
+    result = sample_blocks(build(block_size), xt, MASK, SamplingRule(**rules), block_size=BLOCK)
     wanted = xt == MASK
     assert not (result.tokens == MASK).any()
     assert torch.equal(result.tokens[~wanted], xt[~wanted])
@@ -67,8 +69,8 @@ def test_blocks_are_filled_in_order_and_prompts_kept(rules, block_size):
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES.keys())
 def test_cached_decoding_gives_the_same_tokens(rules):
     network, xt = build(BLOCK), prompts()
-    cached = sample_blocks(network, xt, MASK, block_size=BLOCK, **rules)
-    assert_same_samples(cached, sample_blocks(network, xt, MASK, block_size=BLOCK, cached=False, **rules))
+    cached = sample_blocks(network, xt, MASK, SamplingRule(**rules), block_size=BLOCK)
+    assert_same_samples(cached, sample_blocks(network, xt, MASK, SamplingRule(**rules), block_size=BLOCK, cached=False))
 
 
 def test_cached_passes_are_over_what_is_new(monkeypatch):
@@ -81,10 +83,10 @@ def test_cached_passes_are_over_what_is_new(monkeypatch):
 
     monkeypatch.setattr(Transformer, "predict", recorded)
     network, xt = build(BLOCK), torch.full((2, LENGTH), MASK)
-    sample_blocks(network, xt, MASK, block_size=BLOCK, tokens_per_step=3)
+    sample_blocks(network, xt, MASK, SamplingRule(tokens_per_step=3), block_size=BLOCK)
     assert widths == [BLOCK, BLOCK] + [2 * BLOCK, BLOCK] * (LENGTH // BLOCK - 1)
     widths.clear()
-    sample_blocks(network, xt, MASK, block_size=BLOCK, tokens_per_step=3, cached=False)
+    sample_blocks(network, xt, MASK, SamplingRule(tokens_per_step=3), block_size=BLOCK, cached=False)
     assert widths == [width for end in range(BLOCK, LENGTH + 1, BLOCK) for width in (end, end)]
 
 
@@ -92,9 +94,11 @@ def test_cached_passes_are_over_what_is_new(monkeypatch):
 @pytest.mark.parametrize("block_size", [BLOCK, None], ids=["block_causal", "prefix"])
 def test_rows_do_not_depend_on_their_neighbours(rules, block_size):
     network, xt = build(block_size), prompts()
-    together = sample_blocks(network, xt, MASK, block_size=BLOCK, **rules)
+    together = sample_blocks(network, xt, MASK, SamplingRule(**rules), block_size=BLOCK)
     for row in range(len(xt)):
-        alone = sample_blocks(network, xt[row : row + 1], MASK, block_size=BLOCK, row_ids=torch.tensor([row]), **rules)
+        alone = sample_blocks(
+            network, xt[row : row + 1], MASK, SamplingRule(**rules), block_size=BLOCK, row_ids=torch.tensor([row])
+        )
         for name in ("tokens", "order", "nfe"):
             assert torch.equal(getattr(alone, name)[0], getattr(together, name)[row]), (row, name)
 
@@ -103,7 +107,8 @@ def test_rows_do_not_depend_on_their_neighbours(rules, block_size):
 def test_one_block_is_the_plain_sampler(rules):
     network, xt = build(None), prompts()
     assert_same_samples(
-        sample_blocks(network, xt, MASK, block_size=LENGTH, **rules), sample_full(network, xt, MASK, **rules)
+        sample_blocks(network, xt, MASK, SamplingRule(**rules), block_size=LENGTH),
+        sample_full(network, xt, MASK, SamplingRule(**rules)),
     )
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 import sampling
 import train
-from config import Confidence
+from config import Confidence, SamplingRule
+from data.sudoku import format_boards, parse_puzzle
 from model.transformer import Transformer
 from samplers.full import sample_full
 from samplers.step import Samples
-from sampling import format_boards, parse_puzzle
 
 MASK_ID = 22
 THRESHOLD = 0.3  # fills some positions of `random_model` early, not all
@@ -64,9 +64,11 @@ def model_of_one_distribution(probabilities: list[float]) -> tuple[Transformer, 
     return model, mask_id
 
 
-def rows_alone(model: Transformer, xt: Tensor, **options: Any) -> Samples:
+def rows_alone(model: Transformer, xt: Tensor, rule: SamplingRule, seed: int) -> Samples:
     """Each row sampled in a batch of its own, under the number that it has in xt."""
-    single = [sample_full(model, xt[i : i + 1], MASK_ID, row_ids=torch.tensor([i]), **options) for i in range(len(xt))]
+    single = [
+        sample_full(model, xt[i : i + 1], MASK_ID, rule, seed=seed, row_ids=torch.tensor([i])) for i in range(len(xt))
+    ]
     return Samples(
         torch.cat([one.tokens for one in single]),
         torch.cat([one.order for one in single]),
@@ -89,7 +91,7 @@ def assert_same_samples(ours: Samples, theirs: Samples) -> None:
 def test_sampling_equals_the_oracle(rule: Any, tokens_per_step: int, threshold: float | None) -> None:
     model, xt = random_model(), masked_rows(6, 12)
     options: dict[str, Any] = {"tokens_per_step": tokens_per_step, "threshold": threshold}
-    found = sample_full(model, xt, MASK_ID, confidence=rule, **options)
+    found = sample_full(model, xt, MASK_ID, SamplingRule(confidence=rule, **options))
     with torch.no_grad():
         expected = [oracle.sample_row(model.logits, row, MASK_ID, rule, **options) for row in xt]
     assert found.tokens.tolist() == [row.tokens for row in expected]
@@ -100,11 +102,11 @@ def test_sampling_equals_the_oracle(rule: Any, tokens_per_step: int, threshold: 
 def test_the_rules_of_the_oracle_differ_here() -> None:
     """Or the test above could not tell them apart; and the threshold fills some positions early, not all."""
     model, xt = random_model(), masked_rows(6, 12)
-    orders = {rule: sample_full(model, xt, MASK_ID, confidence=rule).order for rule in RULES}
+    orders = {rule: sample_full(model, xt, MASK_ID, SamplingRule(confidence=rule)).order for rule in RULES}
     assert not torch.equal(orders["top_prob"], orders["top_prob_margin"])
     assert not torch.equal(orders["top_prob"], orders["neg_entropy"])
     assert not torch.equal(orders["top_prob_margin"], orders["neg_entropy"])
-    early = sample_full(model, xt, MASK_ID, threshold=THRESHOLD)
+    early = sample_full(model, xt, MASK_ID, SamplingRule(threshold=THRESHOLD))
     assert 1 < int(early.nfe[1]) < 11
 
 
@@ -116,7 +118,7 @@ def test_entropy_confidence_fills_the_least_uncertain_position_first() -> None:
     for position in (xt[0] == MASK_ID).nonzero().flatten().tolist():
         log_p = oracle.log_softmax(model.logits(xt)[0, position, :MASK_ID])  # the mask token is the last
         entropy[position] = -float((log_p.exp() * log_p).sum())
-    order = sample_full(model, xt, MASK_ID, confidence="neg_entropy").order[0].tolist()
+    order = sample_full(model, xt, MASK_ID, SamplingRule(confidence="neg_entropy")).order[0].tolist()
     assert order.index(1) == min(entropy, key=lambda position: entropy[position])
 
 
@@ -131,7 +133,9 @@ def test_given_tokens_stay_and_the_masked_are_filled_in_order(
 ) -> None:
     model, xt = random_model(), masked_rows(8, 12)
     before, masked = xt.clone(), xt == MASK_ID
-    found = sample_full(model, xt, MASK_ID, confidence=rule, temperature=temperature, tokens_per_step=tokens_per_step)
+    found = sample_full(
+        model, xt, MASK_ID, SamplingRule(confidence=rule, temperature=temperature, tokens_per_step=tokens_per_step)
+    )
     assert torch.equal(xt, before)  # the argument is not written to
     assert torch.equal(found.tokens[~masked], xt[~masked])
     assert not (found.tokens == MASK_ID).any()
@@ -151,10 +155,10 @@ def test_a_row_does_not_depend_on_its_neighbours_or_the_batch_size(
     rule: Any, temperature: float, threshold: float | None
 ) -> None:
     model, xt = random_model(), masked_rows(7, 12)
-    options: dict[str, Any] = {"confidence": rule, "temperature": temperature, "threshold": threshold, "seed": 5}
-    together = sample_full(model, xt, MASK_ID, **options)
-    assert_same_samples(together, rows_alone(model, xt, **options))
-    turned = sample_full(model, xt.flip(0), MASK_ID, row_ids=torch.arange(7).flip(0), **options)
+    options: dict[str, Any] = {"confidence": rule, "temperature": temperature, "threshold": threshold}
+    together = sample_full(model, xt, MASK_ID, SamplingRule(**options), seed=5)
+    assert_same_samples(together, rows_alone(model, xt, SamplingRule(**options), seed=5))
+    turned = sample_full(model, xt.flip(0), MASK_ID, SamplingRule(**options), seed=5, row_ids=torch.arange(7).flip(0))
     assert_same_samples(together, Samples(turned.tokens.flip(0), turned.order.flip(0), turned.nfe.flip(0)))
 
 
@@ -187,7 +191,7 @@ def test_the_mask_token_is_never_produced(rule: Any, temperature: float) -> None
     model, mask_id = model_of_one_distribution([0.5, 0.3, 0.2])
     xt = torch.full((200, 6), mask_id)
     assert (model.logits(xt).argmax(2) == mask_id).all()
-    found = sample_full(model, xt, mask_id, confidence=rule, temperature=temperature)
+    found = sample_full(model, xt, mask_id, SamplingRule(confidence=rule, temperature=temperature))
     assert not (found.tokens == mask_id).any()
     assert (found.nfe == 6).all()
 
@@ -199,7 +203,7 @@ def test_the_mask_token_is_never_produced(rule: Any, temperature: float) -> None
 def test_all_above_the_threshold_are_filled_at_once(threshold: float | None, nfe: int) -> None:
     """Every position's best token has probability 0.7 once the mask token is struck out."""
     model, mask_id = model_of_one_distribution([0.1, 0.7, 0.2])
-    found = sample_full(model, torch.full((2, 6), mask_id), mask_id, threshold=threshold)
+    found = sample_full(model, torch.full((2, 6), mask_id), mask_id, SamplingRule(threshold=threshold))
     assert (found.tokens == 1).all()
     assert found.nfe.tolist() == [nfe, nfe]
 
@@ -207,7 +211,7 @@ def test_all_above_the_threshold_are_filled_at_once(threshold: float | None, nfe
 @pytest.mark.parametrize("rule", RULES)
 def test_equal_confidences_are_filled_from_the_left(rule: Any) -> None:
     model, mask_id = model_of_one_distribution([0.1, 0.7, 0.2])
-    found = sample_full(model, torch.full((1, 6), mask_id), mask_id, confidence=rule, tokens_per_step=2)
+    found = sample_full(model, torch.full((1, 6), mask_id), mask_id, SamplingRule(confidence=rule, tokens_per_step=2))
     assert found.order.tolist() == [[1, 1, 2, 2, 3, 3]]
 
 
@@ -224,9 +228,7 @@ def test_samples_follow_the_tempered_distribution(temperature: float, tokens_per
         model,
         torch.full((20_000, 2), mask_id),
         mask_id,
-        confidence="random",
-        temperature=temperature,
-        tokens_per_step=tokens_per_step,
+        SamplingRule(confidence="random", temperature=temperature, tokens_per_step=tokens_per_step),
         seed=1,
     )
     single = torch.tensor(probabilities, dtype=torch.float64) ** (1 / temperature)
@@ -241,7 +243,7 @@ def test_tokens_are_drawn_anew_at_each_step() -> None:
     So the first to be filled gets the rare token only where both have drawn it.
     """
     model, mask_id = model_of_one_distribution([0.7, 0.3])
-    found = sample_full(model, torch.full((10_000, 2), mask_id), mask_id, temperature=1.0)
+    found = sample_full(model, torch.full((10_000, 2), mask_id), mask_id, SamplingRule(temperature=1.0))
     in_order = found.tokens.gather(1, found.order.argsort(1))
     expected = torch.outer(torch.tensor([0.91, 0.09]), torch.tensor([0.7, 0.3]))
     assert_distribution((in_order[:, 0] * 2 + in_order[:, 1]).bincount(minlength=4), expected.flatten())
@@ -250,7 +252,10 @@ def test_tokens_are_drawn_anew_at_each_step() -> None:
 def test_random_confidence_fills_in_any_order_equally_often_and_whatever_the_token() -> None:
     model, mask_id = model_of_one_distribution([0.5, 0.5])
     found = sample_full(
-        model, torch.full((24_000, 3), mask_id), mask_id, confidence="random", temperature=1.0, tokens_per_step=1
+        model,
+        torch.full((24_000, 3), mask_id),
+        mask_id,
+        SamplingRule(confidence="random", temperature=1.0, tokens_per_step=1),
     )
     orders = found.order @ torch.tensor([9, 3, 1])
     tokens = found.tokens @ torch.tensor([4, 2, 1])
@@ -264,7 +269,7 @@ def test_successive_seeds_and_rows_draw_independently() -> None:
     model, mask_id = model_of_one_distribution([0.5, 0.5])
     first, second = (
         sample_full(
-            model, torch.full((8000, 2), mask_id), mask_id, temperature=1.0, tokens_per_step=2, seed=seed
+            model, torch.full((8000, 2), mask_id), mask_id, SamplingRule(temperature=1.0, tokens_per_step=2), seed=seed
         ).tokens
         for seed in (3, 4)
     )
@@ -277,17 +282,17 @@ def test_successive_seeds_and_rows_draw_independently() -> None:
 def test_a_seed_repeats_its_samples_and_another_does_not() -> None:
     model, xt = random_model(), masked_rows(6, 12)
     options: dict[str, Any] = {"temperature": 1.0, "confidence": "random"}
-    first = sample_full(model, xt, MASK_ID, seed=1, **options)
+    first = sample_full(model, xt, MASK_ID, SamplingRule(**options), seed=1)
     torch.manual_seed(99)  # no draw depends on the global generator
-    assert_same_samples(first, sample_full(model, xt, MASK_ID, seed=1, **options))
-    other = sample_full(model, xt, MASK_ID, seed=2, **options)
+    assert_same_samples(first, sample_full(model, xt, MASK_ID, SamplingRule(**options), seed=1))
+    other = sample_full(model, xt, MASK_ID, SamplingRule(**options), seed=2)
     assert not torch.equal(first.tokens, other.tokens)
     assert not torch.equal(first.order, other.order)
 
 
 def test_a_low_temperature_is_close_to_none() -> None:
     model, xt = random_model(), masked_rows(6, 12)
-    cold = sample_full(model, xt, MASK_ID, temperature=1e-6)
+    cold = sample_full(model, xt, MASK_ID, SamplingRule(temperature=1e-6))
     assert_same_samples(cold, sample_full(model, xt, MASK_ID))
 
 
@@ -352,9 +357,9 @@ def test_the_command_prints_the_board_the_order_and_the_nfe(
     ("arguments", "message"),
     [
         ([], "nowhere"),
-        (["--tokens-per-step", "0"], "--tokens-per-step must be at least 1, got 0"),
-        (["--threshold", "1.5"], "--threshold must lie between 0 and 1, got 1.5"),
-        (["--temperature", "-1"], "--temperature must be 0 or more, got -1.0"),
+        (["--tokens-per-step", "0"], "--tokens-per-step 0: input should be greater than 0"),
+        (["--threshold", "1.5"], "--threshold 1.5: input should be less than 1"),
+        (["--temperature", "-1"], "--temperature -1.0: input should be greater than or equal to 0"),
     ],
 )
 def test_the_command_refuses_bad_input_with_status_2(

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from conftest import SHARED, run_python
 
-from data.sudoku import (
+from data.sudoku import main
+from data.sudoku_boards import (
     BOX_SHAPE,
     SudokuData,
     check_boards,
-    check_uniqueness,
     count_shared_puzzles,
     format_bad_rows,
     legal_solutions,
-    main,
     make_data,
 )
+from data.sudoku_solver import check_uniqueness
 
 RATED = SHARED / "sudoku" / "sepb_rated.npz"
 SIZES = (4, 6, 9)
@@ -151,7 +151,7 @@ def test_bad_rows_are_named_with_number_and_reason(size):
 
 
 def test_rows_are_numbered_across_chunks(monkeypatch):
-    monkeypatch.setattr("data.sudoku.CHUNK_ROWS", 4)
+    monkeypatch.setattr("data.sudoku_boards.CHUNK_ROWS", 4)
     bad = check_boards(damaged(4, {3: (16, 0), 4: (0, 9), 10: (16, 0)}, n=11), 4)
     assert [row for row, _ in bad] == [3, 4, 10]
 
@@ -259,7 +259,7 @@ def test_426971_real_boards_are_good_and_checked_in_seconds():
 
 
 def test_puzzles_with_several_solutions_are_named_across_chunks(monkeypatch):
-    monkeypatch.setattr("data.sudoku.SEARCH_ROWS", 4)
+    monkeypatch.setattr("data.sudoku_solver.SEARCH_ROWS", 4)
     puzzles = boards(6, 11, n_clues=30)[:, :36].astype(np.uint8)
     assert check_uniqueness(puzzles, 6, show_progress=False) == []
     puzzles[[0, 4, 9], 6:] = 0

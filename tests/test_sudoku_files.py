@@ -11,9 +11,8 @@ import pytest
 from conftest import SHARED
 from test_sudoku import boards
 
-from config import SudokuSettings
-from data.load import describe_source, load_sudoku
-from data.sudoku_files import (
+from data.sudoku import SudokuSettings, load_split
+from data.sudoku_boards import (
     CONVERTED_FILES,
     RAW_FILES,
     convert_published,
@@ -171,7 +170,7 @@ def published_rows(tokens: np.ndarray, base: int, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("base", [0, 1])
 @pytest.mark.parametrize("dtype", [np.int64, np.uint16, np.float64])
 def test_published_rows_are_converted(base, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.sudoku_files.CHUNK_ROWS", 7)
+    monkeypatch.setattr("data.sudoku_boards.CHUNK_ROWS", 7)
     tokens = varied_boards(9, 20)
     np.save(tmp_path / "raw.npy", published_rows(tokens, base).astype(dtype))
     converted = convert_published(tmp_path / "raw.npy")
@@ -335,9 +334,9 @@ def test_each_source_is_chosen_by_the_settings(tmp_path, hub):
     }
     for source, keys in sources.items():
         chosen = settings(tmp_path, source=source, size=4, **keys)
-        assert np.array_equal(load_sudoku(chosen, "train").boards, train)
-        assert np.array_equal(load_sudoku(chosen, "test").boards, test)
-        assert next(iter(keys.values())) in describe_source(chosen)
+        assert np.array_equal(load_split(chosen, "train").boards, train)
+        assert np.array_equal(load_split(chosen, "test").boards, test)
+        assert next(iter(keys.values())) in chosen.describe()
 
 
 def test_every_source_feeds_both_layouts(tmp_path, hub):
@@ -356,26 +355,26 @@ def test_every_source_feeds_both_layouts(tmp_path, hub):
         sources.append({"source": "files", "train_file": file, "test_file": file})
     for source in sources:
         halves, in_place = (
-            load_sudoku(settings(tmp_path, layout=layout, **source), "test") for layout in ("two_halves", "in_place")
+            load_split(settings(tmp_path, layout=layout, **source), "test") for layout in ("two_halves", "in_place")
         )
         assert (halves.length, in_place.length) == (162, 81)
         tokens, prompt_mask = in_place.rows(np.arange(12))
         assert np.array_equal(tokens, boards[:, 81:]), source
         assert np.array_equal(prompt_mask, boards[:, :81] != 0), source
         assert np.array_equal(halves.rows(np.arange(12))[0], boards), source
-    generated = load_sudoku(settings(tmp_path, source="generated", n_train=3, n_test=2, layout="in_place"), "train")
+    generated = load_split(settings(tmp_path, source="generated", n_train=3, n_test=2, layout="in_place"), "train")
     assert generated.length == 81
 
 
 def test_without_the_published_set_boards_are_generated_and_the_user_is_told(tmp_path):
     chosen = settings(tmp_path, n_train=30, n_test=10)
     assert chosen.source == "published_or_generated"
-    assert "the published Sudoku set is not in" in describe_source(chosen)
-    assert (len(load_sudoku(chosen, "train")), len(load_sudoku(chosen, "test"))) == (30, 10)
+    assert "the published Sudoku set is not in" in chosen.describe()
+    assert (len(load_split(chosen, "train")), len(load_split(chosen, "test"))) == (30, 10)
     for split in ("train", "test"):
         np.save(tmp_path / RAW_FILES[split], published_rows(varied_boards(9, 6), base=0))
-    assert describe_source(chosen) == f"the published Sudoku set in {tmp_path}"
-    assert len(load_sudoku(chosen, "train")) == 6
+    assert chosen.describe() == f"the published Sudoku set in {tmp_path}"
+    assert len(load_split(chosen, "train")) == 6
 
 
 # Real files

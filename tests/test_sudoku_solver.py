@@ -10,7 +10,7 @@ from conftest import SHARED
 from test_generate_sudoku import solutions, train_set
 from test_sudoku import groups_of, solved_grid
 
-from data.sudoku_files import read_boards
+from data.sudoku_boards import read_boards
 from data.sudoku_solver import count_solutions, solve_singles
 
 RATED = SHARED / "sudoku" / "sepb_rated.npz"
@@ -108,7 +108,7 @@ def test_singles_solve_exactly_the_real_boards_that_are_said_to_need_no_more():
     """Level 1 says that naked and hidden singles solve a puzzle."""
     with open(EASY, newline="", encoding="utf-8") as file:
         level = np.array([int(row["level"]) for row in csv.DictReader(file)])
-    boards = read_boards(EASY, 9)
+    boards, _ = read_boards(EASY, 9)
     filled = solve_singles(boards[:, :81].astype(np.uint8), 9)
     assert np.bincount(level).tolist() == [0, 854, 146]
     assert np.array_equal((filled != 0).all(1), level == 1)
@@ -128,7 +128,7 @@ def test_singles_solve_no_real_board_that_is_said_to_need_more():
 
 @pytest.mark.skipif(not MEDIUM.exists(), reason=f"{MEDIUM} is absent")
 def test_5000_real_boards_have_one_solution_each():
-    puzzles = read_boards(MEDIUM, 9)[:, :81].astype(np.uint8)
+    puzzles = read_boards(MEDIUM, 9)[0][:, :81].astype(np.uint8)
     assert (count_solutions(puzzles, 9) == 1).all()
     generator = np.random.default_rng(0)
     for puzzle in puzzles:  # clues are hardly ever superfluous

@@ -16,10 +16,10 @@ import pytest
 import torch
 from conftest import ROOT, SHARED, run_python
 
-from data import tiny_gsm
+from data import pretokenize as module
+from data.pretokenize import pretokenize
 from data.stream import SequenceStream
 from data.text import decode_programs, load_tokenizer
-from data.tiny_gsm import pretokenize
 from data.token_files import FORMAT, open_tiny_gsm, read_meta, tokenizer_of, write_meta
 from data.word_problems import generate_problems, train_tokenizer
 from model.transformer import Transformer
@@ -135,7 +135,7 @@ def test_an_interrupted_call_continues(tmp_path, tokenizer_dir, monkeypatch):
     arguments = (str(tmp_path / "rows.jsonl"), str(tokenizer_dir))
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     pretokenize(*arguments, straight, MAX_LEN, n_workers=1)
-    read = tiny_gsm._read_chunks
+    read = module._read_chunks
     starts = []
 
     def failing(source, n_skipped, limit):
@@ -145,9 +145,9 @@ def test_an_interrupted_call_continues(tmp_path, tokenizer_dir, monkeypatch):
                 raise KeyboardInterrupt
             yield chunk
 
-    monkeypatch.setattr(tiny_gsm, "_read_chunks", failing)
-    monkeypatch.setattr(tiny_gsm, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(tiny_gsm, "CHUNKS_UNDER_WAY", 1)
+    monkeypatch.setattr(module, "_read_chunks", failing)
+    monkeypatch.setattr(module, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(module, "CHUNKS_UNDER_WAY", 1)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             pretokenize(*arguments, broken, MAX_LEN, n_workers=1)
@@ -347,7 +347,7 @@ def test_bad_sources_end_with_one_message(content, message, tmp_path, tokenizer_
     if content is not None:
         path.write_text(content)
     with pytest.raises(SystemExit) as stop:
-        tiny_gsm.main(f"--source {path} --tokenizer {tokenizer_dir} --out {tmp_path / 'out'} --workers 1".split())
+        module.main(f"--source {path} --tokenizer {tokenizer_dir} --out {tmp_path / 'out'} --workers 1".split())
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert re.search(message, error)

@@ -10,7 +10,6 @@ import torch
 from conftest import PUMA, UNIFORM, tiny_settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data.load import load_split
 from runtime.config_file import parse_config
 from runtime.distributed import World
 from training.run import Run, build_run
@@ -51,7 +50,7 @@ def build(objective: dict[str, Any], data_dir: Path, run_dir: Path, device: str 
     settings["training"] |= {"device": device} | training
     config = parse_config(settings, "test")
     world = World(0, 1, torch.device(device))
-    return build_run(config, world, run_dir, load_split(config, "train"))
+    return build_run(config, world, run_dir, config.open_data().train)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
@@ -63,7 +62,7 @@ def test_an_update_reads_nothing_back(objective, data_dir, tmp_path):
     for _ in range(4):
         with NoReads():
             apply_update(run, updater.dtype)
-        run.objective.stage_rows()
+        run.objective.prefetch()
 
 
 def test_the_watch_sees_reads():

@@ -23,7 +23,7 @@ from model.hub import load_initial_weights
 from model.transformer import Transformer, build_model
 from objective import Microbatch, Objective
 from progressive import PumaObjective
-from progressive_block import build_blocks
+from progressive_block import block_layout
 from runtime.checkpoint import Checkpoint, save_checkpoint
 from runtime.distributed import World, autocast_dtype, sum_over_ranks
 from runtime.metrics import peak_memory_gib, reduce_metrics
@@ -155,14 +155,15 @@ def build_objective(
             f"training.micro_batch_size {micro_rows} does not divide the {n_rows} rows that each process has"
         )
     queue = RowQueue(stream, n_rows, device)
+    rows = {"n_rows": n_rows, "micro_rows": micro_rows}
     if isinstance(settings, AutoregressiveSettings):
-        return AutoregressiveObjective(queue, stream.data.eos_id, n_rows, micro_rows)
+        return AutoregressiveObjective(queue, stream.data.eos_id, **rows)
     # Masks differ between ranks, and from the weights' seed.
     generator = torch.Generator(device).manual_seed(training.seed * 1_000_003 + stream.rank + 1)
-    blocks = build_blocks(settings, stream.data.length)
+    layout = block_layout(settings, stream.data.length)
     if isinstance(settings, ProgressiveSettings):
-        return PumaObjective(settings, blocks, queue, mask_id, n_rows, micro_rows, generator)
-    return UniformObjective(blocks, queue, mask_id, n_rows, micro_rows, generator)
+        return PumaObjective(settings, queue, layout, mask_id, **rows, generator=generator)
+    return UniformObjective(queue, layout, mask_id, **rows, generator=generator)
 
 
 def settle_gradient_buckets(wrapped: DistributedDataParallel, length: int, device: torch.device) -> None:

@@ -52,7 +52,7 @@ class Updater:
             update_ema(run.ema, run.model, cast(float, run.config.training.ema_decay))
         run.learning_rate = run.config.training.learning_rate * run.scheduler.lr_lambdas[0](run.step)
         run.scheduler.step()
-        run.objective.stage_rows()
+        run.objective.prefetch()
         run.n_summed += 1
         run.step += 1
 

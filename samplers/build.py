@@ -7,13 +7,15 @@ from functools import partial
 
 from config import BlockSettings, Config
 from samplers.block import sample_blocks
-from samplers.causal import sample_left_to_right
+from samplers.causal import sample_causal
 from samplers.full import sample_full
 from samplers.step import Samples
 
+Sampler = Callable[..., Samples]
 
-def sampler_of(config: Config, eos_id: int | None = None) -> Callable[..., Samples]:
-    """The sampler that fits the objective; called as `sample` is.
+
+def build_sampler(config: Config, eos_id: int | None = None) -> Sampler:
+    """The sampler that fits the objective; called as `sample_full` is.
 
     Args:
         eos_id: the token that ends a sequence, if the data set has one.
@@ -21,5 +23,5 @@ def sampler_of(config: Config, eos_id: int | None = None) -> Callable[..., Sampl
     if isinstance(config.objective, BlockSettings):
         return partial(sample_blocks, block_size=config.objective.block_size, eos_id=eos_id)
     if config.causal:
-        return partial(sample_left_to_right, eos_id=eos_id)
+        return partial(sample_causal, eos_id=eos_id)
     return sample_full

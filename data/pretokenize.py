@@ -1,0 +1,264 @@
+"""The command of `data/tiny_gsm.py`: tokenize questions and programs once into flat files, which training memory-maps.
+
+It writes the files of `data/token_files.py`. The same command continues where an interrupted call stopped, and the
+result is the same, byte for byte.
+
+Shapes: N rows, L tokens per row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data.files import write_text
+from data.text import encode_rows, load_tokenizer
+from data.token_files import LABELS_FILE, META_FILE, PROMPT_FILE, TOKENIZER_DIR, data_shape, read_meta, write_meta
+
+PROGRESS_FILE = ".progress.json"
+COLUMNS = ("question", "code")
+CHUNK_ROWS = 500  # rows per task of a worker process: 1 MiB of labels
+CHUNKS_UNDER_WAY = 4  # per worker
+SAVE_EVERY_S = 5.0
+# How texts become rows, recorded so that a call never continues rows that were made otherwise.
+WHITE_SPACE = {"outer_white_space": "stripped"}
+WHITE_SPACE_BEFORE = {"outer_white_space": "kept"}  # of this code's files that record none
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is safely on disk of an unfinished run."""
+
+    n_read: int = 0  # rows of the source
+    n_written: int = 0
+    n_left_out: int = 0
+    max_token_id: int = 0
+
+
+def pretokenize(
+    source: str,
+    tokenizer_name: str,
+    out: Path,
+    max_len: int = 512,
+    limit: int | None = None,
+    n_workers: int | None = None,
+) -> Progress:
+    """Tokenize `source` into `out`, from where an earlier call stopped; the result does not depend on interruptions.
+
+    Args:
+        source: .jsonl or .parquet file, folder of such files, or name of a Hugging Face data set, with the columns
+            `question` and `code`.
+        limit: rows of the source to read; None: all.
+        n_workers: processes; None: one per CPU core that this process may use.
+
+    Raises:
+        ValueError: bad source or tokenizer, or `out` was begun with other settings.
+    """
+    if max_len % 8 or max_len < 8:
+        raise ValueError(f"max_len {max_len} is not a multiple of 8: prompt_mask.bin holds eight positions a byte")
+    job = {"dataset": source, "tokenizer": tokenizer_name, "max_len": max_len, "limit": limit} | WHITE_SPACE
+    done, finished = _read_progress(out, job)
+    if finished:
+        return done
+    tokenizer = load_tokenizer(tokenizer_name)
+    tokenizer.save_pretrained(out / TOKENIZER_DIR)  # makes `out` too
+    n_bytes = {LABELS_FILE: done.n_written * max_len * 4, PROMPT_FILE: done.n_written * max_len // 8}
+    with (
+        open(out / LABELS_FILE, "ab") as labels_file,
+        open(out / PROMPT_FILE, "ab") as prompt_file,
+        tqdm(total=limit, initial=done.n_read, desc="tokenizing", unit="row", unit_scale=True) as bar,
+    ):
+        files = (labels_file, prompt_file)
+        for file, size in zip(files, n_bytes.values(), strict=True):
+            if os.fstat(file.fileno()).st_size < size:
+                raise ValueError(f"{file.name} is shorter than {PROGRESS_FILE} says: delete {out} and start again")
+            file.truncate(size)  # what came after the last save is written anew
+        saved_at = -SAVE_EVERY_S
+        for labels, prompt_bits, n_left_out in _encode_chunks(
+            _read_chunks(source, done.n_read, limit), tokenizer, max_len, n_workers
+        ):
+            labels_file.write(labels.data)
+            prompt_file.write(prompt_bits.data)
+            done = Progress(
+                done.n_read + len(labels) + n_left_out,
+                done.n_written + len(labels),
+                done.n_left_out + n_left_out,
+                max(done.max_token_id, int(labels.max(initial=0))),
+            )
+            bar.update(len(labels) + n_left_out)
+            if time.monotonic() - saved_at > SAVE_EVERY_S:
+                _sync(files)
+                write_text(out / PROGRESS_FILE, json.dumps({"job": job, "done": asdict(done)}))
+                saved_at = time.monotonic()
+        _sync(files)
+    if done.n_written == 0:
+        raise ValueError(f"{source} holds no row that fits {max_len} tokens")
+    facts = job | {"eos_id": tokenizer.eos_token_id, "num_left_out": done.n_left_out}
+    write_meta(out, facts, done.n_written, done.max_token_id)
+    (out / PROGRESS_FILE).unlink(missing_ok=True)
+    return done
+
+
+def _read_progress(out: Path, job: dict[str, Any]) -> tuple[Progress, bool]:
+    """What an earlier call with the same settings has done, and whether it finished."""
+    finished = (out / META_FILE).exists()
+    if finished:
+        meta = read_meta(out)
+        unrecorded = WHITE_SPACE_BEFORE if "num_left_out" in meta else WHITE_SPACE  # the published code strips
+        begun = {key: (unrecorded | meta).get(key) for key in job}
+        n_left_out = meta.get("num_left_out", 0)
+        n_written = data_shape(out, meta)[0]
+        done = Progress(n_written + n_left_out, n_written, n_left_out, meta.get("max_token_id", 0))
+    elif (out / PROGRESS_FILE).exists():
+        content = json.loads((out / PROGRESS_FILE).read_text(encoding="utf-8"))
+        begun, done = WHITE_SPACE_BEFORE | content["job"], Progress(**content["done"])
+    else:
+        return Progress(), False
+    differences = [f"{key} {begun[key]!r}, now {job[key]!r}" for key in job if begun[key] != job[key]]
+    if differences:
+        raise ValueError(f"{out} was made with {'; '.join(differences)}: give another --out, or delete it")
+    return done, finished
+
+
+def _read_chunks(source: str, n_skipped: int, limit: int | None) -> Iterator[tuple[list[str], list[str]]]:
+    """Questions and programs of the source in order, `CHUNK_ROWS` at a time."""
+    from datasets import load_dataset  # slow to import, and only this command needs it
+
+    path = Path(source)
+    try:
+        if path.exists():
+            files = find_files(path)
+            kind = "parquet" if files[0].endswith(".parquet") else "json"
+            rows = load_dataset(kind, data_files=files, split="train", streaming=True)
+        elif path.is_absolute() or path.suffix in (".jsonl", ".parquet") or source.count("/") > 1:
+            raise ValueError("it does not exist")
+        else:
+            rows = load_dataset(source, split="train", streaming=True)
+        if limit is not None:
+            rows = rows.take(limit)
+        n_read = n_skipped
+        for batch in rows.skip(n_skipped).iter(batch_size=CHUNK_ROWS):
+            missing = set(COLUMNS) - set(batch)
+            if missing:
+                raise ValueError(f"it has no column {sorted(missing)}, only {sorted(batch)}")
+            for name in COLUMNS:
+                wrong = next((i for i, value in enumerate(batch[name]) if not isinstance(value, str)), None)
+                if wrong is not None:
+                    raise ValueError(f"{name} of row {n_read + wrong} (from 0) is no text: {batch[name][wrong]!r}")
+            yield batch["question"], batch["code"]
+            n_read += len(batch["question"])
+    except Exception as error:  # the library raises a dozen kinds for what is one problem to the user
+        raise ValueError(f"source {source!r} cannot be read: {error}") from error
+
+
+def find_files(path: Path) -> list[str]:
+    """The .jsonl or .parquet files that `path` is or holds, sorted; raises ValueError for none or both kinds."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = [file for file in files if file.suffix in (".jsonl", ".parquet")]
+    if not found:
+        raise ValueError(f"{path} is or holds no .jsonl or .parquet file")
+    if len({file.suffix for file in found}) > 1:
+        raise ValueError(f"{path} holds both .jsonl and .parquet files: name one kind's folder")
+    return [str(file) for file in found]
+
+
+def _encode_chunks(
+    chunks: Iterator[tuple[list[str], list[str]]], tokenizer: Any, max_len: int, n_workers: int | None
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """`encode_rows` of each chunk in worker processes, in order; a bounded number of chunks is under way."""
+    n_workers = n_workers or len(os.sched_getaffinity(0))
+    work = partial(encode_rows, tokenizer.backend_tokenizer, tokenizer.eos_token_id, max_len=max_len)
+    executor = ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), _start_worker, (work,))
+    pending: deque[Future[tuple[np.ndarray, np.ndarray, int]]] = deque()
+    try:
+        for questions, codes in chunks:
+            pending.append(executor.submit(_work, questions, codes))
+            if len(pending) >= CHUNKS_UNDER_WAY * n_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+_encode: Callable[[list[str], list[str]], tuple[np.ndarray, np.ndarray, int]]  # of a worker process
+
+
+def _start_worker(encode: Callable[[list[str], list[str]], tuple[np.ndarray, np.ndarray, int]]) -> None:
+    global _encode
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    _encode = encode
+
+
+def _follow_parent() -> None:
+    """End with the parent: if it is killed, nobody asks for the rest."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _work(questions: list[str], codes: list[str]) -> tuple[np.ndarray, np.ndarray, int]:
+    return _encode(questions, codes)
+
+
+def _sync(files: tuple[Any, ...]) -> None:
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; bad input ends with one message and exit status 2."""
+    parser = argparse.ArgumentParser(description="Tokenize TinyGSM into flat files for training.")
+    parser.add_argument("--source", default="TinyGSM/TinyGSM", help="file, folder or Hugging Face data set")
+    parser.add_argument("--tokenizer", default="Qwen/Qwen2-0.5B", help="Hugging Face name or folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--max-len", type=int, default=512, help="tokens per row, a multiple of 8")
+    parser.add_argument("--limit", type=int, help="rows of the source to read")
+    parser.add_argument("--workers", type=int, help="processes; all cores by default")
+    options = parser.parse_args(arguments)
+    for name in ("limit", "workers"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    try:
+        finished = (options.out / META_FILE).exists()
+        before, start = _n_read(options.out), time.monotonic()
+        done = pretokenize(
+            options.source, options.tokenizer, options.out, options.max_len, options.limit, options.workers
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"error: interrupted; the same command continues in {options.out}", file=sys.stderr)
+        sys.exit(130)
+    seconds = time.monotonic() - start
+    speed = "already complete" if finished else f"{(done.n_read - before) / seconds:,.0f} rows/s"
+    print(f"{options.out}: {done.n_written:,} rows, {done.n_left_out:,} left out whose question is too long; {speed}")
+
+
+def _n_read(out: Path) -> int:
+    """Rows that an earlier call has read, for the speed of this one."""
+    path = out / PROGRESS_FILE
+    return int(json.loads(path.read_text(encoding="utf-8"))["done"]["n_read"]) if path.exists() else 0

@@ -1,0 +1,403 @@
+"""Sudoku boards in bulk: read from files and data sets, checked, and as token sequences.
+
+0 is an empty cell, the mask token is size + 1. There are two layouts of a sequence; in both the last C tokens are the
+solution:
+
+- `two_halves`: the puzzle's cells, then the solution's. The puzzle half is the prompt.
+- `in_place`: the solution's cells alone. The clues are the prompt; no token is an empty cell.
+
+Shapes: N boards, S size, C = S * S cells.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from zipfile import BadZipFile
+
+import numpy as np
+from tqdm import tqdm
+
+SudokuLayout = Literal["two_halves", "in_place"]
+
+# Rows and columns of a box.
+BOX_SHAPE = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
+CHUNK_ROWS = 50_000
+N_SHOWN = 10
+# The published set (Shah et al. 2024): rows of k and 81 quadruples (row, column, value, strategy), k of them clues.
+RAW_FILES = {"train": "sudoku-train-data.npy", "test": "sudoku-test-data.npy"}
+CONVERTED_FILES = {"train": "train_mdm.npy", "test": "test_mdm.npy"}
+RAW_WIDTH = 1 + 81 * 4
+
+
+@dataclass(frozen=True)
+class SudokuData:
+    """Boards in memory; see `data.stream.SequenceData`. Build it with `make_data`, which checks them."""
+
+    boards: np.ndarray  # uint8 [N, 2 * C], puzzles and solutions
+    size: int
+    layout: SudokuLayout = "two_halves"
+    ratings: np.ndarray | None = None  # float32 [N], difficulty where the source has one; NaN where a puzzle has none
+
+    @property
+    def n_cells(self) -> int:
+        """Cells of a board."""
+        return self.size * self.size
+
+    @property
+    def length(self) -> int:
+        """Tokens per sequence."""
+        return sequence_length(self.size, self.layout)
+
+    @property
+    def mask_id(self) -> int:
+        """The mask token."""
+        return self.size + 1
+
+    @property
+    def eos_id(self) -> None:
+        """Boards have no end token."""
+        return None
+
+    @property
+    def puzzles(self) -> np.ndarray:
+        """uint8 [N, C]."""
+        return self.boards[:, : self.n_cells]
+
+    @property
+    def solutions(self) -> np.ndarray:
+        """uint8 [N, C]."""
+        return self.boards[:, self.n_cells :]
+
+    def __len__(self) -> int:
+        return len(self.boards)
+
+    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (int64 [n, L]) and prompt mask (bool [n, L]) of these rows."""
+        boards = self.boards[indices]
+        if self.layout == "in_place":
+            return boards[:, self.n_cells :].astype(np.int64), boards[:, : self.n_cells] != 0
+        prompt_mask = np.zeros(boards.shape, dtype=bool)
+        prompt_mask[:, : self.n_cells] = True
+        return boards.astype(np.int64), prompt_mask
+
+
+def sequence_length(size: int, layout: SudokuLayout) -> int:
+    """Tokens per sequence."""
+    return size * size if layout == "in_place" else 2 * size * size
+
+
+def make_data(
+    boards: np.ndarray,
+    size: int,
+    source: str,
+    layout: SudokuLayout = "two_halves",
+    ratings: np.ndarray | None = None,
+) -> SudokuData:
+    """Check boards and wrap them.
+
+    Args:
+        boards: [N, 2 * C] of any number type, puzzles and solutions.
+        source: where they come from, for the message.
+        ratings: float32 [N], the puzzles' difficulty, NaN where it is not known.
+
+    Raises:
+        ValueError: there are none, the shape is wrong or a board is bad; the message names the first bad rows.
+    """
+    check_shape(boards, size, source)
+    bad = check_boards(boards, size)
+    if not bad and layout == "in_place":
+        full = np.flatnonzero((boards[:, : size * size] != 0).all(1))
+        bad = [(int(row), "the puzzle has no empty cell, so layout in_place leaves nothing to predict") for row in full]
+    if bad:
+        raise ValueError(f"{source}: {format_bad_rows(bad, len(boards))}")
+    if ratings is not None:
+        if ratings.shape != (len(boards),):
+            raise ValueError(f"{source}: ratings must be one number per board, [{len(boards)}], got {ratings.shape}")
+        if np.isinf(ratings).any() or np.isnan(ratings).all():
+            raise ValueError(f"{source}: ratings must be finite numbers, and some board must have one")
+    return SudokuData(np.ascontiguousarray(boards, dtype=np.uint8), size, layout, ratings)
+
+
+def check_shape(boards: np.ndarray, size: int, source: str) -> None:
+    """Raise ValueError unless `boards` are numbers [N, 2 * C], N at least 1."""
+    expected = 2 * size * size
+    if boards.ndim != 2 or boards.shape[1] != expected or boards.dtype.kind not in "uif":
+        raise ValueError(
+            f"{source}: rows must have {expected} numbers for {size}x{size} boards, got shape {boards.shape} of type "
+            f"{boards.dtype}"
+        )
+    if len(boards) == 0:
+        raise ValueError(f"{source} holds no boards")
+
+
+def check_boards(boards: np.ndarray, size: int) -> list[tuple[int, str]]:
+    """Bad rows of [N, 2 * C] boards (any number type) with the reason for each, in order; empty if all are good."""
+    bad: list[tuple[int, str]] = []
+    for start in range(0, len(boards), CHUNK_ROWS):
+        chunk = boards[start : start + CHUNK_ROWS]
+        puzzles, solutions = chunk[:, : size * size], chunk[:, size * size :]
+        # In this order: the first that applies to a row is its reason.
+        reasons = {
+            f"the puzzle has a cell that is not 0 to {size}": ~_are_digits(puzzles, 0, size),
+            f"the solution has a cell that is not 1 to {size}": ~_are_digits(solutions, 1, size),
+            "the solution repeats a digit in a row, column or box": ~legal_solutions(solutions, size),
+            "the solution changes a clue": ((puzzles != 0) & (puzzles != solutions)).any(1),
+        }
+        named = np.zeros(len(chunk), dtype=bool)
+        found: list[tuple[int, str]] = []
+        for reason, where in reasons.items():
+            found += [(start + int(row), reason) for row in np.flatnonzero(where & ~named)]
+            named |= where
+        bad += sorted(found)
+    return bad
+
+
+def legal_solutions(boards: np.ndarray, size: int) -> np.ndarray:
+    """Which boards [N, C] hold every digit once in each row, column and box; bool [N]."""
+    height, width = BOX_SHAPE[size]
+    in_range = _are_digits(boards, 1, size)
+    digits = np.where(in_range[:, None], boards, 1).astype(np.uint16)
+    bits = (np.uint16(1) << digits).reshape(-1, size, size)
+    boxes = bits.reshape(-1, size // height, height, size // width, width).transpose(0, 1, 3, 2, 4)
+    every_digit = (1 << (size + 1)) - 2
+    legal = in_range
+    for groups in (bits, bits.transpose(0, 2, 1), boxes.reshape(-1, size, size)):
+        legal = legal & (np.bitwise_or.reduce(groups, axis=2) == every_digit).all(1)
+    return legal
+
+
+def count_shared_puzzles(first: SudokuData, second: SudokuData) -> int:
+    """How many puzzles of `second` also stand in `first`."""
+    return len(set(puzzle_keys(second.puzzles)).intersection(puzzle_keys(first.puzzles)))
+
+
+def puzzle_keys(puzzles: np.ndarray) -> list[bytes]:
+    """One hashable key per puzzle (uint8 [N, C])."""
+    cells = np.ascontiguousarray(puzzles)
+    keys: list[Any] = cells.view(np.dtype((np.void, cells.shape[1]))).ravel().tolist()
+    return keys
+
+
+def format_bad_rows(bad: list[tuple[int, str]], n_rows: int) -> str:
+    """The first bad rows, one per line; rows count from 0."""
+    lines = [f"{len(bad)} of {n_rows} rows are bad (rows count from 0)"]
+    lines += [f"  row {row}: {reason}" for row, reason in bad[:N_SHOWN]]
+    if len(bad) > N_SHOWN:
+        lines.append(f"  and {len(bad) - N_SHOWN} more")
+    return "\n".join(lines)
+
+
+def _are_digits(boards: np.ndarray, lowest: int, highest: int) -> np.ndarray:
+    """Which boards hold only whole numbers in a range; bool [N]."""
+    inside = (boards >= lowest) & (boards <= highest)
+    if not np.issubdtype(boards.dtype, np.integer):
+        inside &= boards == np.floor(boards)
+    return np.asarray(inside.all(1))
+
+
+def load_sudoku_file(
+    path: str | Path, size: int, layout: SudokuLayout = "two_halves", rating_column: str | None = None
+) -> SudokuData:
+    """Boards of a .csv, .npz or .npy file, checked; ValueError naming the file and the bad rows. See `read_boards`."""
+    boards, ratings = read_boards(path, size, rating_column)
+    return make_data(boards, size, str(path), layout, ratings)
+
+
+def read_boards(path: str | Path, size: int, rating_column: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Boards of a file as they are there, [N, 2 * C], and ratings float32 [N], NaN where a row has none.
+
+    .csv: columns `puzzle` and `solution` of C characters, `.` or `0` where empty; .npz: arrays `puzzle` and `solution`
+    [N, C]; .npy: [N, 2 * C].
+
+    Args:
+        rating_column: column of a .csv file or array of a .npz file with the puzzles' difficulty; None: no ratings.
+
+    Raises:
+        ValueError: the file is missing or is not of that form.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"Sudoku file {path} does not exist")
+    columns = ["puzzle", "solution", *([rating_column] if rating_column else [])]
+    try:
+        if path.suffix == ".csv":
+            found: dict[str, Any] = _read_csv(path, columns)
+            puzzles, solutions = (_cells(found[name], size, f"column {name!r}") for name in columns[:2])
+        else:
+            content = np.load(path)  # refuses pickles by default
+            if isinstance(content, np.ndarray):
+                if rating_column:
+                    raise ValueError(f"a .npy file has no column {rating_column!r}: use .csv or .npz")
+                return content, None
+            missing = set(columns) - set(content.files)
+            if missing:
+                raise ValueError(f"it lacks {sorted(missing)} and holds {content.files}")
+            found = {name: content[name] for name in columns}
+            puzzles, solutions = found["puzzle"], found["solution"]
+    except (ValueError, OSError, EOFError, BadZipFile, csv.Error) as error:
+        raise ValueError(f"Sudoku file {path} cannot be read: {error}") from None
+    if puzzles.shape != solutions.shape or puzzles.ndim != 2:
+        raise ValueError(
+            f"Sudoku file {path}: puzzle {puzzles.shape} and solution {solutions.shape} must both be [N, {size**2}]"
+        )
+    ratings = None
+    if rating_column:
+        try:
+            ratings = np.array([value if value != "" else "nan" for value in found[rating_column]], dtype=np.float32)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"Sudoku file {path}, column {rating_column!r}: ratings must be numbers ({error})"
+            ) from None
+    return np.concatenate([puzzles, solutions], axis=1), ratings
+
+
+def published_available(data_dir: str | Path) -> bool:
+    """Whether both splits of the published set lie in `data_dir`, converted or not."""
+    folder = Path(data_dir)
+    return all(
+        (folder / CONVERTED_FILES[split]).exists() or (folder / RAW_FILES[split]).exists() for split in RAW_FILES
+    )
+
+
+def load_published(data_dir: str | Path, split: str, layout: SudokuLayout = "two_halves") -> SudokuData:
+    """The published set's `train` or `test` split; converted on first use, which later ones read.
+
+    Raises:
+        ValueError: it is not there, or a row is bad.
+    """
+    raw, converted = Path(data_dir) / RAW_FILES[split], Path(data_dir) / CONVERTED_FILES[split]
+    if not converted.exists():
+        if not raw.exists():
+            raise ValueError(f"{data_dir} holds neither {converted.name} nor {raw.name}; set data.source: generated")
+        data = make_data(convert_published(raw), 9, str(raw), layout)
+        save_array(converted, data.boards)
+        return data
+    return load_sudoku_file(converted, 9, layout)
+
+
+def convert_published(path: Path) -> np.ndarray:
+    """Rows of 325 integers as boards uint8 [N, 162]; indices may count from 0 or from 1.
+
+    Raises:
+        ValueError: another shape, or quadruples that do not name each cell once.
+    """
+    try:
+        raw = np.load(path, mmap_mode="r")
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"Sudoku file {path} cannot be read: {error}") from None
+    if raw.ndim != 2 or raw.shape[1] != RAW_WIDTH or len(raw) == 0 or raw.dtype.kind not in "uif":
+        raise ValueError(f"{path}: rows must have {RAW_WIDTH} integers, got shape {raw.shape}")
+    boards = np.zeros((len(raw), 2, 81), dtype=np.uint8)
+    # Every row names all cells, so the smallest index of the first row tells where the file counts from.
+    base = int(raw[0, 1::4].min())
+    for start in tqdm(
+        range(0, len(raw), CHUNK_ROWS), desc=f"converting {path.name}", unit_scale=CHUNK_ROWS, unit="row"
+    ):
+        chunk = np.asarray(raw[start : start + CHUNK_ROWS]).astype(np.int64)
+        n_clues, quadruples = chunk[:, :1], chunk[:, 1:].reshape(-1, 81, 4)
+        row, column, value = (quadruples[:, :, i] - (base if i < 2 else 0) for i in range(3))
+        cell = row * 9 + column  # [n, 81]
+        in_range = (row >= 0) & (row < 9) & (column >= 0) & (column < 9) & (value >= 0) & (value <= 255)
+        good = in_range.all(1) & (np.sort(cell, axis=1) == np.arange(81)).all(1)
+        good &= (n_clues[:, 0] >= 0) & (n_clues[:, 0] <= 81)
+        if not good.all():
+            first = start + int(np.flatnonzero(~good)[0])
+            raise ValueError(
+                f"{path}: row {first} (from 0) must hold 0 to 81 clues and name each of the 81 cells once, with a value"
+            )
+        out = boards[start : start + len(chunk)]
+        np.put_along_axis(out[:, 0], cell, np.where(np.arange(81) < n_clues, value, 0).astype(np.uint8), axis=1)
+        np.put_along_axis(out[:, 1], cell, value.astype(np.uint8), axis=1)
+    return boards.reshape(-1, 162)
+
+
+def load_hub(
+    name: str,
+    split: str,
+    puzzle_column: str,
+    solution_column: str,
+    size: int,
+    layout: SudokuLayout = "two_halves",
+    rating_column: str | None = None,
+) -> SudokuData:
+    """A split of a Hugging Face data set (a name or a local folder) whose cells are text or lists of integers.
+
+    Raises:
+        ValueError: it cannot be loaded, lacks a column, or a row is bad.
+    """
+    from datasets import load_dataset, load_dataset_builder  # slow to import, and only this source needs it
+    from datasets.packaged_modules.csv.csv import Csv
+
+    source = f"data set {name!r}, split {split!r}"
+    try:
+        # A csv file's puzzles are read as numbers otherwise, without their leading zeros.
+        as_text = {"converters": {puzzle_column: str, solution_column: str}}
+        options: dict[str, Any] = as_text if isinstance(load_dataset_builder(name), Csv) else {}
+        table = load_dataset(name, split=split, **options)
+    except Exception as error:  # the library raises a dozen kinds for what is one problem to the user
+        raise ValueError(f"{source} cannot be loaded: {error}") from None
+    wanted = [puzzle_column, solution_column, *([rating_column] if rating_column else [])]
+    missing = set(wanted) - set(table.column_names)
+    if missing:
+        raise ValueError(f"{source} has no column {sorted(missing)}; it has {table.column_names}")
+    columns = [
+        _cells(table[column][:], size, f"{source}, column {column!r}") for column in (puzzle_column, solution_column)
+    ]
+    try:
+        ratings = None if rating_column is None else np.array(table[rating_column][:], dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}, column {rating_column!r}: ratings must be numbers ({error})") from None
+    return make_data(np.concatenate(columns, axis=1), size, source, layout, ratings)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
+    with open(scratch, "wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def _read_csv(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
+    """These columns of a file, by name."""
+    with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
+        lines = csv.reader(file)
+        header = next(lines, [])
+        missing = set(columns) - set(header)
+        if missing:
+            raise ValueError(f"it lacks the columns {sorted(missing)} and has {header}")
+        at = {name: header.index(name) for name in columns}
+        rows = [line for line in lines if line]
+    short = next((number for number, line in enumerate(rows) if len(line) <= max(at.values())), None)
+    if short is not None:
+        raise ValueError(f"row {short} (from 0) is cut short: {rows[short]}")
+    return {name: [line[i] for line in rows] for name, i in at.items()}
+
+
+def _cells(rows: Sequence[Any], size: int, source: str) -> np.ndarray:
+    """Boards given as text or as lists of integers, [N, C]; ValueError naming the first row of another length."""
+    n_cells = size * size
+    kind = str if rows and isinstance(rows[0], str) else list
+    for number, row in enumerate(rows):
+        if not isinstance(row, kind):
+            raise ValueError(f"{source}: row {number} (from 0) is {row!r}, not {'text' if kind is str else 'a list'}")
+        if len(row) != n_cells:
+            raise ValueError(
+                f"{source}: row {number} (from 0) has {len(row)} cells, a {size}x{size} board has {n_cells}"
+            )
+    if kind is list:
+        try:
+            return np.array(rows, dtype=np.float64).reshape(-1, n_cells)  # missing cells become NaN
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: cells must be integers ({error})") from None
+    # Anything that is no ASCII character becomes `?`, which fails the check of digits with its row number.
+    codes = np.frombuffer("".join(rows).encode("ascii", errors="replace"), dtype=np.uint8).reshape(-1, n_cells)
+    return np.where(codes == ord("."), 0, codes.astype(np.int16) - ord("0"))

@@ -21,9 +21,9 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The table in README.
+# The table in docs/settings.md.
 settings: $(READY)
-	$(BIN)/python -m runtime.config_file README.md
+	$(BIN)/python -m runtime.config_file docs/settings.md
 
 # The stamp is written last, so that an interrupted install is tried again.
 $(READY): requirements.txt

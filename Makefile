@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 .DELETE_ON_ERROR:
-.PHONY: train test check format settings lock clean
+.PHONY: train test check docs-check format settings lock clean
 
 train: $(READY)
 	$(BIN)/python train.py --config yaml_files/sudoku_mini_puma.yaml
@@ -16,6 +16,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Runs the commands of README.md and docs/ in small, in a temporary copy.
+docs-check: $(READY)
+	$(BIN)/python -m tests.docs_check
 
 format: $(READY)
 	$(BIN)/ruff format .

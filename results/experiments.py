@@ -32,7 +32,7 @@ EXPERIMENTS = {
         overrides=("training.compile=true", "validation.n_examples=100", "validation.n_final_examples=500"),
     ),
     "positions": Experiment(
-        "What tells a bidirectional model where a token stands: sudoku_mini_puma with 500 updates",
+        "Rotary and learned positions, each alone and both: sudoku_mini_puma with 500 updates",
         (
             Arm("rotary and learned", "sudoku_mini_puma.yaml"),
             Arm("learned alone", "sudoku_mini_puma.yaml", ("model.rotary=false",)),

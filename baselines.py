@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from data.row_queue import RowQueue
-from objective import Microbatch, Objective, split_rows
+from objective import Microbatch, Objective
 from progressive_block import BlockLayout
 from runtime.distributed import sum_over_ranks
 
@@ -40,12 +40,15 @@ class UniformObjective(Objective):
         self.masked_fraction = torch.zeros((), device=generator.device)
 
     @override
-    def microbatches(self, step: int) -> Iterator[Microbatch]:
+    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         x0, maskable = self.queue.take_next(self.n_rows)
         masked = self.layout.mask_uniformly(maskable, self.generator)
         self.masked_fraction = (masked.sum(1) / maskable.sum(1)).mean()
-        xt = x0.masked_fill(masked, self.mask_id)
-        return self.layout.microbatches(xt, x0, self.layout.weights(masked, over_ranks=True), self.micro_rows)
+        return x0.masked_fill(masked, self.mask_id), x0, self.layout.weights(masked, over_ranks=True)
+
+    @override
+    def microbatches(self, step: int) -> Iterator[Microbatch]:
+        return self.layout.microbatches(*self.draw(step), self.micro_rows)
 
     @override
     def metrics(self) -> dict[str, Tensor]:
@@ -65,13 +68,12 @@ class AutoregressiveObjective(Objective):
         self.target_fraction = torch.zeros((), device=queue.device)
 
     @override
-    def microbatches(self, step: int) -> Iterator[Microbatch]:
+    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         x0, maskable = self.queue.take_next(self.n_rows)
         target = next_token_targets(x0, maskable, self.eos_id)
         self.target_fraction = (target.sum(1) / maskable.sum(1)).mean()
         # Gradients are averaged over ranks, so a rank's weights are n_ranks times those of the sum.
-        weight = target_weights(target, sum_over_ranks(target.sum())) * self.queue.stream.n_ranks
-        return split_rows(x0, x0, weight, self.micro_rows)
+        return x0, x0, target_weights(target, sum_over_ranks(target.sum())) * self.queue.stream.n_ranks
 
     @override
     def metrics(self) -> dict[str, Tensor]:

@@ -43,9 +43,9 @@ def split_rows(
 class Objective(ABC):
     """Base of all objectives, and everything that the training loop knows about one.
 
-    In each update the loop takes `microbatches`, passes the confidences of each to `observe`, and calls `end_step`
-    after the optimizer. These three run on the device alone (no host sync), and may be captured in a CUDA graph;
-    `prefetch` is the host's part.
+    A subclass chooses in `draw` what is masked. In each update the loop takes `microbatches`, passes the confidences of
+    each to `observe`, and calls `end_step` after the optimizer. These run on the device alone (no host sync) and may
+    be captured in a CUDA graph; `prefetch` is the host's part.
 
     Args:
         queue: fresh sequences.
@@ -60,8 +60,12 @@ class Objective(ABC):
         self.queue, self.n_rows, self.micro_rows, self.generator = queue, n_rows, micro_rows, generator
 
     @abstractmethod
+    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The batch of one update: xt int64 [B, L], x0 int64 [B, L] and weight float32 [B, L]."""
+
     def microbatches(self, step: int) -> Iterator[Microbatch]:
-        """Batches of one update; as many and of the same shapes on every rank."""
+        """The forward passes of one update; as many and of the same shapes on every rank."""
+        return split_rows(*self.draw(step), self.micro_rows)
 
     def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
         """Take the max log-probabilities (float32 [b, L]) that the forward pass found where weight is not 0."""

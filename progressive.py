@@ -289,7 +289,7 @@ class PumaObjective(Objective):
         self._confidence = torch.empty(n_rows, layout.length, device=generator.device)
 
     @override
-    def microbatches(self, step: int) -> Iterator[Microbatch]:
+    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         self.pool.set_n_stages(self.settings.n_stages_at(step))
         x0, masked = self.pool.batch()
         n_uniform = self.n_rows - self.n_pool_rows
@@ -297,8 +297,11 @@ class PumaObjective(Objective):
             fresh, maskable = self.queue.take_next(n_uniform)
             x0 = torch.cat([x0, fresh])  # [B, L]
             masked = torch.cat([masked, self.layout.mask_uniformly(maskable, self.generator)])
-        xt = x0.masked_fill(masked, self.mask_id)
-        return self.layout.microbatches(xt, x0, self.layout.weights(masked, over_ranks=True), self.micro_rows)
+        return x0.masked_fill(masked, self.mask_id), x0, self.layout.weights(masked, over_ranks=True)
+
+    @override
+    def microbatches(self, step: int) -> Iterator[Microbatch]:
+        return self.layout.microbatches(*self.draw(step), self.micro_rows)
 
     @override
     def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:

@@ -223,7 +223,12 @@ class TinyGsm(DataSet):
         return self.test.problems[0].question
 
 
-if __name__ == "__main__":
-    from data.pretokenize import main
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; see `data/pretokenize.py`."""
+    from data.pretokenize import main as pretokenize
 
+    pretokenize(arguments)
+
+
+if __name__ == "__main__":
     main()

@@ -182,12 +182,12 @@ def as_text(boards: np.ndarray) -> tuple[list[str], list[str]]:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("data.rating_column=hardnes", "no ratings can be read from column 'hardnes'"),
-        ("data.rating_column=puzzle", "no ratings can be read from column 'puzzle'"),
+        ("data.rating_column=hardnes", "lacks the columns ['hardnes'] and has ['puzzle', 'solution']"),
+        ("data.rating_column=puzzle", "column 'puzzle': ratings must be numbers"),
     ],
 )
 def test_ratings_that_are_none_are_refused(change, expected, run_dir, tmp_path, capsys):
-    (tmp_path / "rated.csv").write_text("puzzle,solution\n12.40000.....004,x\n")
+    (tmp_path / "rated.csv").write_text("puzzle,solution\n12.40000.....000,1234341221434321\n")
     files = [f"data.{split}_file={tmp_path}/rated.csv" for split in ("train", "test")]
     with pytest.raises(SystemExit) as stop:
         evaluation.main([str(run_dir), "data.source=files", *files, change])
@@ -239,12 +239,20 @@ def test_a_checkpoint_folder_and_other_settings(run_dir, tmp_path, capsys):
     assert (sampler["confidence"], sampler["n"], sampler["nfe"]) == ("random", 7, 1)
 
 
-def test_no_more_examples_than_there_are(run_dir, tmp_path, capsys):
+@pytest.mark.parametrize("key", ["n_examples", "n_final_examples"])
+def test_more_examples_than_there_are_is_refused(key, run_dir, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(run_dir), f"validation.{key}=5000"])
+    assert stop.value.code == 2
+    assert f"validation.{key} 5000: the test has 20 puzzles" in capsys.readouterr().err
+
+
+def test_the_examples_that_an_override_asks_for_are_sampled(run_dir, tmp_path):
+    """Though the run's own settings name another number for its last evaluation."""
     out = tmp_path / "result.json"
-    evaluation.main(
-        [str(run_dir), "validation.n_final_examples=5000", "validation.tokens_per_step=[16]", "--json", str(out)]
-    )
-    assert {sampler["n"] for sampler in json.loads(out.read_text())["samplers"]} == {20}
+    overrides = ["validation.n_examples=3", "validation.tokens_per_step=[16]"]
+    evaluation.main([str(run_dir), *overrides, "--json", str(out)])
+    assert {sampler["n"] for sampler in json.loads(out.read_text())["samplers"]} == {3}
 
 
 @pytest.mark.slow

@@ -21,8 +21,8 @@ import pytest
 import torch
 from conftest import run_python
 from safetensors.torch import load_file
-from test_checkpoint import Malicious, replace_file
-from test_signals import started, wait_for_step
+from test_runtime_checkpoint import Malicious, replace_file
+from test_runtime_signals import started, wait_for_step
 
 import train
 from config import WandbSettings

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import PUMA
-from test_block_attention import BLOCK, LENGTH, MASK, build
+from test_model_block_mask import BLOCK, LENGTH, MASK, build
 from torch import Tensor
 
 import sampling

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import PUMA, run_python, tiny_settings
-from test_sudoku import boards
+from test_data_sudoku import boards
 
 import train
 from data.sudoku_boards import SudokuData, make_data

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from conftest import run_python
-from test_sudoku import groups_of
+from test_data_sudoku import groups_of
 
 from data import generate_sudoku as generator
 from data.generate_sudoku import cached_generated, generate_sudoku

@@ -25,7 +25,7 @@ from config import ProgressiveSettings
 from data.row_queue import RowQueue
 from objective import Microbatch, Objective
 from progressive_block import BlockLayout
-from runtime.distributed import own_share
+from runtime.distributed import rank_slice
 from unmasking import reveal_random, reveal_top
 
 
@@ -109,7 +109,7 @@ def pool_rows(uniform_fraction: float, n_rows: int, rank: int, n_ranks: int) -> 
             f"objective.uniform_fraction {uniform_fraction} of {batch_size} rows leaves {n_pool} to the pool, fewer "
             f"than there are processes ({n_ranks})"
         )
-    own = own_share(n_pool, rank, n_ranks)
+    own = rank_slice(n_pool, rank, n_ranks)
     return own.stop - own.start
 
 

@@ -41,7 +41,16 @@ from runtime.distributed import from_main, main_first, start_world, stop_world
 from runtime.lock import lock_run
 from runtime.metrics import Recorder
 from runtime.signals import StopVote
-from training.run import Run, build_run, describe, restore_run, save_run, summarize, where
+from training.run import (
+    Run,
+    build_run,
+    interval_metrics,
+    progress_metrics,
+    restore_run,
+    save_run,
+    start_interval,
+    start_message,
+)
 from training.update import TrainingDiverged, Updater, check_finite, check_graph
 
 FINAL_FILE = "final.json"
@@ -79,9 +88,10 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
                 continue
             check_finite(run)  # waits for the device, so the clock below is right
             run.seconds += time.perf_counter() - before
-            values = where(run)
+            values = progress_metrics(run)
             if log:
-                values |= summarize(run)
+                values |= interval_metrics(run)
+                start_interval(run)
                 figures = f"loss {values['train/loss']:.4f}, lr {values['train/learning_rate']:.1e}"
             if measure:
                 n_examples = (last and validation.n_final_examples) or validation.n_examples
@@ -159,7 +169,7 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
         write_text(run_dir / "config.yaml", dump_config(config))
         for warning in (*([ignored] if ignored else []), *data.warnings()):
             warnings.warn(warning, stacklevel=2)
-        print(describe(run), flush=True)
+        print(start_message(run), flush=True)
     return run, data
 
 

@@ -1,6 +1,6 @@
 """Logits a chunk of positions at a time: how large a chunk is, in which type it is computed, and its softmax.
 
-Shapes: n positions of a chunk, D width, V vocabulary, v tokens of a block, M blocks.
+Shapes: n positions of a chunk, D width, V vocabulary, v tokens of a tile, M tiles of the vocabulary.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 # where smaller matrix products would leave most of the machine idle.
 CHUNK_ELEMENTS = 1 << 25
 CHUNK_ELEMENTS_GPU = 1 << 27
-# A CPU takes the vocabulary of a chunk in blocks of so many tokens, which stay in its caches from the product to the
+# A CPU takes the vocabulary of a chunk in tiles of this many tokens, which stay in its caches from the product to the
 # sums. (Products with the whole of a large matrix also run at half the speed of products with its parts.)
-BLOCK_TOKENS = 1024
-BLOCK_ELEMENTS = 1 << 18  # of what is summarized and forgotten: 1 MiB
+TILE_TOKENS = 1024
+TILE_ELEMENTS = 1 << 18  # of what is summarized and forgotten: 1 MiB
 # Up to this vocabulary the head costs nothing, so it stays in float32 (bfloat16 logits tie where the model is sure) and
 # scores every position: all shapes are fixed then.
 SMALL_VOCABULARY = 4096
@@ -41,12 +41,12 @@ def chunk_rows(head: Tensor) -> int:
     return max(1, (CHUNK_ELEMENTS_GPU if head.is_cuda else CHUNK_ELEMENTS) // head.shape[0])
 
 
-def block_shape(head: Tensor) -> tuple[int, int]:
+def tile_shape(head: Tensor) -> tuple[int, int]:
     """Positions and tokens of logits that are summarized at once; a GPU wants few large kernels."""
     if head.is_cuda:
         return chunk_rows(head), head.shape[0]
-    n_tokens = min(BLOCK_TOKENS, head.shape[0])
-    return max(1, BLOCK_ELEMENTS // n_tokens), n_tokens
+    n_tokens = min(TILE_TOKENS, head.shape[0])
+    return max(1, TILE_ELEMENTS // n_tokens), n_tokens
 
 
 def plain_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def chunk_scorer(matrix: Tensor, n_rows: int, compiled: bool) -> ChunkScorer:
         # Allocated once: pages that are new to the process cost more than what is computed on them.
         buffer = torch.empty(n_rows, matrix.shape[0], dtype=torch.float32)
         narrow = buffer if matrix.dtype == buffer.dtype else torch.empty_like(buffer, dtype=matrix.dtype)
-        return lambda states, target, weight: _score_in_blocks(matrix, buffer, narrow, states, target, weight)
+        return lambda states, target, weight: _score_in_tiles(matrix, buffer, narrow, states, target, weight)
     score = _compiled_softmax() if compiled and matrix.shape[0] > SMALL_VOCABULARY else _score_logits
     return lambda states, target, weight: score(plain_matmul(states, matrix.t()), target, weight)
 
@@ -91,10 +91,10 @@ def _compiled_softmax() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tens
     return torch.compile(_score_logits, dynamic=True)
 
 
-def _score_in_blocks(
+def _score_in_tiles(
     matrix: Tensor, buffer: Tensor, narrow: Tensor, states: Tensor, target: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ChunkScorer`; exponentials of each block refer to its own largest logit until all blocks are known.
+    """See `ChunkScorer`; exponentials of each tile are relative to its own largest logit until all tiles are known.
 
     Args:
         buffer: float32 [at least n, V], overwritten.
@@ -103,17 +103,17 @@ def _score_in_blocks(
     buffer, narrow = buffer[: len(states)], narrow[: len(states)]
     own = torch.empty(len(states), dtype=torch.float32)
     maxima, sums = [], []
-    for start, rows in zip(range(0, len(matrix), BLOCK_TOKENS), matrix.split(BLOCK_TOKENS), strict=True):
-        block = buffer[:, start : start + BLOCK_TOKENS]  # [n, v]
-        write_logits(states, rows, block)
-        place = target - start
-        here = (place >= 0) & (place < len(rows))
-        own = torch.where(here, block.gather(1, place.clamp(0, len(rows) - 1)[:, None]).squeeze(1), own)
-        maxima.append(block.amax(dim=1))
-        sums.append(block.sub_(maxima[-1][:, None]).exp_().sum(dim=1))
-    largest, total, scale = combine_blocks(torch.stack(maxima), torch.stack(sums))
+    for start, rows in zip(range(0, len(matrix), TILE_TOKENS), matrix.split(TILE_TOKENS), strict=True):
+        tile = buffer[:, start : start + TILE_TOKENS]  # [n, v]
+        write_logits(states, rows, tile)
+        column = target - start
+        inside = (column >= 0) & (column < len(rows))
+        own = torch.where(inside, tile.gather(1, column.clamp(0, len(rows) - 1)[:, None]).squeeze(1), own)
+        maxima.append(tile.amax(dim=1))
+        sums.append(tile.sub_(maxima[-1][:, None]).exp_().sum(dim=1))
+    largest, total, scale = combine_tiles(torch.stack(maxima), torch.stack(sums))
     factor = scale * (weight / total)  # [M, n]
-    parts = zip(buffer.split(BLOCK_TOKENS, 1), narrow.split(BLOCK_TOKENS, 1), factor, strict=True)
+    parts = zip(buffer.split(TILE_TOKENS, 1), narrow.split(TILE_TOKENS, 1), factor, strict=True)
     for exponentials, gradient, own_factor in parts:
         torch.mul(exponentials, own_factor[:, None], out=gradient)
     narrow.scatter_add_(1, target[:, None], -weight[:, None].to(narrow.dtype))
@@ -129,12 +129,12 @@ def write_logits(states: Tensor, rows: Tensor, out: Tensor) -> None:
         out.copy_(plain_matmul(states, rows.t()))
 
 
-def combine_blocks(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest logit [n], sum of all exponentials relative to it [n], and what scales those of each block to it [M, n].
+def combine_tiles(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest logit [n], sum of exp(logit - largest) [n], and the factor that rescales each tile's sum to it [M, n].
 
     Args:
-        maxima: [M, n], the largest logit of each block.
-        sums: [M, n], the sum of a block's exponentials relative to it.
+        maxima: [M, n], largest logit of each tile.
+        sums: [M, n], sum of exp(logit - largest logit of the tile).
     """
     largest = maxima.amax(dim=0)
     scale = (maxima - largest).exp()

@@ -1,6 +1,6 @@
 """What a sampler asks of the output head: the token to write at a position, and how sure the model is of it.
 
-Shapes: N positions, n of a chunk, D width, V vocabulary, v tokens of a block, M blocks.
+Shapes: N positions, n of a chunk, D width, V vocabulary, v tokens of a tile, M tiles of the vocabulary.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.logits import block_shape, combine_blocks, compute_dtype, write_logits
+from model.logits import combine_tiles, compute_dtype, tile_shape, write_logits
 
 # Of the banned token: low enough to take no probability, but finite, so that 0 times it is 0.
 BANNED_LOGIT = -1e30
@@ -44,7 +44,7 @@ def predict_tokens(
         noise_key: int64 [N], one random key per position; needed with a temperature.
     """
     matrix = head.to(compute_dtype(head))
-    n_rows, n_tokens = block_shape(head)
+    n_rows, n_tokens = tile_shape(head)
     buffer = torch.empty(min(n_rows, len(hidden)), n_tokens, device=hidden.device)
     chunks = []
     for start in range(0, len(hidden), n_rows):
@@ -57,12 +57,12 @@ def predict_tokens(
     return TokenPredictions(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
-class _BlockSummary(NamedTuple):
-    """What a block of the vocabulary says of n positions; all but the tokens float32, and float64 `score`."""
+class _TileSummary(NamedTuple):
+    """Statistics of one tile of the vocabulary at n positions; float32 except `token` and `score`."""
 
-    token: Tensor  # int64 [n], the block's candidate
+    token: Tensor  # int64 [n], the tile's candidate
     logit: Tensor  # [n], its logit
-    score: Tensor  # [n], what it competes by: its logit, or with a temperature the noisy one
+    score: Tensor  # [n], compared between tiles: the logit, or with a temperature the noisy logit in float64
     largest: Tensor  # [n]
     second: Tensor  # [n], second largest logit
     total: Tensor  # [n], sum of exp(logit - largest)
@@ -75,20 +75,20 @@ def _predict_chunk(
     """See `predict_tokens`, of states [n, D] and the matrix [V, D], both in the type to compute in.
 
     Args:
-        buffer: float32 [at least n, v], overwritten by the logits of a block.
+        buffer: float32 [at least n, v], overwritten by the logits of each tile.
     """
     n_tokens = buffer.shape[1]
-    blocks = []
+    tiles = []
     for start, rows in zip(range(0, len(matrix), n_tokens), matrix.split(n_tokens), strict=True):
         logits = buffer[: len(states), : len(rows)]  # [n, v]
         write_logits(states, rows, logits)
         if start <= banned < start + len(rows):
             logits[:, banned - start] = BANNED_LOGIT
-        blocks.append(_summarize(logits, start, temperature, noise_key))
-    every = _BlockSummary(*(torch.stack(part) for part in zip(*blocks, strict=True)))  # [M, n]
-    largest, total, scale = combine_blocks(every.largest, every.total)
+        tiles.append(_summarize_tile(logits, start, temperature, noise_key))
+    every = _TileSummary(*(torch.stack(part) for part in zip(*tiles, strict=True)))  # [M, n]
+    largest, total, scale = combine_tiles(every.largest, every.total)
     log_total = total.log()
-    winner = every.score.argmax(dim=0, keepdim=True)  # [1, n], of the blocks
+    winner = every.score.argmax(dim=0, keepdim=True)  # [1, n], index of the tile
     token, logit = every.token.gather(0, winner)[0], every.logit.gather(0, winner)[0]
     best = every.largest.argmax(dim=0, keepdim=True)
     second = every.largest.scatter(0, best, every.second.gather(0, best)).amax(dim=0)
@@ -101,21 +101,21 @@ def _predict_chunk(
     )
 
 
-def _summarize(logits: Tensor, first: int, temperature: float, noise_key: Tensor | None) -> _BlockSummary:
-    """What logits [n, v] of tokens from `first` on say; they are overwritten."""
+def _summarize_tile(logits: Tensor, first: int, temperature: float, noise_key: Tensor | None) -> _TileSummary:
+    """Statistics of the logits [n, v] of v tokens from `first` on; overwrites the logits."""
     top = logits.topk(min(2, logits.shape[1]), dim=1)
-    largest, place = top.values[:, 0], top.indices[:, 0]
+    largest, column = top.values[:, 0], top.indices[:, 0]
     second = top.values[:, 1] if logits.shape[1] > 1 else torch.full_like(largest, BANNED_LOGIT)
     logit = score = largest
     if temperature > 0:
         assert noise_key is not None
         noisy = logits.double() / temperature + gumbel_noise(noise_key, logits.shape[1], first)
-        score, place = noisy.max(dim=1)
-        logit = logits.gather(1, place[:, None]).squeeze(1)
+        score, column = noisy.max(dim=1)
+        logit = logits.gather(1, column[:, None]).squeeze(1)
     logits.sub_(largest[:, None])
     exponentials = logits.exp()
     moment = torch.linalg.vecdot(exponentials, logits)
-    return _BlockSummary(place + first, logit, score, largest, second, exponentials.sum(dim=1), moment)
+    return _TileSummary(column + first, logit, score, largest, second, exponentials.sum(dim=1), moment)
 
 
 def hash_uniform(key: Tensor) -> Tensor:

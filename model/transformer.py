@@ -1,7 +1,7 @@
 """Qwen2 backbone, bidirectional or causal, with the parameter names of Hugging Face's `Qwen2ForCausalLM`.
 
-RMSNorm before each block, rotary embedding that pairs the two halves of a head, grouped-query attention with biases on
-query, key and value, SwiGLU, an output head that may share the embedding matrix.
+RMSNorm before attention and MLP, rotary embedding that pairs the two halves of a head, grouped-query attention with
+biases on query, key and value, SwiGLU, and an output head that may share the embedding matrix.
 
 Rotary embedding makes scores depend on offsets between positions, so a bidirectional model cannot tell where a token
 stands: on input that is masked throughout, every position computes the same. `model.learned_positions` adds a learned
@@ -47,7 +47,7 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Block(nn.Module):
+class Layer(nn.Module):
     """Attention and MLP, each behind a norm and a residual.
 
     With `recomputed` the backward pass runs the forward pass again instead of keeping what is inside.
@@ -88,7 +88,7 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Embeddings, blocks and the last norm: tokens in, hidden states out."""
+    """Embeddings, layers and the last norm: tokens in, hidden states out."""
 
     def __init__(self, settings: ModelSettings, causal: bool) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Backbone(nn.Module):
         self.embed_positions: nn.Embedding | None = None
         if settings.learned_positions is not None:
             self.embed_positions = nn.Embedding(settings.learned_positions, settings.hidden_size)
-        self.layers = nn.ModuleList(Block(settings, causal) for _ in range(settings.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(settings, causal) for _ in range(settings.num_hidden_layers))
         self.norm = nn.RMSNorm(settings.hidden_size, settings.rms_norm_eps)
 
     def forward(
@@ -190,10 +190,10 @@ class Transformer(nn.Module):
             if isinstance(module, nn.RMSNorm):
                 module.weight.fill_(1.0)
 
-    def recompute_blocks(self) -> None:
-        """Train in less memory: each block keeps its input alone, and is computed again on the way back."""
+    def recompute_layers(self) -> None:
+        """Activation checkpointing: each layer keeps only its input and is recomputed in the backward pass."""
         for layer in self.model.layers:
-            assert isinstance(layer, Block)
+            assert isinstance(layer, Layer)
             layer.recomputed = True
 
     def compile_training(self) -> None:
@@ -208,9 +208,9 @@ class Transformer(nn.Module):
         if self.block_size is None:
             hidden = self._align(backbone(xt))
         else:
-            tokens, where = noisy_and_clean(xt, x0, self.block_size)
+            tokens, positions = noisy_and_clean(xt, x0, self.block_size)
             mask = training_mask(xt.shape[1], self.block_size, xt.device, self.model.head_width)
-            hidden = backbone(tokens, positions=where, mask=mask)[:, : xt.shape[1]]  # [B, L, D]
+            hidden = backbone(tokens, positions=positions, mask=mask)[:, : xt.shape[1]]  # [B, L, D]
         return score_tokens(hidden, self.lm_head.weight, x0, weight, scored, compiled=compiled is not None)
 
     def predict(

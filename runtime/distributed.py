@@ -117,7 +117,7 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def own_share(total: int, rank: int, n_ranks: int) -> slice:
+def rank_slice(total: int, rank: int, n_ranks: int) -> slice:
     """Which of `total` things in a row are this rank's, where each has an equal part up to one."""
     return slice(total * rank // n_ranks, total * (rank + 1) // n_ranks)
 

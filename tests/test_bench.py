@@ -200,7 +200,7 @@ def test_a_step_changes_the_weights_alike(config_file, tmp_path, name):
     run_objective.observe = lambda batch, confidence: seen.append(confidence)
     Updater(run).step()
     trainer.step(given)
-    torch.testing.assert_close(torch.tensor(trainer.loss), run.totals[0].float())
+    torch.testing.assert_close(torch.tensor(trainer.loss), run.loss_sum.float())
     scored = copies[0][2] != 0
     torch.testing.assert_close(given.confidence[scored], seen[0][scored])
     for ours, plain in zip(run.model.parameters(), model.parameters(), strict=True):

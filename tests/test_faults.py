@@ -247,7 +247,7 @@ def test_data_that_shrank_between_runs_is_refused(config_file, tmp_path, capsys)
     with pytest.raises(SystemExit) as stop:
         train.main(arguments)
     assert stop.value.code == 2
-    assert "training data is not what checkpoint" in capsys.readouterr().err
+    assert "training data has changed since checkpoint" in capsys.readouterr().err
     boards.write_text("".join(lines))
     train.main(arguments)
 

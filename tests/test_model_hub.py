@@ -242,7 +242,7 @@ def test_a_run_starts_with_the_averaged_weights_of_another(autoregressive_run, c
     for name, tensor in find_checkpoint(autoregressive_run).weights("ema").items():
         assert torch.equal(run.model.weights()[name], tensor), name
         assert torch.equal(run.averaged_model.weights()[name], tensor), name
-    assert str(autoregressive_run) in train.describe(run)
+    assert str(autoregressive_run) in train.start_message(run)
 
 
 def test_a_resumed_run_no_longer_needs_what_it_started_from(autoregressive_run, config_file, tmp_path, monkeypatch):

@@ -78,14 +78,14 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 11, 40, 77, 1 << 24])
-@pytest.mark.parametrize("block_tokens", [1, 5, 1024])
+@pytest.mark.parametrize("tile_tokens", [1, 5, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scores_and_gradients_equal_the_oracle_whatever_the_chunk(
-    monkeypatch: pytest.MonkeyPatch, chunk_elements: int, block_tokens: int, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, chunk_elements: int, tile_tokens: int, dtype: torch.dtype
 ) -> None:
-    """Chunks of less than a row, one row, several with a rest, several without, and all at once; blocks likewise."""
+    """Chunks of less than a row, one row, several with a rest, several without, and all at once; tiles likewise."""
     monkeypatch.setattr(sizes, "CHUNK_ELEMENTS", chunk_elements)
-    monkeypatch.setattr(sizes, "BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(sizes, "TILE_TOKENS", tile_tokens)
     case = random_case(dtype=dtype)
     scores = score_tokens(*case)
     assert scores.loss.dtype == scores.nll.dtype == scores.confidence.dtype == torch.float32
@@ -186,7 +186,7 @@ def test_no_tensor_of_rows_by_length_by_vocabulary_is_made(monkeypatch: pytest.M
     n_rows, length, vocabulary = 4, 32, 5000
     chunk_elements = 4 * vocabulary
     monkeypatch.setattr(sizes, "CHUNK_ELEMENTS", chunk_elements)
-    monkeypatch.setattr(sizes, "BLOCK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(sizes, "TILE_ELEMENTS", chunk_elements)
     case = random_case(n_rows, length, vocabulary, share=2.0)
     hidden, head, _, _ = case
     with LargestTensor() as largest, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -198,30 +198,30 @@ def test_no_tensor_of_rows_by_length_by_vocabulary_is_made(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_softmax_of_whole_chunks_equals_that_in_blocks(dtype: torch.dtype) -> None:
-    """GPUs take whole chunks, CPUs blocks; bfloat16 rounds the logits and the gradient of both."""
+def test_the_softmax_of_whole_chunks_equals_that_in_tiles(dtype: torch.dtype) -> None:
+    """GPUs take whole chunks, CPUs tiles; bfloat16 rounds the logits and the gradient of both."""
     hidden, head, x0, weight = random_case(vocabulary=2500)
     states, matrix, target = hidden.detach().flatten(0, 1).to(dtype), head.detach().to(dtype), x0.flatten()
-    in_blocks = sizes.chunk_scorer(matrix, len(states), compiled=False)(states, target, weight.flatten())
+    in_tiles = sizes.chunk_scorer(matrix, len(states), compiled=False)(states, target, weight.flatten())
     whole = sizes._score_logits(states @ matrix.T, target, weight.flatten())
-    assert in_blocks[2].dtype == whole[2].dtype == dtype
+    assert in_tiles[2].dtype == whole[2].dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    for ours, theirs in zip(in_blocks, whole, strict=True):
+    for ours, theirs in zip(in_tiles, whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=1e-5)
 
 
 # Sampling
 
 
-@pytest.mark.parametrize("block_elements", [1, 11, 40, 1 << 24])
-@pytest.mark.parametrize("block_tokens", [1, 2, 5, 1024])
+@pytest.mark.parametrize("tile_elements", [1, 11, 40, 1 << 24])
+@pytest.mark.parametrize("tile_tokens", [1, 2, 5, 1024])
 @pytest.mark.parametrize("banned", [0, 4, 10])
 def test_predictions_equal_the_oracle(
-    monkeypatch: pytest.MonkeyPatch, block_elements: int, block_tokens: int, banned: int
+    monkeypatch: pytest.MonkeyPatch, tile_elements: int, tile_tokens: int, banned: int
 ) -> None:
-    """Whatever the blocks; of one token, the banned one is a block of its own."""
-    monkeypatch.setattr(sizes, "BLOCK_ELEMENTS", block_elements)
-    monkeypatch.setattr(sizes, "BLOCK_TOKENS", block_tokens)
+    """Whatever the tiles; of one token, the banned one is a tile of its own."""
+    monkeypatch.setattr(sizes, "TILE_ELEMENTS", tile_elements)
+    monkeypatch.setattr(sizes, "TILE_TOKENS", tile_tokens)
     hidden, head, _, _ = random_case()
     states = hidden.detach().flatten(0, 1)
     predicted = predict_tokens(states, head, banned)
@@ -286,20 +286,20 @@ def test_tokens_of_neighbouring_positions_are_drawn_independently() -> None:
     assert_distribution(pairs.bincount(minlength=9), torch.full((9,), 1 / 9))
 
 
-@pytest.mark.parametrize("block_tokens", [1, 4])
-def test_blocks_of_the_vocabulary_draw_the_same_tokens(monkeypatch: pytest.MonkeyPatch, block_tokens: int) -> None:
+@pytest.mark.parametrize("tile_tokens", [1, 4])
+def test_tiles_of_the_vocabulary_draw_the_same_tokens(monkeypatch: pytest.MonkeyPatch, tile_tokens: int) -> None:
     hidden, head, _, _ = random_case(n_rows=300)
     states, keys = hidden.detach().flatten(0, 1), torch.arange(2100)
     whole = predict_tokens(states, head, 0, temperature=1.0, noise_key=keys)
-    monkeypatch.setattr(sizes, "BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(sizes, "TILE_TOKENS", tile_tokens)
     parts = predict_tokens(states, head, 0, temperature=1.0, noise_key=keys)
     for name, ours, theirs in zip(whole._fields, whole, parts, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=f"{name}: ".__add__)
 
 
-def test_an_extreme_block_neither_overflows_nor_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits of different blocks that lie thousands apart, for training and for sampling."""
-    monkeypatch.setattr(sizes, "BLOCK_TOKENS", 2)
+def test_an_extreme_tile_neither_overflows_nor_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of different tiles that lie thousands apart, for training and for sampling."""
+    monkeypatch.setattr(sizes, "TILE_TOKENS", 2)
     head = torch.tensor([[5000.0], [4999.0], [-5000.0], [-5001.0], [0.0]], requires_grad=True)
     hidden = torch.ones(1, 3, 1, requires_grad=True)
     x0, weight = torch.tensor([[0, 2, 4]]), torch.ones(1, 3)

@@ -365,7 +365,7 @@ def test_recomputed_blocks_keep_less_and_learn_the_same() -> None:
     for recomputed in (False, True):
         model = random_model(num_hidden_layers=4).train()
         if recomputed:
-            model.recompute_blocks()
+            model.recompute_layers()
         sizes: list[int] = []
 
         def count(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:

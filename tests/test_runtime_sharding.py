@@ -17,7 +17,7 @@ from runtime.checkpoint import find_checkpoint
 from runtime.config_file import parse_config
 from runtime.distributed import World
 from runtime.metrics import read_metrics
-from runtime.sharding import cut_like, gather_weights, is_cut, whole
+from runtime.sharding import full_tensor, gather_weights, is_sharded, shard_like
 
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
@@ -52,7 +52,7 @@ def config(tmp_path_factory, data_dir) -> Path:
 def sharded_run(config, tmp_path_factory) -> Path:
     """A run of six steps under fsdp."""
     run_dir = tmp_path_factory.mktemp("runs") / "fsdp"
-    assert "parameters cut over them" in train_run(config, run_dir, "training.parallel=fsdp")
+    assert "parameters sharded" in train_run(config, run_dir, "training.parallel=fsdp")
     return run_dir
 
 
@@ -97,7 +97,7 @@ def test_a_restart_changes_nothing_nor_does_recomputing_blocks(config, sharded_r
 def test_a_checkpoint_opens_on_one_process(sharded_run, tmp_path):
     model, config = load_model(str(sharded_run))
     assert config.training.parallel == "fsdp"
-    assert not is_cut(model)
+    assert not is_sharded(model)
     result = run_python("-m", "eval.evaluate", sharded_run, "--json", tmp_path / "alone.json")
     assert result.returncode == 0, result.stderr
     alone = json.loads((tmp_path / "alone.json").read_text())
@@ -108,17 +108,17 @@ def test_a_checkpoint_opens_on_one_process(sharded_run, tmp_path):
 @pytest.mark.slow
 def test_a_sharded_run_goes_on_as_one_process_or_with_copies(config, sharded_run, tmp_path):
     alone = go_back(sharded_run, tmp_path / "alone")
-    assert "goes on from 2 processes on 1" in train_run(config, alone, "training.parallel=fsdp", launcher=[])
+    assert "saved by 2 processes, continues on 1" in train_run(config, alone, "training.parallel=fsdp", launcher=[])
     assert (find_checkpoint(alone).step, find_checkpoint(alone).n_ranks) == (6, 1)
     copies = go_back(sharded_run, tmp_path / "copies")
     train_run(config, copies, "training.parallel=ddp")
     assert_close(sharded_run, copies)
 
 
-def test_what_is_not_cut_is_left_alone():
+def test_unsharded_tensors_are_left_alone():
     tensor = torch.arange(3.0)
-    assert whole(tensor) is tensor
-    assert cut_like(tensor, tensor) is tensor
+    assert full_tensor(tensor) is tensor
+    assert shard_like(tensor, tensor) is tensor
     assert gather_weights({"a": tensor}, World(0, 1, torch.device("cpu")))["a"] is tensor
 
 

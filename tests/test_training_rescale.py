@@ -14,7 +14,7 @@ from torch import Tensor
 from config import AnyObjectiveSettings, TrainingSettings
 from data.stream import SequenceStream
 from runtime.distributed import World
-from training.rescale import take_over
+from training.rescale import rescale
 from training.run import build_objective
 
 CPU = torch.device("cpu")
@@ -61,7 +61,12 @@ def run_step(objective: Any, seed: int) -> list[int]:
 def states_of(objectives: list[Any]) -> list[dict[str, Any]]:
     """What `save_run` saves for each rank."""
     return [
-        {"objective": each.state_dict(), "totals": torch.tensor([float(rank), 5.0]), "n_summed": 3}
+        {
+            "objective": each.state_dict(),
+            "loss_sum": torch.tensor(float(rank)),
+            "grad_norm_sum": torch.tensor(5.0),
+            "n_summed": 3,
+        }
         for rank, each in enumerate(objectives)
     ]
 
@@ -87,7 +92,7 @@ def test_the_sequences_of_every_epoch_are_those_of_an_undisturbed_run(case, chai
             n_steps = sum(int(pool.n_finished_steps) for pool in before)
             objectives = ranks_of(case, data, n_ranks)
             for rank, objective in enumerate(objectives):
-                objective.load_state_dict(take_over(states, World(rank, n_ranks, CPU), 7, phase)["objective"])
+                objective.load_state_dict(rescale(states, World(rank, n_ranks, CPU), 7, phase)["objective"])
             if before:
                 pools = [each.pool for each in objectives]
                 assert torch.equal(in_flight(objectives), rows), "all rows in flight, in order"
@@ -111,21 +116,21 @@ def test_the_sequences_of_every_epoch_are_those_of_an_undisturbed_run(case, chai
 def test_ranks_go_on_with_random_numbers_of_their_own():
     data = numbered_rows(N_ROWS, LENGTH)
     states = states_of(ranks_of(PUMA, data, 4))
-    taken = [take_over(states, World(rank, 2, CPU), 7, step) for rank in (0, 1) for step in (5, 6)]
+    taken = [rescale(states, World(rank, 2, CPU), 7, step) for rank in (0, 1) for step in (5, 6)]
     generators = [each["objective"]["generator"].numpy().tobytes() for each in taken]
     generators += [state["objective"]["generator"].numpy().tobytes() for state in states]
     assert len(set(generators)) == len(generators)
-    again = take_over(states, World(0, 2, CPU), 7, 5)
+    again = rescale(states, World(0, 2, CPU), 7, 5)
     assert torch.equal(again["objective"]["generator"], taken[0]["objective"]["generator"])
 
 
 def test_the_next_record_is_the_mean_over_all_steps():
     """Of 4 processes a step's loss is the mean of theirs; the 2 that go on must add up to the same."""
     states = states_of(ranks_of(PUMA, numbered_rows(N_ROWS, LENGTH), 4))
-    taken = [take_over(states, World(rank, 2, CPU), 7, 5) for rank in (0, 1)]
+    taken = [rescale(states, World(rank, 2, CPU), 7, 5) for rank in (0, 1)]
     assert [each["n_summed"] for each in taken] == [3, 3]
-    assert sum(float(each["totals"][0]) for each in taken) / 2 == sum(range(4)) / 4
-    assert [float(each["totals"][1]) for each in taken] == [5.0, 5.0]
+    assert sum(float(each["loss_sum"]) for each in taken) / 2 == sum(range(4)) / 4
+    assert [float(each["grad_norm_sum"]) for each in taken] == [5.0, 5.0]
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 0.5, 0.8])

@@ -20,7 +20,7 @@ from model.logits import SMALL_VOCABULARY
 from runtime.checkpoint import save_tensors
 from runtime.distributed import World, autocast, autocast_dtype
 from runtime.optim import update_ema
-from runtime.sharding import whole
+from runtime.sharding import full_tensor
 from training.run import Run
 
 # Updates before the recording: libraries choose kernels and allocate workspaces in the first ones.
@@ -91,9 +91,11 @@ def apply_update(run: Run, dtype: torch.dtype | None) -> None:
             with autocast(run.world.device, dtype):
                 scores = run.wrapped(microbatch.xt, microbatch.x0, microbatch.weight)
             scores.loss.backward()
-        run.totals[0] += scores.loss.detach()
+        run.loss_sum += scores.loss.detach()
         run.objective.observe(microbatch, scores.confidence)
-    run.totals[1] += whole(nn.utils.clip_grad_norm_(run.model.parameters(), run.config.training.max_grad_norm))
+    run.grad_norm_sum += full_tensor(
+        nn.utils.clip_grad_norm_(run.model.parameters(), run.config.training.max_grad_norm)
+    )
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.objective.end_step()
@@ -106,7 +108,7 @@ def check_finite(run: Run) -> None:
     Raises:
         TrainingDiverged: it went wrong since the last record; each rank has saved its rows of the last step.
     """
-    if all(map(math.isfinite, run.totals.tolist())):
+    if math.isfinite(float(run.loss_sum)) and math.isfinite(float(run.grad_norm_sum)):
         return
     first = run.step - run.n_summed + 1
     when = f"in step {run.step}" if first == run.step else f"in one of steps {first} to {run.step}"

@@ -12,16 +12,17 @@ average and two moments.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from runtime.distributed import World
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -35,6 +36,9 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], world: World) -> None:
         layers: modules whose parameters are gathered for their own forward and backward pass. All other parameters
             stay gathered from the start of the model's forward pass to the end of its backward pass.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(world.device.type, (world.n_ranks,))
     for layer in layers:
         fully_shard(layer, mesh=mesh)
@@ -43,19 +47,23 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], world: World) -> None:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of a sharded one, any other as it is; every rank calls this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    sharded = _as_dtensor(tensor)
+    return tensor if sharded is None else sharded.full_tensor()
 
 
 def shard_like(tensor: Tensor, pattern: Tensor) -> Tensor:
     """This rank's shard of a full tensor if `pattern` is sharded, else the tensor."""
-    if not isinstance(pattern, DTensor):
+    sharded = _as_dtensor(pattern)
+    if sharded is None:
         return tensor
-    return distribute_tensor(tensor, pattern.device_mesh, pattern.placements, src_data_rank=None)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether the parameters are sharded."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(_as_dtensor(parameter) is not None for parameter in model.parameters())
 
 
 @torch.no_grad()
@@ -84,18 +92,31 @@ def gather_moments(optimizer: torch.optim.Optimizer, world: World) -> dict[str, 
 
 
 def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the state of `gather_moments` into an optimizer, sharded or not."""
+    """Load the state of `gather_moments` into an optimizer, sharded or not; its own hyperparameters stay.
+
+    So a checkpoint of a CPU continues on a GPU and the reverse, where AdamW runs with other options.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {}
     for number, tensors in state["state"].items():  # in the order of parameters; AdamW's step count is never sharded
         patterns = {name: parameters[number] for name, tensor in tensors.items() if tensor.ndim > 0}
         moments[number] = shard_weights(tensors, patterns)
-    optimizer.load_state_dict(state | {"state": moments})
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _on_main(tensor: Tensor, world: World) -> Tensor:
     """Gathers one tensor, so that a device holds at most one full tensor at a time."""
-    if not isinstance(tensor, DTensor):
+    sharded = _as_dtensor(tensor)
+    if sharded is None:
         return tensor
-    full = tensor.full_tensor()
+    full = sharded.full_tensor()
     return full.cpu() if world.is_main else torch.empty(0)
+
+
+def _as_dtensor(tensor: Tensor) -> DTensor | None:
+    """The tensor if it is a DTensor. Nothing is one before `shard` has imported the class, which takes a second."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return None
+    from torch.distributed.tensor import DTensor
+
+    return tensor if isinstance(tensor, DTensor) else None

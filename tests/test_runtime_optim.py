@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from config import TrainingSettings
 from model.transformer import Transformer
 from runtime.config_file import parse_config
-from runtime.optim import build_ema, build_optimizer, build_scheduler, update_ema
+from runtime.optim import build_ema, build_optimizer, learning_rate, set_learning_rate, update_ema
 
 CONFIG = parse_config(tiny_settings(UNIFORM, Path("boards")), "test")
 
@@ -75,16 +75,33 @@ def test_a_tied_head_is_one_parameter():
 
 @pytest.mark.parametrize(("warmup_steps", "n_steps"), [(0, 10), (4, 20), (10, 11), (30, 20)])
 def test_linear_warm_up_then_half_a_cosine(warmup_steps, n_steps):
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.3)
-    scheduler = build_scheduler(optimizer, warmup_steps, n_steps)
+    training = settings(learning_rate=0.3, warmup_steps=warmup_steps)
     for step in range(n_steps + 1):
         if step < warmup_steps:
             expected = 0.3 * step / warmup_steps
         else:
             expected = 0.3 * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, n_steps - warmup_steps)))
-        assert scheduler.get_last_lr()[0] == pytest.approx(expected, abs=1e-12), step
-        optimizer.step()
-        scheduler.step()
+        assert learning_rate(step, training, n_steps) == pytest.approx(expected, abs=1e-12), step
+
+
+@pytest.mark.parametrize(("warmup_steps", "n_steps"), [(0, 10), (7, 1000), (10, 11), (30, 20), (500, 907_000)])
+def test_the_learning_rate_is_that_of_transformers_bit_for_bit(warmup_steps, n_steps):
+    from transformers.optimization import get_cosine_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.3)
+    factor = get_cosine_schedule_with_warmup(optimizer, warmup_steps, n_steps).lr_lambdas[0]
+    training = settings(learning_rate=0.3, warmup_steps=warmup_steps)
+    for step in range(0, n_steps + 1, max(1, n_steps // 1000)):
+        assert learning_rate(step, training, n_steps) == 0.3 * factor(step), step
+
+
+def test_a_learning_rate_in_a_tensor_is_set_in_place():
+    rate = torch.tensor(0.5)
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(()))], lr=rate, capturable=True)
+    optimizer.param_groups[0]["lr"] = rate
+    set_learning_rate(optimizer, 0.25)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert float(rate) == 0.25
 
 
 def test_the_average_follows_its_formula():

@@ -19,7 +19,7 @@ from conftest import PUMA, ROOT, UNIFORM, run_python
 
 import train
 from model.transformer import Transformer
-from runtime.checkpoint import find_checkpoint, latest_checkpoint
+from runtime.checkpoint import Checkpoint, find_checkpoint, latest_checkpoint
 from runtime.metrics import read_metrics
 
 CASES = {
@@ -91,6 +91,28 @@ def test_six_steps_equal_three_a_restart_and_three(objective, config_file, tmp_p
     losses = [[row.get("train/loss") for row in read_metrics(tmp_path / name)] for name in ("straight", "broken")]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 6
+
+
+def test_a_checkpoint_with_the_state_of_older_versions_continues(config_file, tmp_path, monkeypatch):
+    config, run_dir = str(config_file(PUMA, training__log_every=2)), tmp_path / "run"
+    train.main(["--config", config, "--run-dir", str(run_dir)])
+    shutil.copytree(run_dir, tmp_path / "straight")
+    (run_dir / "final.json").unlink()
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
+    read = Checkpoint.state
+
+    def older_state(checkpoint, name):
+        state = read(checkpoint, name)
+        if name == "train":
+            return state | {"scheduler": {"last_epoch": 3}}
+        return state | {"totals": torch.stack([state.pop("loss_sum"), state.pop("grad_norm_sum")])}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "state", older_state)
+        train.main(["--config", config, "--run-dir", str(run_dir)])
+    assert_same_checkpoint(tmp_path / "straight", run_dir)
+    losses = [[row.get("train/loss") for row in read_metrics(path)] for path in (tmp_path / "straight", run_dir)]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.slow

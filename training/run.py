@@ -27,7 +27,7 @@ from progressive_block import block_layout
 from runtime.checkpoint import Checkpoint, save_checkpoint
 from runtime.distributed import World, autocast_dtype, sum_over_ranks
 from runtime.metrics import peak_memory_gib, reduce_metrics
-from runtime.optim import build_ema, build_optimizer, build_scheduler
+from runtime.optim import build_ema, build_optimizer
 from runtime.sharding import copy_full, gather_moments, gather_weights, is_sharded, load_moments, shard, shard_weights
 from training.rescale import rescale
 
@@ -47,7 +47,6 @@ class Run:
     wrapped: nn.Module  # the model, or DistributedDataParallel around it
     ema: AveragedModel | None
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LambdaLR
     objective: Objective
     loss_sum: Tensor  # float64 scalar, this rank's losses since the last record
     grad_norm_sum: Tensor  # float64 scalar, gradient norms since the last record
@@ -111,7 +110,6 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
     if world.n_ranks > 1 and not sharded:
         wrapped = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
         settle_gradient_buckets(wrapped, train.length, world.device)
-    optimizer = build_optimizer(model, training)
     stream = SequenceStream(train, training.seed, world.rank, world.n_ranks)
     return Run(
         config=config,
@@ -124,8 +122,7 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
         model=model,
         wrapped=wrapped,
         ema=ema,
-        optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, training.warmup_steps, n_steps),
+        optimizer=build_optimizer(model, training),
         objective=build_objective(config.objective, training, stream, train.mask_id, world.device),
         loss_sum=torch.zeros((), dtype=torch.float64, device=world.device),
         grad_norm_sum=torch.zeros((), dtype=torch.float64, device=world.device),
@@ -178,7 +175,6 @@ def save_run(run: Run, score: float | None) -> None:
     weights = {"model": gather_weights(run.model.weights(), run.world)}
     train_state = {
         "optimizer": gather_moments(run.optimizer, run.world),
-        "scheduler": run.scheduler.state_dict(),
         "seconds": run.seconds,
         "seconds_recorded": run.seconds_recorded,
         "data_fingerprint": run.data_fingerprint,
@@ -225,10 +221,6 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
     if run.ema is not None:
         run.ema.n_averaged.copy_(state["ema_n_averaged"])
     load_moments(run.optimizer, state["optimizer"])
-    for group in run.optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"] = group["lr"].to(run.world.device)  # where a captured update reads it
-    run.scheduler.load_state_dict(state["scheduler"])
     if checkpoint.n_ranks == run.world.n_ranks:
         own = _rank_state(checkpoint, run.world.rank)
     else:

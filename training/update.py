@@ -19,7 +19,7 @@ from data.files import WriteError
 from model.logits import SMALL_VOCABULARY
 from runtime.checkpoint import save_tensors
 from runtime.distributed import World, autocast, autocast_dtype
-from runtime.optim import update_ema
+from runtime.optim import learning_rate, set_learning_rate, update_ema
 from runtime.sharding import full_tensor
 from training.run import Run
 
@@ -42,16 +42,16 @@ class Updater:
         self._recorded_stages: int | None = None
 
     def step(self) -> None:
-        """One update, and the host's part of it."""
+        """One update of the weights and of their average."""
         run = self.run
+        run.learning_rate = learning_rate(run.step, run.config.training, run.n_steps)
+        set_learning_rate(run.optimizer, run.learning_rate)
         if run.config.training.cuda_graph and run.world.device.type == "cuda":
             self._step_graph()
         else:
             apply_update(run, self.dtype)
         if run.ema is not None:  # outside of the CUDA graph: the decay changes from update to update
             update_ema(run.ema, run.model, cast(float, run.config.training.ema_decay))
-        run.learning_rate = run.config.training.learning_rate * run.scheduler.lr_lambdas[0](run.step)
-        run.scheduler.step()
         run.objective.prefetch()
         run.n_summed += 1
         run.step += 1

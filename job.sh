@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on a SLURM cluster, over all nodes and GPUs that the job was given:
+# Train on a SLURM cluster, on all nodes and GPUs of the job:
 #
 #     sbatch job.sh --config yaml_files/tinygsm_puma.yaml [key=value ...] [--run-dir DIR]
 #     sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 job.sh --config yaml_files/tinygsm_puma.yaml
@@ -7,10 +7,10 @@
 #     sbatch --array=1-5 job.sh --config yaml_files/sudoku_puma.yaml training.seed=%a
 #     bash job.sh [sbatch options --] ...     # the same, after reading site.sh for partition and account
 #
-# Submit from the checkout. The log is slurm-puma-<job>.log. Before its time limit, and when it is preempted, the job
-# saves, goes back into the queue and continues in the same run directory, MAX_RESTARTS times at most.
-# An array's task takes the --config of its number, and %a stands for that number in every argument.
-# What differs between clusters goes into site.sh (see site.example.sh) or into sbatch options.
+# Submit from the checkout. The log is slurm-puma-<job>.log. Before its time limit and on preemption the job saves a
+# checkpoint, is requeued and continues in the same run directory, at most MAX_RESTARTS times.
+# Task n of an array takes --config number n (from 0, modulo their count); %a in any argument is replaced by n.
+# Settings of a cluster go into site.sh (see site.example.sh) or into sbatch options.
 
 #SBATCH --job-name=puma
 #SBATCH --nodes=1
@@ -21,8 +21,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
 #SBATCH --signal=B:USR1@300
-# GPUs and CPUs are per node (--gpus-per-node=0 trains on CPUs); the name of the log needs no folder to exist, without
-# which SLURM would end the job unheard; the signal comes to this script five minutes before the time limit.
+# GPUs and CPUs are per node; --gpus-per-node=0 trains on CPUs. The log is in no folder: if the folder did not exist, the
+# job would fail without a message. --signal sends USR1 to this script five minutes before the time limit.
 
 set -euo pipefail
 
@@ -32,11 +32,11 @@ die() {
 }
 
 # -- Site ------------------------------------------------------------------------------------------------------------
-# SLURM runs a copy of this file in the folder of submission, so everything is found from there and not from $0.
+# SLURM runs a copy of this file in the folder of submission, so paths are relative to that folder, not to $0.
 [[ -f train.py ]] || die "no train.py in $PWD: submit from the checkout, or give sbatch --chdir"
 site=${SITE:-site.sh}
 if [[ -f $site ]]; then
-    set +u # scripts of conda and modules use what is not set
+    set +u # scripts of conda and modules use unset variables
     # shellcheck disable=SC1090
     source "$site"
     set -u
@@ -58,7 +58,7 @@ fi
 
 if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python
-    [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python # what `make` installs
+    [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python # made by `make`
 fi
 type -P "$PYTHON" > /dev/null || die "no program $PYTHON: run make, or set PYTHON or activate an environment in $site"
 export PYTHON
@@ -82,14 +82,14 @@ if [[ -z ${SLURM_ARRAY_TASK_ID:-} ]]; then
     config=${configs[0]}
     run_dir=${run_dir:-runs/$(basename "$config" .yaml)}
 else
-    # The number of an array's first job is the array's own, so SLURM would signal or requeue all of the array by it.
+    # The first task's job ID is that of the whole array: SLURM would signal or requeue all tasks.
     job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     task=$SLURM_ARRAY_TASK_ID count=${#configs[@]}
     [[ "${others[*]-}" == *%a* ]] || ((task < count)) || die "array task $task of $count configs would repeat another" \
-        "task: number the tasks from 0 to $((count - 1)), or tell them apart by %a, as in training.seed=%a"
+        "task: number the tasks from 0 to $((count - 1)), or use %a in a setting, as in training.seed=%a"
     config=${configs[task % count]}
     run_dir=${run_dir:-runs/$(basename "$config" .yaml)_%a}
-    [[ $run_dir == *%a* ]] || die "--run-dir $run_dir: the tasks of an array need one each; put %a into its name"
+    [[ $run_dir == *%a* ]] || die "--run-dir $run_dir: each task of an array needs its own; put %a into its name"
     run_dir=${run_dir//%a/$task}
     others=(${others[@]+"${others[@]//%a/$task}"})
 fi
@@ -98,17 +98,17 @@ fi
 nodes=$SLURM_JOB_NUM_NODES
 gpus=${SLURM_GPUS_ON_NODE:-0}
 per_node=${PROCS_PER_NODE:-$((gpus ? gpus : 1))} # one process for each GPU
-cpus=$(tr ',' '\n' <<< "$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | sed -n 1p) # of the smallest node
+cpus=$(tr ',' '\n' <<< "$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | sed -n 1p) # of the node with the fewest
 per_process=$((cpus / per_node ? cpus / per_node : 1))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$per_process}
 export PYTHONUNBUFFERED=1 TQDM_MININTERVAL=${TQDM_MININTERVAL:-30} # the log is a file
-# The first node by its name in SLURM, which all nodes resolve and can reach; a port of this job below the range from
-# which systems lend ports to programs.
+# The name of the first node in SLURM, which all nodes resolve and can reach; a port that depends on the job ID and is
+# below the range of ephemeral ports.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
-# The step is described in full below. What srun would take from the job's own description can contradict it: another
-# number of GPUs if they were asked for by --gres, one CPU per process if by --cpus-per-gpu.
+# The options below describe the step completely. The job's options, which srun would also apply, can contradict them:
+# another number of GPUs with --gres, one CPU per process with --cpus-per-gpu.
 unset SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK
 unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_DISTRIBUTION
 step=(--nodes="$nodes" --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node" --cpus-per-task="$per_process")
@@ -117,30 +117,30 @@ step+=(--distribution=block --kill-on-bad-exit=1)
 
 # -- Train -----------------------------------------------------------------------------------------------------------
 restarts=${SLURM_RESTART_COUNT:-0} max_restarts=${MAX_RESTARTS:-50}
-((restarts <= max_restarts)) || die "restarted $restarts times, MAX_RESTARTS is $max_restarts: submit again to go on"
+((restarts <= max_restarts)) || die "restarted $restarts times, MAX_RESTARTS is $max_restarts: submit again to continue"
 echo "job.sh: $(date '+%F %T') job $job, restart $restarts, $nodes x $per_node processes on $SLURM_JOB_NODELIST, $run_dir"
 
 requeue() {
     if ((restarts >= max_restarts)); then
-        echo "job.sh: stopped, MAX_RESTARTS=$max_restarts is used up: submit the same command again to go on" >&2
+        echo "job.sh: stopped, MAX_RESTARTS=$max_restarts is used up: submit the same command again to continue" >&2
         return 1
     fi
-    echo "job.sh: $(date '+%F %T') stopped, back into the queue"
+    echo "job.sh: $(date '+%F %T') stopped, requeued"
     scontrol requeue "$job" || {
-        echo "job.sh: this cluster does not requeue: submit the same command again to go on" >&2
+        echo "job.sh: this cluster does not requeue jobs: submit the same command again to continue" >&2
         return 1
     }
 }
 
-# SIGUSR1 is passed on again and again, since a process that is still starting cannot heed it. If training does not end
-# (a long evaluation, a rank that hangs), the job is requeued all the same before its time is up, from its last checkpoint.
+# SIGUSR1 is sent repeatedly, since a process that is still starting ignores it. If training does not end (a long
+# evaluation, a rank that hangs), the job is requeued before the time limit and continues from its last checkpoint.
 save_and_stop() {
     [[ -z $stopping ]] || return 0
     stopping=1
     (
         trap '' USR1
         for ((second = 0; second < ${SAVE_SECONDS:-240}; second += 3)); do
-            scancel --signal=USR1 "$job" 2> /dev/null || true # to the step's processes, not to this script
+            scancel --signal=USR1 "$job" 2> /dev/null || true # to the processes of the step, not to this script
             sleep 3
         done
         requeue
@@ -150,29 +150,29 @@ save_and_stop() {
 
 stopping='' ending='' reminder=''
 trap save_and_stop USR1
-trap 'ending=1' TERM # preempted, requeued or cancelled: the processes get it too and save, within SLURM's KillWait
+trap 'ending=1' TERM # preempted, requeued or cancelled; the processes get SIGTERM too and save within SLURM's KillWait
 
-# One task for each process, without torchrun: SLURM signals the tasks that it has started, and not their children.
+# One task per process instead of torchrun: SLURM sends signals to the tasks, not to their child processes.
 # shellcheck disable=SC2016
 srun "${step[@]}" bash -c '
-    trap "" USR1 # until train.py listens
+    trap "" USR1 # until train.py has its handlers
     if [[ $SLURM_NTASKS != 1 ]]; then
         export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
     fi
-    exec "$PYTHON" train.py "$@" 2>&1 # one stream, so that the log keeps the order
+    exec "$PYTHON" train.py "$@" 2>&1 # one stream keeps the lines of the log in order
 ' train --config "$config" --run-dir "$run_dir" ${others[@]+"${others[@]}"} < /dev/null &
 training=$!
 while kill -0 $training 2> /dev/null; do
-    wait $training || true # a signal ends this as well, so its status says nothing
+    wait $training || true # a signal ends `wait` too, so its status is not the program's
 done
 wait $training && status=0 || status=$?
 [[ -z $reminder ]] || kill "$reminder" 2> /dev/null || true
 
 if [[ -n $ending ]]; then
-    exit 143 # SLURM decides what becomes of the job
+    exit 143 # SLURM decides whether to requeue
 elif [[ -f $run_dir/final.json ]]; then
     exit "$status"
-elif [[ -n $stopping ]] || ((status == 0)); then # stopped on request, in time or not
+elif [[ -n $stopping ]] || ((status == 0)); then # stopped on request, saved or not
     requeue && exit 0
     exit 1
 fi

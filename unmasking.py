@@ -1,7 +1,6 @@
-"""Which masked positions to reveal: pure functions shared by training and sampling.
+"""Which positions to reveal or mask: pure functions shared by training and sampling.
 
-Shapes: B rows, L positions. A `candidates` mask is True where a position may be revealed; every function returns a mask
-[B, L] that is a subset of it.
+Shapes: B rows, L positions.
 """
 
 from __future__ import annotations
@@ -14,31 +13,31 @@ def reveal_top(confidence: Tensor, candidates: Tensor, n_reveal: Tensor) -> Tens
     """Mark the `n_reveal` most confident candidates of each row.
 
     Args:
-        confidence: float [B, L], higher is sooner; ties go to the earlier position.
-        candidates: bool [B, L].
-        n_reveal: int64 [B]; zero or less marks nothing, more than there are marks all.
+        confidence: float [B, L], higher is revealed first; of equal ones the earlier position.
+        candidates: bool [B, L], positions that may be revealed.
+        n_reveal: int64 [B]; zero or less marks none, more than the number of candidates marks all.
 
     Returns:
         bool [B, L].
     """
-    # Above -inf, so that even a candidate of confidence -inf comes before what is no candidate.
+    # Clamped above -inf, so that a candidate of confidence -inf still comes before all other positions.
     finite = confidence.clamp(min=torch.finfo(confidence.dtype).min)
     order = finite.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)  # [B, L]
-    chosen_ranks = torch.arange(order.shape[1], device=order.device) < n_reveal.unsqueeze(1)  # [B, L], by rank
+    chosen_ranks = torch.arange(order.shape[1], device=order.device) < n_reveal.unsqueeze(1)  # [B, L], in order of rank
     return torch.zeros_like(candidates).scatter(1, order, chosen_ranks) & candidates
 
 
 def reveal_random(candidates: Tensor, n_reveal: Tensor, generator: torch.Generator) -> Tensor:
-    """Mark `n_reveal` (int64 [B]) candidates (bool [B, L]) of each row, drawn without replacement; bool [B, L]."""
+    """Mark `n_reveal` (int64 [B]) random candidates (bool [B, L]) of each row, without replacement; bool [B, L]."""
     draw = torch.rand(candidates.shape, generator=generator, device=candidates.device)  # [B, L]
     return reveal_top(draw, candidates, n_reveal)
 
 
 def mask_uniformly(maskable: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw the baseline's masks: per row n uniform in 1..n_maskable, then n of the maskable positions at random.
+    """Draw the baseline's masks: per row n uniform in 1..n_maskable, then n random maskable positions.
 
     Args:
-        maskable: bool [B, L]; a row without any True stays without.
+        maskable: bool [B, L]; a row that is all False stays so.
 
     Returns:
         bool [B, L], True where masked.
@@ -54,8 +53,7 @@ def row_weights(masked: Tensor, n_rows: int | Tensor) -> Tensor:
 
     Args:
         masked: bool [B, L].
-        n_rows: rows that the mean is over (the whole batch of this rank, though `masked` may be a part of it), a number
-            or int64 scalar.
+        n_rows: number of rows to average over, an int or int64 scalar; `masked` may hold only some of these rows.
 
     Returns:
         float32 [B, L].

@@ -1,4 +1,4 @@
-"""Small files that are there whole or not at all, and one error for all that cannot be written. Imports no torch."""
+"""Atomic writes of small files, and one error for every failed write. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 
 
 class WriteError(OSError):
-    """Something could not be written, for the most part since the disk is full; what was there before still is."""
+    """A file could not be written, usually because the disk is full; the previous version is intact."""
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file at once and for good: temporary name, sync, rename. Raises WriteError."""
+    """Replace a small file atomically and durably: temporary name, sync, rename. Raises WriteError."""
     scratch = path.with_name(f".{path.name}.incomplete")
     with reported(path):
         with open(scratch, "w", encoding="utf-8") as file:
@@ -29,7 +29,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def reported(path: Path) -> Iterator[None]:
-    """Whatever a library raises when it cannot write `path`, as one error."""
+    """Turn any library's error on writing `path` into WriteError."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -39,7 +39,7 @@ def reported(path: Path) -> Iterator[None]:
 
 
 def sync_folder(path: Path) -> None:
-    """Make what was renamed in a folder outlast a power cut."""
+    """Sync a folder, so that a rename in it survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,1 +1,1 @@
-"""The network: a Qwen2 backbone and its chunked output head."""
+"""The model: a Qwen2 backbone and a chunked output head."""

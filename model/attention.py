@@ -1,4 +1,4 @@
-"""Grouped-query attention with rotary positions, and the cache of keys and values for decoding.
+"""Grouped-query attention with rotary positions, and the key-value cache for decoding.
 
 Shapes: B rows, L positions, D width, H query heads, G key and value heads, E head width, K keys, N layers.
 """
@@ -20,10 +20,10 @@ from config import ModelSettings
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of the positions before those that a forward pass is given.
+    """Keys and values of earlier positions.
 
-    A pass writes its own behind the first `length` positions and attends to both. Whoever calls it adds to `length`
-    once the tokens are final; until then the next pass writes over them.
+    A forward pass writes its own keys and values after the first `length` positions and attends to both. The caller
+    increases `length` once the tokens are final; until then the next pass overwrites them.
     """
 
     keys: Tensor  # [N, B, G, L, E]
@@ -31,14 +31,14 @@ class KeyValueCache:
     length: int = 0
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Drop all rows of the batch but these (int64 [b])."""
+        """Keep only these rows of the batch (int64 [b])."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
 
 def rotary_tables(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding at `positions` (int64 [L]), float32 [L, E].
 
-    Both halves of E hold the same frequencies.
+    Both halves of E are equal.
     """
     steps = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
     frequencies = theta ** (-steps / head_width)
@@ -57,12 +57,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, cau
     """Softmax attention of q [B, H, L, E] over k and v [B, G, K, E]; [B, H, L, E].
 
     Args:
-        mask: bool [L, K], True where a query may look at a key, or a BlockMask, which takes FlexAttention.
-        causal: without a mask, a query looks at no later key.
+        mask: bool [L, K], True where a query attends to a key, or a BlockMask, for which FlexAttention is used.
+        causal: without a mask, a query does not attend to later keys.
     """
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
-        # Outside of a compiled graph FlexAttention would compute all scores, so it is compiled on its own there.
+        # Uncompiled FlexAttention computes all scores, so outside of a compiled graph it is compiled separately.
         alone = q.device.type == "cuda" and not torch.compiler.is_compiling()
         flex = _compiled_flex() if alone else cast(Callable[..., Tensor], flex_attention)
         return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
@@ -94,16 +94,16 @@ class Attention(nn.Module):
         mask: Tensor | BlockMask | None = None,
         past: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """X [B, L, D] to [B, L, D].
+        """Attention of x [B, L, D]; [B, L, D].
 
         Args:
             cos, sin: [L, E].
-            mask: as in `attend`; None: look everywhere, or up to itself if causal.
-            past: buffers for keys and values [B, G, K, E], whose last L positions this pass writes.
+            mask: as in `attend`; None: attend to all positions, or up to the query's own if causal.
+            past: buffers for keys and values [B, G, K, E]; this pass writes their last L positions.
         """
         split = (*x.shape[:2], -1, self.head_width)
         q, k, v = (proj(x).view(split).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        # On CPU the backward pass of attention is several times slower in bfloat16 than in float32.
+        # On a CPU the backward pass of attention is several times slower in bfloat16 than in float32.
         dtype = torch.float32 if x.device.type == "cpu" else v.dtype
         q, k, v = rotate(q, cos, sin).to(dtype), rotate(k, cos, sin).to(dtype), v.to(dtype)  # [B, H or G, L, E]
         if past is not None:

@@ -1,8 +1,8 @@
-"""Which positions may look at which where rows are cut into blocks (`block_attention: block_causal`).
+"""Attention masks of block diffusion with `block_attention: block_causal`.
 
-A noisy block looks at itself and at earlier clean blocks; a clean block at itself and at earlier clean blocks. Nothing
-looks at a noisy block but itself, so one pass over [noisy ; clean] trains all blocks as if each had been alone behind
-its clean prefix, and in decoding the keys and values of a finished block never change.
+A block, noisy or clean, attends to itself and to earlier clean blocks. No other block attends to a noisy block, so one
+pass over [noisy ; clean] gives each block the same result as a pass of its own after its clean prefix. In decoding, the
+keys and values of a finished block never change.
 
 Shapes: B rows, L positions, S block size, Q queries, K keys.
 """
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-# FlexAttention's kernels take no narrower heads.
+# FlexAttention's kernels need heads of at least this width.
 MIN_FLEX_HEAD_WIDTH = 16
 
 
 def noisy_and_clean(xt: Tensor, x0: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """The doubled input of a training pass: xt, then x0 without its last block, which no noisy block looks at.
+    """The input of a training pass: xt, then x0 without its last block, to which no noisy block attends.
 
     Args:
         xt, x0: int64 [B, L].
@@ -38,8 +38,8 @@ def training_mask(length: int, block_size: int, device: torch.device, head_width
     """The mask of a pass over `noisy_and_clean`, Q = K = 2 L - S.
 
     Returns:
-        None where a row is one block, which looks at all of itself. On a GPU a BlockMask for FlexAttention, which
-        skips the tiles that are masked throughout; elsewhere, and for heads too narrow for it, bool [Q, K].
+        None if a row is one block, which needs no mask. On a GPU a BlockMask for FlexAttention, which skips fully
+        masked tiles; on a CPU, and for heads too narrow for FlexAttention, bool [Q, K].
     """
     if length == block_size:
         return None
@@ -51,7 +51,7 @@ def training_mask(length: int, block_size: int, device: torch.device, head_width
 def dense_mask(length: int, block_size: int, device: torch.device) -> Tensor:
     """`training_mask` as bool [Q, K]."""
     index = torch.arange(2 * length - block_size, device=device)
-    return _may_look(index[:, None], index[None, :], length, block_size)
+    return _attends(index[:, None], index[None, :], length, block_size)
 
 
 @lru_cache(maxsize=8)
@@ -59,19 +59,19 @@ def flex_mask(length: int, block_size: int, device: torch.device) -> BlockMask:
     """`training_mask` for FlexAttention."""
 
     def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return _may_look(query, key, length, block_size)
+        return _attends(query, key, length, block_size)
 
     n_tokens = 2 * length - block_size
     return create_block_mask(mask_mod, None, None, n_tokens, n_tokens, device=device)
 
 
 def decoding_mask(n_past: int, n_keys: int, block_size: int, device: torch.device) -> Tensor | None:
-    """The mask of a pass over positions n_past to n_keys of a row, those before them cached.
+    """The mask of a pass over positions n_past to n_keys of a row; earlier positions are cached.
 
-    Each position looks at its own and at earlier blocks.
+    Each position attends to its own block and to earlier blocks.
 
     Returns:
-        bool [Q, K], Q = n_keys - n_past and K = n_keys; None where all queries lie in the last block.
+        bool [Q, K], Q = n_keys - n_past and K = n_keys; None if all queries are in the last block.
     """
     if n_past // block_size == (n_keys - 1) // block_size:
         return None
@@ -79,8 +79,8 @@ def decoding_mask(n_past: int, n_keys: int, block_size: int, device: torch.devic
     return block[n_past:, None] >= block
 
 
-def _may_look(query: Tensor, key: Tensor, length: int, block_size: int) -> Tensor:
-    """Whether the query with this index in [noisy ; clean] may look at the key with that one; broadcasts."""
+def _attends(query: Tensor, key: Tensor, length: int, block_size: int) -> Tensor:
+    """Whether a query attends to a key, both given by index in [noisy ; clean] (int64, broadcast); bool."""
     noisy_query, noisy_key = query < length, key < length
     query_block, key_block = query % length // block_size, key % length // block_size
     own = (noisy_query == noisy_key) & (query_block == key_block)

@@ -1,8 +1,8 @@
-"""Weights in and out: what a run starts from, what a checkpoint holds, and the folders of Hugging Face's Qwen2.
+"""Weights in and out: `model.init_from`, models of checkpoints, and folders of Hugging Face's Qwen2.
 
     python -m model.hub export runs/tinygsm_arm exported/tinygsm_arm
 
-Parameter names are those of `Qwen2ForCausalLM`, so only the file layout needs care.
+Parameter names are those of `Qwen2ForCausalLM`, so weights need no renaming.
 
 Shapes: V vocabulary, D width.
 """
@@ -40,7 +40,7 @@ class {TOKENIZER_CLASS}(PreTrainedTokenizerFast):
     """Reads tokenizer.json as it is."""
 '''
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# What must be equal in the settings and in the weights that a run starts from.
+# Model settings that must equal those of the weights in `model.init_from`.
 SHAPE = (
     "hidden_size",
     "intermediate_size",
@@ -55,22 +55,22 @@ SHAPE = (
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A trained model from elsewhere."""
+    """Weights of a trained model."""
 
     source: str  # for messages
     settings: ModelSettings
-    shifted: bool  # what it computes at a position is about the next token
+    shifted: bool  # a position predicts the next token
     weights: dict[str, Tensor]  # by Hugging Face's names
 
 
 def load_model(path: str, overrides: Sequence[str] = ()) -> tuple[Transformer, Config]:
-    """The model of a run directory (its newest checkpoint) or checkpoint folder, averaged weights where there are any.
+    """The model of a run directory (its newest checkpoint) or checkpoint folder, with averaged weights if it has them.
 
     Args:
-        overrides: `section.key=value` settings to use instead of the run's own.
+        overrides: `section.key=value` settings that replace the run's.
 
     Raises:
-        ValueError: no usable checkpoint there, or a wrong setting.
+        ValueError: no usable checkpoint, or a wrong setting.
     """
     checkpoint = find_checkpoint(path)
     config = checkpoint.config(overrides)
@@ -102,59 +102,60 @@ def check_init_from(source: str) -> None:
 
 
 def load_initial_weights(model: Transformer, config: Config) -> None:
-    """Give `model` the weights that `model.init_from` names, fitted to its shape; of a run with an average, those.
+    """Load the weights of `model.init_from` into `model`, with the vocabulary resized; averaged ones if a run has them.
 
     Raises:
-        ValueError: they cannot be had, or do not fit the settings.
+        ValueError: the weights cannot be read or do not fit the settings.
     """
     assert config.model.init_from is not None
     pretrained = _read(config.model.init_from)
     if pretrained.shifted != config.shifted:
-        remedy = "leave it out" if pretrained.shifted else "set model.shifted: false"
-        kind = "about the next token" if pretrained.shifted else "about the position's own token"
+        remedy = "leave model.shifted out" if pretrained.shifted else "set model.shifted: false"
+        target = "the next token" if pretrained.shifted else "its own token"
         raise ValueError(
-            f"model.shifted is {config.shifted}, but what {pretrained.source} computes at a position is {kind}: "
-            f"{remedy}"
+            f"model.shifted is {config.shifted}, but in {pretrained.source} a position predicts {target}: {remedy}"
         )
     weights = fit_weights(pretrained, config.model)
     try:
         model.load_weights(weights)
-    except RuntimeError as error:  # tensors missing, unknown or of another shape than config.json says
+    except RuntimeError as error:  # missing or unknown tensors, or shapes that differ from config.json
         raise ValueError(f"{pretrained.source} does not hold the weights of a Qwen2 model: {error}") from None
 
 
 def _read(source: str) -> Pretrained:
-    """A run directory or checkpoint folder, a Qwen2 folder, or a name on the Hugging Face hub."""
+    """Read a run directory or checkpoint folder, a Qwen2 folder, or a model of the Hugging Face hub."""
     folder = Path(source)
     if (folder / MANIFEST).exists() or (folder / "checkpoints").is_dir():
         checkpoint = find_checkpoint(folder)
         model, config = load_model(str(checkpoint.path))
         return Pretrained(str(checkpoint.path), config.model, config.shifted, model.weights())
     if folder.is_dir() and not (folder / CONFIG_FILE).exists():
-        raise ValueError(f"model.init_from: {source} holds neither a checkpoint of a run nor a config.json")
+        raise ValueError(f"model.init_from: {source} holds neither a checkpoint nor a config.json")
     return read_qwen2(folder if folder.is_dir() else _download(source), source)
 
 
 def fit_weights(pretrained: Pretrained, settings: ModelSettings) -> dict[str, Tensor]:
-    """Its weights for a model of this shape, the vocabulary cut or grown to fit.
+    """The weights for a model of these settings, with the vocabulary resized.
 
     Raises:
-        ValueError: the model section has another shape; the message names both numbers.
+        ValueError: other settings differ; the message names both values.
     """
     found = [(key, getattr(settings, key), getattr(pretrained.settings, key)) for key in SHAPE]
-    problems = [f"  {key}: {ours} in the settings, {theirs} there" for key, ours, theirs in found if ours != theirs]
+    problems = [
+        f"  {key}: {ours} in the settings, {theirs} in the weights" for key, ours, theirs in found if ours != theirs
+    ]
     ours, theirs = settings.learned_positions, pretrained.settings.learned_positions
     if theirs is not None and ours != theirs:
-        problems.append(f"  learned_positions: {ours} in the settings, {theirs} there")
+        problems.append(f"  learned_positions: {ours} in the settings, {theirs} in the weights")
     if settings.tie_word_embeddings and not pretrained.settings.tie_word_embeddings:
-        problems.append("  tie_word_embeddings: true in the settings, there the head is a matrix of its own")
+        problems.append("  tie_word_embeddings: true in the settings, false in the weights")
     if problems:
         raise ValueError(f"the model section does not fit {pretrained.source}:\n" + "\n".join(problems))
     weights = dict(pretrained.weights)
     if not settings.tie_word_embeddings and pretrained.settings.tie_word_embeddings:
         weights[HEAD] = weights[EMBEDDING].clone()
     if settings.learned_positions is not None and pretrained.settings.learned_positions is None:
-        # Zeros, so that the model computes what its source does until training changes them.
+        # Zeros: before training the model computes the same as the one that it starts from.
         weights[POSITIONS] = torch.zeros(settings.learned_positions, settings.hidden_size)
     for name in (EMBEDDING, HEAD):
         if name in weights:
@@ -163,10 +164,10 @@ def fit_weights(pretrained: Pretrained, settings: ModelSettings) -> dict[str, Te
 
 
 def fit_vocabulary(matrix: Tensor, vocab_size: int) -> Tensor:
-    """Cut a matrix [V, D] to `vocab_size` rows, or append copies of its mean row.
+    """Truncate a matrix [V, D] to `vocab_size` rows, or append copies of its mean row.
 
-    With the mean row, a new token's logit is the mean of all logits, so its probability is at most the mean one and
-    the other tokens lose next to nothing. A random row can be the most probable token from the start.
+    With the mean row, a new token's logit is the mean of all logits, so its probability is at most the average.
+    With a random row, a new token could be the most probable one.
     """
     n_new = vocab_size - len(matrix)
     if n_new <= 0:
@@ -176,19 +177,19 @@ def fit_vocabulary(matrix: Tensor, vocab_size: int) -> Tensor:
 
 
 def _download(name: str) -> Path:
-    """The folder of a model on the Hugging Face hub, from the local cache where it is there already.
+    """Download a model of the Hugging Face hub unless it is in the local cache; returns its folder.
 
     Raises:
-        ValueError: it cannot be fetched.
+        ValueError: the download failed.
     """
-    from huggingface_hub import snapshot_download  # slow to import, and most runs need none
+    from huggingface_hub import snapshot_download  # slow to import
 
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, "*.safetensors", INDEX_FILE]))
-    except Exception as error:  # the library raises a dozen kinds for what is one problem to the user
+    except Exception as error:  # the library raises many types for one problem
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{name!r} is no folder here, and it cannot be fetched from the Hugging Face hub: {reason}"
+            f"{name!r} is not a folder, and downloading it from the Hugging Face hub failed: {reason}"
         ) from None
 
 
@@ -196,7 +197,7 @@ def read_qwen2(folder: Path, source: str) -> Pretrained:
     """Read config.json and the safetensors files of a Qwen2 or Qwen2.5 folder.
 
     Raises:
-        ValueError: another architecture, a variant that `Transformer` has no counterpart of, or unreadable files.
+        ValueError: another architecture, a variant that `Transformer` does not implement, or unreadable files.
     """
     try:
         raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -208,9 +209,9 @@ def read_qwen2(folder: Path, source: str) -> Pretrained:
         for name in names:
             weights |= load_file(folder / Path(name).name)
     except KeyError as error:
-        raise ValueError(f"{source} is no Qwen2 model that can be read: it lacks {error}") from None
+        raise ValueError(f"{source} cannot be read as a Qwen2 model: it lacks {error}") from None
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{source} is no Qwen2 model that can be read: {error}") from None
+        raise ValueError(f"{source} cannot be read as a Qwen2 model: {error}") from None
     if settings.tie_word_embeddings:
         weights.pop(HEAD, None)
     causal = raw.get("is_causal", True)
@@ -222,7 +223,7 @@ def write_qwen2(
 ) -> None:
     """Write a folder that `Qwen2ForCausalLM.from_pretrained` opens with equal logits.
 
-    Of a bidirectional model config.json says `is_causal: false`, which transformers 5 obeys and older ones ignore.
+    For a bidirectional model config.json has `is_causal: false`, which transformers 5 uses and older versions ignore.
     """
     settings = model.settings
     config: dict[str, Any] = {
@@ -234,7 +235,10 @@ def write_qwen2(
         "num_key_value_heads": settings.n_key_value_heads,
         "hidden_act": "silu",
         "use_sliding_window": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": settings.rope_theta},  # transformers 5; 4: rope_theta
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": settings.rope_theta,
+        },  # transformers 5; version 4 reads rope_theta
         "dtype": "float32",
         "is_causal": causal,
         "next_token_shift": model.shifted,
@@ -251,12 +255,12 @@ def write_qwen2(
 
 
 def write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Write a fast tokenizer so that `AutoTokenizer` opens it unchanged beside the config.json of `write_qwen2`.
+    """Write a fast tokenizer so that `AutoTokenizer` opens it unchanged next to the config.json of `write_qwen2`.
 
-    For `model_type: qwen2`, transformers 5 takes any `tokenizer_class` other than Qwen2Tokenizer for a mistake and
-    builds Qwen2Tokenizer, which reads the vocabulary and merges of tokenizer.json but splits text by its own rules. An
-    `auto_map` in tokenizer_config.json turns this replacement off; the named class is then used. `auto_map` must name
-    a class in a file of the folder; it runs only with `trust_remote_code=True` and tokenizes the same.
+    For `model_type: qwen2`, transformers 5 replaces any `tokenizer_class` other than Qwen2Tokenizer by Qwen2Tokenizer,
+    which reads the vocabulary and merges of tokenizer.json but splits text by its own rules. An `auto_map` in
+    tokenizer_config.json disables the replacement. `auto_map` must name a class in a file of the folder; that class is
+    used only with `trust_remote_code=True` and tokenizes the same.
     """
     tokenizer.save_pretrained(folder)
     if type(tokenizer).__name__.removesuffix("Fast") == "Qwen2Tokenizer":
@@ -264,7 +268,7 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
     path = folder / TOKENIZER_CONFIG_FILE
     config = json.loads(path.read_text(encoding="utf-8"))
     if config["tokenizer_class"] == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the same, by the name that transformers 4 knows too
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 knows too
     # Otherwise transformers 4 also returns token_type_ids, which Qwen2 does not accept.
     config["model_input_names"] = ["input_ids", "attention_mask"]
     config["auto_map"] = {"AutoTokenizer": [None, f"{TOKENIZER_MODULE}.{TOKENIZER_CLASS}"]}
@@ -273,7 +277,7 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
 
 
 def _read_settings(raw: dict[str, Any]) -> ModelSettings:
-    """The shape in a config.json, with Qwen2's defaults for what it leaves out."""
+    """The model settings of a config.json, with Qwen2's defaults for missing keys."""
     if raw.get("model_type") != "qwen2":
         raise ValueError(f"its model_type is {raw.get('model_type')!r}, not 'qwen2'")
     rope = raw.get("rope_parameters") or {}
@@ -286,7 +290,7 @@ def _read_settings(raw: dict[str, Any]) -> ModelSettings:
     }
     if any(unsupported.values()):
         listed = ", ".join(key for key, wrong in unsupported.items() if wrong)
-        raise ValueError(f"this model has no counterpart of its {listed}")
+        raise ValueError(f"unsupported {listed}")
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     return ModelSettings(
         **{key: raw[key] for key in same},
@@ -298,27 +302,26 @@ def _read_settings(raw: dict[str, Any]) -> ModelSettings:
 
 
 def export_run(path: str, out: Path) -> str:
-    """Write the newest checkpoint of a run directory (or a checkpoint folder) for transformers; says what it wrote.
+    """Export a run directory (its newest checkpoint) or checkpoint folder for transformers; returns a message.
 
-    Averaged weights where there are any; the tokenizer where the data set has one.
+    Writes the averaged weights if there are any, and the tokenizer if the data has one.
 
     Raises:
-        ValueError: no usable checkpoint, a model that transformers has no counterpart of, no tokenizer where the data
-            has one, or `out` holds something.
+        ValueError: no usable checkpoint, a model that transformers does not implement, a missing tokenizer, or `out`
+            is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is no empty folder: name another, or delete it")
+        raise ValueError(f"{out} exists and is not an empty folder: name another, or delete it")
     model, config = load_model(path)
     if config.block_causal_size is not None:
         raise ValueError(
-            f"{path} is block-causal, which transformers' Qwen2 cannot be: its checkpoints hold the weights under "
-            "Hugging Face's names"
+            f"{path} is block-causal, which transformers' Qwen2 does not support: read it with `model.hub.load_model`"
         )
     if config.model.learned_positions is not None:
         raise ValueError(
-            f"{path} has learned positions, which transformers' Qwen2 has not: read it with `model.hub.load_model`, or "
-            f"take the weights from its checkpoints, where they have Hugging Face's names and {POSITIONS} is added to "
-            "the token embeddings"
+            f"{path} has learned positions, which transformers' Qwen2 does not support: read it with "
+            f"`model.hub.load_model`, or take the weights from its checkpoints, where they have Hugging Face's names; "
+            f"{POSITIONS} is added to the token embeddings"
         )
     tokenizer = config.open_data().tokenizer()
     eos_id = pad_id = None
@@ -329,11 +332,11 @@ def export_run(path: str, out: Path) -> str:
     write_qwen2(out, exported, causal=config.causal, mask_id=config.mask_id, eos_id=eos_id, pad_id=pad_id)
     lines = [f"wrote {out}: {', '.join(sorted(file.name for file in out.iterdir()))}"]
     if not config.causal:
-        about = "the next token" if config.shifted else "the position's own token"
+        target = "the next token" if config.shifted else "the token at that position"
         lines.append(
-            "note: a masked diffusion model looks both ways. transformers 5 does so by `is_causal: false` in "
-            f"config.json, older versions ignore it and read causally. Logits at a position are about {about}, and "
-            "generate() does not unmask."
+            "note: the model is bidirectional (`is_causal: false` in config.json). transformers 5 supports this; older "
+            f"versions ignore it and run the model causally. Logits at a position predict {target}; generate() does "
+            "not unmask."
         )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Logits a chunk of positions at a time: how large a chunk is, in which type it is computed, and its softmax.
+"""Logits of one chunk of positions at a time: size of a chunk, dtype of its matrix products, and its softmax.
 
 Shapes: n positions of a chunk, D width, V vocabulary, v tokens of a tile, M tiles of the vocabulary.
 """
@@ -11,25 +11,25 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# A chunk of logits holds at most this many numbers, however large the vocabulary: 128 MiB in float32, 512 MiB on a GPU,
-# where smaller matrix products would leave most of the machine idle.
+# A chunk of logits holds at most this many elements for any vocabulary: 128 MiB in float32, 512 MiB on a GPU, where
+# smaller matrix products would not fill the device.
 CHUNK_ELEMENTS = 1 << 25
 CHUNK_ELEMENTS_GPU = 1 << 27
-# A CPU takes the vocabulary of a chunk in tiles of this many tokens, which stay in its caches from the product to the
-# sums. (Products with the whole of a large matrix also run at half the speed of products with its parts.)
+# A CPU takes the vocabulary of a chunk in tiles of this many tokens, which stay in its caches between matrix product
+# and sums. (A product with a whole large matrix also runs at half the speed of products with its tiles.)
 TILE_TOKENS = 1024
-TILE_ELEMENTS = 1 << 18  # of what is summarized and forgotten: 1 MiB
-# Up to this vocabulary the head costs nothing, so it stays in float32 (bfloat16 logits tie where the model is sure) and
-# scores every position: all shapes are fixed then.
+TILE_ELEMENTS = 1 << 18  # logits of a tile in sampling: 1 MiB
+# Up to this vocabulary the head is cheap: it stays in float32 (bfloat16 logits tie where the model is confident) and
+# scores every position, so that all shapes are fixed.
 SMALL_VOCABULARY = 4096
 
-# NLL and confidence (float32 [n]), and d (weight * nll) / d logits ([n, V] in the type of the matrix; valid until the
-# next call), of hidden states [n, D], target tokens (int64 [n]) and weights (float32 [n]).
+# From hidden states [n, D], target tokens (int64 [n]) and weights (float32 [n]): NLL and confidence (float32 [n]), and
+# d (weight * nll) / d logits ([n, V] in the dtype of the matrix, valid until the next call).
 ChunkScorer = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def compute_dtype(head: Tensor) -> torch.dtype:
-    """Type of the matrix products: autocast's for a large vocabulary, else the parameters'."""
+    """Dtype of the matrix products: autocast's for a large vocabulary, else the head's."""
     device = head.device.type
     if torch.is_autocast_enabled(device) and head.shape[0] > SMALL_VOCABULARY:
         return torch.get_autocast_dtype(device)
@@ -37,12 +37,12 @@ def compute_dtype(head: Tensor) -> torch.dtype:
 
 
 def chunk_rows(head: Tensor) -> int:
-    """Positions whose logits make one chunk."""
+    """Number of positions of a chunk."""
     return max(1, (CHUNK_ELEMENTS_GPU if head.is_cuda else CHUNK_ELEMENTS) // head.shape[0])
 
 
 def tile_shape(head: Tensor) -> tuple[int, int]:
-    """Positions and tokens of logits that are summarized at once; a GPU wants few large kernels."""
+    """Number of positions and of tokens of a tile in sampling; on a GPU the whole vocabulary, for few large kernels."""
     if head.is_cuda:
         return chunk_rows(head), head.shape[0]
     n_tokens = min(TILE_TOKENS, head.shape[0])
@@ -50,19 +50,19 @@ def tile_shape(head: Tensor) -> tuple[int, int]:
 
 
 def plain_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """A product in the type of its arguments, whatever autocast says."""
+    """Matrix product in the dtype of its arguments, without autocast."""
     with torch.autocast(a.device.type, enabled=False):
         return a @ b
 
 
 def chunk_scorer(matrix: Tensor, n_rows: int, compiled: bool) -> ChunkScorer:
-    """What scores chunks of up to n_rows positions by the output matrix [V, D].
+    """The function that scores chunks of up to n_rows positions with the output matrix [V, D].
 
     Args:
-        compiled: fuse the sweeps over a large vocabulary's logits, on a GPU.
+        compiled: on a GPU with a large vocabulary, compile the softmax into fused kernels.
     """
     if not matrix.is_cuda:
-        # Allocated once: pages that are new to the process cost more than what is computed on them.
+        # Allocated once: page faults on new memory cost more than the computation.
         buffer = torch.empty(n_rows, matrix.shape[0], dtype=torch.float32)
         narrow = buffer if matrix.dtype == buffer.dtype else torch.empty_like(buffer, dtype=matrix.dtype)
         return lambda states, target, weight: _score_in_tiles(matrix, buffer, narrow, states, target, weight)
@@ -71,15 +71,15 @@ def chunk_scorer(matrix: Tensor, n_rows: int, compiled: bool) -> ChunkScorer:
 
 
 def _score_logits(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ChunkScorer`, of logits [n, V] in any float type.
+    """See `ChunkScorer`; from logits [n, V] in any float dtype.
 
-    float32 logits are overwritten; in as few sweeps over them as can be, since memory is what limits this.
+    Overwrites float32 logits, and passes over them as few times as possible: this is bound by memory bandwidth.
     """
     wide = logits.float()
     largest, own = wide.amax(dim=1), wide.gather(1, target[:, None]).squeeze(1)
     exponentials = wide.sub_(largest[:, None]).exp_()
     total = exponentials.sum(dim=1)
-    # weight * (softmax - one hot), from the exponentials in one sweep.
+    # weight * (softmax - one-hot), from the exponentials in one pass.
     gradient = exponentials.mul_((weight / total)[:, None])
     gradient.scatter_add_(1, target[:, None], -weight[:, None])
     log_total = total.log()
@@ -98,7 +98,7 @@ def _score_in_tiles(
 
     Args:
         buffer: float32 [at least n, V], overwritten.
-        narrow: the same in the type of the matrix, which may be `buffer` itself; holds the gradient afterwards.
+        narrow: a buffer of that shape in the dtype of the matrix, may be `buffer` itself; receives the gradient.
     """
     buffer, narrow = buffer[: len(states)], narrow[: len(states)]
     own = torch.empty(len(states), dtype=torch.float32)
@@ -122,7 +122,7 @@ def _score_in_tiles(
 
 
 def write_logits(states: Tensor, rows: Tensor, out: Tensor) -> None:
-    """Logits of states [n, D] for the tokens of some rows [v, D] of the matrix, into float32 [n, v]."""
+    """Write the logits of states [n, D] for some rows [v, D] of the matrix to `out`, float32 [n, v]."""
     if rows.dtype == out.dtype:
         torch.mm(states, rows.t(), out=out)
     else:

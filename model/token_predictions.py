@@ -1,4 +1,4 @@
-"""What a sampler asks of the output head: the token to write at a position, and how sure the model is of it.
+"""Predictions for samplers: the token to write at each position, and the model's confidence in it.
 
 Shapes: N positions, n of a chunk, D width, V vocabulary, v tokens of a tile, M tiles of the vocabulary.
 """
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from model.logits import combine_tiles, compute_dtype, tile_shape, write_logits
 
-# Of the banned token: low enough to take no probability, but finite, so that 0 times it is 0.
+# Logit of the banned token: its probability is 0, and being finite it gives 0 * logit = 0.
 BANNED_LOGIT = -1e30
 
 
 class TokenPredictions(NamedTuple):
-    """What a sampler needs at N positions; `log_prob` is of `token`, the others of the whole distribution."""
+    """Predictions at N positions; `log_prob` is that of `token`, margin and entropy those of the distribution."""
 
     token: Tensor  # int64 [N]
     log_prob: Tensor  # float32 [N]
@@ -34,14 +34,14 @@ def predict_tokens(
     temperature: float = 0.0,
     noise_key: Tensor | None = None,
 ) -> TokenPredictions:
-    """The most probable token at each position, or with a temperature a random one by the Gumbel-max rule.
+    """The most probable token at each position, or with a temperature a sampled one (Gumbel-max).
 
     Args:
         hidden: [N, D].
         head: [V, D].
-        banned: the mask token, which is never produced and takes no probability.
-        temperature: 0 for the most probable token; log-probabilities are divided by it otherwise.
-        noise_key: int64 [N], one random key per position; needed with a temperature.
+        banned: the mask token, which gets probability 0.
+        temperature: 0 takes the most probable token; otherwise logits are divided by it to choose the token.
+        noise_key: int64 [N], one random key per position; required with a temperature.
     """
     matrix = head.to(compute_dtype(head))
     n_rows, n_tokens = tile_shape(head)
@@ -72,7 +72,7 @@ class _TileSummary(NamedTuple):
 def _predict_chunk(
     states: Tensor, matrix: Tensor, buffer: Tensor, banned: int, temperature: float, noise_key: Tensor | None
 ) -> TokenPredictions:
-    """See `predict_tokens`, of states [n, D] and the matrix [V, D], both in the type to compute in.
+    """See `predict_tokens`; for states [n, D] and the matrix [V, D], both in the dtype to compute in.
 
     Args:
         buffer: float32 [at least n, v], overwritten by the logits of each tile.
@@ -121,9 +121,9 @@ def _summarize_tile(logits: Tensor, first: int, temperature: float, noise_key: T
 def hash_uniform(key: Tensor) -> Tensor:
     """Uniform numbers in (0, 1), float64, from int64 keys of any shape (the finalizer of SplitMix64).
 
-    Random numbers that depend on nothing but a key make a row's sample independent of its neighbours in the batch.
+    They depend on the key alone, so the sample of a row does not depend on the other rows of the batch.
     """
-    key = key * -7046029254386353131  # odd, 2^64 / golden ratio; products wrap
+    key = key * -7046029254386353131  # odd, 2^64 / golden ratio; products wrap around
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         key = (key ^ ((key >> shift) & ((1 << (64 - shift)) - 1))) * factor
     key = key ^ ((key >> 31) & ((1 << 33) - 1))
@@ -131,15 +131,15 @@ def hash_uniform(key: Tensor) -> Tensor:
 
 
 def mix_keys(key: Tensor, other: Tensor | int) -> Tensor:
-    """One int64 key from two (broadcast together); a change in either changes it throughout."""
+    """One int64 key from two (broadcast); a change in either changes all bits of the hashed key."""
     return (hash_uniform(key) * 2.0**53).long() * 1_000_003 + other
 
 
 def gumbel_noise(key: Tensor, n: int, first: int = 0) -> Tensor:
     """Gumbel noise for N keys (int64 [N]) and n tokens from `first` on, float64 [N, n].
 
-    In float64, since float32 uniforms end at 1 - 2^-24: their noise never exceeds 16.6, which starves rare tokens and
-    makes sampling colder than its temperature says.
+    In float64: float32 uniforms are at most 1 - 2^-24, so their noise is at most 16.6, which makes rare tokens too rare
+    and sampling colder than the temperature.
     """
     tokens = torch.arange(first, first + n, device=key.device)
     return -(-hash_uniform(mix_keys(key[:, None], tokens)).log()).log()

@@ -1,7 +1,8 @@
-"""The output head in chunks: loss, NLL and confidence per position, never a [B, L, V] tensor.
+"""The output head in chunks: loss, NLL and confidence per position without a [B, L, V] tensor.
 
-Only positions that carry weight are scored, unless the vocabulary is so small that fixed shapes are worth more. Logits
-exist a chunk at a time, and the gradient is computed in the same sweep: nothing of size V waits for the backward pass.
+With a large vocabulary only positions with nonzero weight are scored; with a small one all are, which keeps shapes
+fixed. Logits exist for one chunk at a time and the gradient is computed in the forward pass, so nothing of size
+[N, V] is kept for the backward pass.
 
 Shapes: B rows, L positions, N scored positions, D width, V vocabulary.
 """
@@ -26,14 +27,14 @@ class TokenScores(NamedTuple):
 
 
 class ScoredPositions:
-    """Which positions carry weight; made before the backbone runs, so that their number is known when the head starts.
+    """The positions with nonzero weight; created before the backbone runs.
 
-    On a GPU the host must know the number to launch the head. It travels there while the backbone computes; `indices`
-    waits for it, but not for the backbone, so the device never runs dry.
+    On a GPU the host needs their number to launch the head. It is copied to the host while the backbone computes;
+    `indices` waits for the copy, not for the backbone, so the device is not idle.
     """
 
     def __init__(self, weight: Tensor, n_tokens: int) -> None:
-        """For `weight` (float32 [B, L]) and a vocabulary of `n_tokens`."""
+        """`weight`: float32 [B, L]; `n_tokens`: size of the vocabulary."""
         flat = weight.flatten()
         self._event: torch.cuda.Event | None = None
         self._indices = self._count = None
@@ -50,7 +51,7 @@ class ScoredPositions:
             self._event.record()
 
     def indices(self) -> Tensor | None:
-        """Flat positions to score, int64 [N]; None: all."""
+        """Positions to score as indices into [B * L], int64 [N]; None: all."""
         if self._all or self._indices is not None:
             return self._indices
         assert self._event is not None
@@ -74,15 +75,15 @@ def score_tokens(
         head: [V, D], the output matrix.
         x0: int64 [B, L].
         weight: float32 [B, L].
-        scored: what is known of `weight` already.
-        compiled: fuse the sweeps over a large vocabulary's logits.
+        scored: made from `weight` before the backbone ran.
+        compiled: compile the softmax over a large vocabulary.
     """
     indices = (scored or ScoredPositions(weight, head.shape[0])).indices()
     states, target, own_weight = hidden.flatten(0, 1), x0.flatten(), weight.flatten()
     if indices is not None:
         states, target, own_weight = states[indices], target[indices], own_weight[indices]  # [N, D], [N], [N]
     loss, nll, confidence = _ScoreChunks.apply(states, head, target, own_weight, compute_dtype(head), compiled)
-    if indices is None:  # positions without weight have been scored too
+    if indices is None:  # positions of weight 0 were scored too
         nll, confidence = nll.view_as(weight), confidence.view_as(weight)
         return TokenScores(loss, nll.masked_fill(weight == 0, 0.0), confidence.masked_fill(weight == 0, -torch.inf))
     return TokenScores(
@@ -93,7 +94,7 @@ def score_tokens(
 
 
 class _ScoreChunks(torch.autograd.Function):
-    """Loss, NLL and confidence of N positions; gradients are computed on the way forward."""
+    """Loss, NLL and confidence of N positions; computes the gradients in the forward pass."""
 
     @staticmethod
     def forward(
@@ -115,7 +116,7 @@ class _ScoreChunks(torch.autograd.Function):
             if grad_hidden is not None and grad_head is not None:
                 grad_hidden[part] = plain_matmul(gradient, matrix).to(hidden.dtype)
                 if grad_head.dtype == gradient.dtype:
-                    grad_head.addmm_(gradient.t(), states)  # without a matrix of its size in between
+                    grad_head.addmm_(gradient.t(), states)  # without a temporary of its size
                 else:
                     grad_head += plain_matmul(gradient.t(), states)
         if grad_hidden is not None:
@@ -127,5 +128,5 @@ class _ScoreChunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
-        # In place, since a head's worth of memory counts; autograd calls this once, as loss.backward() does.
+        # In place, to save memory of the head's size. Autograd calls this at most once per forward pass.
         return grad_hidden.mul_(grads[0]), grad_head.mul_(grads[0]), None, None, None, None

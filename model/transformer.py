@@ -3,9 +3,9 @@
 RMSNorm before attention and MLP, rotary embedding that pairs the two halves of a head, grouped-query attention with
 biases on query, key and value, SwiGLU, and an output head that may share the embedding matrix.
 
-Rotary embedding makes scores depend on offsets between positions, so a bidirectional model cannot tell where a token
-stands: on input that is masked throughout, every position computes the same. `model.learned_positions` adds a learned
-vector per position to the token embeddings, which Qwen2 does not have.
+With rotary embedding attention depends only on offsets between positions, so a bidirectional model does not know the
+absolute position: on fully masked input all positions compute the same. `model.learned_positions` adds a learned vector
+per position to the token embeddings, which Qwen2 does not have.
 
 Shapes: B rows, L positions, D width, K keys, V vocabulary.
 """
@@ -26,7 +26,7 @@ from model.block_mask import decoding_mask, noisy_and_clean, training_mask
 from model.token_predictions import TokenPredictions, predict_tokens
 from model.token_scores import ScoredPositions, TokenScores, score_tokens
 
-# Qwen2's. The published PUMA code starts wider, which costs it the first thousands of steps.
+# As in Qwen2. The published PUMA code has wider initial weights, which slow down the first thousands of steps.
 INIT_STD = 0.02
 TIED_HEAD = "lm_head.weight"
 POSITIONS = "model.embed_positions.weight"
@@ -43,14 +43,14 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [B, L, D] to [B, L, D]."""
+        """MLP of x [B, L, D]; [B, L, D]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each behind a norm and a residual.
+    """Attention and MLP, each with a norm before it and a residual around it.
 
-    With `recomputed` the backward pass runs the forward pass again instead of keeping what is inside.
+    With `recomputed`, the backward pass recomputes activations instead of storing them.
     """
 
     def __init__(self, settings: ModelSettings, causal: bool) -> None:
@@ -69,7 +69,7 @@ class Layer(nn.Module):
         mask: Tensor | BlockMask | None = None,
         past: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """X [B, L, D] to [B, L, D]; the rest as in `Attention`."""
+        """One layer of x [B, L, D]; [B, L, D]. Other arguments as in `Attention`."""
         if self.recomputed and torch.is_grad_enabled():
             arguments = (x, cos, sin, mask, past)
             return checkpoint(self._compute, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -113,10 +113,10 @@ class Backbone(nn.Module):
         """Tokens int64 [B, L] to hidden states [B, L, D].
 
         Args:
-            positions: int64 [L], by default those that follow the cache's.
+            positions: int64 [L], by default those after the cached ones.
             mask: bool [L, K] over the K = L keys of this pass (cache.length + L with a cache), or a BlockMask; by
-                default a causal model looks at what is not later, a bidirectional one at everything.
-            cache: earlier positions to look at too; see `KeyValueCache`. Not for training.
+                default a causal model attends to positions up to its own, a bidirectional one to all.
+            cache: keys and values of earlier positions; see `KeyValueCache`. Not for training.
 
         Raises:
             ValueError: more tokens than learned positions.
@@ -130,8 +130,9 @@ class Backbone(nn.Module):
             positions = torch.arange(n_past, n_keys, device=tokens.device)
         if self.causal and mask is None and n_past:
             mask = torch.arange(n_keys, device=tokens.device) <= positions[:, None]  # [L, K]
-        turned = positions if self.rotary else torch.zeros_like(positions)  # nothing is turned at position 0
-        cos, sin = rotary_tables(turned, self.head_width, self.rope_theta)
+        # At position 0 the rotation is the identity.
+        rotary_positions = positions if self.rotary else torch.zeros_like(positions)
+        cos, sin = rotary_tables(rotary_positions, self.head_width, self.rope_theta)
         x = self.embed_tokens(tokens)  # [B, L, D]
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
@@ -143,7 +144,7 @@ class Backbone(nn.Module):
         return self.norm(x)
 
     def empty_cache(self, n_rows: int, n_positions: int) -> KeyValueCache:
-        """Room for `n_positions` of `n_rows` rows, in the type that attention computes in."""
+        """A cache for `n_rows` rows of `n_positions` positions, in the dtype of attention."""
         device = self.embed_tokens.weight.device
         on_gpu = device.type == "cuda" and torch.is_autocast_enabled("cuda")
         dtype = torch.get_autocast_dtype("cuda") if on_gpu else torch.float32
@@ -158,11 +159,11 @@ class Transformer(nn.Module):
     `forward` is the training pass, so that wrappers such as DistributedDataParallel see it.
 
     Args:
-        causal: positions look at themselves and at earlier ones only.
-        shifted: what is computed at position i is about token i + 1, as in every autoregressive model; `forward` and
-            `predict` move it there. What is computed at position 0 is also said of token 0, which no other can tell.
-        block_size: rows are cut into blocks that look at themselves and at earlier blocks (`block_mask`); None: they
-            are not. Cannot be shifted, since the first token of a block would be told by the noisy block before it.
+        causal: positions attend to themselves and to earlier positions only.
+        shifted: position i predicts token i + 1, as in autoregressive models; `forward` and `predict` align the result.
+            Token 0 has no position before it and is predicted by position 0.
+        block_size: size of blocks that attend to themselves and to earlier blocks (`block_mask`); None: no blocks.
+            Cannot be combined with `shifted`: the first token of a block would be predicted by the noisy block before.
     """
 
     def __init__(
@@ -181,7 +182,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Matrices from a normal distribution with standard deviation 0.02, biases 0, norms 1."""
+        """Draw matrices from a normal distribution with standard deviation 0.02; set biases to 0 and norms to 1."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.weight.normal_(0.0, INIT_STD, generator=generator)
@@ -197,11 +198,11 @@ class Transformer(nn.Module):
             layer.recomputed = True
 
     def compile_training(self) -> None:
-        """Compile the pass of train mode alone: its shapes never change, while evaluation's do at every call."""
+        """Compile the forward pass in train mode only: its shapes are fixed; those of evaluation vary between calls."""
         self.training_backbone = torch.compile(self.model.forward)
 
     def forward(self, xt: Tensor, x0: Tensor, weight: Tensor) -> TokenScores:
-        """Loss, NLL and confidence of the clean tokens x0 (int64 [B, L]) given xt, where weight (float32) is not 0."""
+        """Loss, NLL and confidence of x0 given xt (int64 [B, L]) at positions of nonzero weight (float32 [B, L])."""
         scored = ScoredPositions(weight, self.lm_head.weight.shape[0])
         compiled = self.training_backbone if self.training else None
         backbone = compiled or self.model
@@ -226,7 +227,7 @@ class Transformer(nn.Module):
         """Best token and its confidence at `positions` (bool [B, L]); see `predict_tokens` for the rest.
 
         Args:
-            cache: the positions before those of xt; see `KeyValueCache`.
+            cache: keys and values of the positions before xt; see `KeyValueCache`.
         """
         mask = None
         if self.block_size is not None:
@@ -236,23 +237,23 @@ class Transformer(nn.Module):
         return predict_tokens(hidden, self.lm_head.weight, banned, temperature=temperature, noise_key=noise_key)
 
     def weights(self) -> dict[str, Tensor]:
-        """Tensors to save, by Hugging Face's names; a tied head is left out, as Hugging Face does."""
+        """Tensors to save, by Hugging Face's names; without a tied head, as in Hugging Face's files."""
         return {name: tensor for name, tensor in self.state_dict().items() if not (self.tied and name == TIED_HEAD)}
 
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
-        """Undo `weights`; raises RuntimeError naming what is missing, unknown or of another shape."""
+        """Load `weights`; raises RuntimeError that names missing tensors, unknown ones and those of another shape."""
         tied = {TIED_HEAD: tensors["model.embed_tokens.weight"]} if self.tied else {}
         self.load_state_dict(tensors | tied)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """All logits [B, L, V], not shifted, as Hugging Face returns them: for tests and export, never in training."""
+        """All logits [B, L, V], not aligned, as Hugging Face returns them: for tests and export, not for training."""
         return self.lm_head(self.model(tokens))
 
     def _align(self, hidden: Tensor) -> Tensor:
-        """Hidden states [B, L, D] moved to the tokens that they are about."""
+        """Hidden states [B, L, D], moved to the positions of the tokens that they predict."""
         return torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1) if self.shifted else hidden
 
 
 def build_model(config: Config) -> Transformer:
-    """The model of an experiment; its objective says what a position sees and whether scores are shifted."""
+    """The model of the settings; the objective determines attention and whether predictions are shifted."""
     return Transformer(config.model, causal=config.causal, shifted=config.shifted, block_size=config.block_causal_size)

@@ -1,1 +1,1 @@
-"""What people look at: curves of runs."""
+"""Plots of runs."""

@@ -1,8 +1,8 @@
-"""Draw the curves of one run or several against steps, distinct sequences or seconds.
+"""Plot loss and accuracy of one or more runs against steps, distinct sequences or seconds.
 
     python -m report.curves runs/sudoku_puma runs/sudoku_baseline --x seconds --out curves.png
 
-PUMA reuses each sequence for a whole trajectory, so which method is ahead can depend on the axis: look at all three.
+PUMA trains on each sequence for a whole trajectory, so which method is ahead can depend on the axis.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ AXES = {
 
 
 def draw_curves(run_dirs: Sequence[Path], axis: str, out: Path) -> None:
-    """Loss and accuracy of runs against one of `AXES`, as a picture file.
+    """Write a plot of loss and accuracy against one of `AXES`.
 
     Raises:
-        ValueError: a run directory has no records.
+        ValueError: a run directory holds no records.
     """
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
     parser = argparse.ArgumentParser(description="Draw loss and accuracy of runs.")
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--x", choices=AXES, default="step", help="what the curves are drawn against")
+    parser.add_argument("--x", choices=AXES, default="step", help="x-axis")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture file (.png, .pdf, .svg)")
     options = parser.parse_args(arguments)
     try:

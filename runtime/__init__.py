@@ -1,1 +1,1 @@
-"""Plumbing that a newcomer may skip: settings files, processes, checkpoints, records, optimizer."""
+"""Plumbing, which a newcomer may skip: settings files, processes, checkpoints, records, optimizer."""

@@ -1,9 +1,9 @@
-"""Checkpoints that a kill at any moment cannot harm.
+"""Checkpoints that stay valid if the process is killed at any moment.
 
-A checkpoint is a folder `checkpoints/step_00001000` of the run directory: the weights (and their average) as
-safetensors, the settings, the state of optimizer and schedule, one file per rank for objective, stream and random
-numbers, and last a manifest with size and SHA-256 of every file. It is written under a temporary name, synced to disk
-and renamed, so that either all of it is there or none. Nothing that is read back can execute code.
+A checkpoint is a folder `checkpoints/step_00001000` of the run directory. It holds the weights (and their average) as
+safetensors, the settings, the optimizer's state, one file per rank with the state of objective, stream and generator,
+and a manifest with size and SHA-256 of every file. It is written under a temporary name, synced and renamed, so it is
+either complete or absent. Reading a checkpoint never executes code from it.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from runtime.distributed import World, barrier, gather
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-MANIFEST_MAX_BYTES = 1 << 24  # a manifest has some kilobytes; more is refused unread
+MANIFEST_MAX_BYTES = 1 << 24  # a manifest has some kilobytes; a larger one is refused unread
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk, its files compared with its manifest."""
+    """A checkpoint on disk whose files match its manifest."""
 
     path: Path
     step: int
     n_ranks: int
-    score: float | None  # higher is better; None where nothing had been evaluated
+    score: float | None  # higher is better; None if it was not evaluated
 
     def weights(self, name: str) -> dict[str, Tensor] | None:
-        """Tensors of `model` or `ema`; None where the run keeps no average. ValueError: the file is not safetensors."""
+        """Tensors of `model` or `ema`; None if the file does not exist. Raises ValueError if it cannot be read."""
         file = self.path / f"{name}.safetensors"
         try:
             return load_file(file) if file.exists() else None
@@ -52,7 +52,7 @@ class Checkpoint:
             raise ValueError(f"checkpoint {self.path}: {file.name} cannot be read ({error})") from None
 
     def state(self, name: str) -> dict[str, Any]:
-        """State saved as `train` or `rank_<r>`; ValueError where it is more than plain data and tensors."""
+        """State saved as `train` or `rank_<r>`; ValueError if it holds anything but plain data and tensors."""
         try:
             state: dict[str, Any] = torch.load(self.path / f"{name}.pt", map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
@@ -80,12 +80,12 @@ def save_checkpoint(
 
     Args:
         weights: `{"model": tensors, "ema": tensors}`, `ema` only where there is one; the same on all ranks.
-        train_state: what the ranks share, saved once.
-        rank_state: what is this rank's own.
-        score: figure to choose the best checkpoint by, higher is better.
+        train_state: state that is equal on all ranks, saved once.
+        rank_state: state of this rank.
+        score: selects the best checkpoint, higher is better.
 
     Raises:
-        WriteError: the disk is full or fails; the checkpoints before this one are untouched.
+        WriteError: the disk is full or fails; earlier checkpoints are untouched.
     """
     folder = run_dir / "checkpoints"
     target, scratch = folder / f"step_{step:08d}", folder / f".step_{step:08d}.incomplete"
@@ -112,20 +112,20 @@ def save_checkpoint(
 
 
 def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint whose files are what its manifest says; damaged ones are skipped with a warning."""
+    """The newest checkpoint whose files match its manifest; damaged ones are skipped with a warning."""
     for path in sorted((run_dir / "checkpoints").glob("step_*"), reverse=True):
         try:
             return open_checkpoint(path)
         except ValueError as error:
-            warnings.warn(f"{error}; trying the one before it", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{error}; trying the previous one", RuntimeWarning, stacklevel=2)
     return None
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`, a run directory (its newest) or a checkpoint folder.
+    """The checkpoint at `path`: a checkpoint folder, or a run directory, whose newest checkpoint is taken.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: no checkpoint there, or only damaged ones.
     """
     path = Path(path)
     if (path / MANIFEST).exists():
@@ -137,14 +137,14 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Compare a checkpoint's files with its manifest.
+    """Open a checkpoint and check its files against its manifest.
 
     Raises:
-        ValueError: a file is missing, has another size or other content; the message names it.
+        ValueError: a file is missing or differs in size or content; the message names it.
     """
     try:
         if (path / MANIFEST).stat().st_size > MANIFEST_MAX_BYTES:
-            raise ValueError("it is larger than any manifest")
+            raise ValueError(f"it has more than {MANIFEST_MAX_BYTES} bytes")
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']!r}, this code reads {FORMAT}")
@@ -172,7 +172,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    """Write tensors as safetensors and sync; name and manifest entry of the file. Raises WriteError."""
+    """Write tensors as safetensors and sync; returns the file's name and manifest entry. Raises WriteError."""
     with reported(path):
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
         return _seal(path)
@@ -185,27 +185,27 @@ def _save_state(path: Path, state: dict[str, Any]) -> tuple[str, dict[str, Any]]
 
 
 def _seal(path: Path) -> tuple[str, dict[str, Any]]:
-    """Sync a written file to disk; its name and manifest entry."""
+    """Sync a file to disk; returns its name and manifest entry."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return path.name, {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _own_digest(manifest: dict[str, Any]) -> str:
-    """Seals the manifest itself, in which a flipped bit could mean another step."""
+    """SHA-256 of the manifest's content, so that a flipped bit in the manifest is noticed."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 def _prune(folder: Path, n_newest: int) -> None:
-    """Delete all but the newest and the best checkpoints, and what interrupted saves left behind."""
+    """Delete all but the newest checkpoints and the best one, and the folders of interrupted saves."""
     for leftover in folder.glob(".step_*.incomplete"):
         shutil.rmtree(leftover, ignore_errors=True)
     paths = sorted(folder.glob("step_*"))

@@ -1,4 +1,4 @@
-"""The processes of a run and the device of each. One process without torchrun, as many as torchrun starts with it."""
+"""The processes of a run and the device of each: one process, or as many as torchrun or job.sh starts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# A collective that waits longer than this means that a rank hangs; to hang with it helps nobody. The longest honest
-# wait is for the main process while it writes a checkpoint to a slow disk, or looks for wandb without a network.
+# A collective that takes longer means that a rank hangs. The longest regular wait is for the main process while it
+# writes a checkpoint to a slow disk or wandb tries to connect.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-# But it may take long to generate or convert a data set.
+# Generating or converting a data set may take hours.
 PREPARATION_TIMEOUT = timedelta(hours=6)
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """Rank and device of this process, and the number of ranks."""
 
     rank: int
     n_ranks: int
@@ -31,22 +31,22 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prints, logs and writes what there is one of."""
+        """Whether this process prints, logs and writes the files that all ranks share."""
         return self.rank == 0
 
 
 def start_world(device: str) -> World:
-    """Join the processes that torchrun started, if it did.
+    """Join the process group if there is one (RANK is set), and choose this process's device.
 
     Args:
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
-        ValueError: `cuda` was asked for and there is none.
+        ValueError: `cuda` on a machine without a CUDA GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("training.device = 'cuda': this machine has no CUDA GPU; use auto or cpu")
-    launched = "RANK" in os.environ  # by torchrun; clusters set WORLD_SIZE alone, too
+    launched = "RANK" in os.environ  # by torchrun or job.sh; some clusters set WORLD_SIZE without a launcher
     n_ranks, rank = (int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])) if launched else (1, 0)
     if device == "cpu" or not torch.cuda.is_available():
         own = torch.device("cpu")
@@ -72,7 +72,7 @@ def barrier() -> None:
 
 
 def main_first(world: World, work: Callable[[], T]) -> T:
-    """Run `work` on the main process, then on the others: they find the files that it has written."""
+    """Run `work` on the main process, then on the others, which find the files that the main process has written."""
     if not dist.is_initialized():
         return work()
     patient = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
@@ -82,11 +82,11 @@ def main_first(world: World, work: Callable[[], T]) -> T:
     try:
         return work()
     finally:
-        dist.barrier(patient)  # even if the work failed, so that the others fail at once instead of waiting
+        dist.barrier(patient)  # also on failure: the others then fail too instead of waiting
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of every rank's `values`, on every rank; the argument is left alone."""
+    """The sum of every rank's `values`, on every rank; the argument is not changed."""
     if not dist.is_initialized():
         return values
     values = values.clone()
@@ -118,28 +118,27 @@ def gather(value: Any) -> list[Any]:
 
 
 def rank_slice(total: int, rank: int, n_ranks: int) -> slice:
-    """Which of `total` things in a row are this rank's, where each has an equal part up to one."""
+    """The part of `total` items that belongs to this rank; the parts of all ranks differ by at most one item."""
     return slice(total * rank // n_ranks, total * (rank + 1) // n_ranks)
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The type for autocast, None for plain float32.
+    """The dtype for autocast, None for float32 without autocast.
 
     Args:
-        precision: `float32`, `bfloat16`, or `auto`: bfloat16 on GPUs and on CPUs with instructions for it.
+        precision: `float32`, `bfloat16`, or `auto`: bfloat16 on GPUs and CPUs with bfloat16 instructions.
     """
     if precision == "auto":
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            capabilities: dict[str, bool] = getattr(
-                torch.cpu, "get_capabilities", dict
-            )()  # not in every torch that is supported
+            # Not every supported version of torch has `get_capabilities`.
+            capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
             fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
         precision = "bfloat16" if fast else "float32"
     return torch.bfloat16 if precision == "bfloat16" else None
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Autocast context of `dtype`; None switches it off."""
+    """Autocast context of `dtype`; disabled for None."""
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

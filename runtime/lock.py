@@ -1,9 +1,10 @@
-"""One run at a time in a run directory: a second one would cut the records of the first and delete what it is saving.
+"""A lock on the run directory: a second run would truncate the records of the first and delete its unfinished saves.
 
-The main process holds a POSIX record lock on the file `.lock`. The kernel drops it when the process ends, in whatever
-way, so a kill leaves nothing behind and a requeued job is not refused; nor does a process forked from it hold the lock.
-On NFS the server keeps the lock and drops it when the process ends; that of a node which died, when the node's lease is
-over (NFSv4, some 90 s by default) or the node is up again (NFSv3). A file system without locks costs a warning.
+The main process holds a POSIX record lock on the file `.lock`. The kernel releases it when the process ends for any
+reason, so a killed run leaves no stale lock and a requeued job can start. Forked processes do not hold the lock.
+
+On NFS the server keeps the lock. If a node crashes, the server releases its locks when the node's lease expires (NFSv4,
+90 s by default) or when the node has rebooted (NFSv3). A file system without locks gives a warning.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import socket
 import warnings
 from pathlib import Path
 
-_held: int | None = None  # descriptor of the locked file; closing it would end the lock
+_held: int | None = None  # descriptor of the locked file; closing it releases the lock
 
 
 def lock_run(run_dir: Path) -> None:
-    """Keep other processes from training in `run_dir` until this one ends or locks another.
+    """Lock `run_dir` until this process ends or locks another directory.
 
     Raises:
-        ValueError: another process trains there; the message says which.
-        OSError: nothing can be written there.
+        ValueError: another process holds the lock; the message names it.
+        OSError: the directory is not writable.
     """
     global _held
     if _held is not None:
@@ -36,9 +37,11 @@ def lock_run(run_dir: Path) -> None:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
-            raise ValueError(f"{run_dir} is in use by {holder}: wait for its end, or give another --run-dir") from None
+            raise ValueError(
+                f"{run_dir} is in use by {holder}: wait until it ends, or give another --run-dir"
+            ) from None
         warnings.warn(
-            f"{run_dir} cannot be locked ({error.strerror}): see to it that no other process trains there",
+            f"{run_dir} cannot be locked ({error.strerror}): make sure that no other process trains there",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -1,8 +1,8 @@
-"""Records of a run: `metrics.jsonl` always, wandb if asked for.
+"""Records of a run: `metrics.jsonl`, and wandb if the settings enable it.
 
-Each row of metrics.jsonl is one JSON object with `step`, `seconds` (of training, evaluation left out) and
-`sequences_distinct`, so that every curve can be drawn against any of the three. wandb gets the same rows; whatever goes
-wrong with it is said once and never stops the run.
+Each row of metrics.jsonl is one JSON object with `step`, `seconds` (of training, without evaluation) and
+`sequences_distinct`, the three x-axes of the curves. wandb gets the same rows; an error of wandb gives one warning and
+does not stop the run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Recorder:
     """Writes the records; only the main process has one."""
 
     def __init__(self, run_dir: Path, settings: WandbSettings, config: dict[str, Any], from_step: int) -> None:
-        """Open the records of a run that continues at `from_step`; later rows, of a past that was lost, are cut."""
+        """Open the records of a run that continues at `from_step`; rows of later steps are deleted."""
         self.path = run_dir / METRICS_FILE
         kept = [row for row in read_metrics(run_dir) if row["step"] <= from_step]
         scratch = run_dir / f".{METRICS_FILE}.incomplete"
@@ -42,7 +42,7 @@ class Recorder:
         self._wandb = _start_wandb(run_dir, settings, config)
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one row; numbers that are not finite are left out."""
+        """Append one row; values that are not finite are left out."""
         row = {
             key: value for key, value in values.items() if not (isinstance(value, float) and not math.isfinite(value))
         }
@@ -50,12 +50,12 @@ class Recorder:
         self._send(row)
 
     def _append(self, line: str) -> None:
-        """Add a whole line to the records or, where the disk is full, none of it: training goes on."""
+        """Append a whole line, or nothing if the disk is full; training continues."""
         try:
             with open(self.path, "ab", buffering=0) as file:
                 n_before, content = file.seek(0, os.SEEK_END), line.encode()
                 try:
-                    while content:  # a disk that is nearly full takes a part
+                    while content:  # a write to a nearly full disk may be partial
                         content = content[file.write(content) :]
                 except OSError:
                     file.truncate(n_before)
@@ -73,7 +73,7 @@ class Recorder:
         if self._wandb is not None:
             import wandb
 
-            # As text, since a column of a wandb table holds one type and a program may return any.
+            # As text: a column of a wandb table holds one type, and programs return values of any type.
             cells = [[str(value) for value in row.values()] for row in rows]
             self._send({name: wandb.Table(columns=list(rows[0]), data=cells), "step": step})
 
@@ -108,7 +108,7 @@ class Recorder:
                 if isinstance(value, list)
             }
             self._wandb.log(row | histograms)
-        except Exception as error:  # whatever a network or a service does, training goes on
+        except Exception as error:  # no failure of network or service stops training
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
@@ -117,7 +117,7 @@ class Recorder:
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a run's metrics.jsonl; a last line that a kill cut short is left out."""
+    """Rows of a run's metrics.jsonl; an incomplete last line is left out."""
     path = run_dir / METRICS_FILE
     if not path.exists():
         return
@@ -130,26 +130,32 @@ def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
 
 
 def reduce_metrics(metrics: dict[str, Tensor], world: World) -> dict[str, Any]:
-    """Figures of all ranks as plain numbers and lists: names with `sequences_` are added up, all others averaged."""
+    """Metrics over all ranks as plain numbers and lists: `sequences_...` are summed, all others averaged."""
     flat = torch.cat([values.to(world.device, torch.float64).flatten() for values in metrics.values()])
     totals = sum_over_ranks(flat).split([values.numel() for values in metrics.values()])
     reduced: dict[str, Any] = {}
     for (name, values), total in zip(metrics.items(), totals, strict=True):
-        figure = total if name.startswith("sequences_") else total / world.n_ranks
-        reduced[name] = figure.tolist() if values.ndim else float(figure)
+        result = total if name.startswith("sequences_") else total / world.n_ranks
+        reduced[name] = result.tolist() if values.ndim else float(result)
     return reduced
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory that this process has used so far: on the GPU if it has one, else of the machine."""
+    """Peak memory of this process so far: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    # Linux's ru_maxrss starts at the peak of the parent process; VmHWM does not.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**20  # KiB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB elsewhere
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, KiB elsewhere
 
 
 def _start_wandb(run_dir: Path, settings: WandbSettings, config: dict[str, Any]) -> Any:
-    """A wandb run under the id that the run directory keeps, offline where the network fails; None without."""
+    """A wandb run with the id kept in the run directory, offline if the network fails; None if it is off or fails."""
     if settings.mode == "disabled":
         return None
     try:
@@ -174,11 +180,11 @@ def _start_wandb(run_dir: Path, settings: WandbSettings, config: dict[str, Any])
             if settings.mode == "offline":
                 raise
             warnings.warn(
-                f"wandb cannot go online ({error}); records go to {run_dir}/wandb, send them later with `wandb sync`",
+                f"wandb cannot go online ({error}); records go to {run_dir}/wandb: upload them later with `wandb sync`",
                 RuntimeWarning,
                 stacklevel=3,
             )
-            wandb.teardown()  # its service would refuse the id, which the failed run still holds
+            wandb.teardown()  # the failed run still holds the id, so wandb would refuse it
             run = wandb.init(mode="offline", **options)
         for axis in ("step", "seconds", "sequences_distinct"):
             run.define_metric(axis)
@@ -194,4 +200,4 @@ def _warn_unwritten(path: Path, error: OSError) -> None:
 
 
 def _warn(error: Exception) -> None:
-    warnings.warn(f"wandb is given up for this run: {error}", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"wandb is off for the rest of this run: {error}", RuntimeWarning, stacklevel=3)

@@ -1,10 +1,10 @@
-"""Signals that end a run early: save after the step in hand, then leave with nothing lost.
+"""Signals that stop a run early: the training loop finishes its step, saves a checkpoint and exits.
 
-SLURM warns a job before its time limit (SIGUSR1, see job.sh) and before it takes the nodes away (SIGTERM); a user
-presses Ctrl-C (SIGINT). Each asks for a stop, which the training loop grants at its next step; a Ctrl-C after that ends
-the process at once. Nothing here imports torch, so that a program can begin to listen before it does anything slow.
+SLURM sends SIGUSR1 before the time limit (see job.sh) and SIGTERM before it preempts or cancels a job; Ctrl-C sends
+SIGINT. Each requests a stop at the next step; a Ctrl-C after that kills the process. This module imports torch only
+where it is needed, so that a program can install the handlers before its slow imports.
 
-Handlers, not a signal mask: programs started from here would inherit a mask, and then could not be ended themselves.
+Handlers are used, not a signal mask: child processes would inherit a mask and could not be terminated.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
 EARLY_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 EXCHANGE_EVERY_S = 0.1
 
-_owner = 0  # the process that listens; one forked from it inherits the handlers, but they are not meant for it
-_received = 0  # number of the last signal that asks for a stop; 0 while there is none
+_owner = 0  # process that installed the handlers; forked processes inherit them but must not use them
+_received = 0  # number of the last signal that requested a stop; 0: none
 
 
 def listen() -> None:
-    """Note SIGUSR1 and SIGTERM from now on, instead of dying of them. Call this before the slow imports.
+    """Install handlers that record SIGUSR1 and SIGTERM. Call this before the slow imports.
 
-    Until the training loop runs, Ctrl-C keeps its usual meaning: there is nothing to save.
+    Ctrl-C keeps its default until the training loop runs: there is nothing to save.
     """
     global _owner
     if _owner != os.getpid():
-        # Python drops handlers when it shuts down, and a signal sent again must not fail a run that is saved.
+        # Python removes handlers at shutdown; a repeated signal must not kill a process that has saved its run.
         for number in EARLY_SIGNALS:
             atexit.register(signal.signal, number, signal.SIG_IGN)
     _owner = os.getpid()
     for number in EARLY_SIGNALS:
         signal.signal(number, _note)
-        signal.siginterrupt(number, False)  # libraries that wait on a socket are not disturbed
+        signal.siginterrupt(number, False)  # restart system calls of libraries that wait on a socket
 
 
 def _note(number: int, _: FrameType | None) -> None:
-    """Take down a signal. In a forked process, and for one Ctrl-C too many, do what it does by default: die."""
+    """Record a signal. In a forked process, and at Ctrl-C after another signal, kill the process."""
     global _received
     if os.getpid() != _owner or (number == signal.SIGINT and _received):
         signal.signal(number, signal.SIG_DFL)
@@ -52,22 +52,25 @@ def _note(number: int, _: FrameType | None) -> None:
 
 
 class StopVote:
-    """Whether to stop, asked once a step by every rank, with the same answer at the same step on all of them.
+    """Whether to stop, asked once per step by every rank; all ranks get the same answer at the same step.
 
-    One process answers at once. Several exchange what they received about every tenth of a second, which is every step
-    where steps are long: on the CPU (gloo), so that the GPU's stream is left alone, and in the background, to be read
-    when the next exchange is due and this one has long arrived. So the question costs next to nothing, no rank waits
-    for one that is less than a step behind, and a signal is answered within two steps or 0.2 s, whichever is longer.
-    How many steps lie between two exchanges is part of what is exchanged, so that all ranks agree on it as well.
+    Ranks exchange the signals they received about every 0.1 s, or every step if steps take longer. The exchange is an
+    asynchronous all-reduce on the CPU (gloo), so it does not touch the GPU's stream; its result is read when the next
+    exchange is due. A signal is answered within two steps or 0.2 s, whichever is longer. The number of steps between
+    exchanges is part of the exchange, so it is equal on all ranks.
 
-    Within `with`, Ctrl-C asks for a stop as well.
+    Inside `with`, Ctrl-C requests a stop too.
     """
 
     def __init__(self, world: World) -> None:
-        """All ranks create theirs at the same point."""
+        """Every rank calls this at the same point."""
         self._group: Any = None
-        self._pending: tuple[Any, Any] | None = None  # the exchange under way and the tensor that it fills
-        self._interval, self._n_asked, self._since = 1, 0, time.monotonic()  # steps between exchanges; since the last
+        self._pending: tuple[Any, Any] | None = None  # the running exchange and its result
+        self._interval, self._n_asked, self._since = (
+            1,
+            0,
+            time.monotonic(),
+        )  # steps between exchanges; steps since the last
         self._before: dict[signal.Signals, Any] = {}
         if world.n_ranks > 1:
             import torch.distributed as dist
@@ -78,20 +81,20 @@ class StopVote:
 
     def __enter__(self) -> StopVote:
         self._before = {number: signal.getsignal(number) for number in (*EARLY_SIGNALS, signal.SIGINT)}
-        listen()  # a second time, unless the program that called the loop does not
+        listen()  # no-op if the program has called it already
         signal.signal(signal.SIGINT, _note)
         return self
 
     def __exit__(self, error: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         global _received
         if error is None and self._pending is not None:
-            self._pending[0].wait()  # so that no exchange is cut off; after an error a peer may be gone
+            self._pending[0].wait()  # finish the exchange; after an error a peer may be gone
         for number, handler in self._before.items():
             signal.signal(number, handler)
         _received = 0  # answered
 
     def stop(self) -> signal.Signals | None:
-        """The signal to stop for, None to go on. Every rank calls this once a step."""
+        """The signal to stop for, or None. Every rank calls this once per step."""
         if self._group is None:
             return signal.Signals(_received) if _received else None
         self._n_asked += 1

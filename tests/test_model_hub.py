@@ -156,7 +156,7 @@ def test_another_shape_is_refused_with_both_numbers(tmp_path, data_dir):
     with pytest.raises(ValueError, match="does not fit") as error:
         loaded(make_config(data_dir, tmp_path / "qwen2", model=other))
     for key, ours, theirs in (("hidden_size", 32, 16), ("num_hidden_layers", 5, 2), ("rope_theta", 1e6, 1e4)):
-        assert f"{key}: {ours} in the settings, {theirs} there" in str(error.value)
+        assert f"{key}: {ours} in the settings, {theirs} in the weights" in str(error.value)
     assert "tie_word_embeddings" in str(error.value)
     assert "intermediate_size" not in str(error.value)
 
@@ -188,7 +188,7 @@ def test_broken_folders_are_refused(tmp_path, data_dir):
     weights = load(content)
     config = make_config(data_dir, folder)
     file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="no Qwen2 model that can be read"):
+    with pytest.raises(ValueError, match="cannot be read as a Qwen2 model"):
         loaded(config)
     weights.pop("model.norm.weight")
     save_file(weights, file)
@@ -198,7 +198,7 @@ def test_broken_folders_are_refused(tmp_path, data_dir):
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         loaded(config)
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"neither a checkpoint of a run nor a config\.json"):
+    with pytest.raises(ValueError, match=r"neither a checkpoint nor a config\.json"):
         loaded(config)
 
 
@@ -223,12 +223,12 @@ def test_without_a_network_a_name_ends_with_one_message(config_file, tmp_path):
     result = run_python("train.py", "--config", config, "--run-dir", tmp_path / "run", HF_HUB_OFFLINE="1")
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    assert "'Qwen/Qwen2.5-0.5B' is no folder here, and it cannot be fetched" in result.stderr
+    assert "'Qwen/Qwen2.5-0.5B' is not a folder, and downloading it" in result.stderr
 
 
 @pytest.mark.parametrize("source", ["runs/not/there", "/not/there"])
 def test_a_folder_that_is_not_there_is_named(source, data_dir):
-    with pytest.raises(ValueError, match=f"'{source}' is no folder here"):
+    with pytest.raises(ValueError, match=f"'{source}' is not a folder"):
         loaded(make_config(data_dir, source))
 
 
@@ -289,7 +289,7 @@ def test_a_table_of_positions_is_taken_over_or_refused_with_both_lengths(data_di
     assert table.std() > 0.01
     assert torch.equal(table, find_checkpoint(tmp_path / "mdm").weights("ema")[POSITIONS])
     for length, problem in (
-        (40, "learned_positions: 40 in the settings, 32 there"),
+        (40, "learned_positions: 40 in the settings, 32 in the weights"),
         (None, "None in the settings, 32"),
     ):
         settings["model"]["learned_positions"] = length
@@ -297,7 +297,7 @@ def test_a_table_of_positions_is_taken_over_or_refused_with_both_lengths(data_di
             loaded(parse_config(settings, "test"))
     result = run_python("-m", "model.hub", "export", tmp_path / "mdm", tmp_path / "out")
     assert result.returncode == 2
-    assert "learned positions, which transformers' Qwen2 has not" in result.stderr
+    assert "learned positions, which transformers' Qwen2 does not support" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -307,12 +307,12 @@ def test_whether_scores_are_shifted_must_agree_with_the_source(autoregressive_ru
         settings["model"] |= {"init_from": str(source), **model}
         return parse_config(settings, "test")
 
-    with pytest.raises(ValueError, match=r"model\.shifted is False, but .* about the next token"):
+    with pytest.raises(ValueError, match=r"model\.shifted is False, but .* predicts the next token"):
         loaded(from_source(autoregressive_run, shifted=False))
     path = tmp_path / "mdm.json"
     path.write_text(json.dumps(tiny_settings(dict(UNIFORM), data_dir)))
     train.main(["--config", str(path), "--run-dir", str(tmp_path / "mdm"), "training.max_steps=1"])
-    with pytest.raises(ValueError, match=r"the position's own token: set model\.shifted: false"):
+    with pytest.raises(ValueError, match=r"predicts its own token: set model\.shifted: false"):
         loaded(from_source(tmp_path / "mdm"))
     model = loaded(from_source(tmp_path / "mdm", shifted=False))
     assert torch.equal(model.lm_head.weight, find_checkpoint(tmp_path / "mdm").weights("ema")["lm_head.weight"])
@@ -338,7 +338,7 @@ def test_an_exported_autoregressive_model_opens_with_equal_logits(autoregressive
     assert all(torch.equal(tensor, again.weights[name]) for name, tensor in model.weights().items())
     result = run_python("-m", "model.hub", "export", autoregressive_run, out)
     assert result.returncode == 2
-    assert "no empty folder" in result.stderr
+    assert "not an empty folder" in result.stderr
     result = run_python("-m", "model.hub", "export", tmp_path, tmp_path / "other")
     assert result.returncode == 2
     assert "no usable checkpoint" in result.stderr

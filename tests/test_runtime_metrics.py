@@ -207,7 +207,7 @@ def test_whatever_fails_in_wandb_is_said_once_and_the_run_goes_on(failing, tmp_p
 
 def test_a_machine_without_wandb(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.warns(RuntimeWarning, match="wandb is given up"):
+    with pytest.warns(RuntimeWarning, match="wandb is off"):
         recorder = record(tmp_path, mode="online")
     recorder.write(row(1))
     assert list(read_metrics(tmp_path)) == [row(1)]

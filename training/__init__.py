@@ -1,1 +1,1 @@
-"""A run: its state, one update of its weights, and how it continues on another number of processes."""
+"""Training: the state of a run, one update, and resuming on another number of processes."""

@@ -1,7 +1,7 @@
 """One update of the weights: forward, loss, backward, clipping, optimizer, average, pool.
 
-Nothing is read back from the device, so the host runs ahead of it. A small model on a GPU still waits for the host to
-launch hundreds of kernels; `training.cuda_graph` records the update once and replays it with a single launch.
+There is no host sync, so the host runs ahead of the device. A small model on a GPU is bound by the launches of hundreds
+of kernels; `training.cuda_graph` captures the update once and replays it with one launch.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from runtime.optim import learning_rate, set_learning_rate, update_ema
 from runtime.sharding import full_tensor
 from training.run import Run
 
-# Updates before the recording: libraries choose kernels and allocate workspaces in the first ones.
+# Updates before the capture: in the first ones libraries choose kernels and allocate workspaces.
 N_WARMUP = 3
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is no longer a number."""
+    """The loss or the gradient is not finite."""
 
 
 class Updater:
-    """Runs updates of one run."""
+    """Runs the updates of a run."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.dtype = autocast_dtype(run.config.training.precision, run.world.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self._n_eager = 0
-        self._recorded_stages: int | None = None
+        self._captured_stages: int | None = None
 
     def step(self) -> None:
         """One update of the weights and of their average."""
@@ -50,20 +50,20 @@ class Updater:
             self._step_graph()
         else:
             apply_update(run, self.dtype)
-        if run.ema is not None:  # outside of the CUDA graph: the decay changes from update to update
+        if run.ema is not None:  # outside the CUDA graph: the decay changes between updates
             update_ema(run.ema, run.model, cast(float, run.config.training.ema_decay))
         run.objective.prefetch()
         run.n_summed += 1
         run.step += 1
 
     def _step_graph(self) -> None:
-        """Replay the recorded update; record it first, and anew where K has changed. (Not run on a GPU yet.)"""
+        """Replay the captured update; capture it first, and again when K changes. (Not run on a GPU yet.)"""
         run, settings = self.run, self.run.config.objective
         n_stages = settings.n_stages_at(run.step) if isinstance(settings, ProgressiveSettings) else None
-        if n_stages != self._recorded_stages:
-            self.graph, self._n_eager, self._recorded_stages = None, 0, n_stages
+        if n_stages != self._captured_stages:
+            self.graph, self._n_eager, self._captured_stages = None, 0, n_stages
         if self.graph is None and self._n_eager < N_WARMUP:
-            # On a side stream, as the recording will be.
+            # On a side stream, as in the capture.
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -82,7 +82,7 @@ class Updater:
 
 
 def apply_update(run: Run, dtype: torch.dtype | None) -> None:
-    """The device's part of an update: the same kernels on the same memory every time."""
+    """The part of an update that a CUDA graph captures: the same kernels on the same memory every time."""
     microbatches = list(run.objective.microbatches(run.step))
     for number, microbatch in enumerate(microbatches, start=1):
         last = number == len(microbatches)
@@ -103,10 +103,12 @@ def apply_update(run: Run, dtype: torch.dtype | None) -> None:
 
 
 def check_finite(run: Run) -> None:
-    """Stop before a broken model is evaluated or saved; the same on all ranks, since gradients are.
+    """Check losses and gradient norms since the last record before the model is evaluated or saved.
+
+    Gradients are equal on all ranks, so all ranks raise. This is a host sync.
 
     Raises:
-        TrainingDiverged: it went wrong since the last record; each rank has saved its rows of the last step.
+        TrainingDiverged: one was not finite; each rank has written its rows of the last step to a file.
     """
     if math.isfinite(float(run.loss_sum)) and math.isfinite(float(run.grad_norm_sum)):
         return
@@ -119,28 +121,28 @@ def check_finite(run: Run) -> None:
         rows = f"the rows of step {run.step} are in {path}"
     except WriteError as error:
         rows = str(error)
-    exactly = "" if first == run.step else "training.log_every=1 finds the very step and its rows. "
+    exactly = "" if first == run.step else "training.log_every=1 finds the exact step and its rows. "
     raise TrainingDiverged(
         f"the loss or the gradient was not finite {when}; {rows}; the newest checkpoint in {run.run_dir} is from "
-        f"before. {exactly}Lower training.learning_rate or lengthen training.warmup_steps"
+        f"before that. {exactly}Lower training.learning_rate or raise training.warmup_steps"
     )
 
 
 def check_graph(config: Config, world: World) -> str | None:
-    """Say why `training.cuda_graph` has no effect here, if it has none.
+    """The warning to show if `training.cuda_graph` has no effect, else None.
 
     Raises:
-        ValueError: the update cannot be recorded.
+        ValueError: the update cannot be captured.
     """
     if not config.training.cuda_graph:
         return None
     if world.n_ranks > 1:
-        raise ValueError("training.cuda_graph records one process alone: leave it out, or start one process")
+        raise ValueError("training.cuda_graph works with one process only: leave it out, or start one process")
     if config.model.vocab_size > SMALL_VOCABULARY:
         raise ValueError(
             f"training.cuda_graph needs a model.vocab_size of at most {SMALL_VOCABULARY}, got "
-            f"{config.model.vocab_size}: how many positions the output head scores changes from step to step"
+            f"{config.model.vocab_size}: with more, the number of positions that are scored changes between steps"
         )
     if world.device.type != "cuda":
-        return "training.cuda_graph is ignored: there is no GPU"
+        return "training.cuda_graph is ignored: this machine has no GPU"
     return None

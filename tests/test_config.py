@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import PUMA, ROOT, UNIFORM, tiny_settings
 
-from config import Config, PumaSettings, Settings
+from config import BlockPumaSettings, Config, PumaSettings, Settings
 from runtime.config_file import changed_settings, dump_config, flatten, parse_config, read_config, settings_table
 
 SHIPPED = sorted((ROOT / "yaml_files").glob("*.yaml"))
@@ -192,6 +192,31 @@ def test_the_last_override_wins(tiny):
 
 def test_the_objective_can_be_exchanged_as_a_whole(tiny):
     assert read_config(tiny, ["objective={name: uniform}"]).objective.name == "uniform"
+
+
+def test_an_override_switches_the_objective(tiny):
+    """Settings that the new objective has too are kept, those of the old one alone are dropped."""
+    assert read_config(tiny, ["objective.name=uniform"]).objective.model_dump() == {"name": "uniform"}
+    before = read_config(tiny).objective
+    assert isinstance(before, PumaSettings)
+    block = ["objective.block_size=4", "objective.block_attention=prefix", "objective.name=block_puma"]  # in any order
+    after = read_config(tiny, block).objective
+    assert isinstance(after, BlockPumaSettings)
+    assert (after.k_schedule, after.collapse_threshold) == (before.k_schedule, before.collapse_threshold)
+    assert after.block_size == 4
+
+
+def test_an_override_switches_the_data_set(tiny):
+    """Nothing is kept: a folder or a number of rows means something else there."""
+    chosen = ["data.source=word_problems", "data.n_train=2000", "data.n_test=5", "data.seed=1", "data.max_len=32"]
+    data = read_config(tiny, ["data.dataset=tiny_gsm", *chosen]).data
+    assert (data.dataset, data.data_dir) == ("tiny_gsm", "data/tiny_gsm")
+    lines = problems(tiny, "data.dataset=tiny_gsm", "data.source=word_problems")
+    assert lines[1:] == ["  data: source 'word_problems' needs n_train, n_test, seed"]
+
+
+def test_a_switch_to_an_unknown_objective_is_refused(tiny):
+    assert "'uniform', 'puma'" in problems(tiny, "objective.name=unifrom")[1]
 
 
 def test_settings_cannot_be_changed_after_reading(tiny):

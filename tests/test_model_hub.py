@@ -126,6 +126,26 @@ def test_rotary_base_is_read_in_old_and_new_spelling(tmp_path, tokens, data_dir)
         torch.testing.assert_close(model.logits(tokens), reference(tokens).logits)
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("runs/tinygsm_mini_arm", "Train it first: python train.py --config yaml_files/tinygsm_mini_arm.yaml"),
+        ("elsewhere/tinygsm_mini_arm", "tinygsm_mini_arm.yaml --run-dir elsewhere/tinygsm_mini_arm"),
+        ("runs/my_own", "runs/my_own does not exist"),
+    ],
+)
+def test_a_run_that_is_not_there_is_named_before_any_work_on_data(
+    source, expected, tmp_path, config_file, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    config = config_file(PUMA, model__init_from=source, data__data_dir=str(tmp_path / "boards"))
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", str(config), "--run-dir", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "boards").exists()
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("vocab_size", [15, 20, 23])
 def test_the_vocabulary_is_cut_or_grown(vocab_size, tied, tmp_path, data_dir):

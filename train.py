@@ -1,9 +1,9 @@
-"""Train a model: read one YAML file, build, loop, close.
+"""Train a model: read one YAML file, build the run, train, evaluate.
 
     python train.py --config yaml_files/sudoku_puma.yaml [key=value ...] [--run-dir DIR]
     torchrun --nproc-per-node=8 train.py --config yaml_files/sudoku_puma.yaml
 
-The run directory is the run's identity: the same command again continues from the newest checkpoint.
+The run directory identifies the run: the same command again continues from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import warnings
+from math import inf
 from pathlib import Path
 from signal import SIGINT, Signals
 from typing import NoReturn
@@ -21,9 +22,9 @@ from typing import NoReturn
 if __name__ == "__main__":
     from runtime import signals
 
-    signals.listen()  # SLURM's warnings count from here on; importing torch takes seconds
-    # Idle threads spin for some microseconds, then sleep. Spinning on makes steps many times slower on a CPU that other
-    # programs use too; sleeping at once makes the mini Sudoku model's 1.5 times slower on two idle cores.
+    signals.listen()  # before torch is imported, which takes seconds
+    # Idle threads spin for some microseconds, then sleep. Spinning longer makes steps many times slower on a CPU shared
+    # with other programs; sleeping at once makes the mini Sudoku model 1.5 times slower on two idle cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
@@ -36,10 +37,11 @@ from eval.evaluate import Evaluation, as_json, check_n_examples, evaluate
 from model.hub import check_init_from
 from report.curves import AXES, draw_curves
 from runtime.checkpoint import latest_checkpoint
+from runtime.command import shell_command
 from runtime.config_file import changed_settings, dump_config, flatten, read_config
 from runtime.distributed import from_main, main_first, start_world, stop_world
 from runtime.lock import lock_run
-from runtime.metrics import Recorder
+from runtime.metrics import METRICS_FILE, Recorder
 from runtime.signals import StopVote
 from training.run import (
     Run,
@@ -56,98 +58,12 @@ from training.update import TrainingDiverged, Updater, check_finite, check_graph
 FINAL_FILE = "final.json"
 
 
-def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) -> Evaluation | Signals:
-    """Train to the end, from wherever `run` stands; record, evaluate and save on the way.
-
-    Returns:
-        The last evaluation, or the signal that the run stopped for, saved, before its end.
-
-    Raises:
-        TrainingDiverged: the loss is no longer finite; nothing is saved then.
-    """
-    training, validation = run.config.training, run.config.validation
-    updater = Updater(run)
-    evaluation, saved, figures = None, run.step, "loss ?"
-    with tqdm(total=run.n_steps, initial=run.step, unit="step", disable=recorder is None) as bar:
-        before = time.perf_counter()
-        while run.step < run.n_steps:
-            if stopped := vote.stop():
-                check_finite(run)
-                run.seconds += time.perf_counter() - before
-                if run.step > saved:
-                    save_run(run, None)
-                return stopped
-            updater.step()
-            bar.update()
-            last = run.step == run.n_steps
-            log, measure, save = (
-                last or run.step % every == 0
-                for every in (training.log_every, training.eval_every, training.save_every)
-            )
-            if not (log or measure or save):
-                continue
-            check_finite(run)  # waits for the device, so the clock below is right
-            run.seconds += time.perf_counter() - before
-            values = progress_metrics(run)
-            if log:
-                values |= interval_metrics(run)
-                start_interval(run)
-                figures = f"loss {values['train/loss']:.4f}, lr {values['train/learning_rate']:.1e}"
-            if measure:
-                n_examples = (last and validation.n_final_examples) or validation.n_examples
-                evaluation = evaluate(run.evaluated_model(), run.config, data, run.world, n_examples)
-                values |= evaluation.metrics()
-                if recorder:
-                    bar.write(f"step {run.step}: {evaluation.table().splitlines()[1]}")
-            bar.set_postfix_str(figures + (f", solved {100 * evaluation.accuracy:.1f}%" if evaluation else ""))
-            if recorder and (log or measure):
-                recorder.write(values)
-            if recorder and measure and evaluation and evaluation.samples:
-                recorder.table("samples", evaluation.samples, run.step)
-            if save:
-                save_run(run, evaluation.accuracy if measure and evaluation else None)
-                saved = run.step
-            before = time.perf_counter()
-    n_examples = validation.n_final_examples or validation.n_examples
-    return evaluation or evaluate(run.evaluated_model(), run.config, data, run.world, n_examples)
-
-
-def finish(run: Run, evaluation: Evaluation, recorder: Recorder) -> None:
-    """Write final.json, with which the run is complete, and the picture of the curves."""
-    best = evaluation.samplers[0]
-    final = {
-        "accuracy": best.accuracy,
-        "n": best.n,
-        "nfe": best.nfe,
-        "train_seconds": round(run.seconds, 3),
-        "steps": run.step,
-        "evaluation": as_json(evaluation),
-    }
-    write_text(run.run_dir / FINAL_FILE, json.dumps(final, indent=1) + "\n")
-    for axis in AXES:
-        picture = run.run_dir / f"curves_{axis}.png"
-        try:
-            draw_curves([run.run_dir], axis, picture)
-        except OSError as error:
-            warnings.warn(f"{picture} cannot be written ({error.strerror})", RuntimeWarning, stacklevel=2)
-        recorder.picture(f"curves/{axis}", picture)
-
-
-def stop_early(run: Run, stopped: Signals, recorder: Recorder | None) -> None:
-    """Say where the run stands, which is saved. Only Ctrl-C gives a status that stops a script as well."""
-    if recorder is not None:
-        print(f"stopped by {stopped.name} at step {run.step:,}; the same command goes on from there", flush=True)
-        recorder.close()
-    if stopped == SIGINT:
-        sys.exit(130)
-
-
 def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
-    """Load the data and build the run, at its newest checkpoint if it has one.
+    """Load the data and build the run; restore its newest checkpoint if there is one.
 
     Raises:
-        ValueError: bad data, settings that do not fit the machine or the checkpoint, or the run is in progress.
-        OSError: the run directory cannot be written.
+        ValueError: bad data, settings that do not fit the machine or the checkpoint, or the run is in use.
+        OSError: the run directory is not writable.
     """
     world = start_world(config.training.device)
     ignored = check_graph(config, world)
@@ -173,23 +89,130 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
     return run, data
 
 
+def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) -> Evaluation | Signals:
+    """Train from the current step of `run` to its end; record, evaluate and save when each is due.
+
+    Args:
+        recorder: None on all ranks but the main one.
+
+    Returns:
+        The last evaluation, or the signal that stopped the run before its end; the run is saved then.
+
+    Raises:
+        TrainingDiverged: the loss or the gradient is not finite; the run is not saved then.
+    """
+    training, validation = run.config.training, run.config.validation
+    n_final = validation.n_final_examples or validation.n_examples
+    updater = Updater(run)
+    evaluation: Evaluation | None = None
+    saved_step, status = run.step, ""
+    with tqdm(total=run.n_steps, initial=run.step, unit="step", disable=recorder is None) as bar:
+        started = time.perf_counter()
+        while run.step < run.n_steps:
+            if stopped := vote.stop():
+                check_finite(run)
+                run.seconds += time.perf_counter() - started
+                if run.step > saved_step:
+                    save_run(run, None)
+                return stopped
+
+            updater.step()
+            bar.update()
+            last = run.step == run.n_steps
+            log = last or run.step % training.log_every == 0
+            measure = last or run.step % training.eval_every == 0
+            save = last or run.step % training.save_every == 0
+            if not (log or measure or save):
+                continue
+
+            check_finite(run)  # a host sync, so the time below includes all work on the device
+            run.seconds += time.perf_counter() - started
+            metrics = progress_metrics(run)
+            if log:
+                metrics |= interval_metrics(run)
+                start_interval(run)
+                status = f"loss {metrics['train/loss']:.4f}, lr {metrics['train/learning_rate']:.1e}"
+            if measure:
+                n_examples = n_final if last else validation.n_examples
+                evaluation = evaluate(run.evaluated_model(), run.config, data, run.world, n_examples)
+                metrics |= evaluation.metrics()
+            if recorder and (log or measure):
+                recorder.write(metrics)
+            if recorder and measure and evaluation:
+                bar.write(f"step {run.step}: {evaluation.table().splitlines()[1]}")
+                if evaluation.samples:
+                    recorder.table("samples", evaluation.samples, run.step)
+            bar.set_postfix_str(status + (f", solved {100 * evaluation.accuracy:.1f}%" if evaluation else ""))
+            if save:
+                save_run(run, evaluation.accuracy if measure and evaluation else None)
+                saved_step = run.step
+            started = time.perf_counter()
+    return evaluation or evaluate(run.evaluated_model(), run.config, data, run.world, n_final)
+
+
+def finish(run: Run, data: DataSet, evaluation: Evaluation, recorder: Recorder) -> None:
+    """Write final.json, which marks the run as complete, and plot the curves."""
+    headline = evaluation.samplers[0]
+    final = {
+        "accuracy": headline.accuracy,
+        "n": headline.n,
+        "nfe": headline.nfe,
+        "train_seconds": round(run.seconds, 3),
+        "steps": run.step,
+        "evaluation": as_json(evaluation),
+        "example": data.example(),
+    }
+    write_text(run.run_dir / FINAL_FILE, json.dumps(final, indent=1) + "\n")
+    for axis in AXES:
+        picture = run.run_dir / f"curves_{axis}.png"
+        try:
+            draw_curves([run.run_dir], axis, picture)
+        except OSError as error:
+            warnings.warn(f"{picture} cannot be written ({error.strerror})", RuntimeWarning, stacklevel=2)
+        recorder.picture(f"curves/{axis}", picture)
+
+
+def stop_early(run: Run, stopped: Signals, recorder: Recorder | None) -> None:
+    """Report the step at which the run was saved. Only Ctrl-C exits with a status that stops a calling script too."""
+    if recorder is not None:
+        print(f"stopped by {stopped.name} at step {run.step:,}; the same command continues from there", flush=True)
+        recorder.close()
+    if stopped == SIGINT:
+        sys.exit(130)
+
+
 def print_result(config: Config, run_dir: Path) -> None:
-    """The last line of a finished run."""
-    questions = config.open_data().questions
+    """Print the accuracy of a complete run, what it has written, and a command that samples from it."""
+    data = config.open_data()
     final = json.loads((run_dir / FINAL_FILE).read_text(encoding="utf-8"))
-    print(f"solved {100 * final['accuracy']:.1f}% of {final['n']} unseen {questions}")
+    print(f"solved {100 * final['accuracy']:.1f}% of {final['n']} unseen {data.questions}")
+    if "example" in final:  # not in older runs
+        question = (f"--{data.question_option}", final["example"])
+        command = shell_command("sampling.py", "--checkpoint", run_dir, *question)
+        print(f"wrote {run_dir} ({FINAL_FILE}, {METRICS_FILE}, curves_*.png, checkpoints/), next: {command}")
 
 
-def check_unchanged(config: Config, run_dir: Path) -> None:
-    """Refuse to continue a run with settings that would change its result (ValueError with the difference)."""
+def check_unchanged(config: Config, run_dir: Path, options: argparse.Namespace) -> None:
+    """Refuse to continue a run with settings that change its result (ValueError with the differences)."""
     if not (run_dir / "config.yaml").exists() or not any((run_dir / "checkpoints").glob("step_*")):
-        return  # nothing to lose
-    differences = changed_settings(read_config(run_dir / "config.yaml"), config)
-    if differences:
+        return
+    before = read_config(run_dir / "config.yaml")
+    differences = changed_settings(before, config)
+    if not differences:
+        return
+    listed = "\n".join(f"  {line}" for line in differences)
+    length_only = all(line.startswith(("training.max_steps", "training.num_epochs")) for line in differences)
+    old, new = before.training, config.training
+    longer = (new.max_steps or inf) > (old.max_steps or inf) or (new.num_epochs or inf) > (old.num_epochs or inf)
+    if length_only and longer and (run_dir / FINAL_FILE).exists():
+        arguments = ["--config", options.config, "--run-dir", f"{run_dir}_longer", *options.overrides]
+        arguments += [f"model.init_from={run_dir}"] + ["model.shifted=false"] * (not config.shifted)
         raise ValueError(
-            f"{run_dir} was started with other settings; give another --run-dir, or restore them:\n"
-            + "\n".join(f"  {line}" for line in differences)
+            f"{run_dir} is complete and cannot be made longer: its learning-rate schedule has ended.\n{listed}\n"
+            "Give another --run-dir to train that long from the start, or start a new run from its weights:\n"
+            f"  {shell_command('train.py', *arguments)}"
         )
+    raise ValueError(f"{run_dir} was started with other settings; give another --run-dir, or restore them:\n{listed}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -204,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         try:
             config = read_config(options.config, options.overrides)
-            check_unchanged(config, run_dir)
+            check_unchanged(config, run_dir, options)
             if (run_dir / FINAL_FILE).exists():
                 print(f"{run_dir} is complete; give another --run-dir to train again")
                 print_result(config, run_dir)
@@ -218,10 +241,10 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(outcome, Signals):
             stop_early(run, outcome, recorder)
         elif recorder is not None:
-            finish(run, outcome, recorder)
+            finish(run, data, outcome, recorder)
             print(outcome.table())
             print_result(config, run_dir)
-            recorder.close()  # last, since wandb may wait for its network
+            recorder.close()  # last, since wandb may wait for the network
     except TrainingDiverged as error:
         fail(str(error), status=1)
     except WriteError as error:

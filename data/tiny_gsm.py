@@ -219,8 +219,8 @@ class TinyGsm(DataSet):
         return f"{text}\n\n{value}"
 
     def example(self) -> str:
-        """The first test problem."""
-        return self.test.problems[0].question
+        """The first test problem, on one line."""
+        return " ".join(self.test.problems[0].question.split())
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -137,7 +137,7 @@ def test_records_and_final_result(config_file, tmp_path, capsys):
         config_file(validation__confidence=["top_prob", "top_prob_margin"], validation__tokens_per_step=[1, 2])
     )
     train.main(["--config", config, "--run-dir", str(tmp_path / "run")])
-    assert re.search(r"^solved \d+\.\d% of 10 unseen puzzles$", capsys.readouterr().out.splitlines()[-1])
+    assert re.search(r"^solved \d+\.\d% of 10 unseen puzzles$", capsys.readouterr().out.splitlines()[-2])
     final = json.loads((tmp_path / "run" / "final.json").read_text())
     assert final["n"] == 10
     assert final["steps"] == 6
@@ -174,6 +174,34 @@ def test_a_finished_run_says_so_and_does_nothing(config_file, tmp_path, capsys):
     assert "complete" in out
     assert out.splitlines()[-1] == last_line
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_the_last_line_is_a_command_that_samples(config_file, tmp_path, capsys):
+    run_dir = tmp_path / "a run"
+    train.main(["--config", str(config_file(PUMA)), "--run-dir", str(run_dir)])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(f"wrote {run_dir} (final.json, ")
+    result = subprocess.run(line.split(", next: ")[1], shell=True, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "network forward evaluations" in result.stdout
+
+
+def test_a_complete_run_says_how_to_train_longer(config_file, tmp_path, capsys):
+    config, run_dir = str(config_file(PUMA)), tmp_path / "run"
+    train.main(["--config", config, "--run-dir", str(run_dir)])
+    for change, longer in (("training.max_steps=8", True), ("training.max_steps=4", False)):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--config", config, "--run-dir", str(run_dir), change])
+        assert stop.value.code == 2
+        message = capsys.readouterr().err
+        assert f"training.max_steps: 6 -> {change[-1]}" in message
+        assert ("cannot be made longer" in message) == longer
+        if longer:
+            result = subprocess.run(message.splitlines()[-1], shell=True, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+            assert f"parameters from {run_dir}" in result.stdout
+            assert json.loads((tmp_path / "run_longer" / "final.json").read_text())["steps"] == 8
 
 
 def test_changed_settings_are_refused_with_the_difference(config_file, tmp_path, capsys):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 from conftest import SHARED, run_python
@@ -233,26 +231,22 @@ def test_shared_puzzles_are_counted_by_puzzle_alone():
     assert count_shared_puzzles(data(3), data(4)) == 0
 
 
-# Speed and real boards
+# Many boards and real ones
 
 
-def test_400000_rows_are_checked_in_seconds():
-    tokens = boards(9, 400_000).astype(np.uint8)
-    tokens[399_999, 81] = 0
-    before = time.process_time()
-    bad = check_boards(tokens, 9)
-    assert time.process_time() - before < 10
-    assert bad == [(399_999, "the solution has a cell that is not 1 to 9")]
+def test_rows_are_checked_and_numbered_across_chunks(monkeypatch):
+    monkeypatch.setattr("data.sudoku.CHUNK_ROWS", 4)
+    tokens = boards(9, 11).astype(np.uint8)
+    tokens[[3, 4, 10], 81] = 0
+    assert check_boards(tokens, 9) == [(row, "the solution has a cell that is not 1 to 9") for row in (3, 4, 10)]
 
 
 @pytest.mark.skipif(not RATED.exists(), reason=f"{RATED} is absent")
-def test_426971_real_boards_are_good_and_checked_in_seconds():
+def test_426971_real_boards_are_good():
     with np.load(RATED) as file:
         tokens = np.concatenate([file["puzzle"], file["solution"]], axis=1)
     assert tokens.shape == (426_971, 162)
-    before = time.process_time()
     assert check_boards(tokens, 9) == []
-    assert time.process_time() - before < 10
 
 
 # The command

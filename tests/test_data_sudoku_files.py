@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import time
 from pathlib import Path
 
 import numpy as np
@@ -389,10 +388,7 @@ def real(name: str) -> Path:
 @pytest.mark.parametrize(
     ("name", "n_rows"), [("easy_medium_1000.csv", 1000), ("medium_5000.csv", 5000), ("sepb_rated.npz", 426_971)]
 )
-def test_real_files_load_in_seconds(name, n_rows):
-    path = real(name)
-    before = time.process_time()
-    data = load_sudoku_file(path, 9)
-    assert time.process_time() - before < 10
+def test_real_files_load(name, n_rows):
+    data = load_sudoku_file(real(name), 9)
     assert len(data) == n_rows
     assert (data.puzzles > 0).sum(1).min() >= 17

@@ -4,13 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 .DELETE_ON_ERROR:
-.PHONY: train test check docs-check format settings lock clean
+.PHONY: train test test-all check docs-check format settings lock clean
 
 train: $(READY)
 	$(BIN)/python train.py --config yaml_files/sudoku_mini_puma.yaml
 
+# Files are shared out over two processes of one thread each. `make test WORKERS=8` takes eight.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+# And a SLURM cluster on this machine, if it can be started, and runs that are killed at random moments.
+test-all: $(READY)
+	$(PYTEST)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

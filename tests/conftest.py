@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from forked import Forked
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would every program that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Tests run in as many processes as there are cores (`make test`), and models are tiny.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -82,13 +90,88 @@ def config_file(tmp_path: Path, data_dir: Path):
     return write
 
 
+@pytest.fixture(autouse=True)
+def quick_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process end without the pictures of their curves, which take longer than the rest of a tiny run."""
+    train = sys.modules.get("train")
+    if train is not None and request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr(train, "draw_curves", lambda *_: None)
+
+
+# Files whose tests signal, kill, wait and fill disks: one worker runs them, one after the other, so that they do not
+# disturb each other.
+IN_TURN = ("test_faults", "test_grader_sandbox", "test_job_script", "test_runtime_signals", "test_slurm")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what one worker must run: the others have the rest meanwhile."""
+    items.sort(key=lambda item: item.path.stem not in IN_TURN)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each worker whole files, whose fixtures are then built once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "in turn" if Path(file).stem in IN_TURN else file
+
+    return ByFile(config, log)
+
+
+# Programs as processes of their own, on the loopback interface, with one thread each.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+@contextmanager
+def started(*arguments: object, group: bool = False, **environment: str) -> Iterator[Forked]:
+    """A program of the repository while it runs; it is killed if the test fails before its end."""
+    with Forked(*arguments, environment=ENVIRONMENT | environment, group=group) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def run_python(*arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a program of the repository as its users do, and wait for its end."""
+    with started(*arguments, **environment) as process:
+        out, err = process.communicate(timeout)
+        return subprocess.CompletedProcess(process.args, process.wait(), out, err)
+
+
+def run_fresh_python(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """The same with a Python that has imported nothing: for tests of how a program starts, or of its very end."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=timeout,
     )
+
+
+@contextmanager
+def started_ranks(n_ranks: int, *arguments: object) -> Iterator[list[Forked]]:
+    """A program as `n_ranks` processes that find each other by the environment that torchrun would give them."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n_ranks)}
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(started(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **place))
+            for rank in range(n_ranks)
+        ]
+
+
+def run_ranks(n_ranks: int, *arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run a program as `n_ranks` processes to their end: the worst status, and what they wrote, rank after rank."""
+    with started_ranks(n_ranks, *arguments) as ranks:
+        written = [process.communicate(timeout) for process in ranks]
+        status = max((process.wait() for process in ranks), key=abs)
+        out, err = ("".join(texts) for texts in zip(*written, strict=True))
+        return subprocess.CompletedProcess(ranks[0].args, status, out, err)

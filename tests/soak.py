@@ -10,6 +10,7 @@ It tells through shared memory what it was doing, so that the table can say wher
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import mmap
 import os
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.figure  # noqa: F401 - these are imported where they are used, which each life would pay for
+import torch._dynamo  # noqa: F401
 import transformers.optimization  # noqa: F401
 import yaml
 
@@ -247,6 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--out", type=Path, help="Markdown file for the table")
     options = parser.parse_args(arguments)
+    gc.freeze()  # or each life's collector would copy all memory
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     settings = tiny_settings({"name": "puma", "n_stages": 5, "collapse_threshold": 0.9}, folder / "boards")
     settings["training"] |= {"max_steps": options.steps, "log_every": 5}

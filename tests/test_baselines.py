@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PUMA, run_python, tiny_settings
+from conftest import PUMA, run_python, run_ranks, tiny_settings
 from torch import Tensor
 
 import baselines
@@ -158,13 +158,11 @@ def test_ranks_and_microbatches_do_not_change_the_mean(monkeypatch):
             torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_two_processes_reach_the_weights_of_one(config_file, tmp_path):
     config = config_file(AUTOREGRESSIVE, training__max_steps=3)
     alone = run_python("train.py", "--config", config, "--run-dir", tmp_path / "alone")
     assert alone.returncode == 0, alone.stderr
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    together = run_python(*torchrun, "train.py", "--config", config, "--run-dir", tmp_path / "together")
+    together = run_ranks(2, "train.py", "--config", config, "--run-dir", tmp_path / "together")
     assert together.returncode == 0, together.stderr
     weights = find_checkpoint(tmp_path / "together").weights("model")
     for name, tensor in find_checkpoint(tmp_path / "alone").weights("model").items():

@@ -6,15 +6,13 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, run_python
+from conftest import ROOT, SHARED, run_python, started
 
 from data import pretokenize as module
 from data.pretokenize import pretokenize
@@ -161,15 +159,12 @@ def test_an_interrupted_call_continues(tmp_path, tokenizer_dir, monkeypatch):
         assert (broken / name).read_bytes() == (straight / name).read_bytes(), name
 
 
-@pytest.mark.slow
 def test_a_killed_call_continues_and_leaves_no_process(tmp_path, tokenizer_dir):
     write_rows(tmp_path / "rows.jsonl", 6_000)
     command = ["data/tiny_gsm.py", "--source", tmp_path / "rows.jsonl", "--tokenizer", tokenizer_dir]
     command += ["--max-len", MAX_LEN, "--workers", 1, "--out"]
     killed = tmp_path / "killed"
-    with subprocess.Popen(
-        [sys.executable, *map(str, command), str(killed)], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
-    ) as process:
+    with started(*command, killed, group=True) as process:
         while not (killed / ".progress.json").exists():
             assert process.poll() is None, "the call ended before it could be killed"
             time.sleep(0.005)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, run_python
+from conftest import ROOT, run_python, run_ranks
 
 import sampling
 import train
@@ -142,19 +142,10 @@ def test_a_checkpoint_writes_a_program(run_dir, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_evaluation_on_two_processes_finds_the_same(run_dir, tmp_path):
     command = ["-m", "eval.evaluate", run_dir, "validation.n_examples=7", "--json", tmp_path / "1.json"]
     assert run_python(*command, "--samples", tmp_path / "1.jsonl").returncode == 0
-    spread = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--standalone",
-        *command[:-1],
-        tmp_path / "2.json",
-    ]
-    result = run_python(*spread, "--samples", tmp_path / "2.jsonl")
+    result = run_ranks(2, *command[:-1], tmp_path / "2.json", "--samples", tmp_path / "2.jsonl")
     assert result.returncode == 0, result.stderr
     alone, together = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     assert together["samplers"] == alone["samplers"]

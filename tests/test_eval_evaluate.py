@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import PUMA, run_python, tiny_settings
+from conftest import PUMA, run_python, run_ranks, tiny_settings
 from test_data_sudoku import boards
 
 import train
@@ -255,16 +255,11 @@ def test_the_examples_that_an_override_asks_for_are_sampled(run_dir, tmp_path):
     assert {sampler["n"] for sampler in json.loads(out.read_text())["samplers"]} == {3}
 
 
-@pytest.mark.slow
 def test_two_processes_count_every_item_once(run_dir, tmp_path):
     """Eleven items on two ranks, in batches of four."""
     words = [run_dir, "validation.n_examples=11", "validation.n_loss_rows=11", "validation.batch_size=4", "--json"]
     alone = run_python("-m", "eval.evaluate", *words, tmp_path / "alone.json")
-    together = run_python(
-        *["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "eval.evaluate"],
-        *words,
-        tmp_path / "together.json",
-    )
+    together = run_ranks(2, "-m", "eval.evaluate", *words, tmp_path / "together.json")
     assert alone.returncode == 0, alone.stderr
     assert together.returncode == 0, together.stderr
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "together"))

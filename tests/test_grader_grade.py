@@ -272,7 +272,6 @@ def test_gold_answers_must_be_numbers() -> None:
     assert reason_shares([]) == {"fails_to_parse": 0.0, "fails_to_run": 0.0, "out_of_time": 0.0}
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not CASES.exists(), reason=f"{CASES} is not here")
 def test_agreement_with_a_third_party() -> None:
     rows = [json.loads(line) for line in CASES.read_text(encoding="utf-8").splitlines()]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import pytest
 from conftest import PUMA, ROOT, UNIFORM
+from forked import Forked
 
 from results import run
 from results.experiments import EXPERIMENTS, Arm, Experiment
@@ -80,7 +84,12 @@ def test_bad_input_ends_with_one_message(words, expected, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+def fork(command: list[str], cwd: Path, env: dict[str, str], stdout: IO[bytes], stderr: IO[bytes]) -> Forked:
+    """`subprocess.Popen` for programs of the repository."""
+    assert (command[0], cwd, stdout) == (sys.executable, ROOT, stderr)
+    return Forked(*command[1:], environment=env, output=stdout)
+
+
 def test_an_experiment_runs_once_and_continues(
     config_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +97,8 @@ def test_an_experiment_runs_once_and_continues(
     puma, uniform = config_file(PUMA, "puma.yaml"), config_file(UNIFORM, "uniform.yaml")
     tiny = Experiment("Which?", (Arm("with PUMA", str(puma)), Arm("uniform", str(uniform))), seeds=(0, 1))
     monkeypatch.setitem(EXPERIMENTS, "tiny", tiny)
+    monkeypatch.setattr(run, "POLL_S", 0.02)
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=fork, run=subprocess.run))
     places = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stop:
         run.main(["tiny", *places, "--budget-s", "0"])

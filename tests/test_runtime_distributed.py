@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
-from conftest import UNIFORM, tiny_settings
+from conftest import UNIFORM, run_ranks, tiny_settings
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -70,11 +67,10 @@ def gradients(world: World, n_microbatches: int) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def work(rank: int, port: int, folder: Path) -> None:
+def work(folder: Path) -> None:
     """One of two processes: everything that they do together, written to a file."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
-    torch.set_num_threads(1)
     world = start_world("cpu")
+    rank = world.rank
     found: dict[str, Any] = {"rank": world.rank, "n_ranks": world.n_ranks, "is_main": world.is_main}
     for n_microbatches in (1, 2):
         found[f"gradients_{n_microbatches}"] = gradients(world, n_microbatches)
@@ -110,14 +106,12 @@ def fail() -> None:
 def found(tmp_path_factory) -> list[dict[str, Any]]:
     """What each of the two processes saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, folder), nprocs=N_RANKS)
+    code = "import pathlib, sys; sys.path.insert(0, 'tests'); import test_runtime_distributed as test; "
+    result = run_ranks(N_RANKS, "-c", code + "test.work(pathlib.Path(sys.argv[1]))", folder)
+    assert result.returncode == 0, result.stderr
     return [torch.load(folder / f"rank_{rank}.pt") for rank in range(N_RANKS)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("n_microbatches", [1, 2])
 def test_gradients_equal_one_process_with_the_batch_doubled(n_microbatches, found):
     alone = gradients(World(0, 1, CPU), 1)
@@ -129,32 +123,27 @@ def test_gradients_equal_one_process_with_the_batch_doubled(n_microbatches, foun
             torch.testing.assert_close(together[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
-@pytest.mark.slow
 def test_each_process_knows_its_place(found):
     assert [(one["rank"], one["n_ranks"], one["is_main"]) for one in found] == [(0, 2, True), (1, 2, False)]
 
 
-@pytest.mark.slow
 def test_sums_leave_their_argument_alone(found):
     for rank, one in enumerate(found):
         assert one["sum"].tolist() == [3.0, 20.0]
         assert one["left_alone"].tolist() == [1.0 + rank, 10.0]
 
 
-@pytest.mark.slow
 def test_values_are_gathered_in_order_and_broadcast_from_main(found):
     for one in found:
         assert one["gathered"] == [{"rank": 0}, {"rank": 1}]
         assert one["from_main"] == ["of", 0]
 
 
-@pytest.mark.slow
 def test_figures_are_averaged_and_sequences_added_up(found):
     for one in found:
         assert one["metrics"] == {"loss": 1.5, "histogram": [0.5, 1.0], "sequences_x": 6}
 
 
-@pytest.mark.slow
 def test_the_main_process_goes_first_and_its_failure_fails_all(found):
     assert [one["others_find_it_made"] for one in found] == [False, True]
     assert [one["failure"] for one in found] == ["no such data"] * 2

@@ -213,7 +213,6 @@ def test_a_machine_without_wandb(tmp_path, monkeypatch):
     assert list(read_metrics(tmp_path)) == [row(1)]
 
 
-@pytest.mark.slow
 def test_real_wandb_offline(tmp_path, monkeypatch):
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import PUMA, run_python, tiny_settings
+from conftest import PUMA, run_python, run_ranks, tiny_settings
 from test_train import assert_same_checkpoint
 
 from model.hub import load_model
@@ -19,12 +19,11 @@ from runtime.distributed import World
 from runtime.metrics import read_metrics
 from runtime.sharding import full_tensor, gather_weights, is_sharded, shard_like
 
-TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
-
-def train_run(config: Path, run_dir: Path, *options: str, launcher: tuple[str, ...] | list[str] = TWO) -> str:
+def train_run(config: Path, run_dir: Path, *options: str, n_ranks: int = 2) -> str:
     """Train to the end; what it printed."""
-    result = run_python(*launcher, "train.py", "--config", config, "--run-dir", run_dir, *options)
+    command = ("train.py", "--config", config, "--run-dir", run_dir, *options)
+    result = run_ranks(n_ranks, *command) if n_ranks > 1 else run_python(*command)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -73,7 +72,6 @@ def assert_close(ours: Path, theirs: Path) -> None:
         torch.testing.assert_close(tensors, others[number], rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.slow
 def test_sharded_training_equals_copies_up_to_rounding(config, sharded_run, tmp_path):
     train_run(config, tmp_path / "ddp")
     assert_close(sharded_run, tmp_path / "ddp")
@@ -85,7 +83,6 @@ def test_sharded_training_equals_copies_up_to_rounding(config, sharded_run, tmp_
     assert ours[-1]["validation/loss"] == pytest.approx(theirs[-1]["validation/loss"], rel=1e-4)
 
 
-@pytest.mark.slow
 def test_a_restart_changes_nothing_nor_does_recomputing_blocks(config, sharded_run, tmp_path):
     again = go_back(sharded_run, tmp_path / "again")
     assert find_checkpoint(again).step == 3
@@ -93,7 +90,6 @@ def test_a_restart_changes_nothing_nor_does_recomputing_blocks(config, sharded_r
     assert_same_checkpoint(sharded_run, again)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_opens_on_one_process(sharded_run, tmp_path):
     model, config = load_model(str(sharded_run))
     assert config.training.parallel == "fsdp"
@@ -105,10 +101,9 @@ def test_a_checkpoint_opens_on_one_process(sharded_run, tmp_path):
     assert alone["samplers"] == together["samplers"]
 
 
-@pytest.mark.slow
 def test_a_sharded_run_goes_on_as_one_process_or_with_copies(config, sharded_run, tmp_path):
     alone = go_back(sharded_run, tmp_path / "alone")
-    assert "saved by 2 processes, continues on 1" in train_run(config, alone, "training.parallel=fsdp", launcher=[])
+    assert "saved by 2 processes, continues on 1" in train_run(config, alone, "training.parallel=fsdp", n_ranks=1)
     assert (find_checkpoint(alone).step, find_checkpoint(alone).n_ranks) == (6, 1)
     copies = go_back(sharded_run, tmp_path / "copies")
     train_run(config, copies, "training.parallel=ddp")

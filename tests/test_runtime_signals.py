@@ -8,12 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_python
+from conftest import ROOT, run_fresh_python, started, started_ranks
+from forked import Forked
 from test_train import assert_same_checkpoint
 
 import train
@@ -22,26 +21,7 @@ from runtime.checkpoint import latest_checkpoint
 from runtime.metrics import read_metrics
 
 
-@contextmanager
-def started(*arguments: object, group: bool = False) -> Iterator[subprocess.Popen[str]]:
-    """A program of the repository while it runs; it is killed if the test fails before its end."""
-    process = subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=group,
-    )
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
+def wait_for_step(run_dir: Path, step: int, process: Forked, timeout_s: float = 120) -> None:
     """Poll the records until `step` is there."""
     deadline = time.monotonic() + timeout_s
     while not any(row["step"] >= step for row in read_metrics(run_dir)):
@@ -101,7 +81,8 @@ def test_a_step_that_was_saved_already_is_not_saved_again(config_file, tmp_path,
 
 def test_a_signal_before_the_first_step_is_kept_and_costs_nothing(config_file, tmp_path):
     run_dir = tmp_path / "run"
-    with started("train.py", "--config", config_file(), "--run-dir", run_dir) as process:
+    command = [sys.executable, "train.py", "--config", config_file(), "--run-dir", run_dir]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         status = Path(f"/proc/{process.pid}/status")
 
         def caught() -> int:
@@ -123,7 +104,6 @@ def test_a_signal_before_the_first_step_is_kept_and_costs_nothing(config_file, t
     assert latest_checkpoint(run_dir) is None
 
 
-@pytest.mark.slow
 def test_two_interrupts_end_at_once(config_file, tmp_path):
     """The first comes in a long evaluation, which nothing interrupts; the second does not wait for its end."""
     config = config_file(training__eval_every=2, data__n_test=200, validation__n_examples=200, validation__batch_size=1)
@@ -134,14 +114,11 @@ def test_two_interrupts_end_at_once(config_file, tmp_path):
         time.sleep(0.3)
         assert process.poll() is None, "one asks for a stop after the evaluation"
         process.send_signal(signal.SIGINT)
-        before = time.monotonic()
         process.communicate(timeout=60)
-    assert time.monotonic() - before < 5
-    assert process.returncode == -signal.SIGINT
+    assert process.returncode == -signal.SIGINT, "a stop after the evaluation would have status 130"
     assert latest_checkpoint(tmp_path / "run") is None
 
 
-@pytest.mark.slow
 def test_wandb_that_dies_of_the_same_signal_costs_no_step(config_file, tmp_path):
     """SIGTERM to the whole process group, as a terminal's end or some clusters send it."""
     pytest.importorskip("wandb")
@@ -177,33 +154,28 @@ if __name__ == "__main__":
     child.join(10)
     print(child.exitcode)
 """
-    result = run_python("-c", code)
+    result = run_fresh_python("-c", code)
     assert result.stdout.strip() == str(-signal.SIGTERM), result.stderr
 
 
 def test_listening_imports_nothing_slow():
-    result = run_python("-c", "import sys, runtime.signals; print('torch' in sys.modules, 'numpy' in sys.modules)")
+    result = run_fresh_python(
+        "-c", "import sys, runtime.signals; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
     assert result.stdout.split() == ["False", "False"], result.stderr
     assert signals.EARLY_SIGNALS == (signal.SIGUSR1, signal.SIGTERM)
 
 
-@pytest.mark.slow
 def test_one_rank_signalled_stops_all_at_the_same_step(config_file, tmp_path):
     config = config_file(training__max_steps=100_000, training__save_every=100_000, training__eval_every=100_000)
     run_dir = tmp_path / "run"
-    arguments = ["--standalone", "--nproc-per-node=2", "train.py", "--config", config, "--run-dir", run_dir]
-    with started("-m", "torch.distributed.run", *arguments) as process:
-        wait_for_step(run_dir, 5, process)
-        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        ranks = [
-            int(pid) for pid in workers if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes() + b"\0"
-        ]
-        assert len(ranks) == 1, workers
-        os.kill(ranks[0], signal.SIGUSR1)
+    with started_ranks(2, "train.py", "--config", config, "--run-dir", run_dir) as ranks:
+        wait_for_step(run_dir, 5, ranks[0])
+        ranks[1].send_signal(signal.SIGUSR1)
         before = len(losses(run_dir))
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "stopped by SIGUSR1" in out
+        written = [process.communicate(timeout=120) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], written
+    assert "stopped by SIGUSR1" in written[0][0]
     checkpoint = latest_checkpoint(run_dir)
     assert json.loads((checkpoint.path / "manifest.json").read_text())["n_ranks"] == 2
     assert max(losses(run_dir)) == checkpoint.step
@@ -223,6 +195,6 @@ class Late:  # outlives the handlers
         self.write(1, b"survived")
 builtins.late = Late()
 """
-    result = run_python("-c", code)
+    result = run_fresh_python("-c", code)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "survived"

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import PUMA, ROOT, UNIFORM, run_python
+from conftest import PUMA, UNIFORM, run_python, started
 
 import train
 from model.transformer import Transformer
@@ -115,23 +112,22 @@ def test_a_checkpoint_with_the_state_of_older_versions_continues(config_file, tm
     assert losses[0] == losses[1]
 
 
-@pytest.mark.slow
 def test_a_killed_run_continues_as_if_nothing_had_happened(config_file, tmp_path):
     config = config_file(training__max_steps=300, training__save_every=20, training__eval_every=300)
-    arguments = [sys.executable, "train.py", "--config", str(config), "--run-dir"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([*arguments, str(tmp_path / "killed")], cwd=ROOT, env=environment) as process:
+    arguments = ["train.py", "--config", config, "--run-dir"]
+    with started(*arguments, tmp_path / "killed") as process:
         while not (tmp_path / "killed" / "checkpoints" / "step_00000040").exists():
             assert process.poll() is None, "the run ended before it could be killed"
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "killed" / "final.json").exists()
     for name in ("killed", "straight"):
-        result = run_python(*arguments[1:], tmp_path / name)
+        result = run_python(*arguments, tmp_path / name)
         assert result.returncode == 0, result.stderr
     assert_same_checkpoint(tmp_path / "killed", tmp_path / "straight")
 
 
+@pytest.mark.pictures
 def test_records_and_final_result(config_file, tmp_path, capsys):
     config = str(
         config_file(validation__confidence=["top_prob", "top_prob_margin"], validation__tokens_per_step=[1, 2])
@@ -327,7 +323,6 @@ def test_a_config_that_is_no_mapping_is_refused(text, tmp_path, capsys):
     assert str(path) in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_two_processes_train_together(config_file, tmp_path):
     run_dir = tmp_path / "run"
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]

@@ -100,7 +100,7 @@ def quick_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 # Files whose tests signal, kill, wait and fill disks: one worker runs them, one after the other, so that they do not
 # disturb each other.
-IN_TURN = ("test_faults", "test_grader_sandbox", "test_job_script", "test_runtime_signals", "test_slurm")
+IN_TURN = ("test_faults", "test_grader_sandbox", "test_runtime_signals", "test_slurm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -127,6 +127,7 @@ def settings_classes() -> dict[type[Settings], str]:
 
 def all_subclasses(cls: type) -> list[type]:
     found: list[type] = []
+    child: type
     for child in cls.__subclasses__():
         found += [child, *all_subclasses(child)]
     return found

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import yaml
@@ -21,6 +22,8 @@ from forked import Forked
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests run in as many processes as there are cores (`make test`), and models are tiny.
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("any machine", deadline=None)  # examples are slow where a machine is busy
+hypothesis.settings.load_profile("any machine")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"

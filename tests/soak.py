@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
     gc.freeze()  # or each life's collector would copy all memory
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     settings = tiny_settings({"name": "puma", "n_stages": 5, "collapse_threshold": 0.9}, folder / "boards")
-    settings["training"] |= {"max_steps": options.steps, "log_every": 5}
+    settings["training"] |= {"max_steps": options.steps, "log_every": 3}  # so that saves fall between records
     settings["training"] |= {"save_every": options.steps if options.stages else 10, "eval_every": 50}
     if options.stages:
         settings["training"] |= {"save_every": 2, "eval_every": options.steps}

@@ -41,7 +41,7 @@ def draw(stream: SequenceStream, n_rows: int) -> list[int]:
 sizes = st.lists(st.integers(0, 30), min_size=1, max_size=8)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(n_rows=st.integers(1, 40), draws=sizes, seed=st.integers(0, 2**32 - 1))
 def test_one_rank_gives_each_row_once_per_epoch(n_rows, draws, seed):
     (stream,) = streams(n_rows, 1, seed)
@@ -55,7 +55,7 @@ def test_one_rank_gives_each_row_once_per_epoch(n_rows, draws, seed):
         assert set(drawn[:n_rows]) == set(range(n_rows)), "a whole epoch wastes none"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(n_rows=st.integers(1, 40), n_ranks=st.integers(1, 7), draws=sizes, n_epochs=st.integers(1, 3))
 def test_ranks_together_give_each_row_once_per_epoch(n_rows, n_ranks, draws, n_epochs):
     """However the ranks cut their draws: over all ranks, n epochs hold each row n times, up to the last round."""
@@ -74,7 +74,7 @@ def test_ranks_together_give_each_row_once_per_epoch(n_rows, n_ranks, draws, n_e
         assert set(in_order[start : start + n_rows]) == set(range(n_rows))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(n_rows=st.integers(1, 40), n_drawn=st.lists(st.integers(0, 50), min_size=2, max_size=5))
 def test_ranks_that_draw_at_different_speeds_share_no_row_of_an_epoch(n_rows, n_drawn):
     """PUMA's ranks retire different numbers of rows; none may get what another has had in the same epoch."""
@@ -88,7 +88,7 @@ def test_ranks_that_draw_at_different_speeds_share_no_row_of_an_epoch(n_rows, n_
     assert len(seen) == sum(n_drawn)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(n_rows=st.integers(1, 40), n_ranks=st.integers(1, 4), before=sizes, after=sizes)
 def test_the_state_resumes_exactly(n_rows, n_ranks, before, after):
     for rank, straight in enumerate(streams(n_rows, n_ranks)):
@@ -104,7 +104,7 @@ def test_the_state_resumes_exactly(n_rows, n_ranks, before, after):
             assert draw(resumed, n) == draw(straight, n)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cut=st.integers(0, 100))
 def test_the_order_does_not_depend_on_how_draws_are_cut(cut):
     (whole,), (parts,) = streams(33, 1), streams(33, 1)
@@ -143,7 +143,7 @@ def test_the_fingerprint_tells_data_sets_apart(n_rows):
     assert len({fingerprint(data), *map(fingerprint, others)}) == 4
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     n_rows=st.integers(1, 40),
     chain=st.lists(st.lists(st.integers(0, 25), min_size=1, max_size=5), min_size=1, max_size=6),

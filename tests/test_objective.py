@@ -79,7 +79,7 @@ def join(microbatches: list[Microbatch]) -> tuple[Tensor, Tensor, Tensor]:
 
 @every_objective
 @given(seed=SEEDS, n_rows=st.integers(2, 9))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_invariants_of_every_batch(objective: dict[str, Any], seed: int, n_rows: int) -> None:
     """x0 is from the data; xt is x0 with at least one position hidden, never a prompt; weights are the oracle's."""
     data = numbered_rows(23, 12, seed % 1000)

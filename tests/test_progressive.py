@@ -72,7 +72,7 @@ def places(mask: Tensor) -> set[int]:
 
 
 @given(SEEDS, STAGES, st.integers(1, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_targets_are_those_of_the_stage_and_leave_one_position_masked(seed: int, n_stages: int, n: int) -> None:
     stage = torch.arange(n_stages).repeat(20)
     target = draw_target(stage, n_stages, torch.full_like(stage, n), random_generator(seed))
@@ -108,7 +108,7 @@ def test_stages_of_all_counts_equal_the_oracle() -> None:
 
 
 @given(SEEDS, st.integers(1, 6), st.integers(1, 20), STAGES, THRESHOLDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_advance_equals_the_oracle(
     seed: int, n_rows: int, length: int, n_stages: int, collapse_threshold: float | None
 ) -> None:
@@ -210,7 +210,7 @@ def test_a_short_row_is_never_sent_back_by_its_ratio() -> None:
 
 
 @given(SEEDS, st.integers(1, 9), STAGES, THRESHOLDS, SEGMENTS, BATCHES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_prompts_never_change_and_every_row_has_a_masked_position(
     seed: int, n_rows: int, n_stages: int, collapse_threshold: float | None, n_segments: int, n_batches: int
 ) -> None:
@@ -230,7 +230,7 @@ def test_prompts_never_change_and_every_row_has_a_masked_position(
 
 
 @given(SEEDS, STAGES, THRESHOLDS, SEGMENTS, BATCHES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_transition_of_the_pool_is_one_of_the_oracles(
     seed: int, n_stages: int, collapse_threshold: float | None, n_segments: int, n_batches: int
 ) -> None:
@@ -294,7 +294,7 @@ def possible_transitions(
 
 
 @given(SEEDS, THRESHOLDS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_what_is_revealed_stays_revealed(seed: int, collapse_threshold: float | None) -> None:
     pool = make_pool(6, 5, collapse_threshold, seed)
     for number in range(12):
@@ -370,7 +370,7 @@ def test_a_trajectory_takes_k_steps_without_a_threshold() -> None:
 
 
 @given(SEEDS, THRESHOLDS, SEGMENTS, st.integers(2, 4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_batches_take_turns_and_the_others_rest(
     seed: int, collapse_threshold: float | None, n_segments: int, n_batches: int
 ) -> None:
@@ -414,7 +414,7 @@ def test_a_deeper_pool_spreads_the_visits_of_a_sequence() -> None:
 
 
 @given(SEEDS, STAGES, SEGMENTS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_threshold_that_nothing_exceeds_is_none(seed: int, n_stages: int, n_segments: int) -> None:
     """Bit for bit; so every trajectory takes K steps. By its rounded ratio alone, a row would skip stages."""
     pools = [make_pool(5, n_stages, threshold, seed, n_segments=n_segments) for threshold in (None, 1.0)]

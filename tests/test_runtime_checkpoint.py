@@ -204,7 +204,7 @@ FILES = ["model.safetensors", "ema.safetensors", "train.pt", "rank_0.pt", "confi
 
 
 @pytest.mark.parametrize("name", FILES)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_one_flipped_bit_anywhere_is_noticed(name, place, bit, sound):
     file = sound / name

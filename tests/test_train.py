@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PUMA, UNIFORM, run_python, started
+from conftest import PUMA, UNIFORM, run_python, run_ranks, started
 
 import train
 from model.transformer import Transformer
@@ -42,7 +42,8 @@ def assert_same_checkpoint(first: Path, second: Path) -> None:
         assert weights.keys() == others.keys()
         for key in weights:
             assert torch.equal(weights[key], others[key]), key
-    for name in ("train", "rank_0"):
+    assert ours.n_ranks == theirs.n_ranks
+    for name in ("train", *(f"rank_{rank}" for rank in range(ours.n_ranks))):
         state, other = ours.state(name), theirs.state(name)
         for clock in ("seconds", "seconds_recorded"):
             state.pop(clock, None)
@@ -348,3 +349,18 @@ def test_two_processes_train_together(config_file, tmp_path):
     for name in ("train/sequences_finished", "sequences_distinct"):
         counts = [row[name] for row in after.values()]
         assert counts == sorted(counts), "counters go on"
+
+
+def test_four_processes_restart_as_if_nothing_had_happened(config_file, tmp_path):
+    """More than two, because the sum of two numbers does not depend on their order, and that of four does."""
+    command = ("train.py", "--config", config_file(model__num_hidden_layers=2), "--run-dir")
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    result = run_ranks(4, *command, straight)
+    assert result.returncode == 0, result.stderr
+    shutil.copytree(straight, broken)
+    (broken / "final.json").unlink()
+    shutil.rmtree(broken / "checkpoints" / "step_00000006")
+    result = run_ranks(4, *command, broken)
+    assert result.returncode == 0, result.stderr
+    assert "steps 3 to 6 on 4 x cpu" in result.stdout
+    assert_same_checkpoint(straight, broken)

@@ -30,7 +30,7 @@ def random_maskable(n_rows: int, length: int, seed: int) -> Tensor:
 
 
 @given(SEEDS, st.integers(1, 5), st.integers(1, 20), st.integers(1, 6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_reveal_top_equals_the_oracle(seed: int, n_rows: int, length: int, n_values: int) -> None:
     """Also with many ties (n_values distinct confidences) and with confidences of -inf."""
     generator = random_generator(seed)
@@ -53,7 +53,7 @@ def test_a_candidate_of_confidence_minus_infinity_comes_before_what_is_no_candid
 
 
 @given(SEEDS, st.integers(1, 5), st.integers(1, 20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_reveal_random_marks_exactly_so_many_candidates(seed: int, n_rows: int, length: int) -> None:
     candidates = random_candidates(n_rows, length, seed)
     n_reveal = torch.randint(-2, length + 3, (n_rows,), generator=random_generator(seed))
@@ -72,7 +72,7 @@ def test_reveal_random_gives_every_subset_the_same_chance() -> None:
 
 
 @given(SEEDS, st.integers(1, 6), st.integers(1, 20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_uniform_masks_hide_at_least_one_position_and_never_a_prompt(seed: int, n_rows: int, length: int) -> None:
     maskable = random_maskable(n_rows, length, seed)
     masked = mask_uniformly(maskable, random_generator(seed + 1))
@@ -101,7 +101,7 @@ def test_uniform_masks_hide_every_position_equally_often_whatever_their_number()
 
 
 @given(SEEDS, st.integers(1, 6), st.integers(1, 20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_row_weights_equal_the_oracle_and_sum_to_1(seed: int, n_rows: int, length: int) -> None:
     masked = random_maskable(n_rows, length, seed)
     weight = row_weights(masked, n_rows)

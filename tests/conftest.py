@@ -129,18 +129,20 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 @contextmanager
-def started(*arguments: object, group: bool = False, **environment: str) -> Iterator[Forked]:
+def started(*arguments: object, folder: Path = ROOT, group: bool = False, **environment: str) -> Iterator[Forked]:
     """A program of the repository while it runs; it is killed if the test fails before its end."""
-    with Forked(*arguments, environment=ENVIRONMENT | environment, group=group) as process:
+    with Forked(*arguments, environment=ENVIRONMENT | environment, folder=folder, group=group) as process:
         try:
             yield process
         finally:
             process.kill()
 
 
-def run_python(*arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program of the repository as its users do, and wait for its end."""
-    with started(*arguments, **environment) as process:
+def run_python(
+    *arguments: object, timeout: float = 300, folder: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a program of the repository, or of a copy in `folder`, as its users do, and wait for its end."""
+    with started(*arguments, folder=folder, **environment) as process:
         out, err = process.communicate(timeout)
         return subprocess.CompletedProcess(process.args, process.wait(), out, err)
 
@@ -171,7 +173,7 @@ def started_ranks(n_ranks: int, *arguments: object) -> Iterator[list[Forked]]:
         ]
 
 
-def run_ranks(n_ranks: int, *arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_ranks(n_ranks: int, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """Run a program as `n_ranks` processes to their end: the worst status, and what they wrote, rank after rank."""
     with started_ranks(n_ranks, *arguments) as ranks:
         written = [process.communicate(timeout) for process in ranks]

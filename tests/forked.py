@@ -35,17 +35,28 @@ class Forked:
     Args:
         arguments: what would follow `python` on a command line: a file, `-m` and a module, or `-c` and code.
         environment: variables beside those of this process.
+        folder: where it runs; by default this checkout.
         group: the program leads a process group of its own.
         output: file for both of its outputs; without one, `communicate` returns them.
     """
 
     def __init__(
-        self, *arguments: object, environment: dict[str, str], group: bool = False, output: IO[bytes] | None = None
+        self,
+        *arguments: object,
+        environment: dict[str, str],
+        folder: Path = ROOT,
+        group: bool = False,
+        output: IO[bytes] | None = None,
     ) -> None:
         self.args = [str(argument) for argument in arguments]
         self.returncode: int | None = None
         self._files = [output or tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115 - read after the end
-        request = {"arguments": self.args, "environment": dict(os.environ) | environment, "group": group}
+        request = {
+            "arguments": self.args,
+            "environment": dict(os.environ) | environment,
+            "folder": str(folder),
+            "group": group,
+        }
         self._status, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(_server(), [b"x"], [theirs.fileno(), *(file.fileno() for file in self._files)])
@@ -175,6 +186,7 @@ def start_program(status: int, out: int, err: int) -> dict[str, Any]:
         os.dup2(source, target)
         os.close(source)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
     return request
@@ -183,7 +195,7 @@ def start_program(status: int, out: int, err: int) -> dict[str, Any]:
 def run_program(arguments: list[str]) -> None:
     """What `python ARGUMENTS` does."""
     if arguments[0] in ("-m", "-c"):
-        sys.path[0] = str(ROOT)
+        sys.path[0] = os.getcwd()
         sys.argv = [arguments[0], *arguments[2:]]
         if arguments[0] == "-m":
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_python
 from docs_check import fenced_commands
 
 PAGE = (ROOT / "docs" / "adding.md").read_text(encoding="utf-8")
@@ -47,13 +44,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def run_there(checkout: Path, *arguments: str) -> str:
     """Run a command of the copy; its standard output."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=checkout,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = run_python(*arguments, folder=checkout)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

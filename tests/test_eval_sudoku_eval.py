@@ -67,7 +67,7 @@ def test_difference_from_the_published_code_every_clue_must_be_kept(size):
     solution = solved_grid(size)
     grid = swap_digits(solution, 1, 2)
     puzzle = np.where(solution > 2, solution, 0)
-    first_one = int((solution == 1).nonzero()[0])
+    first_one = int(np.flatnonzero(solution == 1)[0])
     puzzle[first_one] = 1
     assert ((puzzle != 0) & (puzzle == grid)).any(), "some clues are kept"
     assert judge(puzzle, grid, solution, size)[0] == 0

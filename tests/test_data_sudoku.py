@@ -231,14 +231,7 @@ def test_shared_puzzles_are_counted_by_puzzle_alone():
     assert count_shared_puzzles(data(3), data(4)) == 0
 
 
-# Many boards and real ones
-
-
-def test_rows_are_checked_and_numbered_across_chunks(monkeypatch):
-    monkeypatch.setattr("data.sudoku_boards.CHUNK_ROWS", 4)
-    tokens = boards(9, 11).astype(np.uint8)
-    tokens[[3, 4, 10], 81] = 0
-    assert check_boards(tokens, 9) == [(row, "the solution has a cell that is not 1 to 9") for row in (3, 4, 10)]
+# Real boards
 
 
 @pytest.mark.skipif(not RATED.exists(), reason=f"{RATED} is absent")

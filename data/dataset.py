@@ -1,7 +1,7 @@
-"""The contract of a data set: what its settings say, and everything that training, evaluation and sampling ask of it.
+"""The interface of a data set: its settings, and everything that training, evaluation and sampling need from it.
 
-One file holds a data set: a settings class derived from `DataSettings`, and a class derived from `DataSet`.
-`docs/adding.md` adds one step by step. Nothing outside of that file asks which data set it works on.
+A data set is one file with a settings class derived from `DataSettings` and a class derived from `DataSet`.
+`docs/adding.md` adds one step by step. No code outside that file depends on which data set is used.
 
 Shapes: B rows, L positions, n questions.
 """
@@ -28,12 +28,12 @@ class SequenceData(Protocol):
 
     @property
     def mask_id(self) -> int:
-        """The mask token, which no sequence holds."""
+        """The mask token, which occurs in no sequence."""
         ...
 
     @property
     def eos_id(self) -> int | None:
-        """The token that ends a sequence and pads it; None where all are of one length."""
+        """The token that ends and pads a sequence; None if all sequences have the same length."""
         ...
 
     def __len__(self) -> int: ...
@@ -67,22 +67,22 @@ class ArrayData:
 
 @dataclass(frozen=True)
 class Judged:
-    """Answers judged, row by row."""
+    """Results of judging answers, row by row."""
 
-    figures: dict[str, np.ndarray]  # `DataSet.figures` by name, float32 [n]
-    samples: list[dict[str, Any]] = field(default_factory=list)  # readable, one per row, or none at all
+    figures: dict[str, np.ndarray]  # by name, see `DataSet.figures`; float32 [n]
+    samples: list[dict[str, Any]] = field(default_factory=list)  # readable, one per row, or empty
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a simple method makes of the same questions, to compare a model with."""
+    """Which of the same questions a simple method solves, for comparison."""
 
     name: str
     solved: np.ndarray  # bool [n]
 
 
 class DataSettings(Settings, ABC):
-    """Base of the settings of a data set. A subclass has a field `dataset`, a `Literal` of its name in YAML files."""
+    """Base of a data set's settings. A subclass has a field `dataset`, a `Literal` with its name in YAML files."""
 
     @property
     @abstractmethod
@@ -92,31 +92,31 @@ class DataSettings(Settings, ABC):
     @property
     @abstractmethod
     def min_vocab_size(self) -> int:
-        """Smallest vocabulary that holds all tokens, the mask token included."""
+        """Smallest vocabulary with all tokens, including the mask token."""
 
     def mask_id_in(self, vocab_size: int) -> int:
-        """The mask token of a model with this vocabulary; by default its last token."""
+        """The mask token of a model with `vocab_size` tokens; by default the last token."""
         return vocab_size - 1
 
     @abstractmethod
     def describe(self) -> str:
-        """One line that says which data a run uses, and why where the settings leave it open."""
+        """One line: which data a run uses, and the reason if the settings leave the choice open."""
 
     @abstractmethod
     def open(self, vocab_size: int) -> DataSet:
-        """The data set, for a model with this vocabulary. Reads nothing yet."""
+        """The data set for a model with `vocab_size` tokens. Reads no file yet."""
 
 
 class DataSet(ABC):
-    """A data set: rows to learn from, questions to answer, and which answers are right.
+    """A data set: rows to train on, questions to answer, and a judge of answers.
 
-    Properties read their files at first use and keep them. They raise ValueError where a file is missing or holds a bad
-    row; the message names it.
+    Properties read their files on first use and cache the result. They raise ValueError if a file is missing or has a
+    bad row; the message names it.
     """
 
-    figures: tuple[str, ...] = ("accuracy",)  # names of what `judge` reports; accuracy comes first
-    questions: str = "questions"  # what the test asks, as a noun: "solved 95.9% of 2000 unseen puzzles"
-    question_option: str = "prompt"  # the option of sampling.py that gives a question
+    figures: tuple[str, ...] = ("accuracy",)  # names of the figures that `judge` reports; accuracy comes first
+    questions: str = "questions"  # a noun for messages: "solved 95.9% of 2000 unseen puzzles"
+    question_option: str = "prompt"  # the option of sampling.py that takes a question
 
     @property
     @abstractmethod
@@ -126,61 +126,61 @@ class DataSet(ABC):
     @property
     @abstractmethod
     def validation(self) -> SequenceData:
-        """Rows of the validation loss, which training never sees."""
+        """Rows for the validation loss, not used in training."""
 
     @property
     @abstractmethod
     def n_questions(self) -> int:
-        """Questions of the test."""
+        """Number of questions in the test."""
 
     @abstractmethod
     def prompts(self, indices: np.ndarray) -> np.ndarray:
-        """Questions as rows int64 [n, L], the mask token where the answer goes."""
+        """Questions as rows, int64 [n, L], with mask tokens in place of the answer."""
 
     @abstractmethod
     def judge(self, tokens: np.ndarray, indices: np.ndarray) -> Judged:
-        """Judge rows int64 [n, L] that were sampled from the prompts with these indices."""
+        """Judge `tokens` (int64 [n, L]), sampled from the prompts with these indices."""
 
     @abstractmethod
     def encode(self, question: str) -> np.ndarray:
-        """A user's question as a row int64 [L], the mask token where the answer goes; ValueError if it is none."""
+        """Encode a question as a row (int64 [L]), with mask tokens in place of the answer; ValueError if invalid."""
 
     @abstractmethod
     def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
-        """A sampled row as text for a terminal.
+        """Format a sampled row for a terminal.
 
         Args:
-            prompt: int64 [L], of `encode`.
+            prompt: int64 [L], from `encode`.
             tokens: int64 [L], sampled.
-            order: int64 [L], step at which each position was filled, from 1; 0 where it was given.
+            order: int64 [L], step at which a position was filled, from 1; 0 for given positions.
         """
 
     @abstractmethod
     def example(self) -> str:
-        """A question of the test as `encode` takes it."""
+        """A question of the test, in the form that `encode` takes."""
 
     @property
     def eos_id(self) -> int | None:
-        """The token that ends an answer; None where all rows are of one length."""
+        """The token that ends an answer; None if all rows have the same length."""
         return None
 
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer; None where tokens are not text."""
+        """The Hugging Face tokenizer; None if tokens are not text."""
         return None
 
     def difficulty(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Measures of difficulty by name: for each of these questions the lowest value of its group [n], or NaN."""
+        """Measures of difficulty by name, each [n]: the lowest value of the question's group, or NaN if unknown."""
         return {}
 
     def reference(self, indices: np.ndarray) -> Reference | None:
-        """What a simple method makes of these questions; None where there is none."""
+        """What a simple method solves of these questions; None if the data set has no such method."""
         return None
 
     def warnings(self) -> Sequence[str]:
-        """What a user should know about the data before training; read from the data, so it may take seconds."""
+        """Warnings about the data to show before training. They need a pass over the data, which may take seconds."""
         return ()
 
     def load(self) -> DataSet:
-        """Read everything that training and evaluation need; what is generated or downloaded is made on first use."""
+        """Read everything that training and evaluation need. The first call may generate or download it."""
         _ = self.train, self.validation, self.n_questions
         return self

@@ -1,11 +1,11 @@
-"""Random Sudoku puzzles with one solution each, as many as a training run wants.
+"""Generate random Sudoku puzzles with one solution each.
 
     python -m data.generate_sudoku --size 9 --count 100000 --min-clues 30 --max-clues 40 --seed 0 --out puzzles.csv
 
-Puzzle number i depends on the seed and i alone, so the result is the same on any number of cores. A random full grid
-loses clues in random order, each only if the solver proves that the solution stays unique, until a clue count drawn
-uniformly from the range is reached. Where no further clue can go, the puzzle is kept if its count lies in the range,
-otherwise a new grid is drawn.
+Puzzle i depends only on the seed and i, so the result is the same on any number of cores. Clues are removed from a
+random full grid in random order, each only if the solver proves that the solution stays unique, until a number of clues
+drawn uniformly from the range is reached. If no further clue can be removed, the puzzle is kept if its number of clues
+is in the range; otherwise a new grid is drawn.
 
 Shapes: N boards, S size, C = S * S cells.
 """
@@ -26,12 +26,12 @@ from tqdm import tqdm
 from data.sudoku_boards import BOX_SHAPE, SudokuData, make_data, puzzle_keys, save_array
 from data.sudoku_solver import POPCOUNT, fill_boards
 
-# No puzzle with fewer clues has one solution.
+# Puzzles with fewer clues have several solutions.
 FEWEST_CLUES = {4: 4, 6: 8, 9: 17}
 CHUNK_ROWS = 500
-# Grids tried for one puzzle before its number is passed over.
+# Grids tried for puzzle i before it is skipped.
 N_TRIES = 200
-# Consecutive chunks with hardly anything new after which the range is held to be used up.
+# The search stops after so many consecutive chunks with less than 1% new puzzles.
 MAX_STALE_CHUNKS = 50
 
 
@@ -46,14 +46,14 @@ def generate_sudoku(
     n_workers: int | None = None,
     show_progress: bool = True,
 ) -> tuple[SudokuData | None, SudokuData | None]:
-    """Make training and test puzzles, all distinct.
+    """Generate training and test puzzles, all distinct.
 
     Args:
-        n_train, n_test: puzzles of each kind; where 0, that entry of the result is None.
-        n_workers: threads (the compiled code holds no lock); all cores by default.
+        n_train, n_test: number of puzzles; if 0, that part of the result is None.
+        n_workers: threads (the compiled code releases the GIL); by default one per core.
 
     Raises:
-        ValueError: no such puzzles exist, or fewer distinct ones than were asked for can be found.
+        ValueError: such puzzles do not exist, or fewer distinct ones were found than requested.
     """
     check_request(size, min_clues, max_clues)
     n_wanted = n_train + n_test
@@ -73,10 +73,10 @@ def generate_sudoku(
             if len(seen) == n_wanted:
                 break
             n_stale = n_stale + 1 if len(seen) - n_before < CHUNK_ROWS // 100 else 0
-            if n_stale == MAX_STALE_CHUNKS or len(chunk) == 0:  # hundreds of grids per number, and no puzzle at all
+            if n_stale == MAX_STALE_CHUNKS or len(chunk) == 0:  # or hundreds of grids for each puzzle, and none worked
                 raise ValueError(
-                    f"only {len(seen)} distinct {size}x{size} puzzles with {min_clues} to {max_clues} clues could be "
-                    f"found, {n_wanted} are wanted: ask for fewer, or widen the range of clues"
+                    f"found only {len(seen)} distinct {size}x{size} puzzles with {min_clues} to {max_clues} clues, "
+                    f"but {n_wanted} are requested: request fewer or widen the range of clues"
                 )
     source = "generated boards"
     parts = [boards[n_test:], boards[:n_test]]
@@ -87,29 +87,29 @@ def generate_sudoku(
 def cached_generated(
     data_dir: str | Path, size: int, n_train: int, n_test: int, min_clues: int, max_clues: int, seed: int
 ) -> tuple[Path, Path]:
-    """Files of training and test puzzles in `data_dir`, made there on first use; see `generate_sudoku`."""
+    """Files of training and test puzzles in `data_dir`, generated on first use; see `generate_sudoku`."""
     name = f"sudoku_{size}x{size}_{n_train}_{n_test}_clues{min_clues}to{max_clues}_seed{seed}"
     paths = Path(data_dir) / f"{name}_train.npy", Path(data_dir) / f"{name}_test.npy"
     if not all(path.exists() for path in paths):
         for data, path in zip(generate_sudoku(size, n_train, n_test, min_clues, max_clues, seed), paths, strict=True):
-            assert data is not None  # the settings ask for at least one of each
+            assert data is not None  # the settings require at least one of each
             save_array(path, data.boards)
     return paths
 
 
 def check_request(size: int, min_clues: int, max_clues: int) -> None:
-    """Raise ValueError if no puzzle can have such a number of clues."""
+    """Raise ValueError if no puzzle has this size and number of clues."""
     if size not in BOX_SHAPE:
-        raise ValueError(f"size {size} is not supported: choose from {', '.join(map(str, BOX_SHAPE))}")
+        raise ValueError(f"size {size} is not supported: choose one of {', '.join(map(str, BOX_SHAPE))}")
     if not FEWEST_CLUES[size] <= min_clues <= max_clues <= size * size:
         raise ValueError(
-            f"clues from {min_clues} to {max_clues}: a {size}x{size} puzzle with one solution has between "
-            f"{FEWEST_CLUES[size]} and {size * size} clues"
+            f"clues from {min_clues} to {max_clues}: a {size}x{size} puzzle with one solution has "
+            f"{FEWEST_CLUES[size]} to {size * size} clues"
         )
 
 
 def _chunks(size: int, min_clues: int, max_clues: int, seed: int, n_workers: int) -> Iterator[np.ndarray]:
-    """Boards uint8 [n, 2 * C] in the order of their numbers, a few chunks ahead of the reader."""
+    """Boards (uint8 [n, 2 * C]) in the order of their numbers, computed a few chunks ahead."""
 
     def work(number: int) -> np.ndarray:
         boards = np.zeros((CHUNK_ROWS, 2, size * size), dtype=np.uint8)
@@ -129,7 +129,7 @@ def _chunks(size: int, min_clues: int, max_clues: int, seed: int, n_workers: int
 
 
 def write_csv(path: Path, data: SudokuData) -> None:
-    """Write `puzzle,solution` rows, so that the file is there whole or not at all."""
+    """Write `puzzle,solution` rows atomically."""
     text = (data.boards + ord("0")).tobytes().decode("ascii")
     scratch = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
     with open(scratch, "w", encoding="ascii") as file:
@@ -144,11 +144,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
     parser = argparse.ArgumentParser(description="Generate Sudoku puzzles with one solution each.")
     parser.add_argument("--size", type=int, default=9, choices=sorted(BOX_SHAPE))
-    parser.add_argument("--count", type=int, required=True, help="puzzles, all distinct")
+    parser.add_argument("--count", type=int, required=True, help="number of puzzles, all distinct")
     parser.add_argument("--min-clues", type=int, default=30)
     parser.add_argument("--max-clues", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, help="threads; all cores by default")
+    parser.add_argument("--workers", type=int, help="threads; by default one per core")
     parser.add_argument("--out", type=Path, required=True, help="csv file")
     options = parser.parse_args(arguments)
     for name in ("count", "workers"):

@@ -1,6 +1,6 @@
-"""GSM8K: grade-school maths questions, their answers, and prompts for a model to write programs after.
+"""GSM8K: grade-school maths questions, their answers, and prompts for a model that writes programs.
 
-A prompt is the question and a newline in the first places of a row whose other places are all masked.
+A row starts with the prompt (question and newline); all other positions are masked.
 
 Shapes: N problems, L positions.
 """
@@ -27,7 +27,7 @@ ANSWER = re.compile(r"####\s*(-?[0-9][0-9,]*(?:\.[0-9]+)?)\s*$")
 
 @dataclass(frozen=True)
 class Problem:
-    """A question and the number that answers it."""
+    """A question and its answer, a number."""
 
     question: str
     answer: str  # as text without commas, e.g. "-3" or "2125"
@@ -35,22 +35,21 @@ class Problem:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Problems as rows that a model fills in."""
+    """Problems as rows for a model to fill."""
 
     problems: list[Problem]
-    xt: np.ndarray  # int64 [N, L], the mask token behind each prompt
-    n_left_out: int  # problems whose question leaves no room for a program
+    xt: np.ndarray  # int64 [N, L], mask tokens after each prompt
+    n_left_out: int  # number of problems whose question leaves no room for a program
 
 
 def read_problems(source: str, cache_dir: str | Path | None = None) -> list[Problem]:
-    """Problems of a .jsonl file with `question` and `answer`, or of the test split of a Hugging Face data set.
+    """Read problems from a .jsonl file with `question` and `answer`, or the test split of a Hugging Face data set.
 
     Args:
-        cache_dir: where a downloaded split is copied to and looked for first, so that machines without a network can
-            evaluate.
+        cache_dir: folder in which a downloaded split is saved and searched first, for machines without a network.
 
     Raises:
-        ValueError: the file is missing, or a row is not of that form; the message names the first.
+        ValueError: the file is missing or a row is malformed; the message names the first such row.
     """
     path = Path(source)
     if not path.is_file():
@@ -65,17 +64,17 @@ def read_problems(source: str, cache_dir: str | Path | None = None) -> list[Prob
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in COLUMNS):
-                    raise ValueError(f"needs {' and '.join(COLUMNS)}, both text")
+                    raise ValueError(f"must have {' and '.join(COLUMNS)}, both text")
                 problems.append(Problem(row["question"], final_answer(row["answer"])))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
     if not problems:
-        raise ValueError(f"{path} holds no problems")
+        raise ValueError(f"{path} has no problems")
     return problems
 
 
 def final_answer(solution: str) -> str:
-    """The number after `####`, commas removed; raises ValueError where there is none."""
+    """The number after `####`, without commas; raises ValueError if there is none."""
     found = ANSWER.search(solution)
     if found is None:
         raise ValueError(f"no number after '####' in {solution[-60:]!r}")
@@ -83,10 +82,10 @@ def final_answer(solution: str) -> str:
 
 
 def build_prompts(problems: Sequence[Problem], tokenizer: Any, mask_id: int, max_len: int) -> Prompts:
-    """Rows that end in mask tokens; problems whose question is too long are left out, with a warning.
+    """Encode questions as prompts; questions that are too long are left out with a warning.
 
     Args:
-        tokenizer: of `data.text.load_tokenizer`.
+        tokenizer: from `data.text.load_tokenizer`.
 
     Raises:
         ValueError: the mask token occurs in a question, or no question fits.
@@ -95,11 +94,11 @@ def build_prompts(problems: Sequence[Problem], tokenizer: Any, mask_id: int, max
     fitting = [i for i, prompt in enumerate(prompts) if prompt_fits(len(prompt), max_len)]
     n_left_out = len(problems) - len(fitting)
     if not fitting:
-        raise ValueError(f"none of the {len(problems)} questions fits {max_len} tokens: raise the maximum length")
+        raise ValueError(f"none of the {len(problems)} questions fits {max_len} tokens: raise max_len")
     if n_left_out:
         warnings.warn(
-            f"{n_left_out} of {len(problems)} questions are left out: they leave no room for a program in {max_len} "
-            "tokens",
+            f"{n_left_out} of {len(problems)} questions are left out: they leave no room for a program in max_len "
+            f"{max_len} tokens",
             stacklevel=2,
         )
     xt = np.full((len(fitting), max_len), mask_id, dtype=np.int64)  # [N, L]
@@ -111,7 +110,7 @@ def build_prompts(problems: Sequence[Problem], tokenizer: Any, mask_id: int, max
 
 
 def prompt_records(test_file: str, tokenizer_name: str, mask_id: int, max_len: int) -> tuple[list[dict[str, Any]], int]:
-    """Prompts of a file of problems as `{"input_ids", "answer"}`, in order, and how many problems were left out.
+    """Prompts of a file of problems as `{"input_ids", "answer"}`, in order, and the number of problems left out.
 
     Raises:
         ValueError: see `read_problems` and `build_prompts`.
@@ -122,16 +121,16 @@ def prompt_records(test_file: str, tokenizer_name: str, mask_id: int, max_len: i
 
 
 def _download(name: str, cache_dir: str | Path | None) -> Path:
-    """The test split of a Hugging Face data set as a file in `cache_dir`; the network is asked once."""
+    """The test split of a Hugging Face data set as a file in `cache_dir`; downloaded once."""
     folder = Path(cache_dir or "data/gsm8k")
     path = folder / f"{name.replace('/', '--')}.jsonl"
     if not path.exists():
-        from datasets import load_dataset  # slow to import, and only needed here
+        from datasets import load_dataset  # slow to import, and only used here
 
         try:
             rows = load_dataset(name, "main" if name == HUB_NAME else None, split="test")
-        except Exception as error:  # the library raises a dozen kinds for what is one problem to the user
-            raise ValueError(f"data set {name!r} cannot be loaded: {error}. A local test.jsonl does as well") from None
+        except Exception as error:  # the library raises many types of errors
+            raise ValueError(f"data set {name!r} cannot be loaded: {error}. A local .jsonl file also works") from None
         lines = [json.dumps({key: row.get(key) for key in COLUMNS}) for row in rows]
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, "\n".join(lines) + "\n")

@@ -1,7 +1,7 @@
-"""The command of `data/tiny_gsm.py`: tokenize questions and programs once into flat files, which training memory-maps.
+"""The command of `data/tiny_gsm.py`: tokenize questions and programs into flat files, which training memory-maps.
 
-It writes the files of `data/token_files.py`. The same command continues where an interrupted call stopped, and the
-result is the same, byte for byte.
+It writes the files of `data/token_files.py`. After an interruption the same command continues, and the result is the
+same, byte for byte.
 
 Shapes: N rows, L tokens per row.
 """
@@ -35,16 +35,16 @@ from data.token_files import LABELS_FILE, META_FILE, PROMPT_FILE, TOKENIZER_DIR,
 PROGRESS_FILE = ".progress.json"
 COLUMNS = ("question", "code")
 CHUNK_ROWS = 500  # rows per task of a worker process: 1 MiB of labels
-CHUNKS_UNDER_WAY = 4  # per worker
+MAX_PENDING_CHUNKS = 4  # per worker
 SAVE_EVERY_S = 5.0
-# How texts become rows, recorded so that a call never continues rows that were made otherwise.
+# Recorded in meta.json, so that a call never appends to rows that were encoded differently.
 WHITE_SPACE = {"outer_white_space": "stripped"}
-WHITE_SPACE_BEFORE = {"outer_white_space": "kept"}  # of this code's files that record none
+OLD_WHITE_SPACE = {"outer_white_space": "kept"}  # earlier versions of this code, which did not record it
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What is safely on disk of an unfinished run."""
+    """What an unfinished call has synced to disk."""
 
     n_read: int = 0  # rows of the source
     n_written: int = 0
@@ -60,7 +60,7 @@ def pretokenize(
     limit: int | None = None,
     n_workers: int | None = None,
 ) -> Progress:
-    """Tokenize `source` into `out`, from where an earlier call stopped; the result does not depend on interruptions.
+    """Tokenize `source` into `out`, continuing an earlier call; interruptions do not change the result.
 
     Args:
         source: .jsonl or .parquet file, folder of such files, or name of a Hugging Face data set, with the columns
@@ -69,16 +69,18 @@ def pretokenize(
         n_workers: processes; None: one per CPU core that this process may use.
 
     Raises:
-        ValueError: bad source or tokenizer, or `out` was begun with other settings.
+        ValueError: bad source or tokenizer, or `out` was written with other arguments.
     """
     if max_len % 8 or max_len < 8:
-        raise ValueError(f"max_len {max_len} is not a multiple of 8: prompt_mask.bin holds eight positions a byte")
+        raise ValueError(
+            f"max_len {max_len} must be a positive multiple of 8: prompt_mask.bin has eight positions per byte"
+        )
     job = {"dataset": source, "tokenizer": tokenizer_name, "max_len": max_len, "limit": limit} | WHITE_SPACE
     done, finished = _read_progress(out, job)
     if finished:
         return done
     tokenizer = load_tokenizer(tokenizer_name)
-    tokenizer.save_pretrained(out / TOKENIZER_DIR)  # makes `out` too
+    tokenizer.save_pretrained(out / TOKENIZER_DIR)  # creates `out` too
     n_bytes = {LABELS_FILE: done.n_written * max_len * 4, PROMPT_FILE: done.n_written * max_len // 8}
     with (
         open(out / LABELS_FILE, "ab") as labels_file,
@@ -88,8 +90,8 @@ def pretokenize(
         files = (labels_file, prompt_file)
         for file, size in zip(files, n_bytes.values(), strict=True):
             if os.fstat(file.fileno()).st_size < size:
-                raise ValueError(f"{file.name} is shorter than {PROGRESS_FILE} says: delete {out} and start again")
-            file.truncate(size)  # what came after the last save is written anew
+                raise ValueError(f"{file.name} is shorter than {PROGRESS_FILE} records: delete {out} and start again")
+            file.truncate(size)  # rows after the last save are written again
         saved_at = -SAVE_EVERY_S
         for labels, prompt_bits, n_left_out in _encode_chunks(
             _read_chunks(source, done.n_read, limit), tokenizer, max_len, n_workers
@@ -109,7 +111,7 @@ def pretokenize(
                 saved_at = time.monotonic()
         _sync(files)
     if done.n_written == 0:
-        raise ValueError(f"{source} holds no row that fits {max_len} tokens")
+        raise ValueError(f"{source} has no row that fits {max_len} tokens: raise --max-len")
     facts = job | {"eos_id": tokenizer.eos_token_id, "num_left_out": done.n_left_out}
     write_meta(out, facts, done.n_written, done.max_token_id)
     (out / PROGRESS_FILE).unlink(missing_ok=True)
@@ -117,23 +119,23 @@ def pretokenize(
 
 
 def _read_progress(out: Path, job: dict[str, Any]) -> tuple[Progress, bool]:
-    """What an earlier call with the same settings has done, and whether it finished."""
+    """Progress of earlier calls with the same arguments, and whether they finished."""
     finished = (out / META_FILE).exists()
     if finished:
         meta = read_meta(out)
-        unrecorded = WHITE_SPACE_BEFORE if "num_left_out" in meta else WHITE_SPACE  # the published code strips
+        unrecorded = OLD_WHITE_SPACE if "num_left_out" in meta else WHITE_SPACE  # the published code strips
         begun = {key: (unrecorded | meta).get(key) for key in job}
         n_left_out = meta.get("num_left_out", 0)
         n_written = data_shape(out, meta)[0]
         done = Progress(n_written + n_left_out, n_written, n_left_out, meta.get("max_token_id", 0))
     elif (out / PROGRESS_FILE).exists():
         content = json.loads((out / PROGRESS_FILE).read_text(encoding="utf-8"))
-        begun, done = WHITE_SPACE_BEFORE | content["job"], Progress(**content["done"])
+        begun, done = OLD_WHITE_SPACE | content["job"], Progress(**content["done"])
     else:
         return Progress(), False
     differences = [f"{key} {begun[key]!r}, now {job[key]!r}" for key in job if begun[key] != job[key]]
     if differences:
-        raise ValueError(f"{out} was made with {'; '.join(differences)}: give another --out, or delete it")
+        raise ValueError(f"{out} was written with {'; '.join(differences)}: choose another --out or delete it")
     return done, finished
 
 
@@ -157,32 +159,32 @@ def _read_chunks(source: str, n_skipped: int, limit: int | None) -> Iterator[tup
         for batch in rows.skip(n_skipped).iter(batch_size=CHUNK_ROWS):
             missing = set(COLUMNS) - set(batch)
             if missing:
-                raise ValueError(f"it has no column {sorted(missing)}, only {sorted(batch)}")
+                raise ValueError(f"it has no column {sorted(missing)}; its columns are {sorted(batch)}")
             for name in COLUMNS:
                 wrong = next((i for i, value in enumerate(batch[name]) if not isinstance(value, str)), None)
                 if wrong is not None:
-                    raise ValueError(f"{name} of row {n_read + wrong} (from 0) is no text: {batch[name][wrong]!r}")
+                    raise ValueError(f"{name} of row {n_read + wrong} (from 0) is not text: {batch[name][wrong]!r}")
             yield batch["question"], batch["code"]
             n_read += len(batch["question"])
-    except Exception as error:  # the library raises a dozen kinds for what is one problem to the user
+    except Exception as error:  # the library raises many types of errors
         raise ValueError(f"source {source!r} cannot be read: {error}") from error
 
 
 def find_files(path: Path) -> list[str]:
-    """The .jsonl or .parquet files that `path` is or holds, sorted; raises ValueError for none or both kinds."""
+    """The .jsonl or .parquet files in `path` (a file or folder), sorted; ValueError if there are none or both kinds."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     found = [file for file in files if file.suffix in (".jsonl", ".parquet")]
     if not found:
-        raise ValueError(f"{path} is or holds no .jsonl or .parquet file")
+        raise ValueError(f"{path}: no .jsonl or .parquet file found")
     if len({file.suffix for file in found}) > 1:
-        raise ValueError(f"{path} holds both .jsonl and .parquet files: name one kind's folder")
+        raise ValueError(f"{path} has both .jsonl and .parquet files: give a folder with one kind")
     return [str(file) for file in found]
 
 
 def _encode_chunks(
     chunks: Iterator[tuple[list[str], list[str]]], tokenizer: Any, max_len: int, n_workers: int | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """`encode_rows` of each chunk in worker processes, in order; a bounded number of chunks is under way."""
+    """`encode_rows` of each chunk in worker processes, in order, with a bounded number of pending chunks."""
     n_workers = n_workers or len(os.sched_getaffinity(0))
     work = partial(encode_rows, tokenizer.backend_tokenizer, tokenizer.eos_token_id, max_len=max_len)
     executor = ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), _start_worker, (work,))
@@ -190,7 +192,7 @@ def _encode_chunks(
     try:
         for questions, codes in chunks:
             pending.append(executor.submit(_work, questions, codes))
-            if len(pending) >= CHUNKS_UNDER_WAY * n_workers:
+            if len(pending) >= MAX_PENDING_CHUNKS * n_workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -203,14 +205,14 @@ _encode: Callable[[list[str], list[str]], tuple[np.ndarray, np.ndarray, int]]  #
 
 def _start_worker(encode: Callable[[list[str], list[str]], tuple[np.ndarray, np.ndarray, int]]) -> None:
     global _encode
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
     threading.Thread(target=_follow_parent, daemon=True).start()
     _encode = encode
 
 
 def _follow_parent() -> None:
-    """End with the parent: if it is killed, nobody asks for the rest."""
+    """Exit when the parent exits, also if it is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -255,10 +257,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     seconds = time.monotonic() - start
     speed = "already complete" if finished else f"{(done.n_read - before) / seconds:,.0f} rows/s"
-    print(f"{options.out}: {done.n_written:,} rows, {done.n_left_out:,} left out whose question is too long; {speed}")
+    print(f"{options.out}: {done.n_written:,} rows, {done.n_left_out:,} left out (question too long); {speed}")
 
 
 def _n_read(out: Path) -> int:
-    """Rows that an earlier call has read, for the speed of this one."""
+    """Rows read by earlier calls, to compute the speed of this one."""
     path = out / PROGRESS_FILE
     return int(json.loads(path.read_text(encoding="utf-8"))["done"]["n_read"]) if path.exists() else 0

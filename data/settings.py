@@ -1,4 +1,4 @@
-"""What all settings have in common. Data sets define theirs beside their code, so this is below `config.py`."""
+"""Base of all settings. Data sets define their own settings, so `config.py` imports data/ and this file is here."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
-# `json_schema_extra` of a setting that changes what is recorded or how work is divided, not what is learned: a run may
-# be resumed with another value.
+# `json_schema_extra` of a setting that may differ when a run is resumed: it changes what is recorded or how work is
+# divided, not what is learned.
 FREE_ON_RESUME: dict[str, Any] = {"free_on_resume": True}
 
 
 class Settings(BaseModel):
-    """Base of all sections: unknown keys are errors, values never change after reading, no silent conversion."""
+    """Base of all sections: unknown keys are errors, values are frozen and never converted silently."""
 
-    free_on_resume: ClassVar[bool] = False  # the whole section, as `FREE_ON_RESUME` for a setting
+    free_on_resume: ClassVar[bool] = False  # `FREE_ON_RESUME` for all settings of the section
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

@@ -1,6 +1,6 @@
-"""Sudoku: puzzles to complete, from generated boards, files, the published set or a Hugging Face data set.
+"""Sudoku: puzzles from generated boards, files, the published set or a Hugging Face data set.
 
-A file of boards can be checked, and also whether each puzzle has exactly one solution, which training does not require:
+To check a file of boards, and that each puzzle has exactly one solution (not required for training):
 
     python -m data.sudoku check FILE
 
@@ -42,7 +42,7 @@ Split = Literal["train", "test"]
 
 
 class SudokuSettings(DataSettings):
-    """Where Sudoku boards come from, and how they become sequences."""
+    """Source of the Sudoku boards, and their layout as sequences."""
 
     dataset: Literal["sudoku"]
     data_dir: str = Field(
@@ -50,29 +50,29 @@ class SudokuSettings(DataSettings):
         description="folder of the published set and of generated boards",
         json_schema_extra=FREE_ON_RESUME,
     )
-    size: Literal[4, 6, 9] = Field(9, description="board size; 6 has boxes of 2 x 3")
+    size: Literal[4, 6, 9] = Field(9, description="rows and columns of a board; size 6 has boxes of 2 x 3")
     layout: SudokuLayout = Field(
         "two_halves",
-        description="two_halves: puzzle cells, then solution cells, as published; in_place: one board, the clues given",
+        description="two_halves: puzzle cells, then solution cells, as published; in_place: one board, clues given",
     )
     source: Literal["published_or_generated", "published", "generated", "files", "hub"] = Field(
-        "published_or_generated", description="which of the sources below is read"
+        "published_or_generated", description="where the boards are read from"
     )
-    n_train: int = Field(1_000_000, gt=0, description="generated: training puzzles")
-    n_test: int = Field(2000, gt=0, description="generated: test puzzles, none of them in the training set")
-    min_clues: int = Field(30, gt=0, description="generated: fewest clues")
-    max_clues: int = Field(40, gt=0, description="generated: most clues")
+    n_train: int = Field(1_000_000, gt=0, description="generated: number of training puzzles")
+    n_test: int = Field(2000, gt=0, description="generated: number of test puzzles, none of them in the training set")
+    min_clues: int = Field(30, gt=0, description="generated: minimum number of clues")
+    max_clues: int = Field(40, gt=0, description="generated: maximum number of clues")
     seed: Seed = Field(0, description="generated: seed of the puzzles")
-    train_file: str | None = Field(None, description="files: .csv, .npz or .npy of the training boards")
+    train_file: str | None = Field(None, description="files: .csv, .npz or .npy file of the training boards")
     test_file: str | None = Field(None, description="files: the same for the test boards")
     hub_name: str | None = Field(None, description="hub: name of a Hugging Face data set")
     train_split: str = Field("train", description="hub: split for training")
-    test_split: str = Field("test", description="hub: split for tests")
+    test_split: str = Field("test", description="hub: split for the test")
     puzzle_column: str = Field("puzzle", description="hub: column of the puzzles")
     solution_column: str = Field("solution", description="hub: column of the solutions")
     rating_column: str | None = Field(
         None,
-        description="files (.csv, .npz), hub: column of the test puzzles' difficulty; accuracy is reported by it",
+        description="files (.csv, .npz), hub: column with the difficulty of test puzzles; accuracy is reported by it",
         json_schema_extra=FREE_ON_RESUME,
     )
 
@@ -83,15 +83,21 @@ class SudokuSettings(DataSettings):
             problems.append(f"min_clues {self.min_clues} is above max_clues {self.max_clues}")
         may_be_generated = self.source in ("generated", "published_or_generated")
         if self.layout == "in_place" and may_be_generated and self.max_clues >= self.size**2:
-            problems.append(f"max_clues {self.max_clues}: layout in_place leaves nothing to predict on a full board")
+            problems.append(
+                f"max_clues {self.max_clues}: with layout in_place a full board has nothing to predict; lower it"
+            )
         if self.source in ("published", "published_or_generated") and self.size != 9:
-            problems.append(f"source {self.source!r} has 9x9 boards only, size is {self.size}: use source: generated")
+            problems.append(
+                f"source {self.source!r} has only 9x9 boards, but size is {self.size}: set source: generated"
+            )
         if self.source == "files" and not (self.train_file and self.test_file):
             problems.append("source 'files' needs train_file and test_file")
         if self.source != "files" and (self.train_file or self.test_file):
             problems.append(f"train_file and test_file are ignored by source {self.source!r}: set source: files")
-        if (self.source == "hub") != bool(self.hub_name):
-            problems.append(f"hub_name and source 'hub' go together; source is {self.source!r}")
+        if self.source == "hub" and not self.hub_name:
+            problems.append("source 'hub' needs hub_name")
+        if self.source != "hub" and self.hub_name:
+            problems.append(f"hub_name is ignored by source {self.source!r}: set source: hub")
         if self.rating_column and self.source not in ("files", "hub"):
             problems.append(f"rating_column is ignored by source {self.source!r}")
         if problems:
@@ -105,11 +111,11 @@ class SudokuSettings(DataSettings):
 
     @property
     def min_vocab_size(self) -> int:
-        """Empty, the digits and the mask token."""
+        """Tokens: empty cell, digits and mask token."""
         return self.size + 2
 
     def mask_id_in(self, vocab_size: int) -> int:
-        """The mask token, which follows empty and the digits."""
+        """The mask token, the first after the digits."""
         return self.size + 1
 
     @override
@@ -119,11 +125,11 @@ class SudokuSettings(DataSettings):
         if self.source == "published_or_generated":
             if published_available(self.data_dir):
                 return f"the published Sudoku set in {self.data_dir}"
-            return f"{generated}: the published Sudoku set is not in {self.data_dir}"
+            return f"{generated}, since {self.data_dir} does not have the published Sudoku set"
         if self.source == "generated":
             return generated
-        place = {"published": self.data_dir, "files": self.train_file, "hub": self.hub_name}[self.source]
-        return f"{size} boards of {place}"
+        location = {"published": self.data_dir, "files": self.train_file, "hub": self.hub_name}[self.source]
+        return f"{size} boards from {location}"
 
     @override
     def open(self, vocab_size: int) -> Sudoku:
@@ -131,7 +137,7 @@ class SudokuSettings(DataSettings):
 
 
 class Sudoku(DataSet):
-    """Boards to learn from and puzzles to solve."""
+    """Boards to train on and puzzles to solve."""
 
     figures = ("accuracy", "cell_accuracy")
     questions = "puzzles"
@@ -147,7 +153,7 @@ class Sudoku(DataSet):
 
     @cached_property
     def validation(self) -> SudokuData:
-        """The test split, whose puzzles are also the questions."""
+        """The test split; its puzzles are also the test questions."""
         return load_split(self.settings, "test")
 
     @property
@@ -161,13 +167,13 @@ class Sudoku(DataSet):
         return np.where(prompt_mask, tokens, self.validation.mask_id)
 
     def judge(self, tokens: np.ndarray, indices: np.ndarray) -> Judged:
-        """See `judge_boards`; no samples, since a grid says little to a reader."""
+        """See `judge_boards`. Returns no samples, since sampled grids are hard to read."""
         data = self.validation
         grid = tokens[:, -data.n_cells :]  # in both layouts
         return Judged(judge_boards(grid, data.puzzles[indices], data.solutions[indices], data.size))
 
     def encode(self, question: str) -> np.ndarray:
-        """A puzzle of C characters, `.` or `0` where empty, as a row [L]."""
+        """A puzzle of C characters, `.` or `0` for empty cells, as a row [L]."""
         puzzle = np.array(parse_puzzle(question, self.settings.size))  # [C]
         mask_id = self.settings.size + 1
         if self.settings.layout == "in_place":
@@ -175,7 +181,7 @@ class Sudoku(DataSet):
         return np.concatenate([puzzle, np.full_like(puzzle, mask_id)])
 
     def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
-        """The solved board beside the order in which its cells were filled."""
+        """The solved board and the order in which its cells were filled."""
         n_cells, mask_id = self.settings.size**2, self.settings.size + 1
         puzzle = np.where(prompt[:n_cells] == mask_id, 0, prompt[:n_cells])  # in both layouts
         return format_boards(puzzle, tokens[-n_cells:], order[-n_cells:], self.settings.size)
@@ -185,7 +191,7 @@ class Sudoku(DataSet):
         return "".join(str(digit) if digit else "." for digit in self.validation.puzzles[0])
 
     def difficulty(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """By number of clues, and by whole steps of the rating where the file has one."""
+        """Number of clues and, if the data has ratings, the rating rounded down."""
         data = self.validation
         measures = {"clues": (data.puzzles[indices] != 0).sum(1)}
         if data.ratings is not None:
@@ -193,7 +199,7 @@ class Sudoku(DataSet):
         return measures
 
     def reference(self, indices: np.ndarray) -> Reference:
-        """What naked and hidden singles solve, the two rules that every human solver begins with."""
+        """What naked and hidden singles solve, the two simplest rules of human solvers."""
         from data.sudoku_solver import solve_singles  # imports numba, which is slow
 
         data = self.validation
@@ -201,16 +207,16 @@ class Sudoku(DataSet):
         return Reference("naked and hidden singles", (filled != 0).all(1))
 
     def warnings(self) -> Sequence[str]:
-        """Test puzzles that are also in the training set."""
+        """Warn about test puzzles that are also in the training set."""
         n_shared = count_shared_puzzles(self.train, self.validation)
         return [f"{n_shared} of the {len(self.validation)} test puzzles are in the training set"] if n_shared else []
 
 
 def load_split(settings: SudokuSettings, split: Split) -> SudokuData:
-    """One split of the boards; what is generated is made on first use and kept in `data_dir`.
+    """One split of the boards; generated boards are made on first use and cached in `data_dir`.
 
     Raises:
-        ValueError: a file is missing or holds a bad row; the message names it.
+        ValueError: a file is missing or has a bad row; the message names it.
     """
     is_train, layout, source = split == "train", settings.layout, settings.source
     rating_column = None if is_train else settings.rating_column
@@ -219,7 +225,7 @@ def load_split(settings: SudokuSettings, split: Split) -> SudokuData:
     if source == "published":
         return load_published(settings.data_dir, split, layout)
     if source == "hub":
-        assert settings.hub_name is not None  # the settings have been checked, as for the files below
+        assert settings.hub_name is not None  # checked by the settings, as are the files below
         return load_hub(
             settings.hub_name,
             settings.train_split if is_train else settings.test_split,
@@ -248,19 +254,19 @@ def load_split(settings: SudokuSettings, split: Split) -> SudokuData:
 
 
 def judge_boards(grid: np.ndarray, puzzle: np.ndarray, solution: np.ndarray, size: int) -> dict[str, np.ndarray]:
-    """Judge filled boards, whatever the layout of the sequences that they come from.
+    """Judge filled boards of either layout.
 
-    A puzzle is solved if the grid is legal and keeps every clue; a grid that differs from the recorded solution counts
-    too, should a puzzle have several. (The published code accepts a grid that keeps any of the clues.)
+    A puzzle is solved if the grid is legal and keeps every clue. If a puzzle has several solutions, each of them
+    counts. (The published code accepts a grid that keeps any of the clues.)
 
     Args:
         grid: [B, C], sampled.
-        puzzle: [B, C], 0 where empty.
-        solution: [B, C], as recorded.
+        puzzle: [B, C], 0 for empty cells.
+        solution: [B, C], from the data.
 
     Returns:
         `accuracy` float32 [B], 1 if solved; `cell_accuracy` float32 [B], share of the puzzle's empty cells that equal
-        the recorded solution (1 where it has none).
+        `solution` (1 if no cell is empty).
     """
     empty = puzzle == 0
     solved = legal_solutions(grid, size) & (empty | (grid == puzzle)).all(1)
@@ -270,21 +276,23 @@ def judge_boards(grid: np.ndarray, puzzle: np.ndarray, solution: np.ndarray, siz
 
 
 def parse_puzzle(text: str, size: int) -> list[int]:
-    """Cells of a puzzle written as C characters, `.` or `0` where empty.
+    """Cells of a puzzle written as C characters, `.` or `0` for empty cells.
 
     Raises:
-        ValueError: another length or another character.
+        ValueError: wrong length or an invalid character.
     """
     digits = {".": 0} | {str(digit): digit for digit in range(size + 1)}
     wrong = sorted(set(text) - set(digits))
     if len(text) != size * size or wrong:
-        detail = f"holds {wrong}" if wrong else f"has {len(text)} cells"
-        raise ValueError(f"puzzle {text!r} {detail}: a {size}x{size} puzzle is {size * size} of . and 0 to {size}")
+        detail = f"contains {wrong}" if wrong else f"has {len(text)} cells"
+        raise ValueError(
+            f"puzzle {text!r} {detail}: a {size}x{size} puzzle has {size * size} cells, each . or 0 to {size}"
+        )
     return [digits[character] for character in text]
 
 
 def format_boards(puzzle: np.ndarray, solution: np.ndarray, order: np.ndarray, size: int) -> str:
-    """The solved board beside the order in which its cells were filled, all [C]; clues are in brackets."""
+    """The solved board, clues in brackets, beside the order in which its cells were filled; arguments are [C]."""
     lines = [f"{'solution, [clues]':<{4 * size}}  filled at step (. = clue)"]
     for row in range(size):
         cells = range(row * size, (row + 1) * size)
@@ -295,7 +303,7 @@ def format_boards(puzzle: np.ndarray, solution: np.ndarray, order: np.ndarray, s
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line; bad rows or files end with exit status 2."""
+    """Command line; bad rows or files give exit status 2."""
     from data.sudoku_solver import check_uniqueness  # imports numba, which is slow
 
     parser = argparse.ArgumentParser(description="Check a file of Sudoku boards.")

@@ -1,10 +1,10 @@
-"""Sudoku boards in bulk: read from files and data sets, checked, and as token sequences.
+"""Arrays of Sudoku boards: read from files and data sets, checked, and converted to token sequences.
 
-0 is an empty cell, the mask token is size + 1. There are two layouts of a sequence; in both the last C tokens are the
+0 is an empty cell, the mask token is size + 1. A sequence has one of two layouts; in both, the last C tokens are the
 solution:
 
-- `two_halves`: the puzzle's cells, then the solution's. The puzzle half is the prompt.
-- `in_place`: the solution's cells alone. The clues are the prompt; no token is an empty cell.
+- `two_halves`: the cells of the puzzle, then those of the solution. The puzzle is the prompt.
+- `in_place`: only the cells of the solution. The clues are the prompt; token 0 does not occur.
 
 Shapes: N boards, S size, C = S * S cells.
 """
@@ -28,7 +28,8 @@ SudokuLayout = Literal["two_halves", "in_place"]
 BOX_SHAPE = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 CHUNK_ROWS = 50_000
 N_SHOWN = 10
-# The published set (Shah et al. 2024): rows of k and 81 quadruples (row, column, value, strategy), k of them clues.
+# The published set (Shah et al. 2024): each row is k and 81 quadruples (row, column, value, strategy); the first k are
+# clues.
 RAW_FILES = {"train": "sudoku-train-data.npy", "test": "sudoku-test-data.npy"}
 CONVERTED_FILES = {"train": "train_mdm.npy", "test": "test_mdm.npy"}
 RAW_WIDTH = 1 + 81 * 4
@@ -36,16 +37,16 @@ RAW_WIDTH = 1 + 81 * 4
 
 @dataclass(frozen=True)
 class SudokuData:
-    """Boards in memory; see `data.stream.SequenceData`. Build it with `make_data`, which checks them."""
+    """Boards in memory; a `data.dataset.SequenceData`. Use `make_data`, which checks the boards, to build it."""
 
     boards: np.ndarray  # uint8 [N, 2 * C], puzzles and solutions
     size: int
     layout: SudokuLayout = "two_halves"
-    ratings: np.ndarray | None = None  # float32 [N], difficulty where the source has one; NaN where a puzzle has none
+    ratings: np.ndarray | None = None  # float32 [N], difficulty of the puzzles; NaN if unknown
 
     @property
     def n_cells(self) -> int:
-        """Cells of a board."""
+        """Number of cells of a board."""
         return self.size * self.size
 
     @property
@@ -102,29 +103,29 @@ def make_data(
 
     Args:
         boards: [N, 2 * C] of any number type, puzzles and solutions.
-        source: where they come from, for the message.
-        ratings: float32 [N], the puzzles' difficulty, NaN where it is not known.
+        source: origin of the boards, for error messages.
+        ratings: float32 [N], difficulty of the puzzles, NaN if unknown.
 
     Raises:
-        ValueError: there are none, the shape is wrong or a board is bad; the message names the first bad rows.
+        ValueError: there are no boards, the shape is wrong or a board is bad; the message names the first bad rows.
     """
     check_shape(boards, size, source)
     bad = check_boards(boards, size)
     if not bad and layout == "in_place":
         full = np.flatnonzero((boards[:, : size * size] != 0).all(1))
-        bad = [(int(row), "the puzzle has no empty cell, so layout in_place leaves nothing to predict") for row in full]
+        bad = [(int(row), "the puzzle has no empty cell, so layout in_place has nothing to predict") for row in full]
     if bad:
         raise ValueError(f"{source}: {format_bad_rows(bad, len(boards))}")
     if ratings is not None:
         if ratings.shape != (len(boards),):
             raise ValueError(f"{source}: ratings must be one number per board, [{len(boards)}], got {ratings.shape}")
         if np.isinf(ratings).any() or np.isnan(ratings).all():
-            raise ValueError(f"{source}: ratings must be finite numbers, and some board must have one")
+            raise ValueError(f"{source}: ratings must be finite or NaN, and not all NaN")
     return SudokuData(np.ascontiguousarray(boards, dtype=np.uint8), size, layout, ratings)
 
 
 def check_shape(boards: np.ndarray, size: int, source: str) -> None:
-    """Raise ValueError unless `boards` are numbers [N, 2 * C], N at least 1."""
+    """Raise ValueError unless `boards` is a numeric array [N, 2 * C] with N at least 1."""
     expected = 2 * size * size
     if boards.ndim != 2 or boards.shape[1] != expected or boards.dtype.kind not in "uif":
         raise ValueError(
@@ -132,33 +133,33 @@ def check_shape(boards: np.ndarray, size: int, source: str) -> None:
             f"{boards.dtype}"
         )
     if len(boards) == 0:
-        raise ValueError(f"{source} holds no boards")
+        raise ValueError(f"{source} has no boards")
 
 
 def check_boards(boards: np.ndarray, size: int) -> list[tuple[int, str]]:
-    """Bad rows of [N, 2 * C] boards (any number type) with the reason for each, in order; empty if all are good."""
+    """Bad rows of `boards` ([N, 2 * C], any number type) and the reason for each, in order."""
     bad: list[tuple[int, str]] = []
     for start in range(0, len(boards), CHUNK_ROWS):
         chunk = boards[start : start + CHUNK_ROWS]
         puzzles, solutions = chunk[:, : size * size], chunk[:, size * size :]
-        # In this order: the first that applies to a row is its reason.
+        # The first reason that applies to a row is reported.
         reasons = {
             f"the puzzle has a cell that is not 0 to {size}": ~_are_digits(puzzles, 0, size),
             f"the solution has a cell that is not 1 to {size}": ~_are_digits(solutions, 1, size),
             "the solution repeats a digit in a row, column or box": ~legal_solutions(solutions, size),
             "the solution changes a clue": ((puzzles != 0) & (puzzles != solutions)).any(1),
         }
-        named = np.zeros(len(chunk), dtype=bool)
+        reported = np.zeros(len(chunk), dtype=bool)
         found: list[tuple[int, str]] = []
-        for reason, where in reasons.items():
-            found += [(start + int(row), reason) for row in np.flatnonzero(where & ~named)]
-            named |= where
+        for reason, is_bad in reasons.items():
+            found += [(start + int(row), reason) for row in np.flatnonzero(is_bad & ~reported)]
+            reported |= is_bad
         bad += sorted(found)
     return bad
 
 
 def legal_solutions(boards: np.ndarray, size: int) -> np.ndarray:
-    """Which boards [N, C] hold every digit once in each row, column and box; bool [N]."""
+    """Which boards ([N, C]) have every digit once in each row, column and box; bool [N]."""
     height, width = BOX_SHAPE[size]
     in_range = _are_digits(boards, 1, size)
     digits = np.where(in_range[:, None], boards, 1).astype(np.uint16)
@@ -172,12 +173,12 @@ def legal_solutions(boards: np.ndarray, size: int) -> np.ndarray:
 
 
 def count_shared_puzzles(first: SudokuData, second: SudokuData) -> int:
-    """How many puzzles of `second` also stand in `first`."""
+    """Number of puzzles of `second` that are also in `first`."""
     return len(set(puzzle_keys(second.puzzles)).intersection(puzzle_keys(first.puzzles)))
 
 
 def puzzle_keys(puzzles: np.ndarray) -> list[bytes]:
-    """One hashable key per puzzle (uint8 [N, C])."""
+    """A hashable key for each puzzle (uint8 [N, C])."""
     cells = np.ascontiguousarray(puzzles)
     keys: list[Any] = cells.view(np.dtype((np.void, cells.shape[1]))).ravel().tolist()
     return keys
@@ -193,7 +194,7 @@ def format_bad_rows(bad: list[tuple[int, str]], n_rows: int) -> str:
 
 
 def _are_digits(boards: np.ndarray, lowest: int, highest: int) -> np.ndarray:
-    """Which boards hold only whole numbers in a range; bool [N]."""
+    """Which boards have only whole numbers from `lowest` to `highest`; bool [N]."""
     inside = (boards >= lowest) & (boards <= highest)
     if not np.issubdtype(boards.dtype, np.integer):
         inside &= boards == np.floor(boards)
@@ -203,22 +204,22 @@ def _are_digits(boards: np.ndarray, lowest: int, highest: int) -> np.ndarray:
 def load_sudoku_file(
     path: str | Path, size: int, layout: SudokuLayout = "two_halves", rating_column: str | None = None
 ) -> SudokuData:
-    """Boards of a .csv, .npz or .npy file, checked; ValueError naming the file and the bad rows. See `read_boards`."""
+    """Read and check the boards of a file, see `read_boards`; ValueError names the file and the bad rows."""
     boards, ratings = read_boards(path, size, rating_column)
     return make_data(boards, size, str(path), layout, ratings)
 
 
 def read_boards(path: str | Path, size: int, rating_column: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Boards of a file as they are there, [N, 2 * C], and ratings float32 [N], NaN where a row has none.
+    """Read boards ([N, 2 * C], unchecked) and ratings (float32 [N], NaN if missing) from a file.
 
-    .csv: columns `puzzle` and `solution` of C characters, `.` or `0` where empty; .npz: arrays `puzzle` and `solution`
-    [N, C]; .npy: [N, 2 * C].
+    .csv: columns `puzzle` and `solution` of C characters, `.` or `0` for empty cells; .npz: arrays `puzzle` and
+    `solution` [N, C]; .npy: [N, 2 * C].
 
     Args:
-        rating_column: column of a .csv file or array of a .npz file with the puzzles' difficulty; None: no ratings.
+        rating_column: column of a .csv file or array of a .npz file with the difficulty of puzzles; None: no ratings.
 
     Raises:
-        ValueError: the file is missing or is not of that form.
+        ValueError: the file is missing or does not have this format.
     """
     path = Path(path)
     if not path.is_file():
@@ -236,7 +237,7 @@ def read_boards(path: str | Path, size: int, rating_column: str | None = None) -
                 return content, None
             missing = set(columns) - set(content.files)
             if missing:
-                raise ValueError(f"it lacks {sorted(missing)} and holds {content.files}")
+                raise ValueError(f"it has no array {sorted(missing)}; its arrays are {content.files}")
             found = {name: content[name] for name in columns}
             puzzles, solutions = found["puzzle"], found["solution"]
     except (ValueError, OSError, EOFError, BadZipFile, csv.Error) as error:
@@ -257,7 +258,7 @@ def read_boards(path: str | Path, size: int, rating_column: str | None = None) -
 
 
 def published_available(data_dir: str | Path) -> bool:
-    """Whether both splits of the published set lie in `data_dir`, converted or not."""
+    """Whether `data_dir` has both splits of the published set, converted or not."""
     folder = Path(data_dir)
     return all(
         (folder / CONVERTED_FILES[split]).exists() or (folder / RAW_FILES[split]).exists() for split in RAW_FILES
@@ -265,15 +266,15 @@ def published_available(data_dir: str | Path) -> bool:
 
 
 def load_published(data_dir: str | Path, split: str, layout: SudokuLayout = "two_halves") -> SudokuData:
-    """The published set's `train` or `test` split; converted on first use, which later ones read.
+    """The `train` or `test` split of the published set; converted on first use, and the result cached.
 
     Raises:
-        ValueError: it is not there, or a row is bad.
+        ValueError: the file is missing or a row is bad.
     """
     raw, converted = Path(data_dir) / RAW_FILES[split], Path(data_dir) / CONVERTED_FILES[split]
     if not converted.exists():
         if not raw.exists():
-            raise ValueError(f"{data_dir} holds neither {converted.name} nor {raw.name}; set data.source: generated")
+            raise ValueError(f"{data_dir} has neither {converted.name} nor {raw.name}: set data.source: generated")
         data = make_data(convert_published(raw), 9, str(raw), layout)
         save_array(converted, data.boards)
         return data
@@ -281,10 +282,10 @@ def load_published(data_dir: str | Path, split: str, layout: SudokuLayout = "two
 
 
 def convert_published(path: Path) -> np.ndarray:
-    """Rows of 325 integers as boards uint8 [N, 162]; indices may count from 0 or from 1.
+    """Convert rows of 325 integers to boards, uint8 [N, 162]; row and column indices start at 0 or 1.
 
     Raises:
-        ValueError: another shape, or quadruples that do not name each cell once.
+        ValueError: the shape is wrong, or the quadruples of a row do not list each cell once.
     """
     try:
         raw = np.load(path, mmap_mode="r")
@@ -293,7 +294,7 @@ def convert_published(path: Path) -> np.ndarray:
     if raw.ndim != 2 or raw.shape[1] != RAW_WIDTH or len(raw) == 0 or raw.dtype.kind not in "uif":
         raise ValueError(f"{path}: rows must have {RAW_WIDTH} integers, got shape {raw.shape}")
     boards = np.zeros((len(raw), 2, 81), dtype=np.uint8)
-    # Every row names all cells, so the smallest index of the first row tells where the file counts from.
+    # Every row lists all cells, so the smallest index of the first row is 0 or 1, the base of the file.
     base = int(raw[0, 1::4].min())
     for start in tqdm(
         range(0, len(raw), CHUNK_ROWS), desc=f"converting {path.name}", unit_scale=CHUNK_ROWS, unit="row"
@@ -308,7 +309,7 @@ def convert_published(path: Path) -> np.ndarray:
         if not good.all():
             first = start + int(np.flatnonzero(~good)[0])
             raise ValueError(
-                f"{path}: row {first} (from 0) must hold 0 to 81 clues and name each of the 81 cells once, with a value"
+                f"{path}: row {first} (from 0) must have 0 to 81 clues and list each of the 81 cells once, with a value"
             )
         out = boards[start : start + len(chunk)]
         np.put_along_axis(out[:, 0], cell, np.where(np.arange(81) < n_clues, value, 0).astype(np.uint8), axis=1)
@@ -325,26 +326,26 @@ def load_hub(
     layout: SudokuLayout = "two_halves",
     rating_column: str | None = None,
 ) -> SudokuData:
-    """A split of a Hugging Face data set (a name or a local folder) whose cells are text or lists of integers.
+    """Load a split of a Hugging Face data set (name or local folder) with boards as text or lists of integers.
 
     Raises:
-        ValueError: it cannot be loaded, lacks a column, or a row is bad.
+        ValueError: it cannot be loaded, a column is missing or a row is bad.
     """
-    from datasets import load_dataset, load_dataset_builder  # slow to import, and only this source needs it
+    from datasets import load_dataset, load_dataset_builder  # slow to import, and only used for this source
     from datasets.packaged_modules.csv.csv import Csv
 
     source = f"data set {name!r}, split {split!r}"
     try:
-        # A csv file's puzzles are read as numbers otherwise, without their leading zeros.
+        # Otherwise puzzles in a csv file are read as numbers and lose leading zeros.
         as_text = {"converters": {puzzle_column: str, solution_column: str}}
         options: dict[str, Any] = as_text if isinstance(load_dataset_builder(name), Csv) else {}
         table = load_dataset(name, split=split, **options)
-    except Exception as error:  # the library raises a dozen kinds for what is one problem to the user
+    except Exception as error:  # the library raises many types of errors
         raise ValueError(f"{source} cannot be loaded: {error}") from None
     wanted = [puzzle_column, solution_column, *([rating_column] if rating_column else [])]
     missing = set(wanted) - set(table.column_names)
     if missing:
-        raise ValueError(f"{source} has no column {sorted(missing)}; it has {table.column_names}")
+        raise ValueError(f"{source} has no column {sorted(missing)}; its columns are {table.column_names}")
     columns = [
         _cells(table[column][:], size, f"{source}, column {column!r}") for column in (puzzle_column, solution_column)
     ]
@@ -356,7 +357,7 @@ def load_hub(
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file so that it is there whole or not at all."""
+    """Write a .npy file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
     with open(scratch, "wb") as file:
@@ -367,23 +368,23 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def _read_csv(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
-    """These columns of a file, by name."""
+    """Columns of a .csv file by name."""
     with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
         lines = csv.reader(file)
         header = next(lines, [])
         missing = set(columns) - set(header)
         if missing:
-            raise ValueError(f"it lacks the columns {sorted(missing)} and has {header}")
-        at = {name: header.index(name) for name in columns}
+            raise ValueError(f"it has no column {sorted(missing)}; its columns are {header}")
+        indices = {name: header.index(name) for name in columns}
         rows = [line for line in lines if line]
-    short = next((number for number, line in enumerate(rows) if len(line) <= max(at.values())), None)
+    short = next((number for number, line in enumerate(rows) if len(line) <= max(indices.values())), None)
     if short is not None:
-        raise ValueError(f"row {short} (from 0) is cut short: {rows[short]}")
-    return {name: [line[i] for line in rows] for name, i in at.items()}
+        raise ValueError(f"row {short} (from 0) has too few columns: {rows[short]}")
+    return {name: [line[i] for line in rows] for name, i in indices.items()}
 
 
 def _cells(rows: Sequence[Any], size: int, source: str) -> np.ndarray:
-    """Boards given as text or as lists of integers, [N, C]; ValueError naming the first row of another length."""
+    """Convert boards given as text or as lists of integers to [N, C]; ValueError names the first bad row."""
     n_cells = size * size
     kind = str if rows and isinstance(rows[0], str) else list
     for number, row in enumerate(rows):
@@ -395,9 +396,11 @@ def _cells(rows: Sequence[Any], size: int, source: str) -> np.ndarray:
             )
     if kind is list:
         try:
-            return np.array(rows, dtype=np.float64).reshape(-1, n_cells)  # missing cells become NaN
+            return np.array(rows, dtype=np.float64).reshape(
+                -1, n_cells
+            )  # None becomes NaN, which the check of digits rejects
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: cells must be integers ({error})") from None
-    # Anything that is no ASCII character becomes `?`, which fails the check of digits with its row number.
+    # Characters outside ASCII become `?`, which the check of digits rejects with the row number.
     codes = np.frombuffer("".join(rows).encode("ascii", errors="replace"), dtype=np.uint8).reshape(-1, n_cells)
     return np.where(codes == ord("."), 0, codes.astype(np.int16) - ord("0"))

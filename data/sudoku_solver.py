@@ -1,6 +1,6 @@
-"""Compiled Sudoku: search for grids and for puzzles with one solution, count of solutions, what simple rules solve.
+"""Compiled Sudoku functions: generate puzzles with one solution, count solutions, solve by simple rules.
 
-`data/generate_sudoku.py` says how puzzles are drawn.
+`data/generate_sudoku.py` describes how puzzles are drawn.
 
 Shapes: n boards, S size, C = S * S cells.
 """
@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 from data.sudoku_boards import BOX_SHAPE
 
-SEARCH_ROWS = 500  # puzzles per task of a thread that counts solutions
-# Digits in a mask of candidates.
+SEARCH_ROWS = 500  # puzzles per task of a thread when counting solutions
+# Number of digits in a bit mask of candidates.
 POPCOUNT = np.array([bin(mask).count("1") for mask in range(1 << 10)], dtype=np.uint8)
 
 
 @njit(cache=True, nogil=True)
 def _next_random(state: np.ndarray) -> np.int64:
-    """The next 32 random bits of SplitMix64; `state` is uint64 [1]."""
+    """The next 32 random bits of SplitMix64; updates `state` (uint64 [1])."""
     state[0] += uint64(0x9E3779B97F4A7C15)
     z = state[0]
     z = (z ^ (z >> uint64(30))) * uint64(0xBF58476D1CE4E5B9)
@@ -33,7 +33,7 @@ def _next_random(state: np.ndarray) -> np.int64:
 
 @njit(cache=True, nogil=True)
 def _place(grid: np.ndarray, used: np.ndarray, groups: np.ndarray, cell: int, digit: int) -> None:
-    """Write a digit, or with digit 0 take the cell's digit away; `used` [3, S] are masks of rows, columns, boxes."""
+    """Write `digit`, or clear the cell if it is 0; `used` ([3, S]) are bit masks of the rows, columns and boxes."""
     bit = 1 << (grid[cell] if digit == 0 else digit)
     for kind in range(3):
         used[kind, groups[kind, cell]] ^= bit
@@ -44,38 +44,38 @@ def _place(grid: np.ndarray, used: np.ndarray, groups: np.ndarray, cell: int, di
 def _complete(
     grid: np.ndarray, used: np.ndarray, groups: np.ndarray, size: int, popcount: np.ndarray, state: np.ndarray
 ) -> bool:
-    """Fill the empty cells (0) of `grid` [C] in place, digits in random order; False, and grid as it was, if none fits.
+    """Fill the empty cells (0) of `grid` ([C]) in place; returns False, with `grid` unchanged, if that is impossible.
 
-    Depth-first, at each level the cell with the fewest candidates.
+    Depth-first search: at each level the cell with the fewest candidates, its digits in random order.
     """
     full = (1 << (size + 1)) - 2
     cells = np.empty(size * size, dtype=np.int64)
-    left = np.empty(size * size, dtype=np.int64)  # candidates not yet tried at each depth
+    untried = np.empty(size * size, dtype=np.int64)  # bit mask of candidates not yet tried at each depth
     depth = 0
     while True:
-        best, best_left, best_count = -1, 0, 100
+        best, best_candidates, n_best = -1, 0, 100
         for cell in range(size * size):
             if grid[cell] == 0:
                 candidates = full & ~(used[0, groups[0, cell]] | used[1, groups[1, cell]] | used[2, groups[2, cell]])
                 n_candidates = popcount[candidates]
-                if n_candidates < best_count:
-                    best, best_left, best_count = cell, candidates, n_candidates
+                if n_candidates < n_best:
+                    best, best_candidates, n_best = cell, candidates, n_candidates
                     if n_candidates <= 1:
                         break
         if best < 0:
             return True
-        cells[depth], left[depth] = best, best_left
-        while left[depth] == 0:
+        cells[depth], untried[depth] = best, best_candidates
+        while untried[depth] == 0:
             depth -= 1
             if depth < 0:
                 return False
             _place(grid, used, groups, cells[depth], 0)
-        skip = _next_random(state) % popcount[left[depth]]
-        rest = left[depth]
-        for _ in range(skip):
+        n_skipped = _next_random(state) % popcount[untried[depth]]
+        rest = untried[depth]
+        for _ in range(n_skipped):
             rest &= rest - 1
         bit = rest & -rest
-        left[depth] ^= bit
+        untried[depth] ^= bit
         digit = 0
         while (1 << digit) != bit:
             digit += 1
@@ -87,7 +87,7 @@ def _complete(
 def _is_needed(
     grid: np.ndarray, used: np.ndarray, groups: np.ndarray, size: int, popcount: np.ndarray, cell: int
 ) -> bool:
-    """Whether taking a clue away leaves a second solution, one with another digit in its cell. Changes nothing."""
+    """Whether removing a clue allows a second solution, with another digit in its cell. Leaves `grid` unchanged."""
     digit = grid[cell]
     _place(grid, used, groups, cell, 0)
     taken = used[0, groups[0, cell]] | used[1, groups[1, cell]] | used[2, groups[2, cell]]
@@ -114,17 +114,17 @@ def _make_puzzle(
     min_clues: int,
     max_clues: int,
 ) -> bool:
-    """One try: a grid and a puzzle into `board` [2, C]; False if too many clues had to stay."""
+    """Draw a grid and a puzzle once and write them to `board` ([2, C]); False if more than max_clues are needed."""
     n_cells = size * size
     grid = np.zeros(n_cells, dtype=np.int64)
     used = np.zeros((3, size), dtype=np.int64)
     _complete(grid, used, groups, size, popcount, state)
     board[1] = grid
-    wanted = min_clues + _next_random(state) % (max_clues - min_clues + 1)
+    n_wanted = min_clues + _next_random(state) % (max_clues - min_clues + 1)
     order = np.arange(n_cells)
     n_clues = n_cells
     for i in range(n_cells):
-        if n_clues == wanted:
+        if n_clues == n_wanted:
             break
         j = i + _next_random(state) % (n_cells - i)
         order[i], order[j] = order[j], order[i]
@@ -159,12 +159,12 @@ def fill_boards(
     popcount: np.ndarray,
     n_tries: int,
 ) -> np.ndarray:
-    """Puzzles number first, first + 1, ... into `boards` [n, 2, C]; which of them succeeded, bool [n]."""
+    """Write puzzles `first`, `first` + 1, ... to `boards` ([n, 2, C]); returns which of them were found, bool [n]."""
     groups = _groups(size, height, width)
     made = np.zeros(len(boards), dtype=np.bool_)
     state = np.empty(1, dtype=np.uint64)
     for i in range(len(boards)):
-        # Two rounds of mixing, so that neighbouring seeds and numbers have nothing in common.
+        # Two rounds of mixing, so that neighbouring seeds and puzzles are independent.
         state[0] = uint64(seed)
         state[0] = uint64(_next_random(state)) << uint64(32) | uint64(_next_random(state))
         state[0] ^= uint64(first + i) * uint64(0xD1342543DE82EF95)
@@ -177,13 +177,13 @@ def fill_boards(
 
 
 def solve_singles(puzzles: np.ndarray, size: int) -> np.ndarray:
-    """Fill in naked and hidden singles until there are none: cells with one candidate, digits with one cell in a group.
+    """Fill in naked singles (cells with one candidate) and hidden singles (digits with one cell in a group) repeatedly.
 
     Args:
-        puzzles: uint8 [N, C], 0 where empty, without contradictions.
+        puzzles: uint8 [N, C], 0 for empty cells, without contradictions.
 
     Returns:
-        uint8 [N, C], 0 where these rules say nothing.
+        uint8 [N, C], 0 for cells that these rules do not fill.
     """
     boards = puzzles.astype(np.int64)  # a copy
     height, width = BOX_SHAPE[size]
@@ -193,7 +193,7 @@ def solve_singles(puzzles: np.ndarray, size: int) -> np.ndarray:
 
 @njit(cache=True, nogil=True)
 def _fill_singles(boards: np.ndarray, groups: np.ndarray, size: int, popcount: np.ndarray) -> None:
-    """See `solve_singles`, of int64 [N, C] in place."""
+    """`solve_singles` in place, for int64 [N, C]."""
     full = (1 << (size + 1)) - 2
     used = np.empty((3, size), dtype=np.int64)
     for grid in boards:
@@ -201,7 +201,7 @@ def _fill_singles(boards: np.ndarray, groups: np.ndarray, size: int, popcount: n
         progress = True
         while progress:
             progress = False
-            # Of each group the digits that have exactly one possible cell.
+            # Digits with at least one and at least two possible cells in each group.
             once, twice = np.zeros((3, size), dtype=np.int64), np.zeros((3, size), dtype=np.int64)
             for cell in range(size * size):
                 if grid[cell] == 0:
@@ -218,7 +218,7 @@ def _fill_singles(boards: np.ndarray, groups: np.ndarray, size: int, popcount: n
                 found = candidates if popcount[candidates] == 1 else 0
                 for kind in range(3):
                     if found == 0:
-                        # Other cells of the group may have been filled since the count, which only removes candidates.
+                        # Cells of the group filled since the count only remove candidates.
                         hidden = candidates & once[kind, groups[kind, cell]] & ~twice[kind, groups[kind, cell]]
                         found = hidden & -hidden
                 if found != 0:
@@ -230,14 +230,14 @@ def _fill_singles(boards: np.ndarray, groups: np.ndarray, size: int, popcount: n
 
 
 def check_uniqueness(puzzles: np.ndarray, size: int, *, show_progress: bool = True) -> list[tuple[int, str]]:
-    """Rows whose puzzle has several solutions, with that reason, in order; the search runs on all cores.
+    """Rows whose puzzle has several solutions, with that reason, in order. Uses all cores.
 
     Args:
-        puzzles: uint8 [N, C], each with at least one solution, as `check_boards` finds out.
+        puzzles: uint8 [N, C], each with at least one solution, as checked by `check_boards`.
     """
     bad: list[tuple[int, str]] = []
     starts = range(0, len(puzzles), SEARCH_ROWS)
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # the compiled code holds no lock
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # the compiled code releases the GIL
     try:
         counts = pool.map(lambda start: count_solutions(puzzles[start : start + SEARCH_ROWS], size), starts)
         with tqdm(total=len(puzzles), desc="counting solutions", unit="puzzle", disable=not show_progress) as bar:
@@ -250,13 +250,13 @@ def check_uniqueness(puzzles: np.ndarray, size: int, *, show_progress: bool = Tr
 
 
 def count_solutions(puzzles: np.ndarray, size: int) -> np.ndarray:
-    """How many solutions each puzzle has, counted up to two.
+    """Number of solutions of each puzzle, counted up to two.
 
     Args:
-        puzzles: uint8 [N, C], 0 where empty, digits up to `size`.
+        puzzles: uint8 [N, C], 0 for empty cells, digits up to `size`.
 
     Returns:
-        uint8 [N]: 0, 1, or 2 for two and more.
+        uint8 [N]: 0, 1, or 2 for two or more.
     """
     boards = puzzles.astype(np.int64)  # a copy
     height, width = BOX_SHAPE[size]
@@ -265,10 +265,10 @@ def count_solutions(puzzles: np.ndarray, size: int) -> np.ndarray:
 
 @njit(cache=True, nogil=True)
 def _count_solutions(boards: np.ndarray, groups: np.ndarray, size: int, popcount: np.ndarray) -> np.ndarray:
-    """See `count_solutions`, of int64 [N, C], which it changes.
+    """`count_solutions` for int64 [N, C], which it overwrites.
 
-    Any other solution differs from the first one in some empty cell. So each empty cell in turn is asked for another
-    digit that can be completed while the cells before it keep theirs.
+    A second solution differs from the first in some empty cell. So for each empty cell in turn, search for a solution
+    with another digit in it and the digits of the first solution in the empty cells before it.
     """
     counts = np.zeros(len(boards), dtype=np.uint8)
     used = np.empty((3, size), dtype=np.int64)
@@ -276,7 +276,7 @@ def _count_solutions(boards: np.ndarray, groups: np.ndarray, size: int, popcount
     for i in range(len(boards)):
         if not _find_used(boards[i], used, groups, size):
             continue
-        # Singles are in every solution, so they change no count; most puzzles end here.
+        # Singles are in every solution, so they do not change the count; they complete most puzzles.
         _fill_singles(boards[i : i + 1], groups, size, popcount)
         grid = boards[i]
         _find_used(grid, used, groups, size)
@@ -295,7 +295,7 @@ def _count_solutions(boards: np.ndarray, groups: np.ndarray, size: int, popcount
 
 @njit(cache=True, nogil=True)
 def _find_used(grid: np.ndarray, used: np.ndarray, groups: np.ndarray, size: int) -> bool:
-    """Fill in the masks of `grid`, see `_place`; False where a row, column or box holds a digit twice."""
+    """Compute the bit masks of `grid`, see `_place`; False if a row, column or box has a digit twice."""
     used[:] = 0
     for cell in range(size * size):
         if grid[cell] != 0:

@@ -1,10 +1,10 @@
-"""TinyGSM: questions answered by programs, tested on GSM8K; and the generated word problems that stand in for both.
+"""TinyGSM: questions answered by programs, tested on GSM8K; and generated word problems as a small replacement.
 
     python data/tiny_gsm.py --source TinyGSM/TinyGSM --tokenizer Qwen/Qwen2-0.5B --out data/tiny_gsm
 
-tokenizes the rows of TinyGSM once, see `data/pretokenize.py`; `data/word_problems.py` generates those of the word
-problems. A row is a question, a newline and a program, padded with EOS (`data/text.py`). An answer is
-right if its program returns the right number.
+tokenizes TinyGSM once, see `data/pretokenize.py`; `data/word_problems.py` generates the word problems. A row is a
+question, a newline and a program, padded with EOS (`data/text.py`). An answer is right if its program returns the right
+number.
 
 Shapes: n questions, L positions.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from typing_extensions import override
 
-if __name__ == "__main__":  # `python data/tiny_gsm.py` puts data/ on the path, not the repository
+if __name__ == "__main__":  # `python data/tiny_gsm.py` puts data/ on the path instead of the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.dataset import DataSet, DataSettings, Judged
@@ -35,28 +35,32 @@ from grader.sandbox import run_programs
 
 
 class TinyGsmSettings(DataSettings):
-    """Where questions and programs come from."""
+    """Source of the questions and programs."""
 
     dataset: Literal["tiny_gsm"]
     data_dir: str = Field(
         "data/tiny_gsm",
-        description="folder of the tokenized files, or of the word problems",
+        description="folder of the tokenized files or of the word problems",
         json_schema_extra=FREE_ON_RESUME,
     )
     source: Literal["files", "word_problems"] = Field(
-        "files", description="files: what data/pretokenize.py wrote; word_problems: a small set that is generated"
+        "files", description="files: written by data/tiny_gsm.py; word_problems: a small generated set"
     )
     max_len: int = Field(512, ge=8, multiple_of=8, description="tokens per sequence")
     mask_id: int | None = Field(None, ge=0, description="the mask token; null: the model's last")
-    n_held_out: int = Field(1000, gt=0, description="last rows of the data, for the validation loss alone")
-    tokenizer: str | None = Field(None, description="files: Hugging Face name or folder; null: the files' own")
+    n_held_out: int = Field(1000, gt=0, description="number of last rows that are used only for the validation loss")
+    tokenizer: str | None = Field(
+        None, description="files: Hugging Face name or folder; null: the one that wrote the files"
+    )
     test_source: str | None = Field(
         None,
-        description="files: test.jsonl of GSM8K, or name of a Hugging Face data set; null: openai/gsm8k",
+        description="files: a .jsonl file in the format of GSM8K, or a Hugging Face data set; null: openai/gsm8k",
         json_schema_extra=FREE_ON_RESUME,
     )
-    n_train: int | None = Field(None, gt=0, description="word_problems: rows, the held-out ones included")
-    n_test: int | None = Field(None, gt=0, description="word_problems: problems of the test set, none of them in a row")
+    n_train: int | None = Field(None, gt=0, description="word_problems: number of rows, including the held-out ones")
+    n_test: int | None = Field(
+        None, gt=0, description="word_problems: number of test problems, none of them in the rows"
+    )
     seed: int | None = Field(None, ge=0, description="word_problems: seed of the problems")
 
     @model_validator(mode="after")
@@ -66,12 +70,12 @@ class TinyGsmSettings(DataSettings):
         for source, keys in own.items():
             given = [key for key in keys if getattr(self, key) is not None]
             if source != self.source and given:
-                problems.append(f"{', '.join(given)}: only source {source!r} reads it, source is {self.source!r}")
+                problems.append(f"{', '.join(given)}: only used by source {source!r}, but source is {self.source!r}")
         missing = [key for key in own["word_problems"] if getattr(self, key) is None]
         if self.source == "word_problems" and missing:
             problems.append(f"source 'word_problems' needs {', '.join(missing)}")
         if self.n_train is not None and self.n_train <= self.n_held_out:
-            problems.append(f"n_held_out {self.n_held_out} leaves no training row of n_train {self.n_train}")
+            problems.append(f"n_held_out {self.n_held_out} must be less than n_train {self.n_train}")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -83,7 +87,7 @@ class TinyGsmSettings(DataSettings):
 
     @property
     def min_vocab_size(self) -> int:
-        """The mask token must be among the tokens."""
+        """Smallest vocabulary with the mask token."""
         return (self.mask_id or 0) + 1
 
     def mask_id_in(self, vocab_size: int) -> int:
@@ -93,7 +97,7 @@ class TinyGsmSettings(DataSettings):
     @override
     def describe(self) -> str:
         if self.source == "word_problems":
-            return f"{self.n_train:,} generated word problems with programs, {self.n_test:,} others for tests"
+            return f"{self.n_train:,} generated word problems with programs, {self.n_test:,} more for the test"
         return f"questions with programs in {self.data_dir}, tested on {self.test_source or HUB_NAME}"
 
     @override
@@ -102,7 +106,7 @@ class TinyGsmSettings(DataSettings):
 
 
 class TinyGsm(DataSet):
-    """Programs to learn from, and questions to answer by a program that is run."""
+    """Questions with programs to train on, and questions to answer by a program, which is run."""
 
     figures = ("accuracy", "fails_to_parse", "fails_to_run", "out_of_time")
     questions = "problems"
@@ -116,7 +120,7 @@ class TinyGsm(DataSet):
         settings = self.settings
         if settings.source == "files":
             return Path(settings.data_dir)
-        assert settings.n_train is not None  # the settings have been checked, as for these two
+        assert settings.n_train is not None  # checked by the settings, as are the next two
         assert settings.n_test is not None
         assert settings.seed is not None
         return cached_word_problems(
@@ -129,7 +133,9 @@ class TinyGsm(DataSet):
         settings = self.settings
         data = open_tiny_gsm(self.folder, settings.max_len, self.mask_id, self.vocab_size)
         if len(data) <= settings.n_held_out:
-            raise ValueError(f"data.n_held_out {settings.n_held_out} leaves no training row of {len(data)}")
+            raise ValueError(
+                f"data.n_held_out {settings.n_held_out} must be less than the {len(data)} rows of {self.folder}"
+            )
         return data
 
     @property
@@ -143,7 +149,7 @@ class TinyGsm(DataSet):
         return self.rows.part(slice(len(self.rows) - self.settings.n_held_out, None))
 
     def tokenizer(self) -> Any:
-        """The tokenizer that made the rows; ValueError where it cannot be loaded or is another one."""
+        """The tokenizer that wrote the rows; ValueError if it cannot be loaded or its EOS differs from the rows'."""
         return self._tokenizer
 
     @cached_property
@@ -152,8 +158,8 @@ class TinyGsm(DataSet):
         eos_id = read_meta(self.folder).get("eos_id", tokenizer.eos_token_id)
         if eos_id != tokenizer.eos_token_id:
             raise ValueError(
-                f"the rows in {self.folder} end in token {eos_id} and tokenizer {tokenizer.name_or_path!r} has EOS "
-                f"{tokenizer.eos_token_id}: set data.tokenizer to the one that made them"
+                f"the rows in {self.folder} end in token {eos_id}, but EOS of tokenizer {tokenizer.name_or_path!r} is "
+                f"{tokenizer.eos_token_id}: set data.tokenizer to the tokenizer that wrote them"
             )
         return tokenizer
 
@@ -184,7 +190,7 @@ class TinyGsm(DataSet):
         """See `DataSet`; runs the programs."""
         problems = [self.test.problems[i] for i in indices]
         programs = decode_programs(self.tokenizer(), tokens, self.test.xt[indices] != self.mask_id)
-        # The ranks of a machine share its cores.
+        # The ranks on a machine share its cores.
         n_workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         verdicts = grade(programs, [problem.answer for problem in problems], n_workers=n_workers)
         shares = [{"accuracy": float(verdict.verdict)} | reason_shares([verdict]) for verdict in verdicts]
@@ -203,10 +209,11 @@ class TinyGsm(DataSet):
 
     def encode(self, question: str) -> np.ndarray:
         """A question in words."""
+        max_len = self.settings.max_len
         ids = encode_prompts(self.tokenizer().backend_tokenizer, [question])[0]
-        if not prompt_fits(len(ids), self.settings.max_len):
-            raise ValueError(f"the prompt has {len(ids)} tokens, which leaves no room in {self.settings.max_len}")
-        return np.array(ids + [self.mask_id] * (self.settings.max_len - len(ids)))
+        if not prompt_fits(len(ids), max_len):
+            raise ValueError(f"the prompt has {len(ids)} tokens: at most {max_len - 2} fit data.max_len {max_len}")
+        return np.array(ids + [self.mask_id] * (max_len - len(ids)))
 
     def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
         """The program and what it returns."""

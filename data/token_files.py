@@ -1,10 +1,10 @@
-"""Tokenized rows in flat files that are mapped into memory, in the layout of the published PUMA code.
+"""Tokenized rows in flat, memory-mapped files, in the format of the published PUMA code.
 
-`labels.bin`: uint32 [N, L], question, newline, program, then EOS to the end. `prompt_mask.bin`: uint8 [N, L / 8], eight
-positions a byte, the first in the lowest bit. `meta.json`: number of rows and their length among other facts, written
-last. Beside them `tokenizer/`, in folders that this code has written. `data/pretokenize.py` and `data/word_problems.py`
-write them. The published code allocates its files for as many rows as the data set is said to have and gives in
-meta.json how many it wrote, so its files may be longer.
+`labels.bin`: uint32 [N, L]: question, newline, program, then EOS to the end. `prompt_mask.bin`: uint8 [N, L / 8], eight
+positions per byte, the first in the lowest bit. `meta.json`, written last: number of rows, their length and other
+facts. `tokenizer/`: a copy of the tokenizer, only in folders written by this code. `data/pretokenize.py` and
+`data/word_problems.py` write them. The published code allocates its files for the expected number of rows and records
+in meta.json how many it wrote, so its files may be longer.
 
 Shapes: N rows, L tokens per row.
 """
@@ -24,14 +24,14 @@ from data.text import SEPARATOR
 
 LABELS_FILE, PROMPT_FILE, META_FILE = "labels.bin", "prompt_mask.bin", "meta.json"
 TOKENIZER_DIR = "tokenizer"
-N_CHECKED = 20_000  # rows, spread over the data, that are searched for the mask token when it is opened
-# What the published code writes and this code reads; other values are refused.
+N_CHECKED = 20_000  # evenly spaced rows that are checked for the mask token when the data is opened
+# As the published code writes; other values are refused.
 FORMAT = {"labels_dtype": "uint32", "prompt_mask_packed": True, "prompt_mask_bitorder": "little"}
 
 
 @dataclass(frozen=True)
 class TinyGsmData:
-    """Rows in memory-mapped files; see `data.stream.SequenceData`. Open it with `open_tiny_gsm`."""
+    """Rows in memory-mapped files; a `data.dataset.SequenceData`. Use `open_tiny_gsm` to open it."""
 
     labels: np.ndarray  # uint32 [N, L]
     prompt_bits: np.ndarray  # uint8 [N, L / 8]
@@ -52,85 +52,87 @@ class TinyGsmData:
         return self.labels[indices].astype(np.int64), prompt_mask
 
     def part(self, rows: slice) -> TinyGsmData:
-        """A run of consecutive rows."""
+        """Consecutive rows."""
         return replace(self, labels=self.labels[rows], prompt_bits=self.prompt_bits[rows])
 
 
 def open_tiny_gsm(data_dir: str | Path, max_len: int, mask_id: int, vocab_size: int) -> TinyGsmData:
-    """Map the files of `data_dir`; what they hold beyond the rows that meta.json counts is ignored with a warning.
+    """Memory-map the files of `data_dir`; data after the number of rows in meta.json is ignored with a warning.
 
     Raises:
-        ValueError: they are missing, unfinished or of another length, too short for what meta.json says, a row has
-            nothing to predict, or a token is the mask token or outside the vocabulary.
+        ValueError: a file is missing, unfinished or shorter than meta.json says, rows do not have `max_len` tokens, a
+            row has nothing to predict, or a token is the mask token or outside the vocabulary.
     """
     folder = Path(data_dir)
     meta = read_meta(folder)
     n_rows, length = data_shape(folder, meta)
     if length != max_len:
-        raise ValueError(f"{folder} has rows of {length} tokens and data.max_len is {max_len}: set it to {length}")
+        raise ValueError(f"{folder} has rows of {length} tokens, but data.max_len is {max_len}: set it to {length}")
     labels = np.memmap(folder / LABELS_FILE, dtype=np.uint32, mode="r", shape=(n_rows, length))
     prompt_bits = np.memmap(folder / PROMPT_FILE, dtype=np.uint8, mode="r", shape=(n_rows, length // 8))
     for start in range(0, n_rows, N_CHECKED):
         full = np.flatnonzero((prompt_bits[start : start + N_CHECKED] == 255).all(1))
         if len(full):
             raise ValueError(
-                f"{folder}: row {start + int(full[0])} (from 0) is all prompt, there is nothing to predict"
+                f"{folder}: row {start + int(full[0])} (from 0) is all prompt, so there is nothing to predict"
             )
     checked = labels[np.unique(np.linspace(0, n_rows - 1, min(N_CHECKED, n_rows)).astype(np.int64))]
     highest = max(int(checked.max()), int(meta.get("max_token_id", 0)))
     if highest >= vocab_size:
-        raise ValueError(f"{folder} holds token {highest} and model.vocab_size is {vocab_size}: raise it")
+        raise ValueError(
+            f"{folder} contains token {highest}, but model.vocab_size is {vocab_size}: set at least {highest + 1}"
+        )
     if (checked == mask_id).any():
-        raise ValueError(f"{folder} holds the mask token {mask_id}: set data.mask_id to a token that no row has")
-    # Every row ends in EOS, should meta.json not name it.
+        raise ValueError(f"{folder} contains the mask token {mask_id}: set data.mask_id to a token that is in no row")
+    # Every row ends in EOS, so it is known even if meta.json does not give it.
     return TinyGsmData(labels, prompt_bits, mask_id, int(meta.get("eos_id", labels[0, -1])))
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What meta.json says, of ours or of the published code; raises ValueError where it is missing or unreadable."""
+    """Content of meta.json, of this or the published code; raises ValueError if it is missing or unreadable."""
     path = folder / META_FILE
     if not path.exists():
-        state = "is unfinished" if (folder / LABELS_FILE).exists() else "is not there"
+        state = "is unfinished" if (folder / LABELS_FILE).exists() else "does not exist"
         raise ValueError(
             f"{path} is missing: the tokenized data {state}. "
-            f"`python data/tiny_gsm.py --out {folder}` makes it, and continues where it was interrupted"
+            f"`python data/tiny_gsm.py --out {folder}` writes it, or continues if it was interrupted"
         )
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(meta, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(meta).__name__}")
+        raise ValueError(f"{path} must be a JSON object, got {type(meta).__name__}")
     for key, expected in FORMAT.items():
         if meta.get(key, expected) != expected:
-            raise ValueError(f"{path}: {key} is {meta[key]!r}, only {expected!r} can be read")
+            raise ValueError(f"{path}: {key} is {meta[key]!r}, but only {expected!r} is supported")
     return meta
 
 
 def write_token_files(folder: Path, labels: np.ndarray, prompt_bits: np.ndarray, facts: dict[str, Any]) -> None:
-    """Write labels uint32 [N, L], prompt bits uint8 [N, L / 8] and, last, meta.json with `facts` and the sizes."""
+    """Write labels (uint32 [N, L]), prompt bits (uint8 [N, L / 8]) and finally meta.json with `facts` and the sizes."""
     labels.tofile(folder / LABELS_FILE)
     prompt_bits.tofile(folder / PROMPT_FILE)
     write_meta(folder, facts | {"max_len": labels.shape[1]}, len(labels), int(labels.max()))
 
 
 def write_meta(folder: Path, facts: dict[str, Any], n_rows: int, max_token_id: int) -> None:
-    """Write meta.json beside files that fit it, which makes them complete.
+    """Check the sizes of the files and write meta.json, which marks them as complete.
 
     Args:
-        facts: `max_len`, `eos_id`, `tokenizer` and whatever else is worth knowing.
+        facts: `max_len`, `eos_id`, `tokenizer` and further facts to record.
 
     Raises:
-        ValueError: they do not fit it.
+        ValueError: the sizes do not match.
     """
     sizes = {"sep": SEPARATOR, "num_examples": n_rows, "max_token_id": max_token_id}
     meta = facts | {"split": "train"} | sizes | FORMAT
-    data_shape(folder, meta, exact=True)  # a second process that writes here too makes the files longer
+    data_shape(folder, meta, exact=True)  # files are longer if a second process wrote as well
     write_text(folder / META_FILE, json.dumps(meta, indent=1) + "\n")
 
 
 def tokenizer_of(data_dir: str | Path) -> str:
-    """Name or folder of the tokenizer that made the files of `data_dir`: their own copy, else what meta.json names."""
+    """Folder or name of the tokenizer that wrote the files of `data_dir`: its copy there, else as in meta.json."""
     folder = Path(data_dir)
     if (folder / TOKENIZER_DIR).is_dir():
         return str(folder / TOKENIZER_DIR)
@@ -141,14 +143,14 @@ def tokenizer_of(data_dir: str | Path) -> str:
 
 
 def data_shape(folder: Path, meta: dict[str, Any], *, exact: bool = False) -> tuple[int, int]:
-    """Rows and tokens per row; what meta.json does not say follows from the sizes of the files.
+    """Number of rows and tokens per row; if meta.json has only one of them, file sizes give the other.
 
     Args:
-        exact: refuse files that are longer than meta.json says. Otherwise they give a warning, unless one of the two
-            numbers follows from their sizes: then they must fit.
+        exact: refuse files that are longer than meta.json says; otherwise warn. Always True if a number is computed
+            from file sizes.
 
     Raises:
-        ValueError: a file is missing, too short or, see `exact`, too long, or there are no rows.
+        ValueError: a file is missing, too short or (see `exact`) too long, or there are no rows.
     """
     sizes = {}
     for name in (LABELS_FILE, PROMPT_FILE):
@@ -163,15 +165,15 @@ def data_shape(folder: Path, meta: dict[str, Any], *, exact: bool = False) -> tu
     if isinstance(length, int) and length > 0 and n_rows is None:
         n_rows = n_tokens // length
     if not isinstance(n_rows, int) or not isinstance(length, int) or length < 1:
-        raise ValueError(f"{folder / META_FILE} must give num_examples or max_len as whole numbers, got {meta}")
+        raise ValueError(f"{folder / META_FILE} must have num_examples or max_len as integers, got {meta}")
     if length % 8:
         raise ValueError(f"{folder / META_FILE}: max_len {length} is not a multiple of 8")
     if n_rows < 1:
-        raise ValueError(f"{folder} holds no rows")
+        raise ValueError(f"{folder} has no rows")
     for name, expected in {LABELS_FILE: n_rows * length * 4, PROMPT_FILE: n_rows * length // 8}.items():
         found = (
-            f"{folder / name} has {sizes[name]} bytes, but {n_rows} rows of {length} tokens, as {META_FILE} says, "
-            f"take {expected}"
+            f"{folder / name} has {sizes[name]} bytes, but the {n_rows} rows of {length} tokens in {META_FILE} take "
+            f"{expected}"
         )
         if sizes[name] < expected or (exact and sizes[name] > expected):
             raise ValueError(found)

@@ -1,8 +1,8 @@
-"""A small stand-in for TinyGSM and GSM8K that needs no network: word problems from templates, with programs.
+"""A small replacement for TinyGSM and GSM8K that needs no network: word problems with programs, from templates.
 
 Names, things and numbers vary; a problem takes one or two operations. The program does the arithmetic, so a model has
-to find the right numbers and write the right expression. What is written has the form of the real data (tokenized rows,
-a tokenizer, a test.jsonl as GSM8K's), so that everything after it is the same code.
+to find the right numbers and write the right expression. The files have the format of the real data (tokenized rows, a
+tokenizer, a test.jsonl like GSM8K's), so that all other code is the same.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from data.text import encode_programs, encode_prompts, encode_rows
 from data.token_files import META_FILE, TOKENIZER_DIR, write_token_files
 
 TEST_FILE = "test.jsonl"
-VERSION = 3  # of the templates; part of the folder's name, so that old files are not taken for new ones
-# Enough that every number and nearly every word of the templates is one token. The first is EOS, the last the mask.
+VERSION = 3  # of the templates; part of the folder's name, so that files of older versions are not used
+# Large enough that every number and nearly every word of the templates is one token. First token EOS, last the mask.
 VOCAB_SIZE = 512
 EOS, MASK = "<eos>", "<mask>"
-# What a token may span: two digits (numbers end at 30, so a small model copies each as one token, from a place that the
-# template fixes), a newline with all but the last space of an indent, a word or identifier
-# with the space before it (so that a word is the same token in the question and at the start of a line), signs, spaces.
+# A token spans at most: two digits (numbers are at most 30, so a small model copies each as one token, from a position
+# that the template fixes); a newline and an indent without its last space; a word or identifier with the space before
+# it (so that a word is the same token in the question and at the start of a line); signs; spaces.
 PIECES = r"[0-9]{1,2}|\n {0,3}| ?[A-Za-z_]+| ?[^A-Za-z_0-9\s]+|\s+"
 N_TOKENIZER_ROWS = 5000
 
@@ -41,13 +41,13 @@ THINGS = (
 
 @dataclass(frozen=True)
 class Template:
-    """A kind of problem. `{name}`, `{he}`, `{things}` and the numbers stand in the question."""
+    """A kind of problem. The question contains `{name}`, `{he}`, `{things}` and the numbers."""
 
     question: str
     program: str  # lines of the function's body before `return result`
     numbers: dict[str, tuple[int, int]]  # lowest and highest
-    answer: Callable[..., int]  # of the numbers by name
-    allowed: Callable[..., bool] = lambda **numbers: True  # which numbers make sense together
+    answer: Callable[..., int]  # from the numbers by name
+    allowed: Callable[..., bool] = lambda **numbers: True  # which combinations of numbers make sense
 
 
 TEMPLATES = (
@@ -94,7 +94,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class WordProblem:
-    """A question, a program in TinyGSM's form that computes the answer, and the answer."""
+    """A question, a program that computes the answer, in the format of TinyGSM, and the answer."""
 
     question: str
     code: str
@@ -102,7 +102,7 @@ class WordProblem:
 
 
 def generate_problems(n_problems: int, seed: int) -> list[WordProblem]:
-    """Problems in random order, no question twice; the first k are the same however many are asked for."""
+    """Distinct problems in random order; the first k do not depend on `n_problems`."""
     generator = random.Random(f"word problems {seed}")
     problems: dict[str, WordProblem] = {}
     while len(problems) < n_problems:
@@ -125,7 +125,7 @@ def _draw_problem(generator: random.Random) -> WordProblem:
 
 
 def train_tokenizer() -> Any:
-    """A byte-pair tokenizer of `VOCAB_SIZE` tokens for such problems, always the same one."""
+    """Train a byte-pair tokenizer of `VOCAB_SIZE` tokens on such problems; the result is deterministic."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast  # slow to import
 
@@ -145,19 +145,20 @@ def train_tokenizer() -> Any:
     )
     texts = [text for problem in generate_problems(N_TOKENIZER_ROWS, 0) for text in (problem.question, problem.code)]
     tokenizer.train_from_iterator(texts, trainer)
-    # The templates may have fewer words than there is room for.
+    # The templates may have too few words to fill the vocabulary.
     n_unused = VOCAB_SIZE - 1 - tokenizer.get_vocab_size()
     tokenizer.add_special_tokens([f"<unused_{number}>" for number in range(n_unused)])
-    tokenizer.add_special_tokens([MASK])  # the last one, as `data.mask_id: null` expects
+    tokenizer.add_special_tokens([MASK])  # the last token, as `data.mask_id: null` expects
     assert tokenizer.get_vocab_size() == VOCAB_SIZE
     assert tokenizer.token_to_id(MASK) == VOCAB_SIZE - 1
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, mask_token=MASK)
 
 
 def cached_word_problems(data_dir: str | Path, n_train: int, n_test: int, seed: int, max_len: int) -> Path:
-    """The folder of these problems in `data_dir`, written on first use, whole or not at all.
+    """The folder of these problems in `data_dir`, written atomically on first use.
 
-    It holds what `data/pretokenize.py` writes (`n_train` rows), and `test.jsonl` with `n_test` other problems.
+    It contains the files that `data/pretokenize.py` writes, with `n_train` rows, and `test.jsonl` with `n_test` other
+    problems.
 
     Raises:
         ValueError: a problem does not fit `max_len` tokens.
@@ -189,7 +190,7 @@ def cached_word_problems(data_dir: str | Path, n_train: int, n_test: int, seed: 
     assert len(labels) == n_train  # all fit
     try:
         scratch.rename(folder)
-    except OSError:  # another run was faster
+    except OSError:  # another process was faster
         shutil.rmtree(scratch)
         if not (folder / META_FILE).exists():
             raise
@@ -197,7 +198,7 @@ def cached_word_problems(data_dir: str | Path, n_train: int, n_test: int, seed: 
 
 
 def _longest(tokenizer: Any, questions: list[str], codes: list[str]) -> int:
-    """Tokens of the longest row, EOS included."""
+    """Length of the longest row in tokens, including EOS."""
     prompts = encode_prompts(tokenizer.backend_tokenizer, questions)
     programs = encode_programs(tokenizer.backend_tokenizer, codes)
     return max(len(prompt) + len(program) for prompt, program in zip(prompts, programs, strict=True)) + 1

@@ -139,7 +139,7 @@ def test_more_puzzles_begin_with_the_same_ones():
 def test_an_exhausted_range_says_so():
     """There are 288 grids of 4x4, so 4,608 puzzles with one empty cell."""
     assert len(set(puzzle_keys(train_set(4, 288, 0, 16, 16).puzzles))) == 288
-    with pytest.raises(ValueError, match=r"only 288 distinct 4x4 puzzles with 16 to 16 clues .* 289 are wanted"):
+    with pytest.raises(ValueError, match=r"only 288 distinct 4x4 puzzles with 16 to 16 clues.* 289 are requested"):
         generate(4, 280, 9, 16, 16)
 
 

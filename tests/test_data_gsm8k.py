@@ -58,9 +58,9 @@ def test_problems_of_a_file(tmp_path):
     ("line", "message"),
     [
         ("{", r"test.jsonl, line 2: "),
-        ('{"question": "a"}', r"line 2: needs question and answer, both text"),
-        ('{"question": "a", "answer": 5}', r"line 2: needs question and answer, both text"),
-        ("[]", r"line 2: needs question and answer, both text"),
+        ('{"question": "a"}', r"line 2: must have question and answer, both text"),
+        ('{"question": "a", "answer": 5}', r"line 2: must have question and answer, both text"),
+        ("[]", r"line 2: must have question and answer, both text"),
         ('{"question": "a", "answer": "five"}', r"line 2: no number after"),
     ],
 )
@@ -99,7 +99,7 @@ def test_an_unreachable_hub_ends_with_one_message(tmp_path, monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match=r"'openai/gsm8k' cannot be loaded: no network. A local test.jsonl does"):
+    with pytest.raises(ValueError, match=r"'openai/gsm8k' cannot be loaded: no network. A local .jsonl file"):
         read_problems(gsm8k.HUB_NAME, cache_dir=tmp_path)
 
 

@@ -90,10 +90,10 @@ GOOD = text(boards(4)[0, :16]), text(boards(4)[0, 16:])
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (f"puzzle\n{GOOD[0]}", r"lacks the columns \['solution'\]"),
-        ("", r"lacks the columns"),
-        ("puzzle,solution\n", "holds no boards"),
-        (f"puzzle,solution\n{GOOD[0]},{GOOD[1]}\n{GOOD[0]}", r"row 1 \(from 0\) is cut short"),
+        (f"puzzle\n{GOOD[0]}", r"no column \['solution'\]"),
+        ("", r"no column"),
+        ("puzzle,solution\n", "has no boards"),
+        (f"puzzle,solution\n{GOOD[0]},{GOOD[1]}\n{GOOD[0]}", r"row 1 \(from 0\) has too few columns"),
         (f"puzzle,solution\n{GOOD[0]},{GOOD[1]}\n{GOOD[0]}0,{GOOD[1]}", r"'puzzle'.*row 1 \(from 0\) has 17 cells"),
         (
             f"puzzle,solution\n{GOOD[0]},{GOOD[1]}\n{GOOD[0]},{GOOD[1][:-1]}x",
@@ -133,7 +133,7 @@ def test_files_that_are_no_boards_are_refused(tmp_path):
     expected = {
         "pickled.npy": "cannot be read",
         "pickled.npz": "cannot be read",
-        "lacking.npz": r"lacks \['solution'\]",
+        "lacking.npz": r"no array \['solution'\]",
         "uneven.npz": r"puzzle \(3, 81\) and solution \(2, 81\)",
         "width.npy": "162 numbers",
         "words.npy": "162 numbers",
@@ -205,13 +205,13 @@ def test_the_float64_file_of_the_published_code_loads(tmp_path):
 @pytest.mark.parametrize(
     ("column", "value", "expected"),
     [
-        (0, 82, r"row 3 \(from 0\) must hold 0 to 81 clues"),
-        (0, -1, r"row 3 \(from 0\) must hold 0 to 81 clues"),
-        (1, 9, r"row 3 \(from 0\) must hold .* name each of the 81 cells once"),
-        (2, -1, r"row 3 \(from 0\) must hold .* name each of the 81 cells once"),
+        (0, 82, r"row 3 \(from 0\) must have 0 to 81 clues"),
+        (0, -1, r"row 3 \(from 0\) must have 0 to 81 clues"),
+        (1, 9, r"row 3 \(from 0\) must have .* list each of the 81 cells once"),
+        (2, -1, r"row 3 \(from 0\) must have .* list each of the 81 cells once"),
         (3, 0, "row 3: the puzzle|row 3: the solution"),
         (3, 12, "row 3: the puzzle|row 3: the solution"),
-        (3, 1000, r"row 3 \(from 0\) must hold"),
+        (3, 1000, r"row 3 \(from 0\) must have"),
     ],
 )
 def test_bad_published_rows_are_named(column, value, expected, tmp_path):
@@ -232,7 +232,7 @@ def test_a_row_that_names_a_cell_twice_is_refused(tmp_path):
 
 
 def test_published_files_of_another_shape_or_none_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"holds neither .* set data\.source: generated"):
+    with pytest.raises(ValueError, match=r"has neither .* set data\.source: generated"):
         load_published(tmp_path, "train")
     np.save(tmp_path / RAW_FILES["train"], np.zeros((3, 324)))
     with pytest.raises(ValueError, match="325 integers"):
@@ -307,7 +307,7 @@ def test_hub_sets_that_do_not_fit_are_refused(hub, tmp_path):
         ("train", "number", "answer", r"column 'number': row 0 \(from 0\) is 1.5"),
         ("train", "words", "answer", r"column 'words'.*cells must be integers"),
         ("train", "holes", "answer", "row 0: the puzzle has a cell"),
-        ("train", "puzzle", "answer", r"no column \['puzzle'\]; it has \['question'"),
+        ("train", "puzzle", "answer", r"no column \['puzzle'\]; its columns are \['question'"),
         ("dev", "question", "answer", r"split 'dev' cannot be loaded"),
     ):
         with pytest.raises(ValueError, match=rf"(?s)data set '{name}'.*{expected}"):
@@ -368,7 +368,7 @@ def test_every_source_feeds_both_layouts(tmp_path, hub):
 def test_without_the_published_set_boards_are_generated_and_the_user_is_told(tmp_path):
     chosen = settings(tmp_path, n_train=30, n_test=10)
     assert chosen.source == "published_or_generated"
-    assert "the published Sudoku set is not in" in chosen.describe()
+    assert "does not have the published Sudoku set" in chosen.describe()
     assert (len(load_split(chosen, "train")), len(load_split(chosen, "test"))) == (30, 10)
     for split in ("train", "test"):
         np.save(tmp_path / RAW_FILES[split], published_rows(varied_boards(9, 6), base=0))

@@ -145,7 +145,7 @@ def test_an_interrupted_call_continues(tmp_path, tokenizer_dir, monkeypatch):
 
     monkeypatch.setattr(module, "_read_chunks", failing)
     monkeypatch.setattr(module, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(module, "CHUNKS_UNDER_WAY", 1)
+    monkeypatch.setattr(module, "MAX_PENDING_CHUNKS", 1)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             pretokenize(*arguments, broken, MAX_LEN, n_workers=1)
@@ -179,7 +179,7 @@ def test_a_killed_call_continues_and_leaves_no_process(tmp_path, tokenizer_dir):
     for out in (killed, tmp_path / "straight"):
         result = run_python(*command, out)
         assert result.returncode == 0, result.stderr
-        assert re.search(r"5,400 rows, 600 left out whose question is too long; [\d,]+ rows/s", result.stdout)
+        assert re.search(r"5,400 rows, 600 left out \(question too long\); [\d,]+ rows/s", result.stdout)
     for name in ("labels.bin", "prompt_mask.bin", "meta.json"):
         assert (killed / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
     assert "already complete" in run_python(*command, killed).stdout
@@ -229,7 +229,7 @@ def test_sizes_that_do_not_fit_are_refused_with_both_numbers(files):
     with pytest.raises(ValueError, match=rf"prompt_mask.bin has {45 * 8 - 1} bytes.* take {45 * 8}"):
         open_tiny_gsm(files, MAX_LEN, 511, 512)
     rewrite_meta(files, num_examples=0)
-    with pytest.raises(ValueError, match="holds no rows"):
+    with pytest.raises(ValueError, match="has no rows"):
         open_tiny_gsm(files, MAX_LEN, 511, 512)
 
 
@@ -240,7 +240,7 @@ def test_what_the_published_files_hold_beyond_their_rows_is_ignored_with_a_warni
     messages = []
     for name, row_bytes in (("labels.bin", MAX_LEN * 4), ("prompt_mask.bin", MAX_LEN // 8)):
         os.truncate(files / name, 52 * row_bytes)
-        found = f"{files / name} has {52 * row_bytes} bytes, but 45 rows of {MAX_LEN} tokens, as meta.json says, take"
+        found = f"{files / name} has {52 * row_bytes} bytes, but the 45 rows of {MAX_LEN} tokens in meta.json take"
         messages.append(re.escape(f"{found} {45 * row_bytes}: the rest of the file is ignored"))
     with pytest.warns(UserWarning, match=messages[0]), pytest.warns(UserWarning, match=messages[1]):
         data = open_tiny_gsm(files, MAX_LEN, 511, 512)
@@ -264,9 +264,9 @@ def test_files_that_are_longer_must_fit_where_a_number_follows_from_their_sizes(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((128, 511, 512), f"rows of {MAX_LEN} tokens and data.max_len is 128"),
-        ((MAX_LEN, 0, 512), "holds the mask token 0"),
-        ((MAX_LEN, 99, 100), r"holds token \d+ and model.vocab_size is 100"),
+        ((128, 511, 512), f"rows of {MAX_LEN} tokens, but data.max_len is 128"),
+        ((MAX_LEN, 0, 512), "contains the mask token 0"),
+        ((MAX_LEN, 99, 100), r"contains token \d+, but model.vocab_size is 100"),
     ],
 )
 def test_data_that_does_not_fit_the_settings_is_refused(arguments, message, files):
@@ -284,10 +284,10 @@ def test_a_row_with_nothing_to_predict_is_refused_by_number(files):
 
 def test_unreadable_meta_is_refused(files):
     rewrite_meta(files, labels_dtype="uint16")
-    with pytest.raises(ValueError, match="labels_dtype is 'uint16', only 'uint32'"):
+    with pytest.raises(ValueError, match="labels_dtype is 'uint16', but only 'uint32'"):
         open_tiny_gsm(files, MAX_LEN, 511, 512)
     (files / "meta.json").write_text("[]")
-    with pytest.raises(ValueError, match="must hold a JSON object"):
+    with pytest.raises(ValueError, match="must be a JSON object"):
         open_tiny_gsm(files, MAX_LEN, 511, 512)
     (files / "meta.json").unlink()
     with pytest.raises(ValueError, match="is missing: the tokenized data is unfinished"):
@@ -333,7 +333,7 @@ def test_files_from_before_texts_were_stripped_are_not_continued(tmp_path, token
     [
         (None, "does not exist"),
         ('{"question": "a", "program": "b"}\n', r"no column \['code'\]"),
-        ('{"question": "a", "code": null}\n', "code of row 0 .* is no text"),
+        ('{"question": "a", "code": null}\n', "code of row 0 .* is not text"),
         ('{"question": "a", ', "cannot be read"),
     ],
 )

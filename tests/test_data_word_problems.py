@@ -135,7 +135,7 @@ def test_a_checkpoint_writes_a_program(run_dir, capsys):
     assert lines[-1] == "8 network forward evaluations", "57 masked positions, 8 at a time"
     sampling.main(["--checkpoint", str(run_dir), "--prompt", "\n Anna has 5 books.  \n", "--tokens-per-step", "8"])
     assert capsys.readouterr().out.splitlines() == lines, "white space around the prompt is stripped"
-    for arguments, message in ((["--puzzle", "1" * 81], "--prompt"), (["--prompt", "Anna " * 80], "leaves no room")):
+    for arguments, message in ((["--puzzle", "1" * 81], "--prompt"), (["--prompt", "Anna " * 80], "at most 62 fit")):
         with pytest.raises(SystemExit) as stop:
             sampling.main(["--checkpoint", str(run_dir), *arguments])
         assert stop.value.code == 2
@@ -158,11 +158,11 @@ def test_evaluation_on_two_processes_finds_the_same(run_dir, tmp_path):
     ("data", "message"),
     [
         ({"n_train": None}, "source 'word_problems' needs n_train"),
-        ({"tokenizer": "Qwen/Qwen2-0.5B"}, "tokenizer: only source 'files' reads it"),
-        ({"n_held_out": 3000}, "n_held_out 3000 leaves no training row"),
+        ({"tokenizer": "Qwen/Qwen2-0.5B"}, "tokenizer: only used by source 'files'"),
+        ({"n_held_out": 3000}, "n_held_out 3000 must be less than n_train 3000"),
         ({"max_len": 70}, "multiple of 8"),
         ({"mask_id": 512}, "model.vocab_size 512 is too small"),
-        ({"mask_id": 0}, "holds the mask token 0"),
+        ({"mask_id": 0}, "contains the mask token 0"),
         ({"source": "files", "n_train": None, "n_test": None, "seed": None}, "meta.json is missing"),
     ],
 )

@@ -1,1 +1,1 @@
-"""How fast the project is, side by side with what a plain implementation of the same science does."""
+"""Speed and memory of the project beside plain implementations of the same science."""

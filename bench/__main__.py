@@ -1,98 +1,59 @@
-"""Measure the project against plain implementations of the same science, side by side in one process.
+"""Measure the project beside plain implementations of the same science, in one process.
 
-python -m bench step --config yaml_files/sudoku_puma.yaml [--batch N] [--length N] [--vocab N] [--json FILE]
-python -m bench head | sample | data | block [--json FILE]
+python -m bench step --config yaml_files/tinygsm_puma.yaml --batch 4    # or head, sample, data, block; --help
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import sys
 from pathlib import Path
 
-from bench.measure import publish
+from bench.measure import measure, profile
 
-SUDOKU = Path("yaml_files/sudoku_puma.yaml")
+WITH_MODEL = ("step", "head", "sample", "block")
+# Options that not all commands read. Given to another command they are errors, so that no option is ignored.
+READ_BY: dict[str, tuple[str, ...]] = {"steps": ("sample",), "compile": ("step",), "graph": ("step",)}
+READ_BY |= dict.fromkeys(["config", "length", "vocab", "overrides"], WITH_MODEL)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Options of the command line; what is common to all commands stands in `_common`."""
+    """Options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    common = _common()
-    step = commands.add_parser("step", parents=[common], help="a training step by objective")
-    step.add_argument("--config", type=Path, default=SUDOKU, help="YAML file of an experiment")
-    step.add_argument("--batch", type=_positive, help="rows; by default the config's, at most 32 (4 on a CPU if large)")
-    step.add_argument("--length", type=_positive, help="tokens per sequence")
-    step.add_argument("--vocab", type=_positive, help="vocabulary")
-    step.add_argument("--compile", action="store_true", help="switch on training.compile")
-    step.add_argument("--graph", action="store_true", help="switch on training.cuda_graph")
-    step.add_argument("--sizes", action="store_true", help="fit our step's time against batch, length and vocabulary")
-    step.add_argument("--profile", action="store_true", help="shares of PyTorch's operations in our step")
-    step.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    head = commands.add_parser("head", parents=[common], help="the output head")
-    head.add_argument("--positions", type=_positive, default=1024, help="positions, B * L")
-    head.add_argument("--width", type=_positive, default=512)
-    head.add_argument("--vocab", type=_positive, default=151_645)
-    head.add_argument("--scored", type=float, default=0.4, help="share of the positions that carry weight")
-    sample = commands.add_parser("sample", parents=[common], help="the sampler")
-    sample.add_argument("--steps", type=_positive, default=4, help="network evaluations per row")
-    sample.add_argument("--rows", type=_positive, help="by default 64 boards and 8 programs")
-    sample.add_argument("--only", choices=("sudoku", "tinygsm"), help="by default both")
-    sample.add_argument("--small", action="store_true", help="a tiny model, to try the command")
-    data = commands.add_parser("data", parents=[common], help="generator, stream, tokens, grader")
-    data.add_argument(
-        "--rows", type=_positive, default=2000, help="rows per round; a tenth as many puzzles, a 40th programs"
-    )
-    data.add_argument("--tokenizer", help="Hugging Face name or folder; by default the word problems' own")
-    block = commands.add_parser("block", help="block diffusion")
-    block.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
-    options.arguments = arguments
+    add = parser.add_argument
+    add("command", choices=(*WITH_MODEL, "data"))
+    add("--config", type=Path, help="YAML file of an experiment; by default Sudoku (step, sample) or TinyGSM")
+    add("--batch", type=int, help="rows of a batch; data: rows per round")
+    add("--length", type=int, help="tokens per row; by default as in the data set")
+    add("--vocab", type=int, help="vocabulary size; the mask token of TinyGSM is the last")
+    add("--steps", type=int, help="sample: network evaluations per row, by default 4")
+    add("--compile", action="store_true", help="step: set training.compile")
+    add("--graph", action="store_true", help="step: set training.cuda_graph")
+    add("--iterations", type=int, default=20, help="rounds at most")
+    add("--seconds", type=float, default=60.0, help="start no further round after this, but run at least three")
+    add("--no-memory", action="store_true", help="skip peak memory, which starts a process per path")
+    add("--profile", action="store_true", help="print the operations of our path by their time instead of a report")
+    add("--json", type=Path, help="also write the rows of the report to this file")
+    add("overrides", nargs="*", metavar="key=value", help="settings to change")
+    options = parser.parse_intermixed_args(arguments)
+    for name, value in vars(options).items():
+        if value and name in READ_BY and options.command not in READ_BY[name]:
+            parser.error(f"{options.command} does not read {name}; these do: {', '.join(READ_BY[name])}")
+        if isinstance(value, int) and value < 1 and value is not False:
+            parser.error(f"{name} must be at least 1, got {value}")
+    options.arguments, options.only = arguments, None
+    # Calls before a path is timed: for the optimizer's state, compilation, and the recording of a graph.
+    options.n_warmup = 5 if options.graph else 2 if options.compile else 1
     return options
-
-
-def _common() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", type=Path, help="write the rows here")
-    common.add_argument("--markdown", type=Path, help="write the printed text here")
-    common.add_argument("--iterations", type=_positive, default=20, help="rounds at most")
-    common.add_argument("--seconds", type=float, default=60.0, help="end after this, though not before three rounds")
-    common.add_argument("--cpu-time", action="store_true", help="processor time: for a busy machine, with one thread")
-    common.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes processes")
-    common.add_argument("--memory-of", help=argparse.SUPPRESS)
-    return common
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        if options.command == "block":
-            from bench import block
-
-            print(json.dumps(block.run(options.json), indent=1))
-            return
-        # Imported one by one: a step needs no data tools, and memory is counted from after the imports.
-        if options.command == "step":
-            from bench import step as benchmark
-        elif options.command == "head":
-            from bench import head as benchmark  # type: ignore[no-redef]
-        elif options.command == "sample":
-            from bench import sample as benchmark  # type: ignore[no-redef]
-        else:
-            from bench import pipeline as benchmark  # type: ignore[no-redef]
-        report = benchmark.run(options)
-        if report is not None:
-            publish(report, options, benchmark.about(options))
+        benchmark = importlib.import_module(f"bench.{options.command}").build(options)
+        (profile if options.profile else measure)(options, benchmark)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,239 +1,184 @@
-"""What all benchmarks share: interleaved timing, peak memory, the machine, tables.
-
-The paths to compare are called in turn in one process, so that whatever else the machine does slows all of them alike,
-and figures are medians. Peak memory is taken in a process of its own for each path.
-"""
+"""The timer, peak memory and the report of all benchmarks."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import multiprocessing
 import os
 import platform
-import resource
-import statistics
-import subprocess
+import re
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from data.files import write_text
+from runtime.metrics import peak_memory_gib
 
-ROOT = Path(__file__).resolve().parents[1]
-MIN_ROUNDS = 3
-MIN_SAMPLE_S = 0.05  # a path that is faster is called several times per round
-MATRIX_SIZE = {"cpu": 1536, "cuda": 8192}
+LEGEND = {
+    "ratio": "dense / ours, with the quartiles of the rounds' own ratios",
+    "ours_peak_gib": "the peak that a path adds to the imports, in a process of its own",
+    "floor_ms": "gflop at the speed of a large matrix product, timed between the paths; utilisation is floor / ours",
+}
+
+Call = Callable[[], object]
+Times = dict[str, list[float]]  # by path: ms per call of each round
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a benchmark found: rows for the JSON file, and lines of Markdown."""
+class Case:
+    """One of our paths beside a plain one: a row of the report."""
 
-    rows: list[dict[str, Any]]
-    lines: list[str]
-
-
-def row(
-    name: str,
-    ours_ms: float | None,
-    dense_ms: float | None = None,
-    ours_peak_gib: float | None = None,
-    dense_peak_gib: float | None = None,
-    **more: Any,
-) -> dict[str, Any]:
-    """One row of the JSON file; `ratio` is dense_ms / ours_ms, None where there is no dense path."""
-    return {
-        "name": name,
-        "ours_ms": ours_ms,
-        "dense_ms": dense_ms,
-        "ratio": dense_ms / ours_ms if ours_ms and dense_ms else None,
-        "ours_peak_gib": ours_peak_gib,
-        "dense_peak_gib": dense_peak_gib,
-        **more,
-    }
+    name: str
+    ours: str  # name of a path
+    dense: str | None  # name of its plain counterpart, if there is one
+    n: float  # how many `unit`s one call processes
+    unit: str
+    facts: Callable[[], dict[str, Any]] = dict  # columns read after the timing; `gflop`: what a call of ours computes
 
 
-def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> list[str]:
-    """Markdown lines; `columns` maps keys of the rows to headings. What is missing or None shows as a dash."""
-    lines = [f"| {' | '.join(columns.values())} |", f"|{' --- |' * len(columns)}"]
-    lines += [f"| {' | '.join(_cell(entry.get(key)) for key in columns)} |" for entry in rows]
-    return lines
+@dataclass(frozen=True)
+class Benchmark:
+    """What a command measures."""
+
+    title: str
+    paths: dict[str, Call]  # in the order of a round
+    cases: list[Case]
+    device: torch.device
+    dtype: torch.dtype | None  # of autocast; None: float32
+    remarks: Callable[[Times], list[str]] = lambda times: []
 
 
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return str(value)
+def measure(options: Namespace, benchmark: Benchmark) -> None:
+    """Measure memory, then times; print the report and write its rows to `--json`."""
+    device, calls = benchmark.device, dict(benchmark.paths)
+    peaks = {} if options.no_memory else measure_peaks(options, list(calls))
+    size = 8192 if device.type == "cuda" else 1536
+    a, b = torch.randn(2, size, size, device=device).to(benchmark.dtype or torch.float32)
+    calls["product"] = lambda: a @ b  # a large product gives the machine's peak under the same load
+    times = time_in_turn(calls, device, options.iterations, options.seconds, options.n_warmup)
+    gflop_per_ms = 2e-9 * size**3 / float(np.median(times["product"]))
+    rows = [build_row(case, times, peaks, gflop_per_ms) for case in benchmark.cases]
+    notes = [f"{key}: {text}" for key, text in LEGEND.items() if key in rows[-1]] + benchmark.remarks(times)
+    notes.append(f"medians of {len(times['product'])} rounds; matrix product: {1000 * gflop_per_ms:,.0f} GFLOP/s")
+    about = {"machine": machine(device, benchmark.dtype), "command": f"python -m bench {' '.join(options.arguments)}"}
+    notes += [f"{key}: {text}" for key, text in about.items()]
+    print(f"# {benchmark.title}\n", *table(rows), "", *(f"- {note}" for note in notes), sep="\n")
+    if options.json:
+        write_text(options.json, json.dumps([row | about for row in rows], indent=1) + "\n")
 
 
-def interleave(
-    calls: dict[str, Callable[[], object]],
-    device: torch.device,
-    n_rounds: int,
-    seconds: float,
-    *,
-    n_warmup: int = 1,
-    label: str = "measuring",
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
-    """Call every path in turn, again and again; milliseconds per call of each round.
+def build_row(case: Case, times: Times, peaks: dict[str, float], gflop_per_ms: float) -> dict[str, Any]:
+    """The figures of a case by column; what was not measured is left out."""
+    row: dict[str, Any] = {"name": case.name, "unit": case.unit}
+    for side, path in {"ours": case.ours, "dense": case.dense}.items():
+        if path is not None:
+            row[f"{side}_ms"] = float(np.median(times[path]))
+            row[f"{side}_per_s"] = 1000 * case.n / row[f"{side}_ms"]
+        if path in peaks:
+            row[f"{side}_peak_gib"] = peaks[path]
+    if case.dense:
+        row["ratio_low"], row["ratio"], row["ratio_high"] = spread(times[case.dense], times[case.ours])
+    row |= case.facts()
+    if "gflop" in row:
+        row["floor_ms"] = row["gflop"] / gflop_per_ms
+        row["utilisation"] = row["floor_ms"] / row["ours_ms"]
+    return row
 
-    Args:
-        n_rounds, seconds: it ends when either is reached, but not before `MIN_ROUNDS` rounds (or n_rounds, if fewer).
-        n_warmup: calls of each path before the clock starts, for compilation and caches.
-        clock: gives seconds; see `clock_of`.
-    """
-    n_inner = {}
-    with tqdm(total=n_rounds + n_warmup, desc=label, unit="round", leave=False) as bar:
-        for _ in range(n_warmup):
-            for name, call in calls.items():
-                n_inner[name] = min(50, int(MIN_SAMPLE_S // _time(call, 1, device, clock)) + 1)
-            bar.update()
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        start = time.perf_counter()
-        for number in range(1, n_rounds + 1):
-            # Every other round backwards, so that nobody always comes after the same neighbour.
-            for name in list(calls) if number % 2 else reversed(calls):
-                times[name].append(1000 * _time(calls[name], n_inner[name], device, clock))
-            bar.update()
-            if number >= MIN_ROUNDS and time.perf_counter() - start > seconds:
-                break
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of a Markdown table with all keys of the rows as columns; numbers have three digits."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [keys, ["---"] * len(keys)]
+    for row in rows:
+        cells = (dict.fromkeys(keys, "-") | row).values()
+        lines.append([f"{float(f'{x:.3g}'):,g}" if isinstance(x, float) else str(x) for x in cells])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def spread(a: list[float], b: list[float]) -> list[float]:
+    """Lower quartile, median and upper quartile of a / b, round by round."""
+    return np.quantile(np.divide(a, b), (0.25, 0.5, 0.75)).tolist()
+
+
+def time_in_turn(calls: dict[str, Call], device: torch.device, n_rounds: int, seconds: float, n_warmup: int) -> Times:
+    """Call all paths in turn, so that load affects them alike, for `n_rounds`, or `seconds` and three rounds."""
+    for _ in range(n_warmup):
+        first_ms = {name: time_ms(call, 1, device) for name, call in calls.items()}
+    n_inner = {name: min(50, int(50 // ms) + 1) for name, ms in first_ms.items()}  # fast paths: for about 50 ms
+    times: Times = {name: [] for name in calls}
+    start = time.perf_counter()
+    for number in tqdm(range(n_rounds), desc="timing", unit="round", leave=False):
+        if number >= 3 and time.perf_counter() - start > seconds:
+            break
+        # Every other round is in reverse order, so that no path always follows the same one.
+        for name in reversed(calls) if number % 2 else list(calls):
+            times[name].append(time_ms(calls[name], n_inner[name], device))
     return times
 
 
-def medians(times: dict[str, list[float]]) -> dict[str, float]:
-    """The median of each path."""
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def clock_of(options: Namespace) -> Callable[[], float]:
-    """The wall's clock, or with `--cpu-time` the time that the cores worked for this process.
-
-    The second hardly depends on what else runs, and with one thread it is what the wall's would be on an idle machine.
-    """
-    return time.process_time if options.cpu_time else time.perf_counter
-
-
-def _time(call: Callable[[], object], n_calls: int, device: torch.device, clock: Callable[[], float]) -> float:
-    """Seconds per call."""
-    synchronize(device)
-    start = clock()
+def time_ms(call: Call, n_calls: int, device: torch.device) -> float:
+    """Milliseconds per call."""
+    synchronize: Call = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
     for _ in range(n_calls):
         call()
-    synchronize(device)
-    return (clock() - start) / n_calls
+    synchronize()
+    return 1000 * (time.perf_counter() - start) / n_calls
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def matrix_product(dtype: torch.dtype | None, device: torch.device) -> tuple[Callable[[], object], float]:
-    """A large square product in the type that the models compute in, and its floating-point operations.
-
-    Timed among the paths it gives the machine's peak as it is at that time, neighbours included.
-    """
-    size = MATRIX_SIZE[device.type]
-    a, b = torch.randn(2, size, size, device=device).to(dtype or torch.float32)
-    return lambda: a @ b, 2.0 * size**3
-
-
-def peak_of(build: Callable[[], Callable[[], object]], device: torch.device, n_calls: int = 2) -> float:
-    """GiB at most in use while a path is built and called, beyond what this process had before.
-
-    A training step is called twice: in the first, there is no state of the optimizer yet.
-    """
-    before = _resident_gib(device)
-    call = build()
-    for _ in range(n_calls):
-        call()
-    synchronize(device)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30 - before
-    return _peak_resident_gib() - before
-
-
-def measure_peaks(options: Namespace, names: list[str]) -> dict[str, float | None]:
-    """Peak memory of each path in GiB: this command again with `--memory-of NAME`, one process after another."""
-    peaks: dict[str, float | None] = dict.fromkeys(names)
-    if options.no_memory:
-        return peaks
+def measure_peaks(options: Namespace, names: list[str]) -> dict[str, float]:
+    """Peak memory of each path in GiB, one new process after another; without those that failed."""
+    # Forks of a server, since Linux's ru_maxrss of a new program begins with the peak of what started it, a fork's not.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"bench.{options.command}"])
+    peaks = {}
     for name in tqdm(names, desc="memory", unit="path", leave=False):
-        result = subprocess.run(
-            [sys.executable, "-m", "bench", *options.arguments, "--memory-of", name],
-            env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        if result.returncode == 0:  # else it has said why, e.g. that memory ran out
-            peaks[name] = float(result.stdout.split()[-1])
+        with ProcessPoolExecutor(1, context) as pool:
+            try:
+                peaks[name] = pool.submit(added_peak_gib, options, name).result()
+            except (RuntimeError, MemoryError) as error:  # too little memory, or killed for it
+                print(f"memory of {name}: {error}", file=sys.stderr)
     return peaks
 
 
-def _resident_gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / 2**30
-    return _status_gib("VmRSS") or _peak_resident_gib()
+def added_peak_gib(options: Namespace, name: str) -> float:
+    """GiB that building and calling one path adds to what this process has used before."""
+    before_gib = peak_memory_gib(torch.device("cpu"))
+    options.only = name
+    benchmark = importlib.import_module(f"bench.{options.command}").build(options)
+    for _ in range(options.n_warmup + (options.command == "step")):  # the first step has no optimizer state yet
+        benchmark.paths[name]()
+    return peak_memory_gib(benchmark.device) - (before_gib if benchmark.device.type == "cpu" else 0.0)
 
 
-def _peak_resident_gib() -> float:
-    # Linux's ru_maxrss begins with the peak of the process that started this one; VmHWM does not.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return _status_gib("VmHWM") or peak / (2**30 if sys.platform == "darwin" else 2**20)
+def profile(options: Namespace, benchmark: Benchmark) -> None:
+    """Print where the first of our paths spends its time, by PyTorch operation; on a GPU, the GPU's time."""
+    kind, name = benchmark.device.type, benchmark.cases[0].ours
+    time_ms(benchmark.paths[name], options.n_warmup, benchmark.device)
+    with torch.profiler.profile() as spent:
+        time_ms(benchmark.paths[name], 3, benchmark.device)
+    print(f"# Three calls of {name}: {benchmark.title}")
+    print(spent.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=12, max_name_column_width=60))
 
 
-def _status_gib(key: str) -> float | None:
-    """An entry of this process's status on Linux, None elsewhere."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith(f"{key}:")), None)
-
-
-def facts(options: Namespace, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+def machine(device: torch.device, dtype: torch.dtype | None) -> str:
     """What a figure depends on besides the code."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8") if info.exists() else "")
+    name = f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
     if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    else:
-        machine = f"{_cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
-    return {
-        "machine": machine,
-        "precision": str(dtype or torch.float32).removeprefix("torch."),
-        "torch": torch.__version__,
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "clock": "processor time" if options.cpu_time else "wall",
-        "load": f"{os.getloadavg()[0]:.1f} processes on average in the last minute",
-        "command": f"python -m bench {' '.join(options.arguments)}",
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def publish(report: Report, options: Namespace, about: dict[str, Any]) -> None:
-    """Print the report, and write it where the options say."""
-    text = "\n".join([*report.lines, "", *(f"- {key}: {value}" for key, value in about.items())])
-    print(text)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_text(options.json, json.dumps([entry | about for entry in report.rows], indent=1) + "\n")
-    if options.markdown:
-        options.markdown.parent.mkdir(parents=True, exist_ok=True)
-        write_text(options.markdown, text + "\n")
+        name = torch.cuda.get_device_name(device)
+    precision = str(dtype or torch.float32).removeprefix("torch.")
+    return f"{name}, {precision}, torch {torch.__version__}, {date.today()}, load {os.getloadavg()[0]:.1f}"

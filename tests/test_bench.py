@@ -3,53 +3,48 @@
 from __future__ import annotations
 
 import json
-import time
-from argparse import Namespace
-from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import PUMA, ROOT, run_python
-from helpers import random_generator, random_log_probs, random_model
-from torch import Tensor
+from conftest import PUMA, ROOT
+from helpers import numbered_rows, random_generator, random_log_probs, random_model
 
 from bench import dense
 from bench.__main__ import main
-from bench.arithmetic import arithmetic
-from bench.head import dense as dense_head
-from bench.head import ours as our_head
-from bench.head import random_problem, torch_chunked
-from bench.measure import interleave, peak_of
-from bench.rows import synthetic_rows
-from bench.step import exponent
+from bench.head import NAMES, random_problem, run_head
+from bench.inputs import random_rows
+from bench.measure import time_in_turn
+from bench.step import arithmetic
 from config import Config, SamplingRule
+from data.row_queue import RowQueue
 from data.stream import SequenceStream
-from data.sudoku import check_boards
 from model.transformer import build_model
 from progressive import PumaPool, draw_target
-from runtime.config_file import parse_config, read_config
-from runtime.distributed import start_world
+from runtime.config_file import read_config
+from runtime.distributed import World
 from samplers.full import sample_full
-from training.run import Run, build_run
+from training.run import build_run
 from training.update import Updater
 
-KEYS = {"name", "ours_ms", "dense_ms", "ratio", "ours_peak_gib", "dense_peak_gib"}
 CPU = torch.device("cpu")
-QUICK = ["--iterations", "2", "--seconds", "0"]
+PLAIN = PUMA | {"pool_batches": 1}  # the plain form has no deeper pool
+TINYGSM = ROOT / "yaml_files" / "tinygsm_puma.yaml"
+SMALL = ["model.hidden_size=16", "model.intermediate_size=16", "model.num_hidden_layers=1"]
+SMALL += ["model.num_attention_heads=2", "training.device=cpu", "training.precision=float32"]
 
 
 def bench(*arguments: object, json_file: Path) -> list[dict]:
     """Rows of a benchmark that runs in this process."""
-    main([*map(str, arguments), "--json", str(json_file), *QUICK])
+    main([*map(str, arguments), "--json", str(json_file), "--iterations", "2", "--seconds", "0"])
     rows = json.loads(json_file.read_text())
-    assert all(entry.keys() >= KEYS | {"machine", "torch", "date", "command"} for entry in rows)
+    for row in rows:
+        assert row.keys() >= {"name", "unit", "ours_ms", "ours_per_s", "machine", "command"}
+        if "dense_ms" in row:
+            assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
     return rows
-
-
-# The plain form has no deeper pool.
-PLAIN = PUMA | {"pool_batches": 1}
 
 
 def tiny_config(config_file, **changes) -> Config:
@@ -59,106 +54,90 @@ def tiny_config(config_file, **changes) -> Config:
 # The commands.
 
 
-@pytest.mark.slow
-def test_step_as_a_command_measures_memory_too(config_file, tmp_path):
-    file = tmp_path / "rows.json"
-    result = run_python("-m", "bench", "step", "--config", config_file(PLAIN), "--json", file, *QUICK)
-    assert result.returncode == 0, result.stderr
-    rows = {entry["name"]: entry for entry in json.loads(file.read_text())}
-    assert rows.keys() == {"puma", "uniform"}
-    for entry in rows.values():
-        assert entry.keys() >= KEYS
-        assert entry["ratio"] == entry["dense_ms"] / entry["ours_ms"] > 0
-        assert 0 < entry["ours_peak_gib"] < 2
-        assert 0 < entry["dense_peak_gib"] < 2
-    assert "PUMA / uniform, ours" in result.stdout
-
-
-def test_step_with_other_sizes(config_file, tmp_path):
+def test_step(config_file, tmp_path, capsys):
     options = ["--batch", 3, "--length", 24, "--vocab", 50, "--no-memory"]
     rows = bench("step", "--config", config_file(PLAIN), *options, json_file=tmp_path / "rows.json")
-    assert [entry["name"] for entry in rows] == ["puma", "uniform"]
-    for entry in rows:
-        assert (entry["batch"], entry["length"], entry["vocab"]) == (3, 24, 50)
-        assert entry["ours_peak_gib"] is None
+    assert [row["name"] for row in rows] == ["puma", "uniform"]
+    text = capsys.readouterr().out
+    assert "batch 3 x 24, vocabulary 50" in text
+    assert "puma / uniform, ours_ms" in text
+    for row in rows:
+        assert "ours_peak_gib" not in row
+        assert 0 < row["scored"] < 1
+        assert row["utilisation"] == row["floor_ms"] / row["ours_ms"] > 0
 
 
-@pytest.mark.parametrize("name", ["uniform", "autoregressive"])
-def test_step_of_other_objectives(config_file, tmp_path, name):
-    rows = bench("step", "--config", config_file({"name": name}), "--no-memory", json_file=tmp_path / "rows.json")
-    assert [entry["name"] for entry in rows] == [name]
+def test_step_of_another_objective(config_file, tmp_path):
+    file = config_file({"name": "autoregressive"})
+    rows = bench("step", "--config", file, "--no-memory", json_file=tmp_path / "rows.json")
+    assert [row["name"] for row in rows] == ["autoregressive"]
 
 
-def test_step_on_the_shape_of_tinygsm_needs_no_files(config_file, tmp_path):
+def test_step_on_the_shape_of_tinygsm_needs_no_files(tmp_path):
     """The shipped settings with a small model; their data is not on disk."""
-    small = ["model.hidden_size=8", "model.intermediate_size=8", "model.num_hidden_layers=1"]
-    rows = bench(
-        "step", "--config", ROOT / "yaml_files" / "tinygsm_puma.yaml", "--batch", 2, "--length", 32, "--vocab", 5000,
-        "--no-memory", *small, "model.num_attention_heads=2", "training.device=cpu", json_file=tmp_path / "rows.json",
-    )  # fmt: skip
-    assert [entry["length"] for entry in rows] == [32, 32]
+    options = ["--batch", 2, "--length", 32, "--vocab", 5000, "--no-memory", *SMALL]
+    rows = bench("step", "--config", TINYGSM, *options, json_file=tmp_path / "rows.json")
+    assert [row["name"] for row in rows] == ["puma", "uniform"]
 
 
-def test_profile(config_file, tmp_path, capsys):
-    """The products of the model are among the dearest operations, and shares are of one whole."""
-    rows = bench("step", "--config", config_file(PLAIN), "--profile", json_file=tmp_path / "rows.json")
-    assert "aten::mm" in {entry["name"] for entry in rows}
-    shares = [float(entry["share"].removesuffix("%")) for entry in rows]
-    assert shares == sorted(shares, reverse=True)
-    assert 20 < sum(shares) <= 100.5
-    assert all(entry["ours_ms"] > 0 and entry["n_calls"] > 0 for entry in rows)
-    assert "Where the time goes" in capsys.readouterr().out
+def test_memory_of_each_step_alone(config_file, tmp_path):
+    """In other processes, which build a step each: the vocabulary's weights, gradients and moments are counted."""
+    options = ["--batch", 2, "--vocab", 200_000]
+    (row,) = bench("step", "--config", config_file({"name": "uniform"}), *options, json_file=tmp_path / "rows.json")
+    weights_gib = 2 * 200_000 * 16 * 4 / 2**30  # embeddings and head
+    assert row["ours_peak_gib"] > 5 * weights_gib, "two moments and the average as well"
+    assert row["dense_peak_gib"] > 5 * weights_gib
 
 
-@pytest.mark.slow
-def test_sizes(config_file, tmp_path, capsys):
-    rows = bench("step", "--config", config_file(PLAIN), "--sizes", json_file=tmp_path / "rows.json")
-    for axis in ("batch", "length", "vocab"):
-        assert sum(entry["axis"] == axis for entry in rows) == 4
-    assert capsys.readouterr().out.count("the arithmetic as size^") == 3
+def test_head_measures_memory_whatever_this_process_has_used(tmp_path):
+    torch.ones(1 << 28)  # 1 GiB, which is freed at once
+    options = ["--batch", 1, "--length", 512, "--vocab", 50_000, *SMALL]
+    rows = bench("head", *options, json_file=tmp_path / "rows.json")
+    assert [row["name"] for row in rows] == list(NAMES.values())
+    logits_gib = 512 * 50_000 * 4 / 2**30
+    assert rows[0]["dense_peak_gib"] > 2 * logits_gib > rows[0]["ours_peak_gib"] > 0
 
 
-def test_head(tmp_path):
-    sizes = ["--positions", 40, "--width", 8, "--vocab", 100, "--no-memory"]
-    (entry,) = bench("head", *sizes, json_file=tmp_path / "rows.json")
-    assert entry["torch_ms"] is None or entry["torch_ms"] > 0
-    assert 0 < entry["n_scored"] < 40
+def test_profile(config_file, capsys):
+    main(["step", "--config", str(config_file(PLAIN)), "--profile"])
+    text = capsys.readouterr().out
+    assert "puma/ours" in text
+    assert "aten::mm" in text
 
 
-def test_sample(tmp_path):
-    options = ["--small", "--steps", 2, "--rows", 3, "--no-memory"]
-    rows = bench("sample", *options, json_file=tmp_path / "rows.json")
-    assert [entry["name"] for entry in rows] == ["sudoku", "tinygsm"]
-    assert all(entry["agreement"] == "100.0%" for entry in rows)
+@pytest.mark.parametrize("options", [["--batch", 3], ["--config", TINYGSM, "--length", 32, "--vocab", 64]])
+def test_sample(tmp_path, options):
+    (row,) = bench("sample", *options, "--steps", 2, "--no-memory", *SMALL, json_file=tmp_path / "rows.json")
+    assert row["agreement"] == "100.0%"
+    assert row["nfe"] == 2
 
 
-@pytest.mark.slow
 def test_data(tmp_path):
-    rows = {entry["name"]: entry for entry in bench("data", "--rows", 40, json_file=tmp_path / "rows.json")}
-    assert rows.keys() == {"generator", "stream", "tokens", "grader"}
-    assert rows["generator"]["dense_ms"] is None
-    assert rows["grader"]["ratio"] > 0
+    rows = bench("data", "--batch", 40, json_file=tmp_path / "rows.json")
+    assert [row["unit"] for row in rows] == ["puzzles", "rows", "rows", "programs"]
+    assert ["dense_ms" in row for row in rows] == [False, True, True, True]
 
 
-def test_block_is_passed_on(tmp_path, monkeypatch, capsys):
-    from bench import block
-
-    monkeypatch.setattr(block, "run", lambda path: [{"path": str(path)}])
-    main(["block", "--json", str(tmp_path / "rows.json")])
-    assert json.loads(capsys.readouterr().out) == [{"path": str(tmp_path / "rows.json")}]
+def test_block(tmp_path):
+    options = ["--config", TINYGSM, "--batch", 2, "--length", 32, "--vocab", 64, "--no-memory"]
+    rows = bench("block", *options, *SMALL, json_file=tmp_path / "rows.json")
+    assert [row["unit"] for row in rows] == 3 * ["steps", "tokens"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["step", "--config", "no.yaml"], "no.yaml"),
-        (["step", "--config", "yaml_files/sudoku_puma.yaml", "objective.uniform_fraction=0.5"], "no plain form"),
-        (["step", "--config", "yaml_files/sudoku_puma.yaml", "objective.pool_batches=2"], "no plain form"),
-        (["step", "--config", "yaml_files/sudoku_puma.yaml", "--memory-of", "x/ours"], "x/ours"),
+        (["step", "objective.uniform_fraction=0.5"], "no plain form"),
+        (["step", "objective.pool_batches=2"], "no plain form"),
+        (["step", "--config", str(TINYGSM.with_name("tinygsm_block_puma.yaml")), *SMALL], "python -m bench block"),
+        (["step", "--length", "25"], "multiple of 8"),
+        (["step", "--batch", "0"], "at least 1"),
+        (["block", "--length", "24"], "16 blocks"),
+        (["data", "--steps", "3"], "data does not read steps"),
     ],
 )
-def test_bad_input(arguments, message, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_bad_input(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--no-memory"])
     assert stop.value.code == 2
@@ -168,43 +147,26 @@ def test_bad_input(arguments, message, capsys, monkeypatch):
 # The plain paths compute what the fast ones do.
 
 
-def our_run(config: Config, tmp_path: Path) -> Run:
-    return build_run(config, start_world("cpu"), tmp_path, synthetic_rows(config))
-
-
 @pytest.mark.parametrize("name", ["puma", "uniform", "autoregressive"])
-def test_a_step_changes_the_weights_alike(config_file, tmp_path, name):
+def test_steps_change_the_weights_and_their_average_alike(config_file, tmp_path, name):
     objective = {"name": name} | ({"n_stages": 3, "collapse_threshold": 0.9} if name == "puma" else {})
-    config = tiny_config(config_file, objective=objective, training__warmup_steps=0, training__weight_decay=0.0)
-    run = our_run(config, tmp_path)
+    # The plain step has no schedule, and decays biases and norms.
+    changes = {"training__warmup_steps": 0, "training__weight_decay": 0.0, "training__max_steps": 10**6}
+    config = tiny_config(config_file, objective=objective, **changes)
+    run = build_run(config, World(0, 1, CPU), tmp_path, random_rows(config, config.data.length))
     model = build_model(config)
     model.load_state_dict(run.model.state_dict())
-    batches = list(run.objective.microbatches(0))
-    copies = [(batch.xt.clone(), batch.x0.clone(), batch.weight.clone()) for batch in batches]  # the pool moves on
-
-    class Given:
-        """The batch of the fast path's objective."""
-
-        def batch(self) -> dense.Batch:
-            (batch,) = copies
-            return batch
-
-        def advance(self, confidence: torch.Tensor) -> None:
-            self.confidence = confidence
-
-    given: Any = Given()
-    run_objective: Any = run.objective
-    run_objective.microbatches = lambda step: iter(batches)
-    trainer = dense.DenseTrainer(model, config, None, CPU)
-    seen: list[Tensor] = []
-    run_objective.observe = lambda batch, confidence: seen.append(confidence)
-    Updater(run).step()
-    trainer.step(given)
-    torch.testing.assert_close(torch.tensor(trainer.loss), run.loss_sum.float())
-    scored = copies[0][2] != 0
-    torch.testing.assert_close(given.confidence[scored], seen[0][scored])
-    for ours, plain in zip(run.model.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+    updater, trainer = Updater(run), dense.DenseTrainer(model, config, None, CPU)
+    loss = 0.0
+    for _ in range(2):
+        updater.step()
+        (batch,) = run.batch
+        trainer.step((batch.xt, batch.x0, batch.weight))
+        loss += trainer.loss
+    torch.testing.assert_close(torch.tensor(loss), run.loss_sum.float())
+    for ours, plain in ((run.model, model), (run.ema.module, trainer.average.module)):
+        for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -226,60 +188,54 @@ def test_loss_and_gradients_are_the_same(shifted):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("collapse_threshold", [None, 0.8])
-def test_the_pool_advances_alike(config_file, collapse_threshold):
+@pytest.mark.parametrize("tau", [None, 0.8])
+def test_the_pool_advances_alike(tau):
     n_rows, n_stages = 24, 5
-    objective = {"name": "puma", "n_stages": n_stages, "collapse_threshold": collapse_threshold}
-    config = tiny_config(config_file, objective=objective)
-    ours = PumaPool(_queue(config, n_rows), n_rows, n_stages, collapse_threshold, random_generator(0))
+    queue = RowQueue(SequenceStream(numbered_rows(200, length=20), 0), n_rows, CPU)
+    ours = PumaPool(queue, n_rows, n_stages, tau, random_generator(0))
     for step in range(4):
         confidence = random_log_probs(ours.x0.shape, seed=step)
-        targets = draw_target(ours.stage + 1, n_stages, ours.maskable.sum(1), _twin(ours.generator))
-        rows = [
-            dense.Row(ours.x0[i].clone(), ours.maskable[i].clone(), ours.masked[i].clone(), int(ours.stage[i]))
+        twin = random_generator(0)  # draws what the pool is about to draw
+        twin.set_state(ours.generator.get_state())
+        targets = draw_target(ours.stage + 1, n_stages, ours.maskable.sum(1), twin)
+        plain = [
+            dense.advance_row(
+                ours.masked[i].clone(),
+                ours.maskable[i],
+                confidence[i],
+                int(ours.stage[i]),
+                int(targets[i]),
+                n_stages,
+                tau,
+            )
             for i in range(n_rows)
-        ]
-        finished = [
-            dense.advance_row(row, confidence[i], int(targets[i]), n_stages, collapse_threshold)
-            for i, row in enumerate(rows)
         ]
         n_finished = int(ours.n_finished)
         ours.advance(confidence)
-        assert int(ours.n_finished) - n_finished == sum(finished)
-        for i, row in enumerate(rows):
-            if not finished[i]:
-                assert torch.equal(ours.masked[i], row.masked)
-                assert int(ours.stage[i]) == row.stage
+        assert int(ours.n_finished) - n_finished == sum(stage == n_stages for _, stage in plain)
+        for i, (masked, stage) in enumerate(plain):
+            if stage < n_stages:
+                assert torch.equal(ours.masked[i], masked)
+                assert int(ours.stage[i]) == stage
     assert int(ours.n_finished) > 0
 
 
-def _queue(config: Config, n_rows: int):
-    from data.row_queue import RowQueue
-
-    return RowQueue(SequenceStream(synthetic_rows(config), 0), n_rows, CPU)
-
-
-def _twin(generator: torch.Generator) -> torch.Generator:
-    """A generator that will draw the same."""
-    twin = torch.Generator()
-    twin.set_state(generator.get_state())
-    return twin
-
-
-def test_plain_batches_are_masked_and_weighted_as_ours(config_file):
-    for objective in ({"name": "puma", "n_stages": 3}, {"name": "uniform"}):
-        config = tiny_config(config_file, objective=objective)
-        data = synthetic_rows(config)
-        plain = dense.build_dense_objective(config, SequenceStream(data, 0), CPU)
-        for _ in range(5):
-            xt, x0, weight = plain.batch()
-            masked = xt == config.mask_id
-            assert torch.equal(xt[~masked], x0[~masked])
-            assert torch.equal(weight != 0, masked)
-            torch.testing.assert_close(weight.sum(1), torch.full((len(x0),), 1 / len(x0)))
-            assert masked.any(1).all()
-            assert not masked[:, : data.length // 2].any(), "prompts"
-            plain.advance(random_log_probs(x0.shape, seed=0))
+@pytest.mark.parametrize("objective", [{"name": "puma", "n_stages": 3}, {"name": "uniform"}])
+def test_plain_batches_are_masked_and_weighted_as_ours(config_file, objective):
+    config = tiny_config(config_file, objective=objective)
+    data = random_rows(config, config.data.length)
+    stream = SequenceStream(data, 0)
+    pool = dense.DensePool(stream, config, config.objective, CPU) if objective["name"] == "puma" else None
+    for step in range(5):
+        xt, x0, weight = pool.batch() if pool else dense.fresh_batch(stream, config)
+        masked = xt == config.mask_id
+        assert torch.equal(xt[~masked], x0[~masked])
+        assert torch.equal(weight != 0, masked)
+        torch.testing.assert_close(weight.sum(1), torch.full((len(x0),), 1 / len(x0)))
+        assert masked.any(1).all()
+        assert not masked[:, : data.length // 2].any(), "prompts"
+        if pool:
+            pool.advance(random_log_probs(x0.shape, seed=step))
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -296,39 +252,34 @@ def test_samples_are_the_same(tokens_per_step, shifted):
     assert torch.equal(dense.sample(model, xt, mask_id, tokens_per_step), ours)
 
 
-def test_heads_agree():
-    options = Namespace(positions=40, width=8, vocab=100, scored=0.4)
-    problem = random_problem(options, CPU, None)
-    scored = problem.weight != 0
-    loss, confidence = our_head(problem)
-    gradients = problem.gradients()
-    others: list[Any] = [dense_head]
-    if hasattr(torch.nn.functional, "linear_cross_entropy"):
-        others.append(lambda problem: torch_chunked(problem, with_confidence=True))
-    for other in others:
-        other_loss, other_confidence = other(problem)
-        torch.testing.assert_close(other_loss, loss)
+@pytest.mark.parametrize("path", NAMES)
+def test_heads_agree(path):
+    problem = random_problem(40, 8, 100, CPU)
+    scored = problem[-1] != 0
+    loss, confidence, *gradients = run_head(problem, "ours", None)
+    other_loss, other_confidence, *other_gradients = run_head(problem, path, None)
+    torch.testing.assert_close(other_loss, loss)
+    if path != "torch":
         torch.testing.assert_close(other_confidence[scored], confidence[scored])
-        for mine, its in zip(gradients, problem.gradients(), strict=True):
-            torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(other_gradients, gradients, rtol=1e-4, atol=1e-6)
 
 
 # What the figures rest on.
 
 
-@pytest.mark.parametrize("size", [4, 6, 9])
-def test_synthetic_boards_are_legal_and_differ(config_file, size):
-    changes = {"data__size": size, "model__vocab_size": size + 2, "data__min_clues": 8, "data__max_clues": 12}
-    changes["model__learned_positions"] = None
-    data: Any = synthetic_rows(tiny_config(config_file, **changes))
-    assert check_boards(data.boards, size) == []
-    assert len({board.tobytes() for board in data.solutions}) > 50  # of size 4 there are few
+@pytest.mark.parametrize("layout", ["two_halves", "in_place"])
+def test_random_boards_have_the_clues_of_the_settings(config_file, layout):
+    config = tiny_config(config_file, data__layout=layout)  # 4x4 boards with 4 to 8 clues
+    data = random_rows(config, config.data.length)
+    tokens, prompt_mask = data.rows(np.arange(len(data)))
+    assert tokens.max() < config.mask_id
+    n_prompt = set(prompt_mask.sum(1).tolist())
+    assert n_prompt == ({16} if layout == "two_halves" else set(range(4, 9)))
 
 
 def test_random_rows_hold_no_mask_and_short_prompts():
-    config = read_config(ROOT / "yaml_files" / "tinygsm_puma.yaml")
-    data = synthetic_rows(config)
-    tokens, prompt_mask = data.rows(torch.arange(200).numpy())
+    config = read_config(TINYGSM)
+    tokens, prompt_mask = random_rows(config, 512).rows(np.arange(200))
     assert tokens.shape == prompt_mask.shape == (200, 512)
     assert tokens.max() < config.mask_id
     assert 0.13 < prompt_mask.mean() < 0.19
@@ -338,47 +289,18 @@ def test_arithmetic_counts_every_matrix(config_file):
     config = tiny_config(config_file)
     model = build_model(config)
     matrices = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
-    work = arithmetic(config.model, n_rows=3, length=10, n_scored=7)
-    assert work.backbone == 6 * matrices * 30
-    assert work.head == 6 * model.lm_head.weight.numel() * 7
-    longer = arithmetic(config.model, n_rows=3, length=20, n_scored=7)
-    assert (longer.backbone, longer.attention) == (2 * work.backbone, 4 * work.attention)
-
-
-def test_exponent_of_a_power():
-    assert exponent([1, 2, 4, 8], [3 * size**1.5 for size in (1, 2, 4, 8)]) == pytest.approx(1.5)
+    short, long = (arithmetic(config.model, 3, length, n_scored=0) for length in (10, 20))
+    attention = (long - 2 * short) / 2  # four times as much in rows twice as long
+    assert attention == 3 * 12 * config.model.num_hidden_layers * config.model.hidden_size * 10**2
+    assert short - attention == 6 * matrices * 30
+    assert arithmetic(config.model, 3, 10, n_scored=7) - short == 6 * model.lm_head.weight.numel() * 7
+    assert arithmetic(config.model, 3, 10, n_scored=0, causal=True) == short - attention / 2
 
 
 def test_paths_are_called_in_turn():
     called: list[str] = []
-
-    def path(name: str) -> Callable[[], None]:
-        def call() -> None:
-            called.append(name)
-            time.sleep(0.06)
-
-        return call
-
-    calls = {name: path(name) for name in "ab"}
-    times = interleave(calls, CPU, n_rounds=4, seconds=0)
-    assert called[:4] == ["a", "b", "a", "b"]
+    calls = {name: lambda name=name: called.append(name) for name in "ab"}
+    times = time_in_turn(calls, CPU, n_rounds=4, seconds=0, n_warmup=1)
+    # Warm-up, then rounds forwards, backwards and forwards; b ends a round and begins the next.
+    assert [name for name, _ in groupby(called)] == ["a", "b", "a", "b", "a", "b"]
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}, "three rounds at least"
-
-
-def test_peak_counts_what_a_call_needs_for_a_moment():
-    peak = peak_of(lambda: lambda: torch.ones(200 << 18).sum(), CPU)
-    assert 0.15 < peak < 0.5, "200 MiB"
-
-
-def test_a_plain_step_in_parts(config_file):
-    """A plain step in parts gives the same loss as at once."""
-    config = tiny_config(config_file, objective={"name": "uniform"})
-    raw = config.model_dump(mode="json")
-    raw["training"]["micro_batch_size"] = 2
-    model = random_model(vocab_size=6)
-    batch = dense.build_dense_objective(config, SequenceStream(synthetic_rows(config), 0), CPU).batch()
-    whole, parts = (dense.DenseTrainer(model, each, None, CPU) for each in (config, parse_config(raw, "test")))
-    assert [len(part[0]) for part in parts._parts(batch)] == [2, 2, 2, 2]
-    losses = [dense.score(model.logits(xt), x0, weight)[0].item() for xt, x0, weight in parts._parts(batch)]
-    (only,) = whole._parts(batch)
-    assert sum(losses) == pytest.approx(dense.score(model.logits(only[0]), *only[1:])[0].item(), rel=1e-5)

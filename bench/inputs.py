@@ -1,0 +1,60 @@
+"""Settings and training data of a benchmark. The data is random, so that no files are needed."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from config import Config
+from data.dataset import SequenceData
+from data.sudoku import SudokuSettings
+from data.sudoku_boards import SudokuData
+from data.token_files import TinyGsmData
+from model.logits import SMALL_VOCABULARY
+from runtime.config_file import parse_config, read_config
+from runtime.distributed import autocast_dtype, start_world
+
+YAML_FILES = Path(__file__).resolve().parents[1] / "yaml_files"
+N_ROWS = 1024
+
+
+def random_rows(config: Config, length: int) -> SequenceData:
+    """Rows in the form of the settings' data; the cost of a step does not depend on what the tokens say."""
+    rng, data = np.random.default_rng(0), config.data
+    if isinstance(data, SudokuSettings) and length == data.length:
+        n_cells = data.size**2
+        solutions = rng.integers(1, data.size + 1, (N_ROWS, n_cells), dtype=np.uint8)
+        n_clues = rng.integers(data.min_clues, data.max_clues + 1, (N_ROWS, 1))
+        puzzles = solutions * (rng.permuted(np.tile(np.arange(n_cells), (N_ROWS, 1)), axis=1) < n_clues)
+        return SudokuData(np.concatenate([puzzles, solutions], axis=1), data.size, data.layout)
+    if length % 8:
+        raise ValueError(f"--length must be a multiple of 8, got {length}")
+    n_prompt = length * rng.uniform(1 / 16, 1 / 4, (N_ROWS, 1))  # about 42% of all positions are masked, as in TinyGSM
+    prompt_bits = np.packbits(np.arange(length) < n_prompt, axis=1, bitorder="little")
+    tokens = rng.integers(0, config.mask_id, (N_ROWS, length), dtype=np.uint32)
+    return TinyGsmData(tokens, prompt_bits, config.mask_id, eos_id=config.mask_id)  # no row has an end
+
+
+def read_inputs(
+    options: Namespace, experiment: str, n_rows: int, n_rows_slow: int, changes: Sequence[str] = ()
+) -> tuple[Config, SequenceData, torch.device, torch.dtype | None]:
+    """Settings of `experiment` or `--config` in the options' sizes, data of that shape, device and autocast's type."""
+    path = options.config or YAML_FILES / f"{experiment}.yaml"
+    switches = ["training.compile=true"] * options.compile + ["training.cuda_graph=true"] * options.graph
+    config = read_config(path, [*changes, *switches, *options.overrides])
+    device, length = start_world(config.training.device).device, options.length or config.data.length
+    raw = config.model_dump(mode="json")
+    if options.vocab:
+        raw["model"]["vocab_size"] = options.vocab
+        raw["data"].pop("mask_id", None)  # the last token
+    is_slow = device.type == "cpu" and raw["model"]["vocab_size"] > SMALL_VOCABULARY
+    raw["training"]["batch_size"] = options.batch or (n_rows_slow if is_slow else n_rows)
+    raw["training"]["micro_batch_size"] = raw["model"]["init_from"] = None
+    if raw["model"]["learned_positions"] is not None:
+        raw["model"]["learned_positions"] = max(length, config.data.length)
+    config = parse_config(raw, str(path))
+    return config, random_rows(config, length), device, autocast_dtype(config.training.precision, device)

@@ -1,1 +1,1 @@
-"""Runs programs that a model wrote, each confined to a process of its own, and judges their values."""
+"""Run programs written by a model, each confined to its own process, and judge the values that they return."""

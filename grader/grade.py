@@ -1,4 +1,4 @@
-"""From what a model wrote about a maths problem to a verdict: text, program, value, comparison with the gold answer."""
+"""Grade a model's answers to maths problems: extract the program, run it, compare its value with the gold answer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ TOLERANCE = 1e-3  # absolute; two integers must be equal
 Reason = Literal[
     "right",
     "wrong value",
-    "no number",  # it returned something else
-    "no program",  # the text holds no function
+    "no number",  # the value is not a number
+    "no program",  # the text contains no function
     "syntax error",  # no part of the function compiles
-    "failed to run",  # an exception, or an end without a result
+    "failed to run",  # an exception, or no result
     "out of time",
     "out of memory",
 ]
@@ -32,16 +32,16 @@ FAILED: dict[str, Reason] = {
     "memory": "out of memory",
 }
 
-# The patterns below take time in proportion to the text, whatever a model writes.
-# The first line of a function, after a line's start or an opening fence.
+# The patterns below take linear time on any text, so a model's output cannot stall the grader.
+# The first line of a function, at the start of a line or after an opening fence.
 FIRST_DEF = re.compile(r"(?:^(?P<indent>[ \t]*)|```\w*[ \t]*)(?P<code>def[ \t]+\w+[ \t]*\()", re.MULTILINE)
 IMPORT = re.compile(
     r"^(?:import[ \t]+[\w.]+(?:[ \t]+as[ \t]+\w+)?(?:[ \t]*,[ \t]*[\w.]+)*[ \t]*"
     r"|from[ \t]+[\w.]+[ \t]+import[ \t][\w*, \t()]+)$",
     re.MULTILINE,
 )
-# Strings (an open one runs to the end of its line, an open docstring to the end of the text), comments, or what ends a
-# program: a fence or a special token.
+# Strings (an unclosed one extends to the end of the line, triple-quoted to the end of the text), comments, or the end
+# of a program: a fence or a special token.
 STRING_OR_END = re.compile(
     r"""
       \"\"\" (?:[^\\]|\\.)*? (?:\"\"\"|\Z)
@@ -69,12 +69,12 @@ MAX_NUMBER = 100  # characters
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a completion is worth."""
+    """Grade of a completion."""
 
     verdict: bool
-    value: float | str | None  # what the program returned: int, float or string (at most 200 characters)
+    value: float | str | None  # returned by the program: int, float or string (at most 200 characters)
     reason: Reason
-    message: str = ""  # what went wrong, where the reason alone does not say
+    message: str = ""  # details of the reason, if any
 
 
 def grade(
@@ -84,15 +84,15 @@ def grade(
     n_workers: int | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Verdict]:
-    """Grade what a model wrote; verdicts in order.
+    """Grade completions; verdicts in the same order.
 
-    The gold answers stay here: they reach neither the choice of the program nor the sandbox.
+    The gold answers are used only here, neither to extract a program nor in the sandbox.
 
     Args:
-        completions: model output, the program somewhere in it.
+        completions: model output that contains a program.
         golds: the right answers, as numbers or text.
-        n_workers: programs at once; see `grader.sandbox.run_programs`.
-        on_done: called with the completion's index as each is finished.
+        n_workers: programs run in parallel; see `grader.sandbox.run_programs`.
+        on_done: called with the index of each completion when it is graded.
 
     Raises:
         ValueError: the lengths differ, or a gold answer is not a number.
@@ -107,7 +107,7 @@ def grade(
         for i in range(len(completions)):
             if i not in programs:
                 on_done(i)
-    report = None if on_done is None else (lambda position: on_done(indices[position]))
+    report = None if on_done is None else (lambda number: on_done(indices[number]))
     outcomes = run_programs(list(programs.values()), n_workers=n_workers, on_done=report)
     for i, outcome in zip(indices, outcomes, strict=True):
         verdicts[i] = judge(outcome, numbers[i])
@@ -115,7 +115,7 @@ def grade(
 
 
 def judge(outcome: Outcome, gold: float) -> Verdict:
-    """Compare what a program returned with the gold answer."""
+    """Compare the value that a program returned with the gold answer."""
     if outcome.status != "ok":
         return Verdict(False, None, FAILED[outcome.status], outcome.message)
     number = parse_number(outcome.value)
@@ -126,7 +126,7 @@ def judge(outcome: Outcome, gold: float) -> Verdict:
 
 
 def reason_shares(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Shares of programs that fail to parse, fail to run (memory too) or run out of time, for the records."""
+    """Shares of programs that fail to parse, fail to run (including out of memory) or run out of time, for records."""
     groups: dict[str, tuple[Reason, ...]] = {
         "fails_to_parse": ("no program", "syntax error"),
         "fails_to_run": ("failed to run", "out of memory"),
@@ -137,14 +137,14 @@ def reason_shares(verdicts: Sequence[Verdict]) -> dict[str, float]:
 
 
 def extract_program(text: str) -> str | None:
-    """The program in a model's output: its first function and what follows, up to a fence or special token.
+    """Extract the program from a model's output: the first function and the text up to a fence or special token.
 
-    Imports above the function come along, and inside an open fence all that stands above it. A fence in a string is no
-    fence. The end may still hold lines that do not compile: the sandbox cuts those, because compiling hostile text can
-    hang or crash an interpreter.
+    Imports before the function are included; inside an open fence, all text before it is. A fence in a string does not
+    count. The last lines may not compile: the sandbox removes those, because compiling hostile text can hang or crash
+    an interpreter.
 
     Returns:
-        The program, at most `grader.sandbox.MAX_PROGRAM` characters; None if the text holds no function.
+        The program, at most `grader.sandbox.MAX_PROGRAM` characters; None if the text contains no function.
     """
     text = text.replace("\r\n", "\n")
     start = FIRST_DEF.search(text)
@@ -162,17 +162,17 @@ def extract_program(text: str) -> str | None:
 
 
 def _preamble(head: str) -> str:
-    """What the program needs of the text before its first function."""
+    """The text before the first function that belongs to the program."""
     before, *fenced = head.rsplit("```", 1)
-    if fenced and before.count("```") % 2 == 0:  # that fence opens the program
+    if fenced and before.count("```") % 2 == 0:  # the last fence opens the program
         return fenced[0].partition("\n")[2].rstrip(" \t")
     return "".join(f"{line}\n" for line in IMPORT.findall(head))
 
 
 def parse_number(value: object) -> int | float | None:
-    """The finite number that a value is or spells; None if it is none.
+    """Convert a value to a finite number; None if it is not one.
 
-    Strings may carry a sign, commas between thousands, an exponent, a currency or a percent sign: "-$1,234.50", "+3e2",
+    Strings may have a sign, commas between thousands, an exponent, a currency or a percent sign: "-$1,234.50", "+3e2",
     "18 dollars". True and False are not numbers.
     """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -190,14 +190,14 @@ def parse_number(value: object) -> int | float | None:
 
 
 def equals(number: float, gold: float) -> bool:
-    """Whether an answer is right: integers exactly, otherwise within 1e-3."""
+    """Whether an answer is right: integers must be equal, other numbers within 1e-3."""
     if isinstance(number, int) and isinstance(gold, int):
         return number == gold
     return abs(Fraction(number) - Fraction(gold)) <= TOLERANCE  # exact: no overflow, no rounding
 
 
 def gold_number(gold: object, name: str) -> int | float:
-    """A gold answer as a number; raises ValueError naming it."""
+    """A gold answer as a number; ValueError uses `name` for it."""
     number = parse_number(gold)
     if number is None:
         raise ValueError(f"{name} is not a number: {gold!r}")

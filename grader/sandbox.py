@@ -1,35 +1,36 @@
-"""Run untrusted Python programs and get the values that their first functions return.
+"""Run untrusted Python programs and return the values of their first functions.
 
-Each program runs in a fresh child of a small worker process (`grader/sandbox_worker.py`), which forks it from a clean
-interpreter: nothing of this process, of earlier programs or of the environment is there, only some modules of the
+Each program runs in a new child process, forked from a small worker process (`grader/sandbox_worker.py`) with a clean
+interpreter: it sees nothing of this process, of earlier programs or of the environment, only some modules of the
 standard library, already imported. The child has
 
-- limits on CPU time, wall time, address space, file size (0), further descriptors (0) and further processes (0);
-- standard input from /dev/null, output into a pipe that takes 64 KiB and then fails, and no other descriptor but the
-  one for its result;
-- on Linux (x86-64, aarch64) a system call filter that leaves memory, clocks, sleep, and reading and writing what is
-  open: no file can be opened, changed or removed, no socket, process, thread or signal made;
-- where this process is root, the user nobody in its place.
+- limits on CPU time, wall time, address space, file size (0), new descriptors (0) and new processes (0);
+- standard input from /dev/null, output to a pipe that fails after 64 KiB, and no other descriptor except the one for
+  its result;
+- on Linux (x86-64, aarch64) a system call filter that allows only memory, clocks, sleep, and reading and writing of
+  open descriptors: no file can be opened, changed or removed, and no socket, process, thread or signal created;
+- if this process is root, the user nobody.
 
-A value comes back as a number or a short string in bounded JSON, checked twice on the way; nothing a program makes is
-ever unpickled, compared, converted or printed here.
+A value is returned as a number or a short string in JSON of bounded size, which the worker and this process check. No
+object of a program is unpickled, compared, converted or printed here.
 
-What this does not protect against:
+This does not protect against:
 
-- Faults of the kernel, the CPU (timing side channels) or the interpreter reachable through the calls above. Text of a
-  truly hostile person deserves a virtual machine; this is meant for what a language model writes.
+- Bugs in the kernel, the CPU (timing side channels) or the interpreter that the allowed calls can reach. Use a virtual
+  machine for programs of a hostile person; this sandbox is for programs written by a language model.
 - A program that fakes its own result. It shares its process with the code that reports the result, so by walking the
-  interpreter's frames it can report a value that its function did not return. It gains nothing that `return` would
-  not give: right answers never enter the sandbox, and the result pipe belongs to this one program, so no other's
-  verdict can be touched. Bytes written to the pipe without such a walk cost the program its point.
-- Machines without the filter (other systems or CPUs, kernels that refuse it; a warning says so). There the limits
-  remain: no new descriptor or process, so no file contents and no network, but calls that need none, such as removing
-  a file or a signal to another process of the same user, go through; as root in a container that may not change its
-  user, processes are not limited either. A worker that a program kills is replaced, and only that program loses.
-- Load: a program may use its CPU time, its memory and its wall time in full, `n_workers` of them at once.
+  interpreter's frames it can report a value that its function did not return. This is no better than `return`: right
+  answers never enter the sandbox, and each program has its own result pipe, so it cannot change the verdict of another.
+  Bytes written to the pipe in any other way make the result invalid.
+- Machines without the filter (other systems or CPUs, kernels that refuse it; a warning is shown). The limits still
+  apply: no new descriptor or process, so no file contents and no network. But calls that need neither are possible,
+  such as removing a file or sending a signal to another process of the same user. As root in a container that cannot
+  change its user, the number of processes is not limited either. If a program kills its worker, the worker is replaced
+  and only this program fails.
+- Load: `n_workers` programs at a time may use all of their CPU time, memory and wall time.
 
-Works on Linux, as root or not, and needs no namespace, no container and no setting of the machine. It should work on
-macOS, without the filter, but has not been tried there.
+Works on Linux, as root or not, and needs no namespace, container or system setting. It should work on macOS, without
+the filter, but is not tested there.
 """
 
 from __future__ import annotations
@@ -52,26 +53,26 @@ from typing import Literal
 
 Status = Literal["ok", "syntax_error", "error", "timeout", "memory", "killed"]
 
-MAX_PROGRAM = 16_000  # characters: as bytes they still fit a pipe, so that sending a program never blocks
+MAX_PROGRAM = 16_000  # characters; at most 64 KB in UTF-8, which fits a pipe, so that sending a program never blocks
 MAX_WORKERS = 16
-WORKERS_PER_CORE = 2  # on a loaded machine handing programs over takes longer than running them
+WORKERS_PER_CORE = 2  # on a loaded machine sending programs takes longer than running them
 WORKER = Path(__file__).resolve().with_name("sandbox_worker.py")
-# What a worker needs beyond a program's wall time to answer, on a loaded machine.
+# Time that a worker on a loaded machine needs to answer, after a program's wall time.
 GRACE_S = 20.0
 START_S = 60.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a program.
+    """Result of running a program.
 
-    `status`: `ok` (its function returned), `syntax_error` (no part of it compiles and holds a function), `error` (an
-    exception, `sys.exit` too), `timeout` (CPU or wall time), `memory`, or `killed` (it ended without a result).
+    `status`: `ok` (its function returned), `syntax_error` (no part compiles and contains a function), `error` (an
+    exception, including `sys.exit`), `timeout` (CPU or wall time), `memory`, or `killed` (it ended without a result).
     """
 
     status: Status
-    value: float | str | None = None  # int, float or string; None if the function returned something else
-    message: str = ""  # what went wrong, printable, at most a few hundred characters
+    value: float | str | None = None  # int, float or string; None if the function returned another type
+    message: str = ""  # details, printable, at most a few hundred characters
 
 
 def run_programs(
@@ -83,15 +84,15 @@ def run_programs(
     memory_mib: int = 512,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Outcome]:
-    """Run each program and call the first function of its top level without arguments; outcomes in order.
+    """Run each program and call its first top-level function without arguments; outcomes in the same order.
 
-    The last lines of a program are cut until it compiles, and top-level statements that call nothing are left out.
-    The module `math` is there without an import, and `__name__` is "__main__".
+    Last lines of a program are removed until it compiles, and top-level statements that call nothing are skipped. The
+    module `math` is available without an import, and `__name__` is "__main__".
 
     Args:
-        n_workers: programs at once; by default two per core that this process may use, at most 16.
+        n_workers: programs run in parallel; by default two per core that this process may use, at most 16.
         cpu_s, wall_s, memory_mib: limits of one program.
-        on_done: called with the program's index as each is finished.
+        on_done: called with the index of each program when it has ended.
 
     Raises:
         ValueError: a limit is not positive.
@@ -135,14 +136,14 @@ def run_programs(
 
 
 class _Worker:
-    """A worker process and the program that it is at."""
+    """A worker process and the program that it runs."""
 
     def __init__(self, limits: tuple[int, float, int]) -> None:
         self.index: int | None = None
         self.deadline = 0.0
         self._wall_s = limits[1]
         command = [sys.executable, "-s", "-S", "-B", "-X", "utf8", str(WORKER), *map(str, limits)]
-        # Sets have the same order in every run. The path is for Pythons that find their own library by it.
+        # The hash seed makes the order of sets equal in every run. Some Pythons need LD_LIBRARY_PATH to find libpython.
         environment = {"PYTHONHASHSEED": "0"} | {
             name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ
         }
@@ -152,30 +153,30 @@ class _Worker:
             stdout=subprocess.PIPE,
             cwd="/",
             env=environment,
-            start_new_session=True,  # a Ctrl-C is for this process, which then stops its workers
+            start_new_session=True,  # Ctrl-C reaches only this process, which then stops its workers
         )
         self.is_alive = True
-        self._greeted = False
+        self._is_ready = False
 
     def fileno(self) -> int:
-        """What becomes readable when there is an outcome."""
+        """The descriptor that becomes readable when there is an outcome."""
         assert self._process.stdout is not None
         return self._process.stdout.fileno()
 
     def send(self, index: int, program: str) -> None:
-        """Give it a program."""
+        """Send a program to the worker."""
         assert self._process.stdin is not None
-        if not self._greeted:
-            self._greet()
+        if not self._is_ready:
+            self._wait_until_ready()
         self.index = index
         self.deadline = time.monotonic() + self._wall_s + GRACE_S
         text = program.encode("utf-8", "surrogatepass")
-        with suppress(BrokenPipeError):  # it is dead: `receive` will see
+        with suppress(BrokenPipeError):  # the worker is dead, which `receive` handles
             self._process.stdin.write(struct.pack("<I", len(text)) + text)
             self._process.stdin.flush()
 
     def receive(self, is_late: bool) -> tuple[int, Outcome]:
-        """Take the outcome of its program; a worker that is late or dead is stopped."""
+        """Index and outcome of the worker's program; stops the worker if it is late or dead."""
         assert self.index is not None
         assert self._process.stdout is not None
         index, self.index = self.index, None
@@ -190,29 +191,29 @@ class _Worker:
         return index, Outcome(content["status"], value, _printable(content["message"]))
 
     def stop(self) -> None:
-        """End the process; the program it is at ends with it (on Linux; within its wall time elsewhere)."""
+        """Kill the process; its program ends too (at once on Linux, elsewhere within its wall time)."""
         self.is_alive = False
         self._process.kill()
         with suppress(BrokenPipeError):
             self._process.communicate()
         self._process.wait()
 
-    def _greet(self) -> None:
-        """Wait until it has started, and warn once if its protections are not complete."""
+    def _wait_until_ready(self) -> None:
+        """Wait until the process has started, and warn once if a protection is missing."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline() if wait([self.fileno()], START_S) else b""
         if not line:
-            raise RuntimeError("the sandbox's worker could not start; what it printed stands above")
-        self._greeted = True
-        _warn_of_gaps(frozenset(json.loads(line)["protections"]))
+            raise RuntimeError("the sandbox's worker could not start; its error output is above")
+        self._is_ready = True
+        _warn_of_missing(frozenset(json.loads(line)["protections"]))
 
 
 @cache
-def _warn_of_gaps(protections: frozenset[str]) -> None:
-    """Once per process: say what a program is not kept from here."""
+def _warn_of_missing(protections: frozenset[str]) -> None:
+    """Warn, once per process, that the system call filter is missing."""
     if "seccomp" not in protections:
         warnings.warn(
-            "the system call filter is not available here, so model-written programs run under resource limits only: "
+            "the system call filter is not available, so programs written by a model run with resource limits only, "
             "see grader/sandbox.py",
             RuntimeWarning,
             stacklevel=2,
@@ -220,12 +221,12 @@ def _warn_of_gaps(protections: frozenset[str]) -> None:
 
 
 def _printable(text: str) -> str:
-    """The text with a question mark for whatever could steer a terminal."""
+    """The text with `?` for unprintable characters, such as terminal control codes."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _n_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,11 +1,11 @@
-"""The process that runs untrusted programs, one confined child for each. Started by `grader/sandbox.py`; what it does
-and does not protect against stands there.
+"""The process that runs untrusted programs, each in a confined child. It is started by `grader/sandbox.py`, which
+documents what it protects against.
 
     python sandbox_worker.py CPU_S WALL_S MEMORY_BYTES
 
-It reads programs from standard input (4 bytes of length, then UTF-8) and answers each with a line of JSON on standard
-output, after a first line that names the protections in force. It imports nothing but the standard library, so that a
-fork is cheap and holds nothing of the caller's.
+It reads programs from standard input (4 bytes of length, then UTF-8). On standard output it first writes a line of JSON
+with the active protections, then one line for each program. It imports only the standard library, so that a fork is
+cheap and contains nothing of the caller.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-# What programs may import: loaded before the first fork, because a child can open no file.
+# Modules that programs may import: loaded before the first fork, because a child cannot open files.
 MODULES = (
     "abc", "bisect", "calendar", "cmath", "collections", "collections.abc", "copy", "dataclasses", "datetime",
     "decimal", "enum", "fractions", "functools", "heapq", "itertools", "json", "math", "numbers", "operator", "random",
@@ -39,14 +39,14 @@ MODULES = (
 )  # fmt: skip
 
 RESULT_FD = 3
-MAX_RESULT = 4000  # bytes of a child's answer; less than a pipe holds, so that writing it never blocks
+MAX_RESULT = 4000  # bytes of a child's answer; fits a pipe, so that writing it never blocks
 MAX_TEXT = 200  # characters of a returned string or of a message
 MAX_INT_BITS = 1024
 NOBODY = 65534
 CHILD_STATUSES = ("ok", "syntax_error", "error", "memory")
 
-# System calls a child may make, by machine: memory, clocks, random bytes, sleep, and reading and writing what is open.
-# Anything else fails with EPERM: no open, no socket, no fork, clone or exec, no kill, no ptrace, no ioctl.
+# System calls that a child may make, by machine: memory, clocks, random bytes, sleep, and reading and writing of open
+# descriptors. All others fail with EPERM: no open, no socket, no fork, clone or exec, no kill, no ptrace, no ioctl.
 SYSCALLS = {
     "x86_64": (
         0xC000003E,
@@ -77,36 +77,36 @@ SECCOMP_KILL, SECCOMP_ERRNO_EPERM, SECCOMP_ALLOW = 0x80000000, 0x00050001, 0x7FF
 
 
 class FilterProgram(ctypes.Structure):
-    """`struct sock_fprog`: a system call filter as the kernel takes it."""
+    """A system call filter for the kernel, `struct sock_fprog`."""
 
     _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_char_p))
 
 
 class Confinement(NamedTuple):
-    """How each child is confined; made once, before the first fork."""
+    """How each child is confined; built once, before the first fork."""
 
     cpu_s: int
-    memory: int  # bytes of address space
-    worker: int  # this process's id
-    prctl: Any  # the C library's function; None where the system has none
+    memory_bytes: int  # address space
+    worker_pid: int  # of this process
+    prctl: Any  # the function of the C library; None if the system has none
     filter: FilterProgram | None
 
 
 def main() -> None:
     """Serve until standard input closes."""
-    cpu_s, wall_s, memory = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+    cpu_s, wall_s, memory_bytes = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
     for name in MODULES:
         importlib.import_module(name)
     sys.path.clear()
     os.environ.clear()
     warnings.simplefilter("ignore")
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # if memory runs out, a program dies and not the training run beside it
+        file.write("1000")  # if memory runs out, the kernel kills a program, not a training run
     null = os.open(os.devnull, os.O_RDWR)
     os.set_inheritable(null, True)
-    confinement = Confinement(cpu_s, memory, os.getpid(), load_prctl(), build_filter())
+    confinement = Confinement(cpu_s, memory_bytes, os.getpid(), load_prctl(), build_filter())
     gc.collect()
-    gc.freeze()  # the collector would touch, and so copy, the pages that the children share
+    gc.freeze()  # otherwise the collector would write to, and so copy, pages shared with children
     reply({"protections": probe(confinement)})
     while (source := read_program()) is not None:
         reply(run(source, null, wall_s, confinement))
@@ -121,17 +121,17 @@ def read_program() -> str | None:
 
 
 def reply(content: dict[str, Any]) -> None:
-    """One line to the caller."""
+    """Write one line to the caller."""
     os.write(1, json.dumps(content).encode() + b"\n")
 
 
 def run(source: str, null: int, wall_s: float, confinement: Confinement) -> dict[str, Any]:
-    """Run a program in a child and say what came of it: `status`, `value` and `message`."""
-    # The child must return this with its result: bytes that a program sprays over its descriptors are no result.
+    """Run a program in a child; returns `status`, `value` and `message`."""
+    # The child returns this with its result, so bytes that a program writes to all descriptors are not a result.
     nonce = os.urandom(8).hex()
     result_read, result_write = os.pipe()
     output_read, output_write = os.pipe()
-    # Nobody reads the output: the pipe's size is the limit, and writing on raises BlockingIOError.
+    # The output is not read: once the pipe is full, writing raises BlockingIOError.
     os.set_blocking(output_write, False)
     deadline = time.monotonic() + wall_s
     pid = fork()
@@ -139,8 +139,8 @@ def run(source: str, null: int, wall_s: float, confinement: Confinement) -> dict
         try:
             for source_fd, target in ((null, 0), (output_write, 1), (output_write, 2), (result_write, RESULT_FD)):
                 os.dup2(source_fd, target)
-            os.closerange(RESULT_FD + 1, 64)  # the worker never holds this many
-            signal.alarm(math.ceil(wall_s) + 1)  # should this process, which keeps the time, be killed
+            os.closerange(RESULT_FD + 1, 64)  # the worker never has so many open
+            signal.alarm(math.ceil(wall_s) + 1)  # in case this process, which measures the wall time, is killed
             confine(confinement)
             os.write(RESULT_FD, json.dumps([nonce, *execute(source)]).encode())
         finally:
@@ -157,16 +157,16 @@ def run(source: str, null: int, wall_s: float, confinement: Confinement) -> dict
         return outcome("timeout", message="wall time")
     if raw:
         return parse_result(raw, nonce)
-    number = os.WTERMSIG(wait_status) if os.WIFSIGNALED(wait_status) else None
-    if number == signal.SIGXCPU or usage.ru_utime + usage.ru_stime >= confinement.cpu_s:
+    signal_number = os.WTERMSIG(wait_status) if os.WIFSIGNALED(wait_status) else None
+    if signal_number == signal.SIGXCPU or usage.ru_utime + usage.ru_stime >= confinement.cpu_s:
         return outcome("timeout", message="CPU time")
-    if number in (None, signal.SIGKILL):  # perhaps the kill above, of a program that closed its descriptors
+    if signal_number in (None, signal.SIGKILL):  # SIGKILL may be from above, if the program closed its descriptors
         return outcome("killed", message="ended without a result")
-    return outcome("killed", message=f"ended by signal {number}")
+    return outcome("killed", message=f"ended by signal {signal_number}")
 
 
 def fork() -> int:
-    """`os.fork`, tried again while the machine is short of processes or memory."""
+    """`os.fork`, retried for a few seconds if processes or memory are short."""
     for pause_s in (0.1, 0.5, 2.0):
         try:
             return os.fork()
@@ -180,7 +180,7 @@ def fork() -> int:
 
 
 def read_result(descriptor: int, deadline: float) -> tuple[bytes, bool]:
-    """What the child wrote until it closed its end (cut when too long), and whether it did so in time."""
+    """What the child wrote until it closed the pipe, truncated if too long, and whether it did so in time."""
     raw = b""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
@@ -196,13 +196,13 @@ def read_result(descriptor: int, deadline: float) -> tuple[bytes, bool]:
 
 
 def parse_result(raw: bytes, nonce: str) -> dict[str, Any]:
-    """A child's answer as plain, checked data; whatever is not exactly one answer counts as none."""
+    """Parse and check a child's answer; anything but exactly one valid answer counts as no result."""
     try:
-        answered, status, value, message = json.loads(raw)
+        child_nonce, status, value, message = json.loads(raw)
     except (ValueError, TypeError, RecursionError):
         return outcome("killed", message="no valid result")
     good_value = value is None or type(value) in (int, float, str)
-    if answered != nonce or status not in CHILD_STATUSES or not good_value or type(message) is not str:
+    if child_nonce != nonce or status not in CHILD_STATUSES or not good_value or type(message) is not str:
         return outcome("killed", message="no valid result")
     return outcome(status, value, message)
 
@@ -216,13 +216,13 @@ def outcome(status: str, value: float | str | None = None, message: str = "") ->
 
 
 def execute(source: str) -> tuple[str, float | str | None, str]:
-    """Run a program and call its first function; status, value and message."""
+    """Run a program and call its first function; returns status, value and message."""
     try:
         code, name = compile_program(source)
     except Exception as error:
         return "syntax_error", None, describe(error)
     module = types.ModuleType("__main__")
-    module.__dict__["math"] = math  # models often use it and forget to import it
+    module.__dict__["math"] = math  # models often use it without an import
     sys.modules["__main__"] = module
     random.seed(0)
     try:
@@ -236,23 +236,22 @@ def execute(source: str) -> tuple[str, float | str | None, str]:
 
 
 def compile_program(source: str) -> tuple[types.CodeType, str]:
-    """Compile the longest run of leading lines that compiles and holds a function; its code and the function's name.
+    """Compile the longest prefix of lines that compiles and contains a function; returns code and function name.
 
-    Statements that are mere words or numbers are left out: `Done` after a program is no reason for a NameError.
+    Statements that are only words or numbers are left out: `Done` after a program must not raise NameError.
 
     Raises:
-        SyntaxError, ValueError, MemoryError, RecursionError: what the parser finds wrong with the whole, where no part
-            will do.
+        SyntaxError, ValueError, MemoryError, RecursionError: no prefix works; the error of the whole program.
     """
     lines = source.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    complaint: Exception | None = None
+    first_error: Exception | None = None
     while lines:
         try:
             tree = ast.parse("\n".join(lines), "<program>")
             code = compile(tree, "<program>", "exec")
         except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-            complaint = complaint or error
-            # A line that breaks the syntax breaks every longer prefix too, so the cut may go there at once.
+            first_error = first_error or error
+            # A syntax error in a line is also in every longer prefix, so continue before that line.
             del lines[min(len(lines), getattr(error, "lineno", None) or len(lines)) - 1 :]
             continue
         names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
@@ -262,22 +261,22 @@ def compile_program(source: str) -> tuple[types.CodeType, str]:
         if len(kept) < len(tree.body):
             code = compile(ast.Module(kept, []), "<program>", "exec")
         return code, names[0]
-    raise complaint or SyntaxError("no function at the top level")
+    raise first_error or SyntaxError("no function at the top level")
 
 
 def is_idle(node: ast.stmt) -> bool:
-    """Whether a statement can only do nothing or fail: an expression or annotation that calls nothing."""
-    words = isinstance(node, ast.Expr) or (isinstance(node, ast.AnnAssign) and node.value is None)
-    return words and not any(isinstance(part, ast.Call) for part in ast.walk(node))
+    """Whether a statement does nothing or fails: an expression or annotation without a call."""
+    is_expression = isinstance(node, ast.Expr) or (isinstance(node, ast.AnnAssign) and node.value is None)
+    return is_expression and not any(isinstance(part, ast.Call) for part in ast.walk(node))
 
 
 def to_plain(value: Any) -> tuple[float | str | None, str]:
-    """A returned value as number or string, or None with the reason; never calls a method of the program's own."""
+    """Convert a returned value to a number or string, or None with the reason; calls no method of the program."""
     kind = type(value)
     if kind in (Decimal, Fraction):
         kind, value = float, float(value)
     if issubclass(kind, float):
-        number = float.__add__(value, 0.0)  # a plain float, should it be of a subclass
+        number = float.__add__(value, 0.0)  # a plain float, also for a subclass
         return (number, "") if math.isfinite(number) else (float.__repr__(number), "")
     if issubclass(kind, int) and kind is not bool:
         if int.bit_length(value) > MAX_INT_BITS:
@@ -289,7 +288,7 @@ def to_plain(value: Any) -> tuple[float | str | None, str]:
 
 
 def describe(error: BaseException) -> str:
-    """Type and text of an exception, as far as it lets itself be printed."""
+    """Type and, if it can be printed, text of an exception."""
     name = type(error).__name__
     try:
         return f"{name}: {error}"[:MAX_TEXT]
@@ -298,19 +297,19 @@ def describe(error: BaseException) -> str:
 
 
 def confine(confinement: Confinement) -> list[str]:
-    """Give up, for good, what a program has no need of; returns the protections that are in force.
+    """Irrevocably drop all rights that a program does not need; returns the active protections.
 
-    Each is tried: a container may forbid to change the user, another system may not know a limit.
+    A protection that fails is skipped: a container may forbid changing the user, another system may lack a limit.
     """
     active = []
     os.setsid()
     limits = {
         "CPU": (confinement.cpu_s, confinement.cpu_s + 1),  # SIGXCPU, then SIGKILL
-        "AS": (confinement.memory, confinement.memory),
+        "AS": (confinement.memory_bytes, confinement.memory_bytes),
         "FSIZE": (0, 0),
         "CORE": (0, 0),
-        "NOFILE": (0, 0),  # no further descriptor: no file, socket or pipe
-        "NPROC": (0, 0),  # no process or thread (does not bind root)
+        "NOFILE": (0, 0),  # no new descriptor: no file, socket or pipe
+        "NPROC": (0, 0),  # no process or thread (no effect for root)
     }
     for name, limit in limits.items():
         with suppress(AttributeError, ValueError, OSError):
@@ -324,8 +323,8 @@ def confine(confinement: Confinement) -> list[str]:
             active.append("user")
     if confinement.prctl is not None:
         confinement.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, None, 0, 0)  # after setuid, which clears it
-        if os.getppid() != confinement.worker:
-            os._exit(1)  # the worker has ended in between
+        if os.getppid() != confinement.worker_pid:
+            os._exit(1)  # the worker has ended meanwhile
         confinement.prctl(PR_SET_NO_NEW_PRIVS, 1, None, 0, 0)
         if confinement.filter is not None:
             program = ctypes.byref(confinement.filter)
@@ -335,7 +334,7 @@ def confine(confinement: Confinement) -> list[str]:
 
 
 def load_prctl() -> Any:
-    """Linux's `prctl`; None on other systems."""
+    """`prctl` on Linux; None on other systems."""
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl
@@ -344,7 +343,7 @@ def load_prctl() -> Any:
 
 
 def build_filter() -> FilterProgram | None:
-    """The system call filter in classic BPF; None where this machine's numbers are not known."""
+    """The system call filter in classic BPF; None if the call numbers of this machine are not known."""
     machine = os.uname().machine
     if sys.platform != "linux" or machine not in SYSCALLS or sys.maxsize < 2**32:
         return None
@@ -364,7 +363,7 @@ def build_filter() -> FilterProgram | None:
 
 
 def probe(confinement: Confinement) -> list[str]:
-    """The protections that a child gets, found by confining one."""
+    """The protections that are active in a child, found by confining one."""
     read_end, write_end = os.pipe()
     pid = fork()
     if pid == 0:

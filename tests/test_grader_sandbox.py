@@ -326,9 +326,9 @@ def changed_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         path.write_text(text.replace(old, new), encoding="utf-8")
         monkeypatch.setattr(grader.sandbox, "WORKER", path)
 
-    grader.sandbox._warn_of_gaps.cache_clear()
+    grader.sandbox._warn_of_missing.cache_clear()
     yield change
-    grader.sandbox._warn_of_gaps.cache_clear()
+    grader.sandbox._warn_of_missing.cache_clear()
 
 
 def test_without_the_filter_limits_remain(changed_worker, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Fill in masked tokens with a trained model, most confident positions first.
+"""Sample from a trained model: solve a Sudoku puzzle or write a program.
 
     python sampling.py --checkpoint runs/sudoku_puma --puzzle 530070000600195000098000060800060003400803001...
     python sampling.py --checkpoint runs/tinygsm_puma --prompt "Anna has 5 books and buys 3 more. How many has she now?"
@@ -11,7 +11,7 @@ In a notebook:
     for answer in sample(trained, [trained.data.example()]):
         print(answer.text, answer.nfe)
 
-`samplers/` holds the samplers; what a question and an answer are is up to the data set (`data/`).
+The samplers are in `samplers/`; the data set (`data/`) defines questions and answers.
 
 Shapes: L positions.
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from model.transformer import Transformer
 
-# torch takes seconds to import, so only the functions that need it do; `--help` and wrong options are answered at once.
+# torch takes seconds to import, so functions import it when they need it: `--help` and wrong options answer at once.
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,22 @@ class Trained:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model made of one question."""
+    """A model's answer to one question."""
 
-    text: str  # for a terminal
+    text: str  # formatted for a terminal
     tokens: np.ndarray  # int64 [L]
-    order: np.ndarray  # int64 [L], step at which a position was filled, from 1; 0 where it was given
+    order: np.ndarray  # int64 [L], step at which a position was filled, from 1; 0 for given positions
     nfe: int  # network forward evaluations
 
 
 def load(path: str, device: str = "auto") -> Trained:
-    """Open a run directory (its newest checkpoint) or a checkpoint folder; averaged weights where there are any.
+    """Load a run directory (its newest checkpoint) or a checkpoint folder; averaged weights if there are any.
 
     Args:
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
-        ValueError: there is no usable checkpoint, or no GPU where one is asked for.
+        ValueError: there is no usable checkpoint, or `device` is `cuda` and there is no GPU.
     """
     from model.hub import load_model
     from runtime.distributed import start_world
@@ -78,15 +78,15 @@ def load(path: str, device: str = "auto") -> Trained:
 def sample(
     trained: Trained, questions: Sequence[str], rule: SamplingRule = DEFAULT_RULE, *, seed: int = 0
 ) -> list[Answer]:
-    """Answer questions: Sudoku puzzles, or problems in words.
+    """Answer questions: Sudoku puzzles or word problems.
 
     Args:
-        questions: as the data set's `encode` takes them.
+        questions: in the form that the data set's `encode` takes.
         rule: which positions are filled first, and how many per forward pass.
-        seed: of the random numbers, which the temperature and the confidence `random` use.
+        seed: of the random numbers, used by the temperature and the confidence `random`.
 
     Raises:
-        ValueError: a question is none, or the model cannot be sampled by this rule.
+        ValueError: a question is invalid, or the rule does not work with this model.
     """
     import torch
 
@@ -107,11 +107,13 @@ def sample(
 
 
 def _parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, SamplingRule]:
-    parser = argparse.ArgumentParser(description="Let a trained model solve a puzzle or write a program.")
+    parser = argparse.ArgumentParser(description="Solve a puzzle or write a program with a trained model.")
     parser.add_argument("--checkpoint", required=True, help="run directory or checkpoint folder")
     question = parser.add_mutually_exclusive_group(required=True)
-    question.add_argument("--puzzle", help="Sudoku: cells row by row, . or 0 where empty")
-    question.add_argument("--prompt", help="a question in words; for TinyGSM the program and its value are printed")
+    question.add_argument("--puzzle", help="Sudoku: cells row by row, . or 0 for empty cells")
+    question.add_argument(
+        "--prompt", help="a question in words; TinyGSM prints the program and the value that it returns"
+    )
     parser.add_argument("--confidence", default="top_prob", choices=get_args(Confidence))
     parser.add_argument("--tokens-per-step", type=int, default=1)
     parser.add_argument("--threshold", type=float, help="also fill all positions above this probability")
@@ -136,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
         wanted = trained.data.question_option
         question = getattr(options, wanted)
         if question is None:
-            raise ValueError(f"this model was trained on {trained.config.data.dataset}: give it a --{wanted}")
+            raise ValueError(f"this model was trained on {trained.config.data.dataset}: use --{wanted}")
         (answer,) = sample(trained, [question], rule, seed=options.seed)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

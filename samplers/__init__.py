@@ -1,1 +1,1 @@
-"""Filling in masked tokens: whole rows, block by block, or left to right."""
+"""Samplers, which fill masked tokens: anywhere in a row, block by block, or left to right."""

@@ -1,6 +1,6 @@
-"""Fill in masked tokens block by block, as block diffusion is trained: a block sees the finished ones before it.
+"""Fill masked tokens block by block, as in block diffusion training: a block sees the finished blocks before it.
 
-Shapes: B rows, b of them in a pass, L positions, S block size.
+Shapes: B rows, b unfinished rows in a pass, L positions, S block size.
 """
 
 from __future__ import annotations
@@ -27,27 +27,26 @@ def sample_blocks(
     seed: int = 0,
     row_ids: Tensor | None = None,
 ) -> Samples:
-    """Fill every masked position, all of a block before any of the next; the rest as in `samplers.full.sample_full`.
+    """Fill all masked positions, one block after another; otherwise as `samplers.full.sample_full`.
 
-    A pass is over the rows that have masked positions in the block, from the first position that is not cached to the
-    block's end. The first pass of a block also computes the keys and values of the finished tokens before it, so
-    caching takes no pass of its own and changes no row's number of passes.
+    A pass covers the rows with masked positions in the block, from the first position that is not cached to the end of
+    the block. The first pass of a block also computes the keys and values of the finished tokens before it, so caching
+    needs no extra pass and does not change the number of passes of a row.
 
     Args:
-        xt: int64 [B, L], `mask_id` where a token is wanted; prompts may stand anywhere, but nothing sees those behind
-            the block that is being filled.
-        eos_id: a row stops once a finished block holds this token at a place that was masked; what is still masked
-            behind it becomes `eos_id`, at the row's last step. None: rows never stop early.
-        cached: keep keys and values of finished blocks, where the model is block-causal. Same tokens, fewer
-            operations.
+        xt: int64 [B, L], `mask_id` at the positions to fill; prompts may be anywhere, but prompts after the current
+            block are not visible.
+        eos_id: a row stops after a block in which this token was filled in; its remaining masked positions become
+            `eos_id`, at the row's last step. None: rows never stop early.
+        cached: cache keys and values of finished blocks if the model is block-causal. Same tokens, fewer operations.
 
     Raises:
         ValueError: `block_size` does not divide L.
     """
     n_rows, length = xt.shape
     if length % block_size:
-        raise ValueError(f"blocks of {block_size} tokens do not divide a sequence of {length}")
-    tokens, order, wanted = xt.clone(), torch.zeros_like(xt), xt == mask_id
+        raise ValueError(f"block_size {block_size} does not divide the {length} tokens of a sequence")
+    tokens, order, was_masked = xt.clone(), torch.zeros_like(xt), xt == mask_id
     nfe = torch.zeros(n_rows, dtype=torch.long, device=xt.device)
     keys = row_keys(xt, seed, row_ids)  # [B]
     finished = _FinishedBlocks(model, n_rows, length) if cached and model.block_size == block_size else None
@@ -75,7 +74,7 @@ def sample_blocks(
             active = active[unfinished]
         if eos_id is not None:
             block = slice(start, end)
-            stopped = ((tokens[:, block] == eos_id) & wanted[:, block]).any(1)
+            stopped = ((tokens[:, block] == eos_id) & was_masked[:, block]).any(1)
             rest = stopped[:, None] & (tokens == mask_id)  # [B, L]
             tokens[rest] = eos_id
             order += rest * nfe[:, None]
@@ -83,20 +82,20 @@ def sample_blocks(
 
 
 class _FinishedBlocks:
-    """Keys and values of all rows' finished blocks; rows may be apart in how far theirs have been computed."""
+    """Keys and values of the finished blocks of all rows; the number of computed positions may differ between rows."""
 
     def __init__(self, model: Transformer, n_rows: int, length: int) -> None:
         self.store = model.model.empty_cache(n_rows, length)
         self.n_computed = torch.zeros(n_rows, dtype=torch.long, device=self.store.keys.device)  # [B], positions
 
     def open(self, rows: Tensor, end: int) -> KeyValueCache:
-        """A cache for passes over these rows (int64 [b]) up to position `end`, as far as all of them are computed."""
+        """A cache for passes over `rows` (int64 [b]) up to position `end`, with what is computed for all of them."""
         n_common = int(self.n_computed[rows].min()) if len(rows) else 0
         keys, values = (stored[:, rows, :, :end] for stored in (self.store.keys, self.store.values))
         return KeyValueCache(keys, values, n_common)
 
     def close(self, rows: Tensor, cache: KeyValueCache, start: int) -> None:
-        """Take what a pass computed before position `start`, where tokens are final; the next passes begin there."""
+        """Store what a pass computed before position `start`, where tokens are final; the next passes start there."""
         fresh = slice(cache.length, start)
         for stored, own in ((self.store.keys, cache.keys), (self.store.values, cache.values)):
             stored[:, rows, :, fresh] = own[:, :, :, fresh]

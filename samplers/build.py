@@ -1,4 +1,4 @@
-"""Which sampler fits a model."""
+"""Choose the sampler for a model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Sampler = Callable[..., Samples]
 
 
 def build_sampler(config: Config, eos_id: int | None = None) -> Sampler:
-    """The sampler that fits the objective; called as `sample_full` is.
+    """The sampler for the objective; its arguments are those of `sample_full`.
 
     Args:
-        eos_id: the token that ends a sequence, if the data set has one.
+        eos_id: the token that ends a sequence; None if the data set has none.
     """
     if isinstance(config.objective, BlockSettings):
         return partial(sample_blocks, block_size=config.objective.block_size, eos_id=eos_id)

@@ -1,6 +1,6 @@
-"""Write tokens from left to right with a causal model, keeping keys and values of what has been read.
+"""Sample tokens from left to right with a causal model, with cached keys and values.
 
-Shapes: B rows, L positions, b rows that are still being written.
+Shapes: B rows, L positions, b unfinished rows.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from model.token_predictions import mix_keys, predict_tokens
 from model.transformer import Transformer
 from samplers.step import Samples, row_keys
 
-# Finished rows leave the batch once they are this share of it: leaving copies the whole cache.
-LEAVING_SHARE = 1 / 8
+# Finished rows are removed once they are this share of the batch: removing rows copies the whole cache.
+REMOVED_SHARE = 1 / 8
 
 
 @torch.no_grad()
@@ -28,26 +28,26 @@ def sample_causal(
     seed: int = 0,
     row_ids: Tensor | None = None,
 ) -> Samples:
-    """Fill every masked position, each from all tokens before it, until the row's end.
+    """Fill all masked positions, each from all tokens before it.
 
-    The batch walks over the positions together. Given tokens are read as they are, wherever they stand, so prompts may
-    differ in length. A row that writes EOS is done: its other masked positions become EOS too, at the same step. Rows
-    are independent, as in `sample`; a row's `nfe` is the number of tokens that the model wrote.
+    All rows of the batch are at the same position. Given tokens are kept at any position, so prompts may differ in
+    length. A row ends when EOS is sampled: its other masked positions become EOS at the same step. Rows are
+    independent, as in `sample_full`; `nfe` of a row is the number of tokens sampled.
 
     Args:
-        xt: int64 [B, L], `mask_id` where a token is wanted.
-        eos_id: None if rows are written to their full length.
-        rule: only the temperature can be chosen.
-        seed, row_ids: random numbers depend on these alone (row_ids: int64 [B], by default 0..B-1).
+        xt: int64 [B, L], `mask_id` at the positions to fill.
+        eos_id: None: rows have no end token.
+        rule: only its temperature may be set.
+        seed, row_ids: random numbers depend only on these (row_ids: int64 [B], by default 0..B-1).
 
     Raises:
-        ValueError: the rule asks for another order than left to right, or a row begins with a masked position, which
-            there is nothing to predict from.
+        ValueError: the rule sets another order than left to right, or the first position of a row is masked, so there
+            is no token to predict it from.
     """
     rule.check(causal=True)
     if (xt[:, 0] == mask_id).any():
         row = int((xt[:, 0] == mask_id).nonzero()[0])
-        raise ValueError(f"row {row} has no prompt: a causal model needs at least one given token to start from")
+        raise ValueError(f"row {row} has no prompt: a causal model needs at least one given token at the start")
     tokens, order = xt.clone(), torch.zeros_like(xt)
     nfe = torch.zeros(len(xt), dtype=torch.long, device=xt.device)
     keys = row_keys(xt, seed, row_ids)  # [B]
@@ -55,27 +55,27 @@ def sample_causal(
     cache = model.model.empty_cache(len(active), xt.shape[1])
     while len(active):
         masked = tokens[active] == mask_id  # [b, L]
-        position = int(masked.any(0).int().argmax())  # the first that any row wants
+        position = int(masked.any(0).int().argmax())  # first masked position of any row
         hidden = model.model(tokens[active, cache.length : position], cache=cache)[:, -1]  # [b, D]
         cache.length = position
-        wanting = masked[:, position]
-        writing = active[wanting]
+        is_masked = masked[:, position]
+        sampled = active[is_masked]
         predicted = predict_tokens(
-            hidden[wanting],
+            hidden[is_masked],
             model.lm_head.weight,
             mask_id,
             temperature=rule.temperature,
-            noise_key=mix_keys(keys[writing], position),
+            noise_key=mix_keys(keys[sampled], position),
         )
-        nfe[writing] += 1
-        tokens[writing, position], order[writing, position] = predicted.token, nfe[writing]
+        nfe[sampled] += 1
+        tokens[sampled, position], order[sampled, position] = predicted.token, nfe[sampled]
         if eos_id is not None:
-            ended = writing[predicted.token == eos_id]
+            ended = sampled[predicted.token == eos_id]
             rest = tokens[ended] == mask_id  # [n, L]
             tokens[ended] = tokens[ended].masked_fill(rest, eos_id)
             order[ended] += rest * nfe[ended, None]
         running = (tokens[active] == mask_id).any(1)
-        if int(running.sum()) <= (1 - LEAVING_SHARE) * len(active):
+        if int(running.sum()) <= (1 - REMOVED_SHARE) * len(active):
             cache.keep_rows(running.nonzero().squeeze(1))
             active = active[running]
     return Samples(tokens, order, nfe)

@@ -1,6 +1,6 @@
-"""Fill in masked tokens anywhere in a row, most confident positions first.
+"""Fill masked tokens anywhere in a row, most confident positions first.
 
-Shapes: B rows, b of them in a pass, L positions.
+Shapes: B rows, b unfinished rows in a pass, L positions.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ def sample_full(
     seed: int = 0,
     row_ids: Tensor | None = None,
 ) -> Samples:
-    """Fill every masked position; in each pass the best `tokens_per_step` of each row, and all above `threshold`.
+    """Fill all masked positions; each pass fills the best `tokens_per_step` of each row, and all above `threshold`.
 
-    Rows are independent: a row's result depends neither on its neighbours nor on the batch size. Finished rows leave
-    the batch.
+    Rows are independent: the result of a row does not depend on other rows or the batch size. Finished rows leave the
+    batch.
 
     Args:
-        xt: int64 [B, L], `mask_id` where a token is wanted.
+        xt: int64 [B, L], `mask_id` at the positions to fill.
         rule: which positions are filled first, how many per pass, and the temperature: 0 takes the most probable token,
             otherwise Gumbel noise is added, see `model.token_predictions.gumbel_noise`.
-        seed, row_ids: random numbers depend on these alone (row_ids: int64 [B], by default 0..B-1).
+        seed, row_ids: random numbers depend only on these (row_ids: int64 [B], by default 0..B-1).
     """
     tokens, order = xt.clone(), torch.zeros_like(xt)
     nfe = torch.zeros(len(xt), dtype=torch.long, device=xt.device)

@@ -1,6 +1,6 @@
-"""What all samplers share: their result, their random numbers, and one step that fills the best masked positions.
+"""Shared by all samplers: the result, random numbers, and a step that fills the best masked positions.
 
-Shapes: B rows, L positions, N masked positions of all rows together.
+Shapes: B rows, L positions, N masked positions in all rows.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from unmasking import reveal_top
 
 @dataclass(frozen=True)
 class Samples:
-    """What a sampler returns."""
+    """Result of a sampler."""
 
-    tokens: Tensor  # int64 [B, L], nothing masked
-    order: Tensor  # int64 [B, L], the step (from 1) at which a position was filled; 0 where it was given
-    nfe: Tensor  # int64 [B], forward passes that the row took part in
+    tokens: Tensor  # int64 [B, L], without mask tokens
+    order: Tensor  # int64 [B, L], step at which a position was filled, from 1; 0 for given positions
+    nfe: Tensor  # int64 [B], forward passes of the row
 
 
 def row_keys(xt: Tensor, seed: int, row_ids: Tensor | None) -> Tensor:
-    """One random key (int64 [B]) for each row of xt ([B, L]), from the seed and its id (by default 0..B-1) alone."""
+    """A random key (int64 [B]) for each row of xt ([B, L]), from the seed and the row's id (by default 0..B-1)."""
     ids = torch.arange(len(xt), device=xt.device) if row_ids is None else row_ids.to(xt.device)
     return mix_keys(ids, seed)
 
 
 def noise_keys(row_keys: Tensor, step: Tensor, positions: Tensor) -> Tensor:
-    """Random keys int64 [B, L], different for each row (keys int64 [B]), step ([B]) and position (int64 [L])."""
+    """Random keys (int64 [B, L]) from the keys and steps of the rows (int64 [B] each) and `positions` (int64 [L])."""
     return mix_keys(mix_keys(row_keys, step)[:, None], positions)
 
 
@@ -40,13 +40,13 @@ def fill(tokens: Tensor, masked: Tensor, predicted: TokenPredictions, keys: Tens
     """Fill the best `tokens_per_step` masked positions of each row, and all above `threshold`.
 
     Args:
-        tokens: int64 [B, L], written to.
+        tokens: int64 [B, L], updated in place.
         masked: bool [B, L].
-        predicted: of the N masked positions.
+        predicted: predictions at the N masked positions.
         keys: int64 [B, L], random; see `noise_keys`.
 
     Returns:
-        bool [B, L], what was filled.
+        bool [B, L], positions that were filled.
     """
     score = torch.full(tokens.shape, -torch.inf, device=tokens.device)
     score[masked] = _confidence(rule.confidence, predicted, keys[masked])
@@ -59,10 +59,10 @@ def fill(tokens: Tensor, masked: Tensor, predicted: TokenPredictions, keys: Tens
 
 
 def _confidence(name: Confidence, predicted: TokenPredictions, keys: Tensor) -> Tensor:
-    """Confidence of each masked position, float32 [N]; a higher one is filled sooner."""
+    """Confidence of each masked position, float32 [N]; higher is filled first."""
     if name == "top_prob":  # of the chosen token
         return predicted.log_prob
-    if name == "top_prob_margin":  # its lead over the second most probable (Kim et al. 2025)
+    if name == "top_prob_margin":  # difference to the second most probable token (Kim et al. 2025)
         return predicted.margin
     if name == "neg_entropy":
         return predicted.neg_entropy

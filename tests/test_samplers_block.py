@@ -144,7 +144,7 @@ def test_an_end_within_a_prompt_stops_nothing():
 
 
 def test_a_block_size_that_does_not_divide_the_row_is_refused():
-    with pytest.raises(ValueError, match="blocks of 5 tokens do not divide a sequence of 24"):
+    with pytest.raises(ValueError, match="block_size 5 does not divide the 24 tokens"):
         sample_blocks(build(None), prompts(), MASK, block_size=5)
 
 

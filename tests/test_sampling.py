@@ -308,8 +308,8 @@ def test_a_puzzle_is_read_with_dots_or_zeros() -> None:
     [
         ("12", "has 2 cells"),
         ("1" * 17, "has 17 cells"),
-        ("5" + "." * 15, r"holds \['5'\]"),
-        ("x" * 16, r"holds \['x'\]"),
+        ("5" + "." * 15, r"contains \['5'\]"),
+        ("x" * 16, r"contains \['x'\]"),
     ],
 )
 def test_a_wrong_puzzle_is_refused_with_the_reason(text: str, message: str) -> None:

@@ -1,6 +1,6 @@
-"""Measure a model on the test split: validation loss, and accuracy for each confidence rule and tokens per step.
+"""Evaluate a model on the test split: validation loss, and accuracy for each confidence rule and tokens per step.
 
-Works on a live model during training and on a checkpoint from the command line, on one process or sharded over many:
+Used during training, and from the command line for a checkpoint, on one process or with the test split over many:
 
     python -m eval.evaluate runs/sudoku_puma --json results.json validation.n_final_examples=1000
 
@@ -40,27 +40,27 @@ from runtime.distributed import (
 )
 from samplers.build import build_sampler
 
-# Masks of the validation loss: the same in every evaluation of every run, so that losses can be compared.
+# Seed of the masks of the validation loss: the same in all runs, so that their losses can be compared.
 MASK_SEED = 20_260_210
 NORMAL_95 = 1.959964
 
 
 @dataclass(frozen=True)
 class GroupResult:
-    """Accuracy on the questions of one difficulty."""
+    """Accuracy on a group of questions of similar difficulty."""
 
-    by: str  # what difficulty is measured by, e.g. clues
-    value: float  # lowest of the group
+    by: str  # measure of difficulty, e.g. clues
+    value: float  # lowest value of the group
     n: int
     accuracy: float
     accuracy_low: float  # 95% interval
     accuracy_high: float
-    reference: float | None  # share that the task's simple method solves
+    reference: float | None  # share solved by the simple method of the data set
 
 
 @dataclass(frozen=True)
 class SamplerResult:
-    """What one way of sampling reached."""
+    """Results of one sampling rule."""
 
     confidence: Confidence
     tokens_per_step: int
@@ -68,32 +68,32 @@ class SamplerResult:
     accuracy: float
     accuracy_low: float  # 95% interval
     accuracy_high: float
-    nfe: float  # network forward evaluations per sequence, mean
-    details: dict[str, float]  # means of what else the data set's judge reports
-    groups: list[GroupResult] = field(default_factory=list)  # ascending within each measure of difficulty
+    nfe: float  # mean network forward evaluations per sequence
+    details: dict[str, float]  # means of the other figures of the data set
+    groups: list[GroupResult] = field(default_factory=list)  # in ascending order for each measure of difficulty
 
     @property
     def label(self) -> str:
-        """Short name, as in the records: rule and tokens per step."""
+        """Short name used in records: confidence rule and tokens per step."""
         return f"{self.confidence}_{self.tokens_per_step}"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything measured at once; `samplers` in the order of the settings, its first entry is the headline."""
+    """Results of one evaluation; `samplers` is in the order of the settings, and its first entry is the headline."""
 
     loss: float
     samplers: list[SamplerResult]
-    reference: tuple[str, float] | None = None  # a simple method and the share of the same questions that it solves
-    samples: list[dict[str, Any]] = field(default_factory=list)  # some of what was sampled, judged
+    reference: tuple[str, float] | None = None  # name of a simple method, and the share of the questions that it solves
+    samples: list[dict[str, Any]] = field(default_factory=list)  # some of the sampled answers, judged
 
     @property
     def accuracy(self) -> float:
-        """The headline figure, by which the best checkpoint is chosen."""
+        """Accuracy of the headline sampler, which selects the best checkpoint."""
         return self.samplers[0].accuracy
 
     def metrics(self) -> dict[str, float]:
-        """Flat, for the records."""
+        """Flat dictionary for the records."""
         values = {"validation/loss": self.loss}
         for result in self.samplers:
             for name in ("accuracy", "accuracy_low", "accuracy_high", "nfe"):
@@ -107,7 +107,7 @@ class Evaluation:
         return values
 
     def table(self) -> str:
-        """Readable lines."""
+        """Formatted for a terminal."""
         lines = [f"validation loss {self.loss:.4f}"]
         for result in self.samplers:
             details = "".join(
@@ -126,7 +126,7 @@ class Evaluation:
 
 
 def _group_lines(evaluation: Evaluation) -> list[str]:
-    """The headline sampler's accuracy by difficulty as a table of fixed width."""
+    """Table of fixed width: accuracy of the headline sampler by difficulty."""
     reference = evaluation.reference[0] if evaluation.reference else None
     lines = [f"{'':>12}{'n':>7}{'solved':>10}   95% interval{f'   {reference}' if reference else ''}"]
     for group in evaluation.samplers[0].groups:
@@ -143,23 +143,23 @@ def group_results(
     """Accuracy by difficulty.
 
     Args:
-        difficulty: for each measure, the lowest value of each question's group [n], NaN where it has none.
+        difficulty: see `DataSet.difficulty`.
         solved: bool [n].
-        reference: bool [n], what a simple method solves; None where there is none.
+        reference: bool [n], questions that a simple method solves; None if there is no such method.
     """
     groups = []
     for by, values in difficulty.items():
         for value in np.unique(values[~np.isnan(values)]):
-            own = values == value
-            n, n_solved = int(own.sum()), int(solved[own].sum())
+            members = values == value  # [n]
+            n, n_solved = int(members.sum()), int(solved[members].sum())
             low, high = wilson_interval(n_solved, n)
-            share = None if reference is None else float(reference[own].mean())
+            share = None if reference is None else float(reference[members].mean())
             groups.append(GroupResult(by, float(value), n, n_solved / n, low, high, share))
     return groups
 
 
 def wilson_interval(n_right: float, n: int) -> tuple[float, float]:
-    """95% interval of a share of n trials by Wilson's score, which stays sensible at 0 and 1."""
+    """95% Wilson score interval of a proportion of n trials; valid at 0 and 1 too."""
     share, z2 = n_right / n, NORMAL_95**2
     center = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = NORMAL_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
@@ -167,7 +167,7 @@ def wilson_interval(n_right: float, n: int) -> tuple[float, float]:
 
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
-    """The figures for a JSON file."""
+    """The results as content of a JSON file."""
     values: dict[str, Any] = {"loss": evaluation.loss, "samplers": [asdict(each) for each in evaluation.samplers]}
     if evaluation.reference is not None:
         name, accuracy = evaluation.reference
@@ -176,10 +176,10 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def evaluate(model: Transformer, config: Config, data: DataSet, world: World, n_examples: int) -> Evaluation:
-    """Measure `model` on the first questions of the test; every rank calls this and gets the whole result.
+    """Evaluate `model` on the first questions of the test; every rank calls this and gets the full result.
 
     Args:
-        n_examples: sequences to sample (all questions, if there are fewer).
+        n_examples: number of questions to answer (all, if there are fewer).
     """
     device = world.device
     n_examples = min(n_examples, data.n_questions)
@@ -205,7 +205,7 @@ def evaluate(model: Transformer, config: Config, data: DataSet, world: World, n_
 
 @dataclass(frozen=True)
 class _Test:
-    """The questions of one evaluation, and what is known of them without a model."""
+    """The questions of one evaluation, with their difficulty and reference results."""
 
     data: DataSet
     reference: Reference | None
@@ -215,9 +215,9 @@ class _Test:
 
 @torch.no_grad()
 def validation_loss(model: Transformer, config: Config, data: SequenceData, world: World) -> float:
-    """Loss of the uniform, block-uniform or autoregressive objective over the first rows.
+    """Loss of the uniform, block-uniform or autoregressive objective on the first rows.
 
-    The masks never change whatever the number of ranks; models of the same block size are measured on the same ones.
+    The masks do not depend on the number of ranks, and are the same for all models with the same block size.
     """
     n_rows = min(config.validation.n_loss_rows, len(data))
     layout = block_layout(config.objective, data.length)
@@ -229,9 +229,9 @@ def validation_loss(model: Transformer, config: Config, data: SequenceData, worl
         masked = layout.mask_uniformly(~prompt_mask, torch.Generator().manual_seed(MASK_SEED))  # [B, L]
         xt, weight = x0.masked_fill(masked, data.mask_id), layout.weights(masked)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for rows in _own_batches(n_rows, world, config.validation.batch_size):
-        own_xt, own_x0, own_weight = (part[rows].to(world.device) for part in (xt, x0, weight))
-        for microbatch in layout.microbatches(own_xt, own_x0, own_weight, len(rows)):
+    for rows in _rank_batches(n_rows, world, config.validation.batch_size):
+        batch_xt, batch_x0, batch_weight = (part[rows].to(world.device) for part in (xt, x0, weight))
+        for microbatch in layout.microbatches(batch_xt, batch_x0, batch_weight, len(rows)):
             total += model(microbatch.xt, microbatch.x0, microbatch.weight).loss
     return float(sum_over_ranks(total))
 
@@ -239,14 +239,14 @@ def validation_loss(model: Transformer, config: Config, data: SequenceData, worl
 def _measure_rule(
     model: Transformer, config: Config, test: _Test, world: World, rule: SamplingRule, bar: tqdm
 ) -> tuple[SamplerResult, list[dict[str, Any]]]:
-    """Sample by one rule and judge the answers; the first judged rows are returned as samples, in order."""
+    """Sample by one rule and judge the answers; returns the first judged rows as samples, in order."""
     data, n_examples = test.data, test.n_examples
     sampler = build_sampler(config, data.eos_id)
     names = (*data.figures, "nfe")
     sums = torch.zeros(len(names), dtype=torch.float64, device=world.device)
     samples: dict[int, dict[str, Any]] = {}
     solved = torch.zeros(n_examples, dtype=torch.float64, device=world.device)
-    for rows in _own_batches(n_examples, world, config.validation.batch_size):
+    for rows in _rank_batches(n_examples, world, config.validation.batch_size):
         result = sampler(
             model,
             torch.from_numpy(data.prompts(rows)).to(world.device),
@@ -282,15 +282,15 @@ def _measure_rule(
 
 
 def check_n_examples(n_examples: int, data: DataSet, setting: str) -> None:
-    """Raise ValueError if a number of examples that a user asked for by `setting` is more than the test has."""
+    """Raise ValueError if `n_examples`, given by `setting`, exceeds the number of questions in the test."""
     if n_examples > data.n_questions:
         raise ValueError(f"{setting} {n_examples}: the test has {data.n_questions} {data.questions}; set at most that")
 
 
-def _own_batches(n_rows: int, world: World, batch_size: int) -> list[np.ndarray]:
-    """This rank's share of rows 0..n_rows-1 in batches; every row belongs to one rank."""
-    own = np.arange(world.rank, n_rows, world.n_ranks)
-    return [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+def _rank_batches(n_rows: int, world: World, batch_size: int) -> list[np.ndarray]:
+    """The rows of this rank out of 0..n_rows-1, in batches; every row belongs to exactly one rank."""
+    rows = np.arange(world.rank, n_rows, world.n_ranks)
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
 def _bar(world: World, total: int) -> tqdm:
@@ -298,7 +298,7 @@ def _bar(world: World, total: int) -> tqdm:
 
 
 def _n_examples(config: Config, overrides: list[str], data: DataSet) -> int:
-    """How many questions to ask: what an override asks for, else as many as after a run's last step."""
+    """Number of questions: as given by an override, else as after a run's last step."""
     validation = config.validation
     for key, value in (("n_final_examples", validation.n_final_examples), ("n_examples", validation.n_examples)):
         if value is not None and any(override.startswith(f"validation.{key}=") for override in overrides):
@@ -311,10 +311,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
     parser = argparse.ArgumentParser(description="Evaluate a checkpoint on its test split.")
     parser.add_argument("checkpoint", help="run directory (its newest checkpoint) or checkpoint folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to use instead of the run's own")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the run's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     parser.add_argument(
-        "--samples", type=Path, metavar="FILE", help="write sampled programs with verdicts there (JSONL)"
+        "--samples", type=Path, metavar="FILE", help="write sampled programs and verdicts to FILE (JSONL)"
     )
     options = parser.parse_intermixed_args(arguments)
     try:

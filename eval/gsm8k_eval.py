@@ -1,11 +1,11 @@
-"""Grade-school maths problems from files to files: make prompts for any model, judge what any model wrote.
+"""Grade-school maths problems in files: make prompts for any model, grade the programs of any model.
 
     python -m eval.gsm8k_eval prompts TEST.jsonl --tokenizer DIR --mask-id 151644 --max-len 512 --out FILE.json
     python -m eval.gsm8k_eval grade CASES.jsonl --out VERDICTS.jsonl
 
-The prompts are a JSON list of `input_ids` (question, newline, then mask tokens to the full length) and `answer`. Each
-line of the cases holds `completion` (what the model wrote) and `gold` (the right answer); each line of the verdicts,
-in the same order, `verdict` (true or false), `value` (what the program returned) and `reason`.
+The prompts are a JSON list of objects with `input_ids` (question, newline, then mask tokens to the full length) and
+`answer`. Each line of the cases has `completion` (the model's output) and `gold` (the right answer). Each line of the
+verdicts, in the same order, has `verdict` (true or false), `value` (returned by the program) and `reason`.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ from grader.grade import REASONS, gold_number, grade
 
 
 def read_cases(path: Path) -> tuple[list[str], list[float]]:
-    """Completions and gold answers of a file, one case per line.
+    """Read completions and gold answers, one case per line.
 
     Raises:
-        ValueError: the file is missing or empty, or a line is not of that form; the message names the first such line,
-            counted from 1.
+        ValueError: the file is missing or empty, or a line is malformed; the message names the first such line, counted
+            from 1.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     completions: list[str] = []
     golds: list[float] = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        place = f"{path} line {number}"
+        name = f"{path} line {number}"
         try:
             case = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place} is not JSON: {error}") from None
+            raise ValueError(f"{name} is not JSON: {error}") from None
         if not isinstance(case, dict):
-            raise ValueError(f"{place} must be an object with completion and gold, got {type(case).__name__}")
+            raise ValueError(f"{name} must be an object with completion and gold, got {type(case).__name__}")
         missing = [key for key in ("completion", "gold") if key not in case]
         if missing:
-            raise ValueError(f"{place} lacks {' and '.join(missing)}")
+            raise ValueError(f"{name} has no {' and no '.join(missing)}")
         if not isinstance(case["completion"], str):
-            raise ValueError(f"{place}: completion must be text, got {json.dumps(case['completion'])[:80]}")
+            raise ValueError(f"{name}: completion must be text, got {json.dumps(case['completion'])[:80]}")
         completions.append(case["completion"])
-        golds.append(gold_number(case["gold"], f"{place}: gold"))
+        golds.append(gold_number(case["gold"], f"{name}: gold"))
     if not completions:
-        raise ValueError(f"{path} holds no cases")
+        raise ValueError(f"{path} has no cases")
     return completions, golds
 
 
 def grade_file(cases: Path, out: Path, n_workers: int | None) -> str:
-    """Grade a file of cases into a file of verdicts; a summary in words. Raises ValueError for bad input."""
+    """Grade a file of cases and write a file of verdicts; returns a summary. Raises ValueError for bad input."""
     if n_workers is not None and n_workers < 1:
         raise ValueError(f"--workers must be at least 1, got {n_workers}")
     check_out(out, cases)
@@ -67,7 +67,7 @@ def grade_file(cases: Path, out: Path, n_workers: int | None) -> str:
             bar.update()
 
         verdicts = grade(completions, golds, n_workers=n_workers, on_done=advance)
-    per_s = len(verdicts) / (time.monotonic() - start)
+    programs_per_s = len(verdicts) / (time.monotonic() - start)
     lines = (
         {
             "verdict": verdict.verdict,
@@ -81,12 +81,12 @@ def grade_file(cases: Path, out: Path, n_workers: int | None) -> str:
     shares = ", ".join(
         f"{reason} {100 * counts[reason] / len(verdicts):.1f}%" for reason in REASONS if counts[reason] > 0
     )
-    return f"{len(verdicts)} graded: {shares} ({per_s:.0f} programs/s)"
+    return f"{len(verdicts)} graded: {shares} ({programs_per_s:.0f} programs/s)"
 
 
 def write_prompts(test: Path, tokenizer: str, mask_id: int, max_len: int, out: Path) -> str:
-    """Make the prompts of a file of problems; a summary in words. Raises ValueError for bad input."""
-    from data.gsm8k import prompt_records  # the tokenizer's library is slow to import, and grading needs none
+    """Write the prompts of a file of problems; returns a summary. Raises ValueError for bad input."""
+    from data.gsm8k import prompt_records  # imports tokenizers, which is slow and not needed for grading
 
     check_out(out, test)
     records, n_left_out = prompt_records(str(test), tokenizer, mask_id, max_len)
@@ -95,26 +95,26 @@ def write_prompts(test: Path, tokenizer: str, mask_id: int, max_len: int, out: P
 
 
 def check_out(out: Path, source: Path) -> None:
-    """Raise ValueError, before any work is done, if the result has no place to go."""
+    """Raise ValueError, before any work is done, if `out` cannot be written."""
     if not out.parent.is_dir():
-        raise ValueError(f"--out: the folder {out.parent} does not exist")
+        raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
     if out.resolve() == source.resolve():
         raise ValueError(f"--out {out} would overwrite the input")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
-    parser = argparse.ArgumentParser(description="Evaluation on grade-school maths problems.")
+    parser = argparse.ArgumentParser(description="Make prompts of grade-school maths problems and grade answers.")
     commands = parser.add_subparsers(dest="command", required=True)
-    grading = commands.add_parser("grade", help="run and judge the programs that a model wrote")
+    grading = commands.add_parser("grade", help="run and judge programs written by a model")
     grading.add_argument("cases", type=Path, help="jsonl with completion and gold")
     grading.add_argument("--out", type=Path, required=True, help="jsonl of verdict, value and reason")
-    grading.add_argument("--workers", type=int, help="programs at once; by default two per core")
+    grading.add_argument("--workers", type=int, help="programs run in parallel; by default two per core")
     prompting = commands.add_parser("prompts", help="make prompts from a file of problems")
-    prompting.add_argument("test", type=Path, help="jsonl with question and answer, as GSM8K has it")
+    prompting.add_argument("test", type=Path, help="jsonl with question and answer, as in GSM8K")
     prompting.add_argument("--tokenizer", required=True, help="folder or name of a Hugging Face tokenizer")
     prompting.add_argument("--mask-id", type=int, required=True, help="the mask token")
-    prompting.add_argument("--max-len", type=int, default=512, help="tokens of a row")
+    prompting.add_argument("--max-len", type=int, default=512, help="tokens per row")
     prompting.add_argument("--out", type=Path, required=True, help="json list of input_ids and answer")
     options = parser.parse_args(arguments)
     try:

@@ -182,7 +182,7 @@ def as_text(boards: np.ndarray) -> tuple[list[str], list[str]]:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("data.rating_column=hardnes", "lacks the columns ['hardnes'] and has ['puzzle', 'solution']"),
+        ("data.rating_column=hardnes", "no column ['hardnes']; its columns are ['puzzle', 'solution']"),
         ("data.rating_column=puzzle", "column 'puzzle': ratings must be numbers"),
     ],
 )

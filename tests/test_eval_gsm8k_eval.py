@@ -51,8 +51,8 @@ def test_a_file_of_cases_is_graded_in_order(tmp_path: Path) -> None:
         ("", "line 2 is not JSON"),
         ("[" * 100_000, "line 2 is not JSON"),
         ([1], "line 2 must be an object with completion and gold, got list"),
-        ({"gold": "18"}, "line 2 lacks completion"),
-        ({}, "line 2 lacks completion and gold"),
+        ({"gold": "18"}, "line 2 has no completion"),
+        ({}, "line 2 has no completion and no gold"),
         ({"completion": None, "gold": "18"}, "line 2: completion must be text, got null"),
         ({"completion": "x", "gold": "eighteen"}, "line 2: gold is not a number: 'eighteen'"),
         ({"completion": "x", "gold": True}, "line 2: gold is not a number: True"),
@@ -71,7 +71,7 @@ def test_bad_paths_and_settings_are_refused(tmp_path: Path, capsys: pytest.Captu
     cases, empty = write_lines(tmp_path / "cases.jsonl", [GOOD]), write_lines(tmp_path / "empty.jsonl", [])
     out = str(tmp_path / "out.jsonl")
     refuse(capsys, ["grade", str(tmp_path / "none.jsonl"), "--out", out], "none.jsonl does not exist")
-    refuse(capsys, ["grade", str(empty), "--out", out], "holds no cases")
+    refuse(capsys, ["grade", str(empty), "--out", out], "has no cases")
     refuse(capsys, ["grade", str(cases), "--out", str(cases)], "would overwrite the input")
     refuse(capsys, ["grade", str(cases), "--out", str(tmp_path / "no" / "out")], "does not exist")
     refuse(capsys, ["grade", str(cases), "--out", out, "--workers", "0"], "--workers must be at least 1, got 0")

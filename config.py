@@ -1,8 +1,8 @@
-"""Every setting of an experiment, typed and strict: one class per section of the YAML file.
+"""All settings of an experiment, typed and strict: one class per section of the YAML file.
 
-`runtime/config_file.py` reads the file and words the errors. Data sets and objectives are discriminated unions, so that
-each takes only its own keys. Settings of a data set are defined with the data set. The descriptions make the table of
-settings in docs/settings.md.
+`runtime/config_file.py` reads the file and formats errors. Data sets and objectives are discriminated unions, so each
+takes only its own keys. Settings of a data set are defined with the data set. The table of settings in docs/settings.md
+is generated from the descriptions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from data.settings import FREE_ON_RESUME, Seed, Settings
 from data.sudoku import SudokuSettings
 from data.tiny_gsm import TinyGsmSettings
 
-AnyDataSettings = SudokuSettings | TinyGsmSettings  # every data set
+AnyDataSettings = SudokuSettings | TinyGsmSettings  # all data sets
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Confidence = Literal["top_prob", "top_prob_margin", "neg_entropy", "random"]
@@ -25,42 +25,44 @@ BlockAttention = Literal["prefix", "block_causal"]
 
 
 class ModelSettings(Settings):
-    """Shape of the Qwen2 backbone; the names are those of Hugging Face's `Qwen2Config`."""
+    """Shape of the Qwen2 backbone, with the names of Hugging Face's `Qwen2Config`."""
 
-    vocab_size: int = Field(gt=1, description="tokens, the mask token included")
+    vocab_size: int = Field(gt=1, description="number of tokens, including the mask token")
     hidden_size: int = Field(gt=0, description="width of the residual stream")
     intermediate_size: int = Field(gt=0, description="width of the SwiGLU MLP")
-    num_hidden_layers: int = Field(gt=0, description="layers")
-    num_attention_heads: int = Field(gt=0, description="query heads")
-    num_key_value_heads: int | None = Field(None, gt=0, description="key and value heads; null: one per query head")
-    tie_word_embeddings: bool = Field(False, description="output head shares the embedding matrix")
+    num_hidden_layers: int = Field(gt=0, description="number of layers")
+    num_attention_heads: int = Field(gt=0, description="number of query heads")
+    num_key_value_heads: int | None = Field(
+        None, gt=0, description="number of key and value heads; null: one per query head"
+    )
+    tie_word_embeddings: bool = Field(False, description="the output head shares the embedding matrix")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
-    rotary: bool = Field(True, description="rotary positions; false only to measure what learned positions do alone")
+    rotary: bool = Field(True, description="use rotary positions; false: only to measure learned positions alone")
     learned_positions: int | None = Field(
         None,
         gt=0,
         validate_default=True,
-        description="size of a table of learned positions, added to the token embeddings: the longest sequence; "
-        "null: rotary positions alone",
+        description="length of a table of learned positions, added to the token embeddings; at least the length of a "
+        "sequence; null: rotary positions only",
     )
     rms_norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
     causal: bool | None = Field(
-        None, description="no position sees a later one; null: as the objective needs it, all else is an error"
+        None, description="no position attends to a later one; null: as the objective requires, all else is an error"
     )
     init_from: str | None = Field(
         None, description="run directory, checkpoint, Qwen2 folder or Hugging Face name to start from; null: random"
     )
     shifted: bool | None = Field(
         None,
-        description="position i scores token i + 1; null: if autoregressive or init_from; false: init_from is an MDM",
+        description="position i predicts token i + 1; null: if autoregressive or init_from; false: init_from is an MDM",
     )
 
     @property
     def n_key_value_heads(self) -> int:
-        """Key and value heads with the default resolved."""
+        """Number of key and value heads, with the default resolved."""
         return self.num_key_value_heads or self.num_attention_heads
 
-    # Checks of a key given those before it, so that no other problem hides it; wrong keys are absent from `info.data`.
+    # Each key is checked against earlier keys, so that all problems are reported; invalid keys are not in `info.data`.
     @field_validator("num_attention_heads")
     @classmethod
     def _heads_divide_the_width(cls, n_heads: int, info: ValidationInfo) -> int:
@@ -68,15 +70,17 @@ class ModelSettings(Settings):
         if width % n_heads:
             raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {n_heads}")
         if width // n_heads % 2:
-            raise ValueError(f"hidden_size / num_attention_heads = {width // n_heads} must be even (rotary)")
+            raise ValueError(
+                f"hidden_size / num_attention_heads = {width // n_heads} must be even (for rotary positions)"
+            )
         return n_heads
 
     @field_validator("learned_positions")
     @classmethod
-    def _has_positions(cls, table: int | None, info: ValidationInfo) -> int | None:
-        if table is None and info.data.get("rotary") is False:
-            raise ValueError("rotary false needs learned positions: set it to the length of a sequence")
-        return table
+    def _has_positions(cls, n_positions: int | None, info: ValidationInfo) -> int | None:
+        if n_positions is None and info.data.get("rotary") is False:
+            raise ValueError("rotary false needs learned positions: set learned_positions to the length of a sequence")
+        return n_positions
 
     @field_validator("num_key_value_heads")
     @classmethod
@@ -90,7 +94,7 @@ class ModelSettings(Settings):
 class ObjectiveSettings(Settings):
     """Base of the settings of an objective. A subclass has a field `name`, a `Literal`."""
 
-    causal: ClassVar[bool] = False  # whether it trains a model in which no position sees a later one
+    causal: ClassVar[bool] = False  # whether no position of the model attends to a later one
 
 
 class UniformSettings(ObjectiveSettings):
@@ -100,12 +104,12 @@ class UniformSettings(ObjectiveSettings):
 
 
 class BlockSettings(ObjectiveSettings):
-    """How the rows of a block objective are cut. See `progressive_block.py`."""
+    """How rows are divided into blocks. See `progressive_block.py`."""
 
     block_size: int = Field(gt=0, description="tokens per block; divides the length of a sequence")
     block_attention: BlockAttention = Field(
-        description="prefix: blocks see themselves and the clean tokens before them, one forward per block; "
-        "block_causal: nothing sees a later block, one forward for all blocks, and decoding caches keys and values"
+        description="prefix: a block sees itself and the clean tokens before it, one forward per block; block_causal: "
+        "no position sees a later block, one forward for all blocks, and sampling caches keys and values"
     )
 
 
@@ -118,19 +122,20 @@ class BlockUniformSettings(BlockSettings):
 class ProgressiveSettings(ObjectiveSettings):
     """Progressive unmasking, arXiv 2602.10314."""
 
-    n_stages: int | None = Field(None, gt=0, description="K, stages of a trajectory; or k_schedule")
+    n_stages: int | None = Field(None, gt=0, description="K, number of stages of a trajectory; or k_schedule")
     k_schedule: tuple[tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(ge=0)]], ...] | None = Field(
         None, description="[[K, from_step], ...], first from_step 0, ascending; or n_stages"
     )
     collapse_threshold: float | None = Field(
-        None, gt=0.0, le=1.0, description="tau: also reveal what the model predicts with more than this probability"
+        None,
+        gt=0.0,
+        le=1.0,
+        description="tau: also reveal masked positions whose max probability exceeds it; null: off",
     )
     pool_batches: int = Field(
-        1, gt=0, description="size of the pool in batches, which updates train in turn; the paper's pool is one batch"
+        1, gt=0, description="size of the pool in batches, which are trained in turn; 1 as in the paper"
     )
-    uniform_fraction: float = Field(
-        0.0, ge=0.0, lt=1.0, description="share of each batch that stays ordinary uniformly masked rows"
-    )
+    uniform_fraction: float = Field(0.0, ge=0.0, lt=1.0, description="share of uniformly masked rows in each batch")
 
     @field_validator("k_schedule")
     @classmethod
@@ -148,7 +153,7 @@ class ProgressiveSettings(ObjectiveSettings):
         return self
 
     def n_stages_at(self, step: int) -> int:
-        """K at an update (0 is the first)."""
+        """K at an update, counted from 0."""
         if self.k_schedule is None:
             assert self.n_stages is not None
             return self.n_stages
@@ -168,7 +173,7 @@ class BlockPumaSettings(BlockSettings, ProgressiveSettings):
 
 
 class AutoregressiveSettings(ObjectiveSettings):
-    """Each token from those before it: a causal model, sampled left to right."""
+    """Predict each token from the tokens before it: a causal model, sampled left to right."""
 
     causal: ClassVar[bool] = True
 
@@ -181,46 +186,51 @@ AnyObjectiveSettings = (
 
 
 class TrainingSettings(Settings):
-    """The loop: batch, optimizer, length, records."""
+    """Training: batch, optimizer, length, records."""
 
     batch_size: int = Field(gt=0, description="rows per optimizer step over all ranks")
     micro_batch_size: int | None = Field(
-        None, gt=0, description="rows per forward on one rank; null: all at once", json_schema_extra=FREE_ON_RESUME
+        None, gt=0, description="rows per forward on one rank; null: all rows", json_schema_extra=FREE_ON_RESUME
     )
     learning_rate: float = Field(gt=0, description="peak learning rate of AdamW")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay, on matrices only")
-    adam_betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="decay of AdamW's two moments")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up, then cosine decay to 0")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay, only on matrices")
+    adam_betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="decay rates of the two moments of AdamW")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up; then cosine decay to 0")
     num_epochs: float | None = Field(None, gt=0, description="length: updates = epochs * rows // batch_size")
-    max_steps: int | None = Field(None, gt=0, validate_default=True, description="length in updates; the smaller wins")
+    max_steps: int | None = Field(
+        None, gt=0, validate_default=True, description="length in updates; with num_epochs, the smaller one counts"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
     ema_decay: float | None = Field(
-        None, gt=0.0, lt=1.0, description="average of the weights, used by validation and sampling; null: none"
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="decay of the weight average used by validation and sampling; null: no average",
     )
-    seed: Seed = Field(0, description="weights, data order and masks")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    seed: Seed = Field(0, description="seed of weights, data order and masks")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="bfloat16 means autocast; auto: where the machine multiplies bfloat16 fast"
+        "auto", description="bfloat16: autocast; auto: bfloat16 if the machine has fast bfloat16 matrix products"
     )
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp",
-        description="many ranks: ddp copies the model to each, fsdp cuts it over them, if it outgrows one GPU",
+        description="several ranks: ddp replicates the model, fsdp shards it, for models too large for one GPU",
         json_schema_extra=FREE_ON_RESUME,
     )
     gradient_checkpointing: bool = Field(
         False,
-        description="compute each block again in the backward pass: a fifth more time, a tenth of the activations",
+        description="recompute each layer in the backward pass: a fifth more time, a tenth of the activation memory",
         json_schema_extra=FREE_ON_RESUME,
     )
-    compile: bool = Field(False, description="torch.compile the model; pays off on long runs")
+    compile: bool = Field(False, description="torch.compile the model; worthwhile for long runs")
     cuda_graph: bool = Field(
-        False, description="record an update once and replay it; for small models on one GPU, which wait for launches"
+        False, description="capture an update once and replay it; for small models on one GPU, bound by kernel launches"
     )
     log_every: int = Field(50, gt=0, description="steps between records", json_schema_extra=FREE_ON_RESUME)
     eval_every: int = Field(1000, gt=0, description="steps between evaluations", json_schema_extra=FREE_ON_RESUME)
     save_every: int = Field(1000, gt=0, description="steps between checkpoints", json_schema_extra=FREE_ON_RESUME)
     keep_checkpoints: int = Field(
-        2, gt=0, description="newest checkpoints kept, besides the best", json_schema_extra=FREE_ON_RESUME
+        2, gt=0, description="number of newest checkpoints to keep, besides the best", json_schema_extra=FREE_ON_RESUME
     )
 
     @field_validator("micro_batch_size")
@@ -232,9 +242,9 @@ class TrainingSettings(Settings):
 
     @field_validator("compile")
     @classmethod
-    def _compiles_what_is_whole(cls, compile: bool, info: ValidationInfo) -> bool:
+    def _compiles_full_parameters(cls, compile: bool, info: ValidationInfo) -> bool:
         if compile and info.data.get("parallel") == "fsdp":
-            raise ValueError("cannot compile a model that parallel 'fsdp' cuts over ranks; leave one of the two out")
+            raise ValueError("compile does not work with parallel 'fsdp': leave one of them out")
         return compile
 
     @field_validator("max_steps")
@@ -246,15 +256,17 @@ class TrainingSettings(Settings):
 
 
 class SamplingRule(Settings):
-    """How a sampler chooses what to fill in: which positions come first, and how many in one forward pass."""
+    """How a sampler chooses positions to fill: which ones first, and how many in one forward pass."""
 
-    confidence: Confidence = Field("top_prob", description="which masked position is filled first")
+    confidence: Confidence = Field("top_prob", description="score of masked positions; the highest are filled first")
     tokens_per_step: int = Field(1, gt=0, description="positions filled per forward pass")
-    threshold: float | None = Field(None, gt=0.0, lt=1.0, description="also fill all above this probability")
-    temperature: float = Field(0.0, ge=0.0, description="0: most probable token; else Gumbel noise")
+    threshold: float | None = Field(
+        None, gt=0.0, lt=1.0, description="also fill all positions above this probability; null: off"
+    )
+    temperature: float = Field(0.0, ge=0.0, description="0: most probable token; else sampled with Gumbel noise")
 
     def check(self, *, causal: bool) -> None:
-        """Raise ValueError if a model, causal or not, cannot be sampled by this rule."""
+        """Raise ValueError if the rule does not work with a model that is `causal` or not."""
         for key in ("confidence", "tokens_per_step", "threshold") if causal else ():
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(
@@ -266,28 +278,34 @@ DEFAULT_RULE = SamplingRule()
 
 
 class ValidationSettings(Settings):
-    """What is measured on the test split. `confidence` and `tokens_per_step` span a grid of sampling rules."""
+    """Evaluation on the test split, by all combinations of `confidence` and `tokens_per_step`."""
 
     free_on_resume: ClassVar[bool] = True
 
     confidence: tuple[Confidence, ...] = Field(
-        ("top_prob",), min_length=1, description="which masked position is filled first"
+        ("top_prob",), min_length=1, description="score of masked positions; the highest are filled first"
     )
     tokens_per_step: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         (1,), min_length=1, description="positions filled per forward pass"
     )
-    threshold: float | None = Field(None, gt=0.0, lt=1.0, description="also fill all above this probability")
-    temperature: float = Field(0.0, ge=0.0, description="0: most probable token; else Gumbel noise")
-    n_examples: int = Field(1000, gt=0, description="test sequences sampled per evaluation")
-    n_final_examples: int | None = Field(None, gt=0, description="the same after the last step; null: n_examples")
-    n_loss_rows: int = Field(1000, gt=0, description="test sequences of the validation loss (fixed masks)")
-    batch_size: int = Field(256, gt=0, description="rows per forward in evaluation, on one rank")
+    threshold: float | None = Field(
+        None, gt=0.0, lt=1.0, description="also fill all positions above this probability; null: off"
+    )
+    temperature: float = Field(0.0, ge=0.0, description="0: most probable token; else sampled with Gumbel noise")
+    n_examples: int = Field(1000, gt=0, description="number of test sequences sampled per evaluation")
+    n_final_examples: int | None = Field(
+        None, gt=0, description="number of test sequences sampled after the last step; null: n_examples"
+    )
+    n_loss_rows: int = Field(1000, gt=0, description="number of rows for the validation loss (fixed masks)")
+    batch_size: int = Field(256, gt=0, description="rows per forward on one rank")
     n_table_rows: int = Field(
-        50, ge=0, description="tiny_gsm: sampled programs that are kept with their verdicts, for each way of sampling"
+        50,
+        ge=0,
+        description="tiny_gsm: number of sampled programs recorded with their verdicts, for each sampling rule",
     )
 
     def rules(self) -> list[SamplingRule]:
-        """The grid of sampling rules; the first one gives the headline figure."""
+        """All sampling rules; the first one gives the headline figure."""
         return [
             SamplingRule(
                 confidence=confidence,
@@ -300,12 +318,12 @@ class ValidationSettings(Settings):
 
 
 class WandbSettings(Settings):
-    """Where wandb keeps its copy of the records; metrics.jsonl is always written."""
+    """Copy of the records in wandb; metrics.jsonl is always written."""
 
     free_on_resume: ClassVar[bool] = True
 
     mode: Literal["online", "offline", "disabled"] = Field(
-        "disabled", description="a missing network never stops a run"
+        "disabled", description="where wandb records; a missing network never stops a run"
     )
     project: str = Field("puma", description="wandb project")
     name: str | None = Field(None, description="name of the run; null: the run directory's name")
@@ -313,7 +331,7 @@ class WandbSettings(Settings):
 
 
 class Config(Settings):
-    """One experiment."""
+    """All settings of one experiment."""
 
     model: ModelSettings
     data: Annotated[AnyDataSettings, Field(discriminator="dataset")]
@@ -322,7 +340,7 @@ class Config(Settings):
     validation: ValidationSettings
     wandb: WandbSettings = WandbSettings()
 
-    # Checks of a section against those above it. A section with problems of its own is absent from `info.data`.
+    # Each section is checked against the sections above it. An invalid section is not in `info.data`.
     @field_validator("data")
     @classmethod
     def _data_fits_the_model(cls, data: AnyDataSettings, info: ValidationInfo) -> AnyDataSettings:
@@ -356,17 +374,17 @@ class Config(Settings):
                 problems.append(f"model.shifted False: {name} predicts the next token; leave it out")
             if _block_causal_size(objective) is not None and _is_shifted(model, objective):
                 problems.append(
-                    "objective.block_attention 'block_causal' cannot shift scores to the next token, which a start "
-                    "from an autoregressive model needs: set block_attention: prefix, or model.shifted: false if it is "
-                    "none"
+                    "objective.block_attention 'block_causal' does not support shifted scores, which init_from an "
+                    "autoregressive model needs: set block_attention: prefix, or model.shifted: false if init_from is "
+                    "an MDM"
                 )
         if data is not None and isinstance(objective, BlockSettings) and data.length % objective.block_size:
-            # A shorter last block would train on fewer tokens than its weight says, and need a shape of its own.
+            # A shorter last block would need its own shape, and weigh more per token than the other blocks.
             divisors = [size for size in range(1, data.length + 1) if data.length % size == 0]
             nearest = min(divisors, key=lambda size: abs(size - objective.block_size))
             problems.append(
                 f"objective.block_size {objective.block_size} does not divide the {data.length} tokens of a sequence: "
-                f"the nearest that does is {nearest}"
+                f"the nearest divisor is {nearest}"
             )
         if problems:
             raise ValueError("; ".join(problems))
@@ -387,17 +405,17 @@ class Config(Settings):
 
     @property
     def causal(self) -> bool:
-        """Whether no position of the model sees a later one."""
+        """Whether no position of the model attends to a later one."""
         return self.objective.causal
 
     @property
     def shifted(self) -> bool:
-        """Whether what the model computes at a position is about the next token."""
+        """Whether the model predicts the next token at a position."""
         return _is_shifted(self.model, self.objective)
 
     @property
     def block_causal_size(self) -> int | None:
-        """Block size where the model itself must know the blocks, which is under block_causal attention."""
+        """Block size if the model uses block_causal attention, else None."""
         return _block_causal_size(self.objective)
 
     @property
@@ -406,12 +424,12 @@ class Config(Settings):
         return self.data.mask_id_in(self.model.vocab_size)
 
     def open_data(self) -> DataSet:
-        """The data set; it reads its files at first use."""
+        """The data set; it reads its files on first use."""
         return self.data.open(self.model.vocab_size)
 
 
 def _model_size(key: str, info: ValidationInfo) -> int | None:
-    """A number of the model section; if that has other problems, as it is in the file, which is the context."""
+    """A number of the model section; if that is invalid, from the raw settings, which are the validation context."""
     if "model" in info.data:
         return getattr(info.data["model"], key)
     raw = (info.context or {}).get("model")

@@ -296,7 +296,7 @@ def test_passes_and_shapes_do_not_depend_on_the_data(layout):
 
 def test_block_sizes_that_do_not_divide_a_row_are_refused(tmp_path):
     settings = tiny_settings({"name": "block_uniform", "block_size": 5, "block_attention": "prefix"}, tmp_path)
-    with pytest.raises(ValueError, match=r"block_size 5 does not divide the 32 tokens .* nearest that does is 4"):
+    with pytest.raises(ValueError, match=r"block_size 5 does not divide the 32 tokens .* nearest divisor is 4"):
         parse_config(settings, "tiny.yaml")
 
 

@@ -1,7 +1,7 @@
 """The objectives that PUMA is compared with: uniformly drawn masks, and autoregression.
 
-In the autoregressive objective nothing is masked (xt = x0): the model is causal, and shifts its scores so that what is
-computed at a position is about the next token. A diffusion model can start from it.
+The autoregressive objective masks nothing (xt = x0): the model is causal and shifted, so the scores at a position are
+for the next token. A diffusion model can be initialised from it.
 
 Shapes: B rows of this rank, L positions.
 """
@@ -21,7 +21,7 @@ from runtime.distributed import sum_over_ranks
 
 
 class UniformObjective(Objective):
-    """The baseline: fresh sequences at every step, masks drawn uniformly in each block."""
+    """The baseline: fresh sequences in every update, masks drawn uniformly in each block."""
 
     generator: torch.Generator
 
@@ -56,10 +56,10 @@ class UniformObjective(Objective):
 
 
 class AutoregressiveObjective(Objective):
-    """Fresh sequences at every step, nothing masked: each token from those before it, to the first EOS.
+    """Fresh sequences in every update; predict each token from the tokens before it, up to the first EOS.
 
-    The loss is the mean over all targets of the batch, each weighing the same. For that the ranks add up their numbers
-    of targets, one number per step.
+    The loss is the mean over all targets of the batch, with equal weights. This needs one all-reduce per update, of the
+    number of targets.
     """
 
     def __init__(self, queue: RowQueue, eos_id: int | None, *, n_rows: int, micro_rows: int) -> None:
@@ -72,7 +72,7 @@ class AutoregressiveObjective(Objective):
         x0, maskable = self.queue.take_next(self.n_rows)
         target = next_token_targets(x0, maskable, self.eos_id)
         self.target_fraction = (target.sum(1) / maskable.sum(1)).mean()
-        # Gradients are averaged over ranks, so a rank's weights are n_ranks times those of the sum.
+        # Gradients are averaged over ranks, not summed, so the weights are multiplied by n_ranks.
         return x0, x0, target_weights(target, sum_over_ranks(target.sum())) * self.queue.stream.n_ranks
 
     @override
@@ -81,14 +81,14 @@ class AutoregressiveObjective(Objective):
 
 
 def next_token_targets(x0: Tensor, maskable: Tensor, eos_id: int | None) -> Tensor:
-    """What an autoregressive model learns to predict: what is no prompt, up to and including the first EOS.
+    """The targets of an autoregressive model: all tokens outside the prompt, up to and including the first EOS.
 
-    Position 0 is no target, since there is nothing before it.
+    Position 0 is not a target, since there is no token before it.
 
     Args:
         x0: int64 [B, L].
         maskable: bool [B, L].
-        eos_id: None where sequences have no end of their own.
+        eos_id: None if sequences have no end token.
 
     Returns:
         bool [B, L].
@@ -97,10 +97,10 @@ def next_token_targets(x0: Tensor, maskable: Tensor, eos_id: int | None) -> Tens
     target[:, 0] = False
     if eos_id is not None:
         ends = target & (x0 == eos_id)
-        target &= ends.cumsum(1) - ends.long() == 0  # no end before here
+        target &= ends.cumsum(1) - ends.long() == 0  # no EOS before
     return target
 
 
 def target_weights(target: Tensor, n_targets: Tensor) -> Tensor:
-    """Loss weights (float32 [B, L]) for the mean over `n_targets` (a scalar); `target` (bool [B, L]) marks some."""
+    """Loss weights (float32 [B, L]) for a mean over `n_targets` (scalar); `target` (bool [B, L]) may mark only some."""
     return target / n_targets.clamp(min=1).float()

@@ -1,8 +1,8 @@
-"""What training learns from: an objective turns sequences into microbatches of (xt, x0, weight).
+"""Base class of objectives: an objective turns sequences into microbatches of (xt, x0, weight).
 
-One loss serves every objective: the sum over positions of weight * -log p(x0 | xt). An objective only chooses what is
-masked and how much each position weighs. Weights are for the mean over the rank's rows; data-parallel training averages
-over ranks, which makes it the mean over the whole batch.
+All objectives have the same loss: the sum over positions of weight * -log p(x0 | xt). An objective only chooses which
+positions are masked and the weight of each. Weights average over the rows of a rank; data-parallel training averages
+over ranks, which gives the mean over the whole batch.
 
 Shapes: B rows of this rank, b of them in one pass, L positions.
 """
@@ -26,9 +26,9 @@ class Microbatch:
 
     xt: Tensor  # int64 [b, L], partly masked
     x0: Tensor  # int64 [b, L], clean
-    weight: Tensor  # float32 [b, L], 0 where no loss is taken
+    weight: Tensor  # float32 [b, L], 0 at positions without loss
     rows: slice  # which of the rank's B rows these are
-    columns: slice  # which of their positions can carry weight
+    columns: slice  # positions that may have a weight
 
 
 def split_rows(
@@ -41,17 +41,17 @@ def split_rows(
 
 
 class Objective(ABC):
-    """Base of all objectives, and everything that the training loop knows about one.
+    """Base of all objectives, with all methods that the training loop calls.
 
-    A subclass chooses in `draw` what is masked. In each update the loop takes `microbatches`, passes the confidences of
-    each to `observe`, and calls `end_step` after the optimizer. These run on the device alone (no host sync) and may
-    be captured in a CUDA graph; `prefetch` is the host's part.
+    A subclass implements `draw`, which chooses the masks. In each update the loop takes `microbatches`, passes the
+    confidences of each to `observe`, and calls `end_step` after the optimizer step. These methods need no host sync
+    and may be captured in a CUDA graph; `prefetch` runs on the host.
 
     Args:
         queue: fresh sequences.
         n_rows: B.
         micro_rows: rows of a microbatch.
-        generator: source of all random numbers, on the device; None if nothing is random.
+        generator: source of all random numbers, on the device; None if the objective is deterministic.
     """
 
     def __init__(
@@ -64,25 +64,25 @@ class Objective(ABC):
         """The batch of one update: xt int64 [B, L], x0 int64 [B, L] and weight float32 [B, L]."""
 
     def microbatches(self, step: int) -> Iterator[Microbatch]:
-        """The forward passes of one update; as many and of the same shapes on every rank."""
+        """The forward passes of one update; their number and shapes are the same on all ranks."""
         return split_rows(*self.draw(step), self.micro_rows)
 
     def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
-        """Take the max log-probabilities (float32 [b, L]) that the forward pass found where weight is not 0."""
+        """Receive the max log-probabilities (float32 [b, L]) of a forward pass, valid where `weight` is not 0."""
 
     def end_step(self) -> None:
-        """The update is done: retire and admit rows."""
+        """Called after the optimizer step: retire finished rows and admit fresh ones."""
 
     def prefetch(self) -> None:
-        """After each update: copy rows to the device that later updates may need."""
+        """Called after each update: copy rows for later updates to the device."""
         self.queue.top_up()
 
     def metrics(self) -> dict[str, Tensor]:
-        """Figures of this rank. Those named `sequences_...` are summed over ranks, all others averaged."""
+        """Metrics of this rank. Those named `sequences_...` are summed over ranks, all others averaged."""
         return {"sequences_drawn": self.queue.sequences_drawn}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a restart needs on this rank."""
+        """State of this rank for a restart."""
         state = {"queue": self.queue.state_dict()}
         return state if self.generator is None else state | {"generator": self.generator.get_state()}
 

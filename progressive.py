@@ -1,14 +1,15 @@
-"""The PUMA pool: sequences revealed in the order of the model's own confidence (arXiv 2602.10314, section 3).
+"""The PUMA pool: sequences revealed in the order of the model's confidence (arXiv 2602.10314, section 3).
 
-Each row of the pool is one sequence on its way from nearly all masked (stage 0) to nearly all revealed (stage K - 1).
-Training reads one batch of the pool; the forward pass that gives the loss also gives the confidences that choose what
-each row reveals next, so the pool costs no extra pass. The true tokens are filled in, whatever the model predicted.
+Each row of the pool is a sequence between nearly all masked (stage 0) and nearly all revealed (stage K - 1). An update
+trains one batch of the pool. The forward pass that gives the loss also gives the confidences that choose which
+positions each row reveals next, so the pool needs no extra pass. Revealed positions get the true tokens, not the
+model's predictions.
 
-A row advances as one segment, or, for block diffusion, each of its blocks does (`progressive_block.py`). Nothing here
-waits for the device: rows finish by a mask, and every shape is fixed.
+A row advances as one segment; for block diffusion each of its blocks is a segment (`progressive_block.py`). There is no
+host sync: finished rows are given by a mask, and all shapes are fixed.
 
-Shapes: M batches of B rows in the pool, L positions, S segments of a row; functions take any rows, the pool gives them
-segments.
+Shapes: M batches of B rows in the pool, L positions, S segments per row. Functions take any rows; the pool calls them
+with segments.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from unmasking import reveal_random, reveal_top
 
 
 def draw_target(stage: Tensor, n_stages: int, n_maskable: Tensor, generator: torch.Generator) -> Tensor:
-    """How many positions a row at `stage` should have revealed.
+    """Draw the number of positions that a row at `stage` should have revealed.
 
-    The ratio is uniform in [stage / K, (stage + 1) / K); at least one position stays masked, so that the row gives a
+    The ratio is uniform in [stage / K, (stage + 1) / K). At least one position stays masked, so that every row has a
     loss.
 
     Args:
@@ -44,11 +45,11 @@ def draw_target(stage: Tensor, n_stages: int, n_maskable: Tensor, generator: tor
     """
     draw = torch.rand(stage.shape, generator=generator, device=stage.device, dtype=torch.float64)
     target = ((stage + draw) / n_stages * n_maskable).round().long()
-    return torch.minimum(target, n_maskable - 1)  # -1 where nothing is maskable: reveals nothing
+    return torch.minimum(target, n_maskable - 1)  # -1 if no position is maskable: reveals none
 
 
 def stage_of(n_revealed: Tensor, n_maskable: Tensor, n_stages: int) -> Tensor:
-    """The stage whose interval holds the revealed ratio; int64 [B], at most K - 1. Exact, since all is in integers."""
+    """The stage whose interval contains the revealed ratio; int64 [B], at most K - 1. Exact integer arithmetic."""
     return (n_revealed * n_stages // n_maskable.clamp(min=1)).clamp(max=n_stages - 1)
 
 
@@ -62,18 +63,17 @@ def advance(
     collapse_threshold: float | None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Move every row one stage on.
+    """Advance every row by one stage.
 
     Args:
-        masked: bool [B, L], what is still hidden.
+        masked: bool [B, L].
         stage: int64 [B].
-        maskable: bool [B, L], what is no prompt.
+        maskable: bool [B, L], False on prompts.
         confidence: float32 [B, L], max log-probability at each masked position.
         collapse_threshold: tau; also reveal every masked position whose max probability exceeds it.
 
     Returns:
-        masked (bool [B, L]), stage (int64 [B]) and finished (bool [B]). What a finished row's mask holds has no
-        meaning.
+        masked (bool [B, L]; undefined for finished rows), stage (int64 [B]) and finished (bool [B]).
     """
     n_maskable = maskable.sum(1)
     n_revealed = n_maskable - masked.sum(1)
@@ -87,47 +87,47 @@ def advance(
     n_masked = masked.sum(1)
     finished = (stage >= n_stages) | (n_masked == 0)
     if collapse_threshold is not None:
-        # Of rows that collapse alone: a target that is rounded up to the next stage's first would end a trajectory
-        # early. And never back, since a short row's counts that are rounded down would hold it at one stage.
+        # Only for rows that collapse: otherwise a target rounded up to the next stage would end a trajectory early.
+        # Never to an earlier stage: in short rows, targets rounded down would keep a row at one stage.
         by_ratio = torch.maximum(stage, stage_of(n_maskable - n_masked, n_maskable, n_stages))
         stage = torch.where(collapsed.any(1), by_ratio, stage)
     return masked, stage, finished
 
 
 def pool_rows(uniform_fraction: float, n_rows: int, rank: int, n_ranks: int) -> int:
-    """How many of a rank's `n_rows` rows are the pool's; together as many whatever the number of ranks.
+    """Number of a rank's `n_rows` rows that are in the pool; the sum does not depend on the number of ranks.
 
     Raises:
-        ValueError: there are fewer than ranks.
+        ValueError: the pool has fewer rows than there are ranks.
     """
     batch_size, n_uniform = n_rows * n_ranks, 0
-    if uniform_fraction:  # at least one row each way: a share that is asked for is never rounded away, nor is the pool
+    if uniform_fraction:  # at least one uniform row and one pool row, whatever the rounding
         n_uniform = max(1, min(round(uniform_fraction * batch_size), batch_size - 1))
     n_pool = batch_size - n_uniform
     if n_pool < n_ranks:
         raise ValueError(
-            f"objective.uniform_fraction {uniform_fraction} of {batch_size} rows leaves {n_pool} to the pool, fewer "
-            f"than there are processes ({n_ranks})"
+            f"objective.uniform_fraction {uniform_fraction} of {batch_size} rows leaves {n_pool} rows for the pool, "
+            f"fewer than the {n_ranks} processes: lower it, raise training.batch_size or start fewer processes"
         )
-    own = rank_slice(n_pool, rank, n_ranks)
-    return own.stop - own.start
+    rows = rank_slice(n_pool, rank, n_ranks)
+    return rows.stop - rows.start
 
 
 class PumaPool:
-    """The rows in flight on one rank: M batches of B rows, which updates train and advance in turn.
+    """The rows in flight on one rank: M batches of B rows; updates train and advance one batch each, in turn.
 
-    The paper's pool is its batch (M = 1): each sequence is trained in K updates in a row. A deeper pool makes the same
-    passes over the same share of fresh rows per update, but spreads a sequence's K visits over K * M updates, so that
-    neighbouring updates share no sequences.
+    In the paper the pool is one batch (M = 1): each sequence is trained in K consecutive updates. A larger pool has the
+    same forward passes and share of fresh rows per update, but spreads the K visits of a sequence over K * M updates,
+    so that neighbouring updates share no sequences.
 
     Attributes:
-        turn: int64 scalar, which of the M batches the next update trains.
+        turn: int64 scalar, the batch (of M) that the next update trains.
         x0: int64 [M * B, L], the clean sequences, batch after batch.
         maskable: bool [M * B, L], False on prompts.
-        masked: bool [M * B, L], True where hidden; at least one in each row, always.
-        stage: int64 [M * B * S]; K where the segment has finished before its row.
-        age: int64 [M * B], updates that have trained the row so far.
-        n_finished, n_finished_steps: int64 scalars, sequences retired and the sum of their trajectory lengths.
+        masked: bool [M * B, L]; at least one True in each row.
+        stage: int64 [M * B * S]; K if the segment has finished and its row has not.
+        age: int64 [M * B], number of updates that have trained the row.
+        n_finished, n_finished_steps: int64 scalars, number of retired sequences and sum of their trajectory lengths.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class PumaPool:
         batches = []
         for _ in range(n_batches):
             batches.append(queue.take_next(n_rows))
-            queue.top_up()  # it holds rows for one batch
+            queue.top_up()  # the queue stages rows for one batch
         self.x0, self.maskable = (torch.cat(parts) for parts in zip(*batches, strict=True))
         n = n_batches * n_rows * n_segments
         spread = torch.arange(n, device=device) * n_stages // n
@@ -161,7 +161,7 @@ class PumaPool:
         )
 
     def set_n_stages(self, n_stages: int) -> None:
-        """Change K. Rows in flight stay, each at the stage that its revealed ratio has under the new K."""
+        """Change K. Rows in flight stay; their stages are recomputed from their revealed ratios."""
         if n_stages == self.n_stages:
             return
         self.n_stages = n_stages
@@ -174,9 +174,9 @@ class PumaPool:
         return self.x0[rows], self.masked[rows]
 
     def advance(self, confidence: Tensor) -> None:
-        """Reveal by confidence (float32 [B, L]) in `batch()`; retire finished rows and admit fresh ones in their place.
+        """Reveal positions of `batch()` by confidence (float32 [B, L]) and replace finished rows by fresh ones.
 
-        The next batch is then in turn.
+        Then it is the turn of the next batch.
         """
         rows = self._rows()
         x0, maskable, age = self.x0[rows], self.maskable[rows], self.age[rows] + 1
@@ -201,7 +201,7 @@ class PumaPool:
         fresh_stage, fresh_masked = self._enter(maskable, torch.zeros_like(stage))
         masked = torch.where(retired[:, None], fresh_masked, masked)
         stage = torch.where(retired.repeat_interleave(self.n_segments), fresh_stage, stage)
-        # In place, so that a captured step finds the pool where it left it.
+        # In place, since a CUDA graph uses the same memory at every step.
         self.x0.index_copy_(0, rows, x0)
         self.maskable.index_copy_(0, rows, maskable)
         self.masked.index_copy_(0, rows, masked)
@@ -210,7 +210,7 @@ class PumaPool:
         self.turn.add_(1).remainder_(self.n_batches)
 
     def metrics(self) -> dict[str, Tensor]:
-        """State of the pool for the records; the stage histogram [K] holds shares of the segments in flight."""
+        """Metrics of the pool; the stage histogram ([K]) has shares of the segments in flight."""
         counts = self.stage.bincount(minlength=self.n_stages)[: self.n_stages]
         return {
             "n_stages": torch.tensor(self.n_stages),
@@ -221,7 +221,7 @@ class PumaPool:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a restart needs besides the generator and the queue."""
+        """State for a restart, without the generator and the queue."""
         state = {key: getattr(self, key) for key in ("x0", "maskable", "masked", "stage", "age")}
         return state | {
             "n_stages": self.n_stages,
@@ -232,24 +232,24 @@ class PumaPool:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo `state_dict`."""
+        """Restore what `state_dict` returned."""
         self.n_stages = state["n_stages"]
-        self.turn.fill_(state.get("turn", 0))  # absent where a pool was its batch
+        self.turn.fill_(state.get("turn", 0))  # absent in older checkpoints, where M was 1
         for key in ("x0", "maskable", "masked", "stage", "age", "n_finished", "n_finished_steps"):
             setattr(self, key, state[key].to(self.generator.device))
 
     def _rows(self) -> Tensor:
-        """Numbers of the rows whose turn it is, int64 [B]; computed on the device, where a captured step needs them."""
+        """Indices of the rows of the current batch, int64 [B]; on the device, so that a CUDA graph can capture it."""
         return self.turn * self.n_rows + torch.arange(self.n_rows, device=self.turn.device)
 
     def _segments(self, values: Tensor) -> Tensor:
-        """Rows [n, L] as one row per segment, [n * S, L / S]."""
+        """Reshape rows ([n, L]) to one row per segment, [n * S, L / S]."""
         return values.reshape(len(values) * self.n_segments, -1)
 
     def _enter(self, maskable: Tensor, stage: Tensor) -> tuple[Tensor, Tensor]:
-        """Stage (int64 [n * S]) and masks (bool [n, L]) of sequences (`maskable` bool [n, L]) that enter at `stage`.
+        """Stage (int64 [n * S]) and masks (bool [n, L]) of sequences (`maskable`, bool [n, L]) that enter at `stage`.
 
-        Random positions are revealed to the stage's target. Segments with nothing to reveal have finished.
+        Random positions are revealed up to the stage's target. Segments without maskable positions have finished.
         """
         segments = self._segments(maskable)  # [n * S, L / S]
         n_maskable = segments.sum(1)
@@ -259,7 +259,7 @@ class PumaPool:
 
 
 class PumaObjective(Objective):
-    """The pool, and beside it a share of ordinary uniformly masked rows if asked for."""
+    """The PUMA pool and, with `uniform_fraction`, a share of uniformly masked rows."""
 
     generator: torch.Generator
 

@@ -334,5 +334,5 @@ def test_rows_behind_the_pool_are_masked_uniformly() -> None:
 
 
 def test_a_share_of_a_single_row_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"0\.5 of 1 rows leaves 0 to the pool, fewer than there are processes"):
+    with pytest.raises(ValueError, match=r"0\.5 of 1 rows leaves 0 rows for the pool, fewer than the 1 processes"):
         make_objective(PUMA | {"uniform_fraction": 0.5}, numbered_rows(23, 12), 1)

@@ -144,5 +144,5 @@ def test_the_pool_has_as_many_rows_on_any_number_of_ranks(fraction):
 
 
 def test_a_pool_smaller_than_the_ranks_is_refused():
-    with pytest.raises(ValueError, match="leaves 3 to the pool, fewer than there are processes"):
+    with pytest.raises(ValueError, match="leaves 3 rows for the pool, fewer than the 4 processes"):
         ranks_of(PUMA | {"uniform_fraction": 0.8}, numbered_rows(40, LENGTH), 4)

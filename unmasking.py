@@ -13,7 +13,7 @@ def reveal_top(confidence: Tensor, candidates: Tensor, n_reveal: Tensor) -> Tens
     """Mark the `n_reveal` most confident candidates of each row.
 
     Args:
-        confidence: float [B, L], higher is revealed first; of equal ones the earlier position.
+        confidence: float [B, L], higher is revealed first; ties: the earlier position first.
         candidates: bool [B, L], positions that may be revealed.
         n_reveal: int64 [B]; zero or less marks none, more than the number of candidates marks all.
 
@@ -37,7 +37,7 @@ def mask_uniformly(maskable: Tensor, generator: torch.Generator) -> Tensor:
     """Draw the baseline's masks: per row n uniform in 1..n_maskable, then n random maskable positions.
 
     Args:
-        maskable: bool [B, L]; a row that is all False stays so.
+        maskable: bool [B, L]; a row that is all False gets no masks.
 
     Returns:
         bool [B, L], True where masked.

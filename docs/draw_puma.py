@@ -1,6 +1,6 @@
-"""Draw README's picture: the masks that the baseline trains on, and those of a trained model's PUMA pool.
+"""Draw the figure of README: masks of the baseline, and masks of the PUMA pool of a trained model.
 
-    python -m docs.draw_puma RUN_DIR --out docs/puma.png     # a run of `puma`, not of `block_puma`, on small boards
+    python -m docs.draw_puma RUN_DIR --out docs/puma.png     # a run of `puma` (not `block_puma`) on small boards
 
 Shapes: L positions, C cells of the solution.
 """
@@ -24,10 +24,10 @@ HIDDEN, SHOWN, FRESH = "#d5dae3", "#ffffff", "#f6c667"
 
 @torch.no_grad()
 def trajectory(run_dir: Path, row: int, seed: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """One test puzzle in the pool and under the baseline's masks.
+    """One test puzzle with the masks of the pool and of the baseline.
 
     Returns:
-        x0 (int64 [C]), clues (bool [C]), and masks (bool [C] each) at the pool's steps and of as many random draws.
+        x0 (int64 [C]), clues (bool [C]), masks at each step of the pool, and as many random masks (each bool [C]).
     """
     model, config = load_model(str(run_dir))
     data = config.open_data().validation
@@ -55,14 +55,17 @@ def trajectory(run_dir: Path, row: int, seed: int) -> tuple[Tensor, Tensor, list
 
 
 def draw(run_dir: Path, row: int, seed: int, out: Path) -> None:
-    """Write the picture."""
+    """Write the figure."""
     from matplotlib.figure import Figure
 
     x0, clues, pool, drawn = trajectory(run_dir, row, seed)
     size = round(len(x0) ** 0.5)
     figure = Figure(figsize=(1.55 * len(pool), 4.1), layout="constrained")
     halves = figure.add_gridspec(2, 1)
-    titles = ("baseline: each step masks at random", "PUMA: step by step, the surest cells first (new ones in yellow)")
+    titles = (
+        "baseline: each step masks at random",
+        "PUMA: step by step, the surest cells first (new ones in yellow)",
+    )
     for line, (masks, title) in enumerate(zip((drawn, pool), titles, strict=True)):
         half = figure.add_subfigure(halves[line])
         half.suptitle(title, x=0.01, ha="left", fontsize=11)
@@ -83,7 +86,7 @@ def draw(run_dir: Path, row: int, seed: int, out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
-def _square(x: int, y: int, color: str):  # type: ignore[no-untyped-def] # matplotlib is imported where it is used
+def _square(x: int, y: int, color: str):  # type: ignore[no-untyped-def] # matplotlib is imported only when needed
     from matplotlib.patches import Rectangle
 
     return Rectangle((x, y), 1, 1, facecolor=color, edgecolor="#5b6577", linewidth=0.8)
@@ -91,9 +94,9 @@ def _square(x: int, y: int, color: str):  # type: ignore[no-untyped-def] # matpl
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Draw README's picture of what PUMA is.")
-    parser.add_argument("run_dir", type=Path, help="run of a small Sudoku model")
-    parser.add_argument("--row", type=int, default=0, help="test puzzle")
+    parser = argparse.ArgumentParser(description="Draw the figure of README that explains PUMA.")
+    parser.add_argument("run_dir", type=Path, help="run directory of a small Sudoku model")
+    parser.add_argument("--row", type=int, default=0, help="index of the test puzzle")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("docs/puma.png"))
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Which runs answer which question: settings and seeds of the experiments that `results/run.py` runs."""
+"""The experiments that `results/run.py` runs: the question, settings and seeds of each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting of an experiment, run with every seed."""
+    """One variant in an experiment, run with every seed."""
 
     label: str
     config: str  # in yaml_files/
@@ -16,12 +16,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Settings that are compared, all else equal."""
+    """Variants that are compared, with all other settings equal."""
 
     question: str
     arms: tuple[Arm, ...]
-    overrides: tuple[str, ...] = ()  # of all arms
-    target: float = 0.9  # accuracy; the table says when each run first reaches it
+    overrides: tuple[str, ...] = ()  # for all arms
+    target: float = 0.9  # accuracy; the table shows when each run first reaches it
     seeds: tuple[int, ...] = (0, 1, 2)
 
 

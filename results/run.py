@@ -1,11 +1,11 @@
-"""Run an experiment: every setting with every seed. Its table and picture are made from the records alone.
+"""Run an experiment: every variant with every seed. The table and figure are made only from its records.
 
     python -m results.run sudoku_mini                  # two runs at a time, one thread each
-    python -m results.run sudoku_mini --budget-s 1800  # ends in time; the same command continues
-    python -m results.run sudoku_mini --draw           # table and picture of the records that are there
+    python -m results.run sudoku_mini --budget-s 1800  # stops after 1800 s; the same command continues
+    python -m results.run sudoku_mini --draw           # only the table and figure, from existing records
 
-Runs are kept in runs/results/EXPERIMENT/. A run that is complete is not repeated, one that was stopped is resumed.
-results/EXPERIMENT/ gets records.json, README.md and curves.png.
+Run directories are in runs/results/EXPERIMENT/. Complete runs are not repeated; interrupted runs are resumed. The
+output is records.json, README.md and curves.png in results/EXPERIMENT/.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from runtime.config_file import changed_settings, read_config
 from runtime.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by the colour-blind
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # distinguishable with colour blindness
 LINES = ("-", "--", "-.", ":")
 POLL_S = 0.5
 
@@ -51,7 +51,7 @@ class Task:
 
     @property
     def command(self) -> list[str]:
-        """What starts or continues it."""
+        """The command that starts or resumes the run."""
         return [
             *(sys.executable, "train.py", "--config", str(self.config), "--run-dir", str(self.run_dir)),
             *self.overrides,
@@ -59,15 +59,15 @@ class Task:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the run has ended."""
+        """Whether the run is complete."""
         return (self.run_dir / "final.json").exists()
 
 
 def tasks_of(experiment: Experiment, folder: Path, more: list[str]) -> list[Task]:
-    """All runs, seed after seed, so that an experiment that is stopped early has whole comparisons.
+    """All runs, ordered by seed, so that an interrupted experiment has complete comparisons for some seeds.
 
     Args:
-        folder: of the run directories.
+        folder: parent of the run directories.
         more: overrides for all runs.
     """
     tasks = []
@@ -84,21 +84,21 @@ def check_settings(tasks: list[Task]) -> None:
     """Read the settings of all runs.
 
     Raises:
-        ValueError: a setting is wrong, or a run directory is there that was made with others.
+        ValueError: a setting is wrong, or an existing run directory has other settings.
     """
     for task in tasks:
         config, kept = read_config(task.config, task.overrides), task.run_dir / "config.yaml"
         if kept.exists() and (differences := changed_settings(read_config(kept), config)):
             lines = "\n".join(f"  {line}" for line in differences)
-            raise ValueError(f"{task.run_dir} was made with other settings; delete it or name other --runs:\n{lines}")
+            raise ValueError(f"{task.run_dir} has other settings: delete it or choose another --runs\n{lines}")
 
 
 def run_all(tasks: list[Task], n_jobs: int, budget_s: float | None) -> bool:
-    """Run what is not complete; True if all is.
+    """Run all tasks that are not complete; returns whether all are complete at the end.
 
     Args:
-        n_jobs: runs at a time, one thread each.
-        budget_s: after so many seconds runs are told to save and end.
+        n_jobs: number of parallel runs, one thread each.
+        budget_s: seconds after which runs are told to save and stop.
     """
     waiting = [task for task in tasks if not task.is_complete]
     running: dict[subprocess.Popen[bytes], Task] = {}
@@ -133,7 +133,7 @@ def run_all(tasks: list[Task], n_jobs: int, budget_s: float | None) -> bool:
 
 
 def start(task: Task) -> subprocess.Popen[bytes]:
-    """Start a run on one thread; its output goes to a file beside its directory."""
+    """Start a run with one thread; its output goes to a file beside its directory."""
     task.run_dir.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{task.run_dir}.log", "ab") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -141,10 +141,10 @@ def start(task: Task) -> subprocess.Popen[bytes]:
 
 
 def collect(name: str, experiment: Experiment, tasks: list[Task], overrides: list[str]) -> dict[str, Any]:
-    """What the table and the picture are made from: the records of all runs, shortened, and where they were made.
+    """Records of the table and figure: shortened metrics of all runs, the command and the machine.
 
     Args:
-        overrides: settings that were changed in all runs.
+        overrides: overrides for all runs.
     """
     runs = []
     for task in tasks:
@@ -168,7 +168,7 @@ def collect(name: str, experiment: Experiment, tasks: list[Task], overrides: lis
 
 
 def machine() -> str:
-    """The processor and what speeds it up."""
+    """The processor, its number of cores and its fastest instruction set for matrix products."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
@@ -181,7 +181,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with a mark if files differ from it."""
+    """The commit of the checkout, with `-dirty` if files are modified."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -191,7 +191,7 @@ def commit() -> str:
 
 
 def runs_by_arm(records: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Runs under the label of their setting, in the order of the experiment."""
+    """Runs by the label of their variant, in the order of the experiment."""
     arms: dict[str, list[dict[str, Any]]] = {}
     for run in records["runs"]:
         arms.setdefault(run["arm"], []).append(run)
@@ -199,12 +199,12 @@ def runs_by_arm(records: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def first_reaching(run: dict[str, Any], target: float, axis: str) -> float | None:
-    """Where on `axis` the run's accuracy is first at `target` or above; None if nowhere."""
+    """Value on `axis` at which the run first reaches accuracy `target`; None if it never does."""
     return next((point[axis] for point in run["points"] if point["accuracy"] >= target), None)
 
 
 def report(records: dict[str, Any]) -> str:
-    """The page: question, table of final figures, when the target is reached, accuracy by update."""
+    """README.md of the experiment: question, final figures, when the target is reached, and accuracy by update."""
     arms, target = runs_by_arm(records), records["target"]
     lines = [f"# {records['question']}", "", "![Accuracy of each setting](curves.png)", ""]
     lines += [
@@ -236,13 +236,13 @@ def report(records: dict[str, Any]) -> str:
         f"{records['machine']}; each run on one thread, while others ran. 'Updates to {target:.0%}' is the first "
         "evaluation during training at or above it.",
     ]
-    if "note" in records:  # by hand, on what the figures cannot say
+    if "note" in records:  # written by hand, on what the figures do not show
         lines += ["", records["note"]]
     return "\n".join(lines) + "\n"
 
 
 def draw(records: dict[str, Any], out: Path) -> None:
-    """Accuracy of each setting against each axis: a line per seed, a marker per evaluation."""
+    """Draw the accuracy of each variant over each axis: a line per seed, a marker per evaluation."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -269,20 +269,24 @@ def draw(records: dict[str, Any], out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Run an experiment and write its table and picture.")
+    parser = argparse.ArgumentParser(description="Run an experiment and write its table and figure.")
     parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change in all runs")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--budget-s", type=float, help="seconds after which runs are told to save and end")
-    parser.add_argument("--draw", action="store_true", help="run nothing; draw the records in results/ again")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "results", help="folder of the run directories")
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the experiment's folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides for all runs")
+    parser.add_argument("--jobs", type=int, default=2, help="number of parallel runs, one thread each")
+    parser.add_argument("--budget-s", type=float, help="seconds after which runs are told to save and stop")
+    parser.add_argument(
+        "--draw", action="store_true", help="run nothing; write the table and figure of existing records"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs" / "results", help="parent folder of the run directories"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="parent folder of the output folder")
     options = parser.parse_intermixed_args(arguments)
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`, which stops the runs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs `finally`, which stops the runs
     experiment, folder = EXPERIMENTS[options.experiment], options.out / options.experiment
-    kept, complete = folder / "records.json", True
+    records_file, complete = folder / "records.json", True
     if not options.draw:
         tasks = tasks_of(experiment, options.runs / options.experiment, options.overrides)
         try:
@@ -297,13 +301,13 @@ def main(arguments: list[str] | None = None) -> None:
         if not records["runs"]:
             sys.exit("no run has been evaluated yet")
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(kept, json.dumps(records, indent=1) + "\n")
-    if not kept.exists():
-        sys.exit(f"{kept} is missing: run the experiment without --draw first")
-    records = json.loads(kept.read_text(encoding="utf-8"))
+        write_text(records_file, json.dumps(records, indent=1) + "\n")
+    if not records_file.exists():
+        sys.exit(f"{records_file} is missing: run the experiment without --draw first")
+    records = json.loads(records_file.read_text(encoding="utf-8"))
     write_text(folder / "README.md", report(records))
     draw(records, folder / "curves.png")
-    print(f"wrote {folder}/README.md" + ("" if complete else "; not complete: the same command continues"))
+    print(f"wrote {folder}/README.md" + ("" if complete else "; incomplete: the same command continues"))
     sys.exit(0 if complete else 1)
 
 

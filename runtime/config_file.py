@@ -1,6 +1,6 @@
-"""Read one YAML file into a `Config`, and say everything that is wrong with it at once.
+"""Read one YAML file into a `Config`, and report all problems at once.
 
-python -m runtime.config_file docs/settings.md     # writes the table of all settings into it
+python -m runtime.config_file docs/settings.md     # updates the table of all settings in the file
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pydantic_core import ErrorDetails
 
 from config import Config
 
-TAGS = ("objective.name=", "data.dataset=")  # settings that choose the class of their section
+TAGS = ("objective.name=", "data.dataset=")  # settings that select the class of their section
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML, but `3e-4` is a number, though YAML 1.1 wants `3.0e-4`, and a duplicate key is an error."""
+    """PyYAML with two changes: `3e-4` is a number (YAML 1.1 requires `3.0e-4`), and a duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping of a node; see PyYAML."""
@@ -40,10 +40,10 @@ _Loader.add_implicit_resolver(
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read `path`, apply `section.key=value` overrides, check.
+    """Read `path`, apply `section.key=value` overrides and check all settings.
 
     Raises:
-        ValueError: the file is missing, is no YAML mapping, or a setting is wrong; the message names all problems.
+        ValueError: the file is missing or not a YAML mapping, or a setting is wrong; the message lists all problems.
     """
     try:
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
@@ -53,27 +53,27 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"config {path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"config {path} must be a mapping with sections {', '.join(Config.model_fields)}, got {raw!r}")
-    # A change of the objective or the data set first: the settings of the new one may be given in any order.
+    # Overrides of the objective or data set first, so that overrides of its settings may be in any order.
     for override in sorted(overrides, key=lambda override: not override.startswith(TAGS)):
         _apply_override(raw, override)
     return parse_config(raw, str(path))
 
 
 def parse_config(raw: dict[str, Any], source: str) -> Config:
-    """Check a mapping read from `source` (a file name, for the message); raises ValueError naming all problems."""
+    """Check a mapping read from `source` (for error messages); the ValueError lists all problems."""
     try:
-        # Through JSON, since pydantic's strict mode then takes lists for tuples but still no text for numbers.
+        # As JSON: pydantic's strict mode then accepts lists for tuples, but still no strings for numbers.
         return Config.model_validate_json(json.dumps(raw, default=str), context=raw)
     except ValidationError as error:
         problems = [explain(details) for details in _all_errors(error)]
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         raise ValueError(f"config {source}: {count}\n" + "\n".join(f"  {problem}" for problem in problems)) from None
     except (TypeError, ValueError) as error:
-        raise ValueError(f"config {source} holds what settings cannot: {error}") from None
+        raise ValueError(f"config {source} has a value that settings do not support: {error}") from None
 
 
 def dump_config(config: Config) -> str:
-    """The complete settings as YAML text, defaults included."""
+    """All settings, including defaults, as YAML text."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -87,7 +87,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def changed_settings(old: Config, new: Config) -> list[str]:
-    """Differences that would change the result of a resumed run, one readable line each."""
+    """Differences that would change the result of a resumed run, one line each."""
     before, after = flatten(old), flatten(new)
     free, absent = _free_settings(old) | _free_settings(new), "(absent)"
     return [
@@ -127,9 +127,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _keep_known(raw: dict[str, Any], key: str, value: Any) -> None:
-    """Before an override chooses another objective or data set: drop the settings that the new one does not have.
+    """Before an override selects another objective or data set, drop the settings that the new one does not have.
 
-    Another data set keeps none, since the same name means something else there.
+    A new data set keeps none, since equal names have other meanings there.
     """
     section, _, tag = key.partition(".")
     given = raw.get(section)
@@ -141,14 +141,14 @@ def _keep_known(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _all_errors(error: ValidationError) -> list[ErrorDetails]:
-    """Everything that is wrong; a list whose entries are all wrong is called too short as well, which is left out."""
+    """All errors, without the extra `too_short` that pydantic reports for a list whose entries are all invalid."""
     errors = error.errors(include_url=False)
     parents = {details["loc"][:-1] for details in errors}
     return [details for details in errors if not (details["type"] == "too_short" and details["loc"] in parents)]
 
 
 def explain(details: ErrorDetails) -> str:
-    """One line for one problem: the key, the value, what is allowed."""
+    """One line for a problem: the key, the value and what is allowed."""
     location = [part for part in details["loc"] if part not in _union_tags()]
     key = ".".join(str(part) for part in location)
     value, kind = details["input"], details["type"]
@@ -161,14 +161,14 @@ def explain(details: ErrorDetails) -> str:
         return f"{key}: missing"
     message = details["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    if isinstance(value, dict):  # a check over several keys; the message names them
+    if isinstance(value, dict):  # a check of several keys; the message names them
         named = any(message.startswith(f"{section}") for section in Config.model_fields)
         return message if named else f"{key}: {message}"
     return f"{key} = {value!r}: {message}"
 
 
 def _union_tags() -> set[str]:
-    """Names that pydantic puts into a location to tell the members of a union apart."""
+    """Names that pydantic adds to a location to distinguish the members of a union."""
     tags: set[str] = set()
     for _, models in _sections():
         if len(models) > 1:
@@ -183,14 +183,14 @@ def _literal(model: type[BaseModel], field: str) -> tuple[str, ...]:
 
 
 def _sections() -> Iterator[tuple[str, list[type[BaseModel]]]]:
-    """Section names, each with the settings classes it may hold."""
+    """Section names, each with its possible settings classes."""
     for name, field in Config.model_fields.items():
         members = get_args(field.annotation) or (field.annotation,)
         yield name, [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
 
 
 def _known_keys(location: list[str]) -> Iterator[str]:
-    """Keys allowed at a location of an unknown key: sections at the top, else those of the section's class."""
+    """Keys allowed at the location of an unknown key: sections at the top level, else keys of the section's class."""
     if not location:
         yield from Config.model_fields
         return
@@ -203,7 +203,7 @@ def _known_keys(location: list[str]) -> Iterator[str]:
 
 
 def settings_table() -> str:
-    """Markdown table of every setting, as docs/settings.md shows it."""
+    """Markdown table of all settings, for docs/settings.md."""
     lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
     for section, models in _sections():
         for model in models:
@@ -218,10 +218,10 @@ def settings_table() -> str:
 
 
 def insert_settings(text: str) -> str:
-    """A document with the table of settings between its two marks; raises ValueError where it has none."""
+    """Insert the table of settings between the two marks of a document; raises ValueError if it has no marks."""
     begin, end = (re.search(mark, text) for mark in (r"<!-- settings: .*-->\n", r"<!-- /settings -->"))
     if begin is None or end is None:
-        raise ValueError("the document lacks the marks <!-- settings: ... --> and <!-- /settings -->")
+        raise ValueError("the document has no marks <!-- settings: ... --> and <!-- /settings -->")
     return f"{text[: begin.end()]}{settings_table()}\n{text[end.start() :]}"
 
 

@@ -94,7 +94,7 @@ def advance(
     return masked, stage, finished
 
 
-def pool_rows(uniform_fraction: float, n_rows: int, rank: int, n_ranks: int) -> int:
+def count_pool_rows(uniform_fraction: float, n_rows: int, rank: int, n_ranks: int) -> int:
     """Number of a rank's `n_rows` rows that are in the pool; the sum does not depend on the number of ranks.
 
     Raises:
@@ -149,7 +149,7 @@ class PumaPool:
         batches = []
         for _ in range(n_batches):
             batches.append(queue.take_next(n_rows))
-            queue.top_up()  # the queue stages rows for one batch
+            queue.top_up()  # the queue prefetches rows for one batch
         self.x0, self.maskable = (torch.cat(parts) for parts in zip(*batches, strict=True))
         n = n_batches * n_rows * n_segments
         spread = torch.arange(n, device=device) * n_stages // n
@@ -276,7 +276,7 @@ class PumaObjective(Objective):
     ) -> None:
         super().__init__(queue, n_rows=n_rows, micro_rows=micro_rows, generator=generator)
         self.settings, self.layout, self.mask_id = settings, layout, mask_id
-        self.n_pool_rows = pool_rows(settings.uniform_fraction, n_rows, queue.stream.rank, queue.stream.n_ranks)
+        self.n_pool_rows = count_pool_rows(settings.uniform_fraction, n_rows, queue.stream.rank, queue.stream.n_ranks)
         self.pool = PumaPool(
             queue,
             self.n_pool_rows,

@@ -135,10 +135,10 @@ def main(arguments: list[str] | None = None) -> None:
     options, rule = _parse_arguments(arguments)
     try:
         trained = load(options.checkpoint, options.device)
-        wanted = trained.data.question_option
-        question = getattr(options, wanted)
+        option = trained.data.question_option
+        question = getattr(options, option)
         if question is None:
-            raise ValueError(f"this model was trained on {trained.config.data.dataset}: use --{wanted}")
+            raise ValueError(f"this model was trained on {trained.config.data.dataset}: use --{option}")
         (answer,) = sample(trained, [question], rule, seed=options.seed)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Fresh rows on the device, staged before they are needed.
+"""Fresh rows on the device, prefetched before they are needed.
 
 Shapes: n rows, L positions.
 """
@@ -15,16 +15,16 @@ from data.stream import SequenceStream
 
 
 class RowQueue:
-    """Rows of a stream on the device, staged ahead, so that taking rows needs no host sync.
+    """Rows of a stream, prefetched to the device, so that taking rows needs no host sync.
 
-    Only the device knows how many sequences finish in a step. So fresh rows are staged in a ring buffer on the device.
+    Only the device knows how many sequences finish in a step. So fresh rows wait in a ring buffer on the device.
     `take` selects rows by a mask and counts them on the device; the host refills the ring from the count of two steps
     ago, which the device has usually computed by then. Rows are taken in the stream's order, and a restart loses none:
-    the state is the number of rows taken, not staged.
+    the state is the number of rows taken, not prefetched.
     """
 
     def __init__(self, stream: SequenceStream, max_taken: int, device: torch.device) -> None:
-        """Stage the first rows; at most `max_taken` rows may be taken per step."""
+        """Prefetch the first rows; at most `max_taken` rows may be taken per step."""
         self.stream, self.max_taken, self.device = stream, max_taken, device
         self.n_lag = 2 if device.type == "cuda" else 0
         # `top_up` adds nothing while fewer than max_taken slots are free; n_lag steps later max_taken rows must remain.
@@ -37,7 +37,7 @@ class RowQueue:
     def _restart(self, n_taken: int) -> None:
         self.n_taken = torch.tensor(n_taken, device=self.device)  # int64 scalar, rows taken on this rank
         self._pending_counts: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-        self._n_staged = self._n_known_taken = n_taken
+        self._n_prefetched = self._n_known_taken = n_taken
         self.stream.n_drawn = n_taken
         self.top_up()
 
@@ -61,7 +61,7 @@ class RowQueue:
         return self.take(torch.ones(n_rows, dtype=torch.bool, device=self.device))
 
     def top_up(self) -> None:
-        """Stage more rows; call once per step, after the rows of the step are taken."""
+        """Prefetch more rows; call once per step, after the rows of the step are taken."""
         count, event = self.n_taken, None
         if self.n_lag:
             count = torch.empty((), dtype=torch.long, pin_memory=True).copy_(self.n_taken, non_blocking=True)
@@ -73,16 +73,16 @@ class RowQueue:
             if event is not None:
                 event.synchronize()
             self._n_known_taken = int(count)
-        n_free = self.n_slots - (self._n_staged - self._n_known_taken)
+        n_free = self.n_slots - (self._n_prefetched - self._n_known_taken)
         if n_free < self.max_taken:
             return
         rows = [part.pin_memory() if self.n_lag else part for part in self.stream.draw(n_free)]
-        first = self._n_staged % self.n_slots
+        first = self._n_prefetched % self.n_slots
         n_before_end = min(n_free, self.n_slots - first)
         for ring, fresh in zip((self._x0, self._maskable), (rows[0], ~rows[1]), strict=True):
             ring[first : first + n_before_end].copy_(fresh[:n_before_end], non_blocking=True)
             ring[: n_free - n_before_end].copy_(fresh[n_before_end:], non_blocking=True)
-        self._n_staged += n_free
+        self._n_prefetched += n_free
 
     def state_dict(self) -> dict[str, Any]:
         """State of the stream as if it had drawn exactly the rows taken. This is a host sync."""

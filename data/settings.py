@@ -1,4 +1,4 @@
-"""Base of all settings. Data sets define their own settings, so `config.py` imports data/ and this file is here."""
+"""Base of all settings. Data sets define their own settings, so this base is below `config.py`."""
 
 from __future__ import annotations
 

@@ -112,8 +112,9 @@ def make_data(
     check_shape(boards, size, source)
     bad = check_boards(boards, size)
     if not bad and layout == "in_place":
-        full = np.flatnonzero((boards[:, : size * size] != 0).all(1))
-        bad = [(int(row), "the puzzle has no empty cell, so layout in_place has nothing to predict") for row in full]
+        full_rows = np.flatnonzero((boards[:, : size * size] != 0).all(1))
+        reason = "the puzzle has no empty cell, so layout in_place has nothing to predict"
+        bad = [(int(row), reason) for row in full_rows]
     if bad:
         raise ValueError(f"{source}: {format_bad_rows(bad, len(boards))}")
     if ratings is not None:
@@ -165,10 +166,10 @@ def legal_solutions(boards: np.ndarray, size: int) -> np.ndarray:
     digits = np.where(in_range[:, None], boards, 1).astype(np.uint16)
     bits = (np.uint16(1) << digits).reshape(-1, size, size)
     boxes = bits.reshape(-1, size // height, height, size // width, width).transpose(0, 1, 3, 2, 4)
-    every_digit = (1 << (size + 1)) - 2
+    all_digits = (1 << (size + 1)) - 2
     legal = in_range
     for groups in (bits, bits.transpose(0, 2, 1), boxes.reshape(-1, size, size)):
-        legal = legal & (np.bitwise_or.reduce(groups, axis=2) == every_digit).all(1)
+        legal = legal & (np.bitwise_or.reduce(groups, axis=2) == all_digits).all(1)
     return legal
 
 

@@ -66,12 +66,12 @@ class TinyGsmSettings(DataSettings):
     @model_validator(mode="after")
     def _source_is_complete(self) -> TinyGsmSettings:
         problems = []
-        own = {"files": ("tokenizer", "test_source"), "word_problems": ("n_train", "n_test", "seed")}
-        for source, keys in own.items():
+        keys_by_source = {"files": ("tokenizer", "test_source"), "word_problems": ("n_train", "n_test", "seed")}
+        for source, keys in keys_by_source.items():
             given = [key for key in keys if getattr(self, key) is not None]
             if source != self.source and given:
                 problems.append(f"{', '.join(given)}: only used by source {source!r}, but source is {self.source!r}")
-        missing = [key for key in own["word_problems"] if getattr(self, key) is None]
+        missing = [key for key in keys_by_source["word_problems"] if getattr(self, key) is None]
         if self.source == "word_problems" and missing:
             problems.append(f"source 'word_problems' needs {', '.join(missing)}")
         if self.n_train is not None and self.n_train <= self.n_held_out:

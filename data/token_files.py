@@ -71,10 +71,10 @@ def open_tiny_gsm(data_dir: str | Path, max_len: int, mask_id: int, vocab_size: 
     labels = np.memmap(folder / LABELS_FILE, dtype=np.uint32, mode="r", shape=(n_rows, length))
     prompt_bits = np.memmap(folder / PROMPT_FILE, dtype=np.uint8, mode="r", shape=(n_rows, length // 8))
     for start in range(0, n_rows, N_CHECKED):
-        full = np.flatnonzero((prompt_bits[start : start + N_CHECKED] == 255).all(1))
-        if len(full):
+        all_prompt = np.flatnonzero((prompt_bits[start : start + N_CHECKED] == 255).all(1))
+        if len(all_prompt):
             raise ValueError(
-                f"{folder}: row {start + int(full[0])} (from 0) is all prompt, so there is nothing to predict"
+                f"{folder}: row {start + int(all_prompt[0])} (from 0) is all prompt, so there is nothing to predict"
             )
     checked = labels[np.unique(np.linspace(0, n_rows - 1, min(N_CHECKED, n_rows)).astype(np.int64))]
     highest = max(int(checked.max()), int(meta.get("max_token_id", 0)))

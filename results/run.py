@@ -63,19 +63,19 @@ class Task:
         return (self.run_dir / "final.json").exists()
 
 
-def tasks_of(experiment: Experiment, folder: Path, more: list[str]) -> list[Task]:
+def tasks_of(experiment: Experiment, folder: Path, run_overrides: list[str]) -> list[Task]:
     """All runs, ordered by seed, so that an interrupted experiment has complete comparisons for some seeds.
 
     Args:
         folder: parent of the run directories.
-        more: overrides for all runs.
+        run_overrides: overrides for all runs.
     """
     tasks = []
     for seed in experiment.seeds:
         for arm in experiment.arms:
             run_dir = folder.resolve() / f"{re.sub(r'[^a-z0-9]+', '_', arm.label.lower())}_seed{seed}"
             config = ROOT / "yaml_files" / arm.config
-            overrides = [*experiment.overrides, *arm.overrides, f"training.seed={seed}", *more]
+            overrides = [*experiment.overrides, *arm.overrides, f"training.seed={seed}", *run_overrides]
             tasks.append(Task(arm, seed, run_dir, config, overrides))
     return tasks
 
@@ -87,8 +87,8 @@ def check_settings(tasks: list[Task]) -> None:
         ValueError: a setting is wrong, or an existing run directory has other settings.
     """
     for task in tasks:
-        config, kept = read_config(task.config, task.overrides), task.run_dir / "config.yaml"
-        if kept.exists() and (differences := changed_settings(read_config(kept), config)):
+        config, run_config = read_config(task.config, task.overrides), task.run_dir / "config.yaml"
+        if run_config.exists() and (differences := changed_settings(read_config(run_config), config)):
             lines = "\n".join(f"  {line}" for line in differences)
             raise ValueError(f"{task.run_dir} has other settings: delete it or choose another --runs\n{lines}")
 

@@ -116,7 +116,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
     if override.startswith(TAGS):
-        _keep_known(raw, key, value)
+        _drop_unknown(raw, key, value)
     *sections, last = key.split(".")
     target = raw
     for section in sections:
@@ -126,7 +126,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     target[last] = value
 
 
-def _keep_known(raw: dict[str, Any], key: str, value: Any) -> None:
+def _drop_unknown(raw: dict[str, Any], key: str, value: Any) -> None:
     """Before an override selects another objective or data set, drop the settings that the new one does not have.
 
     A new data set keeps none, since equal names have other meanings there.

@@ -97,6 +97,6 @@ class _FinishedBlocks:
     def close(self, rows: Tensor, cache: KeyValueCache, start: int) -> None:
         """Store what a pass computed before position `start`, where tokens are final; the next passes start there."""
         fresh = slice(cache.length, start)
-        for stored, own in ((self.store.keys, cache.keys), (self.store.values, cache.values)):
-            stored[:, rows, :, fresh] = own[:, :, :, fresh]
+        for stored, computed in ((self.store.keys, cache.keys), (self.store.values, cache.values)):
+            stored[:, rows, :, fresh] = computed[:, :, :, fresh]
         self.n_computed[rows] = cache.length = start

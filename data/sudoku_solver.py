@@ -41,6 +41,22 @@ def _place(grid: np.ndarray, used: np.ndarray, groups: np.ndarray, cell: int, di
 
 
 @njit(cache=True, nogil=True)
+def _candidates(used: np.ndarray, groups: np.ndarray, size: int, cell: int) -> int:
+    """Bit mask of the digits that are in no group of a cell."""
+    all_digits = (1 << (size + 1)) - 2
+    return all_digits & ~(used[0, groups[0, cell]] | used[1, groups[1, cell]] | used[2, groups[2, cell]])
+
+
+@njit(cache=True, nogil=True)
+def _digit_of(bit: int) -> int:
+    """The digit of a bit mask with one digit."""
+    digit = 0
+    while (1 << digit) != bit:
+        digit += 1
+    return digit
+
+
+@njit(cache=True, nogil=True)
 def _complete(
     grid: np.ndarray, used: np.ndarray, groups: np.ndarray, size: int, popcount: np.ndarray, state: np.ndarray
 ) -> bool:
@@ -48,7 +64,6 @@ def _complete(
 
     Depth-first search: at each level the cell with the fewest candidates, its digits in random order.
     """
-    full = (1 << (size + 1)) - 2
     cells = np.empty(size * size, dtype=np.int64)
     untried = np.empty(size * size, dtype=np.int64)  # bit mask of candidates not yet tried at each depth
     depth = 0
@@ -56,7 +71,7 @@ def _complete(
         best, best_candidates, n_best = -1, 0, 100
         for cell in range(size * size):
             if grid[cell] == 0:
-                candidates = full & ~(used[0, groups[0, cell]] | used[1, groups[1, cell]] | used[2, groups[2, cell]])
+                candidates = _candidates(used, groups, size, cell)
                 n_candidates = popcount[candidates]
                 if n_candidates < n_best:
                     best, best_candidates, n_best = cell, candidates, n_candidates
@@ -76,10 +91,7 @@ def _complete(
             rest &= rest - 1
         bit = rest & -rest
         untried[depth] ^= bit
-        digit = 0
-        while (1 << digit) != bit:
-            digit += 1
-        _place(grid, used, groups, cells[depth], digit)
+        _place(grid, used, groups, cells[depth], _digit_of(bit))
         depth += 1
 
 
@@ -90,11 +102,11 @@ def _is_needed(
     """Whether removing a clue allows a second solution, with another digit in its cell. Leaves `grid` unchanged."""
     digit = grid[cell]
     _place(grid, used, groups, cell, 0)
-    taken = used[0, groups[0, cell]] | used[1, groups[1, cell]] | used[2, groups[2, cell]]
+    candidates = _candidates(used, groups, size, cell)
     state = np.zeros(1, dtype=np.uint64)
     found = False
     for other in range(1, size + 1):
-        if other != digit and not taken & (1 << other):
+        if other != digit and candidates & (1 << other):
             trial, trial_used = grid.copy(), used.copy()
             _place(trial, trial_used, groups, cell, other)
             if _complete(trial, trial_used, groups, size, popcount, state):
@@ -194,7 +206,6 @@ def solve_singles(puzzles: np.ndarray, size: int) -> np.ndarray:
 @njit(cache=True, nogil=True)
 def _fill_singles(boards: np.ndarray, groups: np.ndarray, size: int, popcount: np.ndarray) -> None:
     """`solve_singles` in place, for int64 [N, C]."""
-    full = (1 << (size + 1)) - 2
     used = np.empty((3, size), dtype=np.int64)
     for grid in boards:
         _find_used(grid, used, groups, size)
@@ -205,16 +216,14 @@ def _fill_singles(boards: np.ndarray, groups: np.ndarray, size: int, popcount: n
             once, twice = np.zeros((3, size), dtype=np.int64), np.zeros((3, size), dtype=np.int64)
             for cell in range(size * size):
                 if grid[cell] == 0:
-                    candidates = full & ~(
-                        used[0, groups[0, cell]] | used[1, groups[1, cell]] | used[2, groups[2, cell]]
-                    )
+                    candidates = _candidates(used, groups, size, cell)
                     for kind in range(3):
                         twice[kind, groups[kind, cell]] |= once[kind, groups[kind, cell]] & candidates
                         once[kind, groups[kind, cell]] |= candidates
             for cell in range(size * size):
                 if grid[cell] != 0:
                     continue
-                candidates = full & ~(used[0, groups[0, cell]] | used[1, groups[1, cell]] | used[2, groups[2, cell]])
+                candidates = _candidates(used, groups, size, cell)
                 found = candidates if popcount[candidates] == 1 else 0
                 for kind in range(3):
                     if found == 0:
@@ -222,10 +231,7 @@ def _fill_singles(boards: np.ndarray, groups: np.ndarray, size: int, popcount: n
                         hidden = candidates & once[kind, groups[kind, cell]] & ~twice[kind, groups[kind, cell]]
                         found = hidden & -hidden
                 if found != 0:
-                    digit = 0
-                    while (1 << digit) != found:
-                        digit += 1
-                    _place(grid, used, groups, cell, digit)
+                    _place(grid, used, groups, cell, _digit_of(found))
                     progress = True
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data.files import write_text
 from data.sudoku_boards import BOX_SHAPE, SudokuData, make_data, puzzle_keys, save_array
 from data.sudoku_solver import POPCOUNT, fill_boards
 
@@ -129,15 +130,12 @@ def _chunks(size: int, min_clues: int, max_clues: int, seed: int, n_workers: int
 
 
 def write_csv(path: Path, data: SudokuData) -> None:
-    """Write `puzzle,solution` rows atomically."""
-    text = (data.boards + ord("0")).tobytes().decode("ascii")
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
-    with open(scratch, "w", encoding="ascii") as file:
-        file.write("puzzle,solution\n")
-        for start in range(0, len(text), 2 * data.n_cells):
-            middle, end = start + data.n_cells, start + 2 * data.n_cells
-            file.write(f"{text[start:middle]},{text[middle:end]}\n")
-    scratch.replace(path)
+    """Write `puzzle,solution` rows atomically; raises WriteError."""
+    cells, n = (data.boards + ord("0")).tobytes().decode("ascii"), data.n_cells
+    lines = [
+        f"{cells[start : start + n]},{cells[start + n : start + 2 * n]}\n" for start in range(0, len(cells), 2 * n)
+    ]
+    write_text(path, "puzzle,solution\n" + "".join(lines))
 
 
 def main(arguments: list[str] | None = None) -> None:

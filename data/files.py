@@ -33,9 +33,10 @@ def reported(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        free_mib = shutil.disk_usage(path.parent).free / 2**20 if path.parent.exists() else 0
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise WriteError(f"{path} cannot be written ({reason}; {free_mib:,.0f} MiB of disk are free)") from error
+        if path.parent.exists():
+            reason += f"; {shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB of disk are free"
+        raise WriteError(f"{path} cannot be written ({reason})") from error
 
 
 def sync_folder(path: Path) -> None:

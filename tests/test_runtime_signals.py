@@ -160,7 +160,7 @@ if __name__ == "__main__":
 
 def test_listening_imports_nothing_slow():
     result = run_fresh_python(
-        "-c", "import sys, runtime.signals; print('torch' in sys.modules, 'numpy' in sys.modules)"
+        "-c", "import sys, runtime.signals as s; s.listen(); print('torch' in sys.modules, 'numpy' in sys.modules)"
     )
     assert result.stdout.split() == ["False", "False"], result.stderr
     assert signals.EARLY_SIGNALS == (signal.SIGUSR1, signal.SIGTERM)

@@ -3,6 +3,10 @@
 `runtime/config_file.py` reads the file and formats errors. Data sets and objectives are discriminated unions, so each
 takes only its own keys. Settings of a data set are defined with the data set. The table of settings in docs/settings.md
 is generated from the descriptions.
+
+What depends on the machine or the data is checked before work starts: `training.run.build_objective` (ranks and
+microbatches), `training.update.check_graph`, `progressive.count_pool_rows`, `eval.evaluate.check_n_examples`,
+`model.hub.check_init_from`.
 """
 
 from __future__ import annotations
@@ -255,6 +259,10 @@ class TrainingSettings(Settings):
         return max_steps
 
 
+# What a causal model leaves no choice of: settings of `SamplingRule`, and of `ValidationSettings`.
+CHOICES = ("confidence", "tokens_per_step", "threshold")
+
+
 class SamplingRule(Settings):
     """How a sampler chooses positions to fill: which ones first, and how many in one forward pass."""
 
@@ -267,11 +275,10 @@ class SamplingRule(Settings):
 
     def check(self, *, causal: bool) -> None:
         """Raise ValueError if the rule does not work with a model that is `causal` or not."""
-        for key in ("confidence", "tokens_per_step", "threshold") if causal else ():
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(
-                    f"{key} {getattr(self, key)}: a causal model is sampled left to right, token by token; leave it out"
-                )
+        chosen = [key for key in CHOICES if getattr(self, key) != type(self).model_fields[key].default]
+        if causal and chosen:
+            listed = ", ".join(f"{key} {getattr(self, key)}" for key in chosen)
+            raise ValueError(f"{listed}: a causal model is sampled left to right, token by token; leave it out")
 
 
 DEFAULT_RULE = SamplingRule()
@@ -393,14 +400,19 @@ class Config(Settings):
     @field_validator("validation")
     @classmethod
     def _rules_fit_the_objective(cls, validation: ValidationSettings, info: ValidationInfo) -> ValidationSettings:
-        objective = info.data.get("objective")
-        if objective is None:
+        objective, problems = info.data.get("objective"), []
+        if objective is None or not objective.causal:
             return validation
-        for rule in validation.rules():
-            try:
-                rule.check(causal=objective.causal)
-            except ValueError as error:
-                raise ValueError(f"validation.{error}") from None
+        for key in CHOICES:
+            value, default = getattr(validation, key), ValidationSettings.model_fields[key].default
+            if value != default:
+                required = "null" if default is None else list(default)
+                problems.append(
+                    f"validation.{key} {value}: objective {objective.name!r} is sampled left to right, token by token; "
+                    f"leave it out or set it to {required}"
+                )
+        if problems:
+            raise ValueError("; ".join(problems))
         return validation
 
     @property

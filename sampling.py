@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from model.transformer import Transformer
 
+DEVICES = ("auto", "cpu", "cuda")
+
 # torch takes seconds to import, so functions import it when they need it: `--help` and wrong options answer at once.
 
 
@@ -65,8 +67,10 @@ def load(path: str, device: str = "auto") -> Trained:
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
-        ValueError: there is no usable checkpoint, or `device` is `cuda` and there is no GPU.
+        ValueError: there is no usable checkpoint, or `device` is another one, or `cuda` and there is no GPU.
     """
+    if device not in DEVICES:
+        raise ValueError(f"device {device!r} must be one of {', '.join(DEVICES)}")
     from model.hub import load_model
     from runtime.distributed import start_world
 
@@ -79,6 +83,8 @@ def sample(
     trained: Trained, questions: Sequence[str], rule: SamplingRule = DEFAULT_RULE, *, seed: int = 0
 ) -> list[Answer]:
     """Answer questions: Sudoku puzzles or word problems.
+
+    All questions are one batch.
 
     Args:
         questions: in the form that the data set's `encode` takes.
@@ -95,6 +101,10 @@ def sample(
 
     config, data = trained.config, trained.data
     rule.check(causal=config.causal)
+    if isinstance(questions, str):
+        raise ValueError("questions must be a list of texts, got one text")
+    if not questions:
+        return []
     prompts = np.stack([data.encode(question) for question in questions])  # [B, L]
     with autocast(trained.device, autocast_dtype(config.training.precision, trained.device)):
         result = build_sampler(config, data.eos_id)(
@@ -118,9 +128,11 @@ def _parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, S
     parser.add_argument("--tokens-per-step", type=int, default=1)
     parser.add_argument("--threshold", type=float, help="also fill all positions above this probability")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--seed", type=int, default=0, help="from 0 to 2^32 - 1")
+    parser.add_argument("--device", default="auto", choices=DEVICES)
     options = parser.parse_args(arguments)
+    if not 0 <= options.seed < 2**32:
+        parser.error(f"--seed {options.seed}: must be from 0 to {2**32 - 1}")
     try:
         rule = SamplingRule(**{key: getattr(options, key) for key in SamplingRule.model_fields})
     except ValidationError as error:

@@ -14,7 +14,6 @@ import os
 import sys
 import time
 import warnings
-from math import inf
 from pathlib import Path
 from signal import SIGINT, Signals
 from typing import NoReturn
@@ -75,9 +74,11 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
         check_init_from(config.model.init_from)  # before work on the data
     if world.is_main:
         print(f"data: {config.data.describe()}", flush=True)
-    data = main_first(world, lambda: config.open_data().load())
-    for key in config.validation.model_fields_set & {"n_examples", "n_final_examples"}:
-        check_n_examples(getattr(config.validation, key) or 0, data, f"validation.{key}")
+    data = main_first(world, lambda: config.open_data().load(train=True))
+    for key in ("n_examples", "n_final_examples"):
+        n_examples = getattr(config.validation, key)
+        if n_examples != type(config.validation).model_fields[key].default:  # the default is for large tests
+            check_n_examples(n_examples, data, f"validation.{key}")
     run = build_run(config, world, run_dir, data.train, resuming=checkpoint is not None)
     if checkpoint is not None:
         restore_run(run, checkpoint)
@@ -105,7 +106,7 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
     n_final = validation.n_final_examples or validation.n_examples
     updater = Updater(run)
     evaluation: Evaluation | None = None
-    saved_step, status = run.step, ""
+    saved_step, status = run.step, "loss ?"
     with tqdm(total=run.n_steps, initial=run.step, unit="step", disable=recorder is None) as bar:
         started = time.perf_counter()
         while run.step < run.n_steps:
@@ -202,8 +203,8 @@ def check_unchanged(config: Config, run_dir: Path, options: argparse.Namespace) 
         return
     listed = "\n".join(f"  {line}" for line in differences)
     length_only = all(line.startswith(("training.max_steps", "training.num_epochs")) for line in differences)
-    old, new = before.training, config.training
-    longer = (new.max_steps or inf) > (old.max_steps or inf) or (new.num_epochs or inf) > (old.num_epochs or inf)
+    lengths = [(getattr(before.training, key), getattr(config.training, key)) for key in ("max_steps", "num_epochs")]
+    longer = all(old == new or (old is not None and new is not None and new > old) for old, new in lengths)
     if length_only and longer and (run_dir / FINAL_FILE).exists():
         arguments = ["--config", options.config, "--run-dir", f"{run_dir}_longer", *options.overrides]
         arguments += [f"model.init_from={run_dir}"] + ["model.shifted=false"] * (not config.shifted)

@@ -180,7 +180,9 @@ class DataSet(ABC):
         """Warnings about the data to show before training. They need a pass over the data, which may take seconds."""
         return ()
 
-    def load(self) -> DataSet:
-        """Read everything that training and evaluation need. The first call may generate or download it."""
-        _ = self.train, self.validation, self.n_questions
+    def load(self, *, train: bool) -> DataSet:
+        """Read what evaluation needs and, if asked, the training rows. The first call may generate or download data."""
+        _ = self.validation, self.n_questions
+        if train:
+            _ = self.train
         return self

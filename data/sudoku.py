@@ -33,6 +33,7 @@ from data.sudoku_boards import (
     load_hub,
     load_published,
     load_sudoku_file,
+    mask_token,
     published_available,
     read_boards,
     sequence_length,
@@ -116,7 +117,7 @@ class SudokuSettings(DataSettings):
 
     def mask_id_in(self, vocab_size: int) -> int:
         """The mask token, the first after the digits."""
-        return self.size + 1
+        return mask_token(self.size)
 
     @override
     def describe(self) -> str:
@@ -175,14 +176,14 @@ class Sudoku(DataSet):
     def encode(self, question: str) -> np.ndarray:
         """A puzzle of C characters, `.` or `0` for empty cells, as a row [L]."""
         puzzle = np.array(parse_puzzle(question, self.settings.size))  # [C]
-        mask_id = self.settings.size + 1
+        mask_id = mask_token(self.settings.size)
         if self.settings.layout == "in_place":
             return np.where(puzzle == 0, mask_id, puzzle)
         return np.concatenate([puzzle, np.full_like(puzzle, mask_id)])
 
     def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
         """The solved board and the order in which its cells were filled."""
-        n_cells, mask_id = self.settings.size**2, self.settings.size + 1
+        n_cells, mask_id = self.settings.size**2, mask_token(self.settings.size)
         puzzle = np.where(prompt[:n_cells] == mask_id, 0, prompt[:n_cells])  # in both layouts
         return format_boards(puzzle, tokens[-n_cells:], order[-n_cells:], self.settings.size)
 

@@ -57,7 +57,7 @@ class SudokuData:
     @property
     def mask_id(self) -> int:
         """The mask token."""
-        return self.size + 1
+        return mask_token(self.size)
 
     @property
     def eos_id(self) -> None:
@@ -85,6 +85,11 @@ class SudokuData:
         prompt_mask = np.zeros(boards.shape, dtype=bool)
         prompt_mask[:, : self.n_cells] = True
         return boards.astype(np.int64), prompt_mask
+
+
+def mask_token(size: int) -> int:
+    """The mask token, after empty (0) and the digits."""
+    return size + 1
 
 
 def sequence_length(size: int, layout: SudokuLayout) -> int:

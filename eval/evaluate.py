@@ -241,7 +241,7 @@ def _measure_rule(
 ) -> tuple[SamplerResult, list[dict[str, Any]]]:
     """Sample by one rule and judge the answers; returns the first judged rows as samples, in order."""
     data, n_examples = test.data, test.n_examples
-    sampler = build_sampler(config, data.eos_id)
+    sampler = build_sampler(config, data.validation.eos_id)
     names = (*data.figures, "nfe")
     sums = torch.zeros(len(names), dtype=torch.float64, device=world.device)
     samples: dict[int, dict[str, Any]] = {}
@@ -320,7 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         model, config = load_model(options.checkpoint, overrides=options.overrides)
         world = start_world(config.training.device)
-        data = main_first(world, lambda: config.open_data().load())
+        data = main_first(world, lambda: config.open_data().load(train=False))
         n_examples = _n_examples(config, options.overrides, data)
         evaluation = evaluate(model.to(world.device), config, data, world, n_examples)
         if world.is_main:

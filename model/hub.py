@@ -89,16 +89,12 @@ def load_model(path: str, overrides: Sequence[str] = ()) -> tuple[Transformer, C
 def check_init_from(source: str) -> None:
     """Raise ValueError if `model.init_from` is a local folder that is not there; quick, so that it can come first."""
     folder = Path(source)
-    config = Path("yaml_files") / f"{folder.name}.yaml"
-    if folder.exists():
+    if folder.exists() or not source.startswith(("runs/", "./", "../", "/", "~")):  # else a name on the hub
         return
-    if (Path(__file__).parents[1] / config).exists():
-        where = "" if folder == Path("runs") / folder.name else f" --run-dir {source}"
-        raise ValueError(
-            f"model.init_from: {source} does not exist. Train it first: python train.py --config {config}{where}"
-        )
-    if folder.parts[0] in ("runs", ".", "..", "/"):
-        raise ValueError(f"model.init_from: {source} does not exist")
+    config = Path("yaml_files") / f"{folder.name}.yaml"
+    if source.startswith("runs/") and (Path(__file__).parents[1] / config).exists():
+        raise ValueError(f"model.init_from: {source} does not exist. Train it first: python train.py --config {config}")
+    raise ValueError(f"model.init_from: {source} does not exist")
 
 
 def load_initial_weights(model: Transformer, config: Config) -> None:

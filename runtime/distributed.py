@@ -45,7 +45,7 @@ def start_world(device: str) -> World:
         ValueError: `cuda` on a machine without a CUDA GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("training.device = 'cuda': this machine has no CUDA GPU; use auto or cpu")
+        raise ValueError("device 'cuda': this machine has no CUDA GPU; use auto or cpu")
     launched = "RANK" in os.environ  # by torchrun or job.sh; some clusters set WORLD_SIZE without a launcher
     n_ranks, rank = (int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])) if launched else (1, 0)
     if device == "cpu" or not torch.cuda.is_available():

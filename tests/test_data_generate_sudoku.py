@@ -8,7 +8,7 @@ import hashlib
 import numpy as np
 import pytest
 from conftest import run_python
-from test_data_sudoku import groups_of
+from test_data_sudoku_boards import groups_of
 
 from data import generate_sudoku as generator
 from data.generate_sudoku import cached_generated, generate_sudoku

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SHARED
-from test_data_sudoku import boards
+from test_data_sudoku_boards import boards
 
 from data.sudoku import SudokuSettings, load_split
 from data.sudoku_boards import (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import SHARED
 from test_data_generate_sudoku import solutions, train_set
-from test_data_sudoku import groups_of, solved_grid
+from test_data_sudoku_boards import groups_of, solved_grid
 
 from data.sudoku_boards import read_boards
 from data.sudoku_solver import count_solutions, solve_singles

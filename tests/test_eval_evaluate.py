@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import PUMA, run_python, run_ranks, tiny_settings
-from test_data_sudoku import boards
+from test_data_sudoku_boards import boards
 
 import train
 from data.sudoku_boards import SudokuData, make_data
@@ -245,6 +245,14 @@ def test_more_examples_than_there_are_is_refused(key, run_dir, capsys):
         evaluation.main([str(run_dir), f"validation.{key}=5000"])
     assert stop.value.code == 2
     assert f"validation.{key} 5000: the test has 20 puzzles" in capsys.readouterr().err
+
+
+def test_the_training_rows_are_not_read(run_dir, tmp_path, capsys):
+    boards = "puzzle,solution\n12.40000.....000,1234341221434321\n"
+    (tmp_path / "test.csv").write_text(boards)
+    files = [f"data.{split}_file={tmp_path}/{split}.csv" for split in ("train", "test")]
+    evaluation.main([str(run_dir), "data.source=files", *files, "validation.n_examples=1"])
+    assert "of 1" in capsys.readouterr().out
 
 
 def test_the_examples_that_an_override_asks_for_are_sampled(run_dir, tmp_path):

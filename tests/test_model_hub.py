@@ -130,7 +130,7 @@ def test_rotary_base_is_read_in_old_and_new_spelling(tmp_path, tokens, data_dir)
     ("source", "expected"),
     [
         ("runs/tinygsm_mini_arm", "Train it first: python train.py --config yaml_files/tinygsm_mini_arm.yaml"),
-        ("elsewhere/tinygsm_mini_arm", "tinygsm_mini_arm.yaml --run-dir elsewhere/tinygsm_mini_arm"),
+        ("./tinygsm_mini_arm", "model.init_from: ./tinygsm_mini_arm does not exist"),
         ("runs/my_own", "runs/my_own does not exist"),
     ],
 )

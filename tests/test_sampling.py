@@ -353,12 +353,27 @@ def test_the_command_prints_the_board_the_order_and_the_nfe(
     assert "has 15 cells" in capsys.readouterr().err
 
 
+def test_answers_in_python(config_file: Callable[..., Path], tmp_path: Path) -> None:
+    train.main(["--config", str(config_file(training__max_steps=1)), "--run-dir", str(tmp_path / "run")])
+    trained = sampling.load(str(tmp_path / "run"), "cpu")
+    answers = sampling.sample(trained, [PUZZLE, "." * 16], SamplingRule(tokens_per_step=8))
+    assert [answer.nfe for answer in answers] == [2, 2]
+    assert len(answers[0].text.splitlines()) == 5
+    assert answers[0].tokens.shape == answers[0].order.shape == (32,)
+    assert sampling.sample(trained, []) == []
+    with pytest.raises(ValueError, match="list of texts"):
+        sampling.sample(trained, PUZZLE)
+    with pytest.raises(ValueError, match="device 'gpu' must be one of auto, cpu, cuda"):
+        sampling.load(str(tmp_path / "run"), "gpu")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "nowhere"),
         (["--tokens-per-step", "0"], "--tokens-per-step 0: input should be greater than 0"),
         (["--threshold", "1.5"], "--threshold 1.5: input should be less than 1"),
+        (["--seed", "-1"], "--seed -1: must be from 0 to 4294967295"),
         (["--temperature", "-1"], "--temperature -1.0: input should be greater than or equal to 0"),
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import PUMA, UNIFORM, run_python, run_ranks, started
 
 import train
@@ -200,6 +201,35 @@ def test_a_complete_run_says_how_to_train_longer(config_file, tmp_path, capsys):
             assert result.returncode == 0, result.stderr
             assert f"parameters from {run_dir}" in result.stdout
             assert json.loads((tmp_path / "run_longer" / "final.json").read_text())["steps"] == 8
+
+
+def test_a_shorter_length_by_another_key_is_not_called_longer(config_file, tmp_path, capsys):
+    config, run_dir = str(config_file(PUMA)), tmp_path / "run"
+    train.main(["--config", config, "--run-dir", str(run_dir)])
+    with pytest.raises(SystemExit):
+        train.main(
+            ["--config", config, "--run-dir", str(run_dir), "training.max_steps=null", "training.num_epochs=0.3"]
+        )
+    assert "was started with other settings" in capsys.readouterr().err
+
+
+def test_the_settings_that_a_run_wrote_train_again(config_file, tmp_path):
+    """They hold defaults: more test examples than a small test set has."""
+    config = config_file(PUMA, training__max_steps=1)
+    content = yaml.safe_load(config.read_text())
+    del content["validation"]["n_examples"]
+    config.write_text(yaml.safe_dump(content))
+    train.main(["--config", str(config), "--run-dir", str(tmp_path / "run")])
+    train.main(["--config", str(tmp_path / "run" / "config.yaml"), "--run-dir", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "final.json").exists()
+
+
+def test_more_examples_than_the_test_has_are_refused_before_training(config_file, tmp_path, capsys):
+    config = config_file(PUMA, validation__n_examples=21)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", str(config), "--run-dir", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert "validation.n_examples 21: the test has 20 puzzles" in capsys.readouterr().err
 
 
 def test_changed_settings_are_refused_with_the_difference(config_file, tmp_path, capsys):

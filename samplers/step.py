@@ -39,6 +39,8 @@ def noise_keys(row_keys: Tensor, step: Tensor, positions: Tensor) -> Tensor:
 def fill(tokens: Tensor, masked: Tensor, predicted: TokenPredictions, keys: Tensor, rule: SamplingRule) -> Tensor:
     """Fill the best `tokens_per_step` masked positions of each row, and all above `threshold`.
 
+    Which token a position gets is decided in `model.token_predictions.predict_tokens`.
+
     Args:
         tokens: int64 [B, L], updated in place.
         masked: bool [B, L].

@@ -8,47 +8,27 @@ Shapes: B rows of this rank, L positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from data.row_queue import RowQueue
-from objective import Microbatch, Objective
-from progressive_block import BlockLayout
+from objective import Objective
+from progressive_block import MaskedObjective
 from runtime.distributed import sum_over_ranks
 
 
-class UniformObjective(Objective):
+class UniformObjective(MaskedObjective):
     """The baseline: fresh sequences in every update, masks drawn uniformly in each block."""
 
-    generator: torch.Generator
-
-    def __init__(
-        self,
-        queue: RowQueue,
-        layout: BlockLayout,
-        mask_id: int,
-        *,
-        n_rows: int,
-        micro_rows: int,
-        generator: torch.Generator,
-    ) -> None:
-        super().__init__(queue, n_rows=n_rows, micro_rows=micro_rows, generator=generator)
-        self.layout, self.mask_id = layout, mask_id
-        self.masked_fraction = torch.zeros((), device=generator.device)
+    masked_fraction = torch.zeros(())  # of the last update
 
     @override
-    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def draw_masks(self, step: int) -> tuple[Tensor, Tensor]:
         x0, maskable = self.queue.take_next(self.n_rows)
         masked = self.layout.mask_uniformly(maskable, self.generator)
         self.masked_fraction = (masked.sum(1) / maskable.sum(1)).mean()
-        return x0.masked_fill(masked, self.mask_id), x0, self.layout.weights(masked, over_ranks=True)
-
-    @override
-    def microbatches(self, step: int) -> Iterator[Microbatch]:
-        return self.layout.microbatches(*self.draw(step), self.micro_rows)
+        return x0, masked
 
     @override
     def metrics(self) -> dict[str, Tensor]:

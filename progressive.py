@@ -15,7 +15,6 @@ with segments.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ from typing_extensions import override
 
 from config import ProgressiveSettings
 from data.row_queue import RowQueue
-from objective import Microbatch, Objective
-from progressive_block import BlockLayout
+from objective import Microbatch
+from progressive_block import BlockLayout, MaskedObjective
 from runtime.distributed import rank_slice
 from unmasking import reveal_random, reveal_top
 
@@ -258,10 +257,8 @@ class PumaPool:
         return torch.where(n_maskable > 0, stage, self.n_stages), masked.view_as(maskable)
 
 
-class PumaObjective(Objective):
+class PumaObjective(MaskedObjective):
     """The PUMA pool and, with `uniform_fraction`, a share of uniformly masked rows."""
-
-    generator: torch.Generator
 
     def __init__(
         self,
@@ -274,8 +271,8 @@ class PumaObjective(Objective):
         micro_rows: int,
         generator: torch.Generator,
     ) -> None:
-        super().__init__(queue, n_rows=n_rows, micro_rows=micro_rows, generator=generator)
-        self.settings, self.layout, self.mask_id = settings, layout, mask_id
+        super().__init__(queue, layout, mask_id, n_rows=n_rows, micro_rows=micro_rows, generator=generator)
+        self.settings = settings
         self.n_pool_rows = count_pool_rows(settings.uniform_fraction, n_rows, queue.stream.rank, queue.stream.n_ranks)
         self.pool = PumaPool(
             queue,
@@ -289,7 +286,7 @@ class PumaObjective(Objective):
         self._confidence = torch.empty(n_rows, layout.length, device=generator.device)
 
     @override
-    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def draw_masks(self, step: int) -> tuple[Tensor, Tensor]:
         self.pool.set_n_stages(self.settings.n_stages_at(step))
         x0, masked = self.pool.batch()
         n_uniform = self.n_rows - self.n_pool_rows
@@ -297,11 +294,7 @@ class PumaObjective(Objective):
             fresh, maskable = self.queue.take_next(n_uniform)
             x0 = torch.cat([x0, fresh])  # [B, L]
             masked = torch.cat([masked, self.layout.mask_uniformly(maskable, self.generator)])
-        return x0.masked_fill(masked, self.mask_id), x0, self.layout.weights(masked, over_ranks=True)
-
-    @override
-    def microbatches(self, step: int) -> Iterator[Microbatch]:
-        return self.layout.microbatches(*self.draw(step), self.micro_rows)
+        return x0, masked
 
     @override
     def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:

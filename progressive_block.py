@@ -17,14 +17,17 @@ Shapes: B rows, L positions, S block size, N = B * L / S segments.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from config import BlockAttention, BlockSettings, ObjectiveSettings
-from objective import Microbatch, split_rows
+from data.row_queue import RowQueue
+from objective import Microbatch, Objective, split_rows
 from runtime.distributed import mean_over_ranks
 from unmasking import mask_uniformly, row_weights
 
@@ -90,3 +93,41 @@ def block_layout(settings: ObjectiveSettings, length: int) -> BlockLayout:
     if not isinstance(settings, BlockSettings):
         return BlockLayout(length, length, "prefix")
     return BlockLayout(length, settings.block_size, settings.block_attention)
+
+
+class MaskedObjective(Objective):
+    """Base of the objectives that mask rows: the mean loss over the blocks of `layout` that have masked positions.
+
+    Args:
+        layout: the blocks of a row.
+        mask_id: the mask token.
+        queue, n_rows, micro_rows, generator: as in `Objective`; the masks are random.
+    """
+
+    generator: torch.Generator
+
+    def __init__(
+        self,
+        queue: RowQueue,
+        layout: BlockLayout,
+        mask_id: int,
+        *,
+        n_rows: int,
+        micro_rows: int,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__(queue, n_rows=n_rows, micro_rows=micro_rows, generator=generator)
+        self.layout, self.mask_id = layout, mask_id
+
+    @abstractmethod
+    def draw_masks(self, step: int) -> tuple[Tensor, Tensor]:
+        """The rows of one update, x0 int64 [B, L], and what is masked in them, bool [B, L]."""
+
+    @override
+    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        x0, masked = self.draw_masks(step)
+        return x0.masked_fill(masked, self.mask_id), x0, self.layout.weights(masked, over_ranks=True)
+
+    @override
+    def microbatches(self, step: int) -> Iterator[Microbatch]:
+        return self.layout.microbatches(*self.draw(step), self.micro_rows)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from config import Config, ModelSettings
 from model.transformer import POSITIONS, Transformer, build_model
-from runtime.checkpoint import MANIFEST, find_checkpoint
+from runtime.checkpoint import MANIFEST, Checkpoint, find_checkpoint
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -72,7 +72,11 @@ def load_model(path: str, overrides: Sequence[str] = ()) -> tuple[Transformer, C
     Raises:
         ValueError: no usable checkpoint, or a wrong setting.
     """
-    checkpoint = find_checkpoint(path)
+    return _open_model(find_checkpoint(path), overrides)
+
+
+def _open_model(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> tuple[Transformer, Config]:
+    """See `load_model`."""
     config = checkpoint.config(overrides)
     weights = checkpoint.weights("ema") or checkpoint.weights("model")
     if weights is None:
@@ -123,7 +127,7 @@ def _read(source: str) -> Pretrained:
     folder = Path(source)
     if (folder / MANIFEST).exists() or (folder / "checkpoints").is_dir():
         checkpoint = find_checkpoint(folder)
-        model, config = load_model(str(checkpoint.path))
+        model, config = _open_model(checkpoint)
         return Pretrained(str(checkpoint.path), config.model, config.shifted, model.weights())
     if folder.is_dir() and not (folder / CONFIG_FILE).exists():
         raise ValueError(f"model.init_from: {source} holds neither a checkpoint nor a config.json")

@@ -275,7 +275,7 @@ class SamplingRule(Settings):
 
     def check(self, *, causal: bool) -> None:
         """Raise ValueError if the rule does not work with a model that is `causal` or not."""
-        chosen = [key for key in CHOICES if getattr(self, key) != type(self).model_fields[key].default]
+        chosen = [key for key in CHOICES if not self.is_default(key)]
         if causal and chosen:
             listed = ", ".join(f"{key} {getattr(self, key)}" for key in chosen)
             raise ValueError(f"{listed}: a causal model is sampled left to right, token by token; leave it out")
@@ -404,12 +404,11 @@ class Config(Settings):
         if objective is None or not objective.causal:
             return validation
         for key in CHOICES:
-            value, default = getattr(validation, key), ValidationSettings.model_fields[key].default
-            if value != default:
-                required = "null" if default is None else list(default)
+            if not validation.is_default(key):
+                default = ValidationSettings.model_fields[key].default
                 problems.append(
-                    f"validation.{key} {value}: objective {objective.name!r} is sampled left to right, token by token; "
-                    f"leave it out or set it to {required}"
+                    f"validation.{key} {getattr(validation, key)}: objective {objective.name!r} is sampled left to "
+                    f"right, token by token; leave it out or set it to {'null' if default is None else list(default)}"
                 )
         if problems:
             raise ValueError("; ".join(problems))

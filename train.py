@@ -76,9 +76,8 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
         print(f"data: {config.data.describe()}", flush=True)
     data = main_first(world, lambda: config.open_data().load(train=True))
     for key in ("n_examples", "n_final_examples"):
-        n_examples = getattr(config.validation, key)
-        if n_examples != type(config.validation).model_fields[key].default:  # the default is for large tests
-            check_n_examples(n_examples, data, f"validation.{key}")
+        if not config.validation.is_default(key):  # the default is for large tests
+            check_n_examples(getattr(config.validation, key), data, f"validation.{key}")
     run = build_run(config, world, run_dir, data.train, resuming=checkpoint is not None)
     if checkpoint is not None:
         restore_run(run, checkpoint)

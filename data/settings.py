@@ -19,3 +19,7 @@ class Settings(BaseModel):
     free_on_resume: ClassVar[bool] = False  # `FREE_ON_RESUME` for all settings of the section
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def is_default(self, key: str) -> bool:
+        """Whether a setting has its default value, given or not."""
+        return bool(getattr(self, key) == type(self).model_fields[key].default)

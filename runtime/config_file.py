@@ -65,7 +65,7 @@ def parse_config(raw: dict[str, Any], source: str) -> Config:
         # As JSON: pydantic's strict mode then accepts lists for tuples, but still no strings for numbers.
         return Config.model_validate_json(json.dumps(raw, default=str), context=raw)
     except ValidationError as error:
-        problems = [explain(details) for details in _all_errors(error)]
+        problems = [_explain(details) for details in _all_errors(error)]
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         raise ValueError(f"config {source}: {count}\n" + "\n".join(f"  {problem}" for problem in problems)) from None
     except (TypeError, ValueError) as error:
@@ -147,7 +147,7 @@ def _all_errors(error: ValidationError) -> list[ErrorDetails]:
     return [details for details in errors if not (details["type"] == "too_short" and details["loc"] in parents)]
 
 
-def explain(details: ErrorDetails) -> str:
+def _explain(details: ErrorDetails) -> str:
     """One line for a problem: the key, the value and what is allowed."""
     location = [part for part in details["loc"] if part not in _union_tags()]
     key = ".".join(str(part) for part in location)
@@ -162,8 +162,7 @@ def explain(details: ErrorDetails) -> str:
     message = details["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if isinstance(value, dict):  # a check of several keys; the message names them
-        named = any(message.startswith(f"{section}") for section in Config.model_fields)
-        return message if named else f"{key}: {message}"
+        return message if message.startswith(tuple(Config.model_fields)) else f"{key}: {message}"
     return f"{key} = {value!r}: {message}"
 
 

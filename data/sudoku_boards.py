@@ -234,6 +234,8 @@ def read_boards(path: str | Path, size: int, rating_column: str | None = None) -
     try:
         if path.suffix == ".csv":
             found: dict[str, Any] = _read_csv(path, columns)
+            if rating_column:
+                found[rating_column] = [value or "nan" for value in found[rating_column]]
             puzzles, solutions = (_cells(found[name], size, f"column {name!r}") for name in columns[:2])
         else:
             content = np.load(path)  # refuses pickles by default
@@ -254,12 +256,7 @@ def read_boards(path: str | Path, size: int, rating_column: str | None = None) -
         )
     ratings = None
     if rating_column:
-        try:
-            ratings = np.array([value if value != "" else "nan" for value in found[rating_column]], dtype=np.float32)
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"Sudoku file {path}, column {rating_column!r}: ratings must be numbers ({error})"
-            ) from None
+        ratings = _ratings(found[rating_column], f"Sudoku file {path}, column {rating_column!r}")
     return np.concatenate([puzzles, solutions], axis=1), ratings
 
 
@@ -355,10 +352,9 @@ def load_hub(
     columns = [
         _cells(table[column][:], size, f"{source}, column {column!r}") for column in (puzzle_column, solution_column)
     ]
-    try:
-        ratings = None if rating_column is None else np.array(table[rating_column][:], dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}, column {rating_column!r}: ratings must be numbers ({error})") from None
+    ratings = None
+    if rating_column:
+        ratings = _ratings(table[rating_column][:], f"{source}, column {rating_column!r}")
     return make_data(np.concatenate(columns, axis=1), size, source, layout, ratings)
 
 
@@ -389,6 +385,14 @@ def _read_csv(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
     return {name: [line[i] for line in rows] for name, i in indices.items()}
 
 
+def _ratings(values: Any, source: str) -> np.ndarray:
+    """Convert ratings, None if missing, to float32 [N]; ValueError if one is not a number."""
+    try:
+        return np.array(values, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: ratings must be numbers ({error})") from None
+
+
 def _cells(rows: Sequence[Any], size: int, source: str) -> np.ndarray:
     """Convert boards given as text or as lists of integers to [N, C]; ValueError names the first bad row."""
     n_cells = size * size
@@ -402,9 +406,8 @@ def _cells(rows: Sequence[Any], size: int, source: str) -> np.ndarray:
             )
     if kind is list:
         try:
-            return np.array(rows, dtype=np.float64).reshape(
-                -1, n_cells
-            )  # None becomes NaN, which the check of digits rejects
+            # None becomes NaN, which the check of digits rejects.
+            return np.array(rows, dtype=np.float64).reshape(-1, n_cells)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: cells must be integers ({error})") from None
     # Characters outside ASCII become `?`, which the check of digits rejects with the row number.

@@ -27,7 +27,7 @@ from progressive_block import block_layout
 from runtime.checkpoint import Checkpoint, save_checkpoint
 from runtime.distributed import World, autocast_dtype, sum_over_ranks
 from runtime.metrics import peak_memory_gib, reduce_metrics
-from runtime.optim import build_ema, build_optimizer
+from runtime.optim import build_ema, build_optimizer, learning_rate
 from runtime.sharding import copy_full, gather_moments, gather_weights, is_sharded, load_moments, shard, shard_weights
 from training.rescale import rescale
 
@@ -54,7 +54,6 @@ class Run:
     step: int = 0
     seconds: float = 0.0  # of training, without evaluation and saving
     seconds_recorded: float = 0.0  # `seconds` at the last record
-    learning_rate: float = 0.0  # of the last step
     batch: list[Microbatch] = field(default_factory=list)  # of the last step, written to disk if training diverges
 
     @property
@@ -260,7 +259,7 @@ def interval_metrics(run: Run) -> dict[str, Any]:
     return {
         "train/loss": float(sum_over_ranks(run.loss_sum)) / run.world.n_ranks / n_steps,
         "train/grad_norm": float(run.grad_norm_sum) / n_steps,
-        "train/learning_rate": run.learning_rate,
+        "train/learning_rate": learning_rate(run.step - 1, training, run.n_steps),  # of the last update
         "train/step_ms": step_ms,
         "train/tokens_per_s": training.batch_size * run.length / step_ms * 1000,
         "train/peak_memory_gib": peak_memory_gib(run.world.device),

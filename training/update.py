@@ -44,8 +44,7 @@ class Updater:
     def step(self) -> None:
         """One update of the weights and of their average."""
         run = self.run
-        run.learning_rate = learning_rate(run.step, run.config.training, run.n_steps)
-        set_learning_rate(run.optimizer, run.learning_rate)
+        set_learning_rate(run.optimizer, learning_rate(run.step, run.config.training, run.n_steps))
         if run.config.training.cuda_graph and run.world.device.type == "cuda":
             self._step_graph()
         else:

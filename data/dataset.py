@@ -164,6 +164,7 @@ class DataSet(ABC):
         """The token that ends an answer; None if all rows have the same length."""
         return None
 
+    @property
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer; None if tokens are not text."""
         return None

@@ -1,4 +1,4 @@
-"""Atomic writes of small files, and one error for every failed write. Does not import torch."""
+"""Write small files atomically, and raise one error for any failed write. Does not import torch."""
 
 from __future__ import annotations
 

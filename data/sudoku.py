@@ -106,15 +106,18 @@ class SudokuSettings(DataSettings):
         return self
 
     @property
+    @override
     def length(self) -> int:
         """Tokens per sequence."""
         return sequence_length(self.size, self.layout)
 
     @property
+    @override
     def min_vocab_size(self) -> int:
         """Tokens: empty cell, digits and mask token."""
         return self.size + 2
 
+    @override
     def mask_id_in(self, vocab_size: int) -> int:
         """The mask token, the first after the digits."""
         return mask_token(self.size)
@@ -153,6 +156,7 @@ class Sudoku(DataSet):
         return load_split(self.settings, "train")
 
     @cached_property
+    @override
     def validation(self) -> SudokuData:
         """The test split; its puzzles are also the test questions."""
         return load_split(self.settings, "test")
@@ -167,12 +171,14 @@ class Sudoku(DataSet):
         tokens, prompt_mask = self.validation.rows(indices)
         return np.where(prompt_mask, tokens, self.validation.mask_id)
 
+    @override
     def judge(self, tokens: np.ndarray, indices: np.ndarray) -> Judged:
         """See `judge_boards`. Returns no samples, since sampled grids are hard to read."""
         data = self.validation
         grid = tokens[:, -data.n_cells :]  # in both layouts
         return Judged(judge_boards(grid, data.puzzles[indices], data.solutions[indices], data.size))
 
+    @override
     def encode(self, question: str) -> np.ndarray:
         """A puzzle of C characters, `.` or `0` for empty cells, as a row [L]."""
         puzzle = np.array(parse_puzzle(question, self.settings.size))  # [C]
@@ -181,16 +187,19 @@ class Sudoku(DataSet):
             return np.where(puzzle == 0, mask_id, puzzle)
         return np.concatenate([puzzle, np.full_like(puzzle, mask_id)])
 
+    @override
     def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
         """The solved board and the order in which its cells were filled."""
         n_cells, mask_id = self.settings.size**2, mask_token(self.settings.size)
         puzzle = np.where(prompt[:n_cells] == mask_id, 0, prompt[:n_cells])  # in both layouts
         return format_boards(puzzle, tokens[-n_cells:], order[-n_cells:], self.settings.size)
 
+    @override
     def example(self) -> str:
         """The first puzzle of the test split."""
         return "".join(str(digit) if digit else "." for digit in self.validation.puzzles[0])
 
+    @override
     def difficulty(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Number of clues and, if the data has ratings, the rating rounded down."""
         data = self.validation
@@ -199,6 +208,7 @@ class Sudoku(DataSet):
             measures["rating"] = np.floor(data.ratings[indices])
         return measures
 
+    @override
     def reference(self, indices: np.ndarray) -> Reference:
         """What naked and hidden singles solve, the two simplest rules of human solvers."""
         from data.sudoku_solver import solve_singles  # imports numba, which is slow
@@ -207,6 +217,7 @@ class Sudoku(DataSet):
         filled = solve_singles(data.puzzles[indices], data.size)
         return Reference("naked and hidden singles", (filled != 0).all(1))
 
+    @override
     def warnings(self) -> Sequence[str]:
         """Warn about test puzzles that are also in the training set."""
         n_shared = count_shared_puzzles(self.train, self.validation)

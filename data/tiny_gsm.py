@@ -81,15 +81,18 @@ class TinyGsmSettings(DataSettings):
         return self
 
     @property
+    @override
     def length(self) -> int:
         """Tokens per sequence."""
         return self.max_len
 
     @property
+    @override
     def min_vocab_size(self) -> int:
         """Smallest vocabulary with the mask token."""
         return (self.mask_id or 0) + 1
 
+    @override
     def mask_id_in(self, vocab_size: int) -> int:
         """The mask token of a model with this vocabulary."""
         return vocab_size - 1 if self.mask_id is None else self.mask_id
@@ -139,21 +142,21 @@ class TinyGsm(DataSet):
         return data
 
     @property
+    @override
     def train(self) -> TinyGsmData:
         """All rows but the last `n_held_out`."""
         return self.rows.part(slice(0, len(self.rows) - self.settings.n_held_out))
 
     @property
+    @override
     def validation(self) -> TinyGsmData:
         """The last `n_held_out` rows."""
         return self.rows.part(slice(len(self.rows) - self.settings.n_held_out, None))
 
+    @cached_property
+    @override
     def tokenizer(self) -> Any:
         """The tokenizer that wrote the rows; ValueError if it cannot be loaded or its EOS differs from the rows'."""
-        return self._tokenizer
-
-    @cached_property
-    def _tokenizer(self) -> Any:
         tokenizer = load_tokenizer(self.settings.tokenizer or tokenizer_of(self.folder))
         eos_id = read_meta(self.folder).get("eos_id", tokenizer.eos_token_id)
         if eos_id != tokenizer.eos_token_id:
@@ -166,7 +169,7 @@ class TinyGsm(DataSet):
     @property
     @override
     def eos_id(self) -> int:
-        return int(self.tokenizer().eos_token_id)
+        return int(self.tokenizer.eos_token_id)
 
     @cached_property
     def test(self) -> Prompts:
@@ -175,7 +178,7 @@ class TinyGsm(DataSet):
             problems = read_problems(str(self.folder / TEST_FILE))
         else:
             problems = read_problems(self.settings.test_source or HUB_NAME, cache_dir=self.folder)
-        return build_prompts(problems, self.tokenizer(), self.mask_id, self.settings.max_len)
+        return build_prompts(problems, self.tokenizer, self.mask_id, self.settings.max_len)
 
     @property
     @override
@@ -186,10 +189,11 @@ class TinyGsm(DataSet):
     def prompts(self, indices: np.ndarray) -> np.ndarray:
         return self.test.xt[indices]
 
+    @override
     def judge(self, tokens: np.ndarray, indices: np.ndarray) -> Judged:
         """See `DataSet`; runs the programs."""
         problems = [self.test.problems[i] for i in indices]
-        programs = decode_programs(self.tokenizer(), tokens, self.test.xt[indices] != self.mask_id)
+        programs = decode_programs(self.tokenizer, tokens, self.test.xt[indices] != self.mask_id)
         # The ranks on a machine share its cores.
         n_workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         verdicts = grade(programs, [problem.answer for problem in problems], n_workers=n_workers)
@@ -207,17 +211,19 @@ class TinyGsm(DataSet):
         ]
         return Judged(figures, samples)
 
+    @override
     def encode(self, question: str) -> np.ndarray:
         """A question in words."""
         max_len = self.settings.max_len
-        ids = encode_prompts(self.tokenizer().backend_tokenizer, [question])[0]
+        ids = encode_prompts(self.tokenizer.backend_tokenizer, [question])[0]
         if not prompt_fits(len(ids), max_len):
             raise ValueError(f"the prompt has {len(ids)} tokens: at most {max_len - 2} fit data.max_len {max_len}")
         return np.array(ids + [self.mask_id] * (max_len - len(ids)))
 
+    @override
     def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
         """The program and what it returns."""
-        text = decode_programs(self.tokenizer(), tokens[None], (prompt != self.mask_id)[None])[0]
+        text = decode_programs(self.tokenizer, tokens[None], (prompt != self.mask_id)[None])[0]
         program = extract_program(text)
         if program is None:
             return f"{text}\n\nno program"
@@ -225,6 +231,7 @@ class TinyGsm(DataSet):
         value = f"returns {outcome.value}" if outcome.status == "ok" else f"{outcome.status}: {outcome.message}"
         return f"{text}\n\n{value}"
 
+    @override
     def example(self) -> str:
         """The first test problem, on one line."""
         return " ".join(self.test.problems[0].question.split())

@@ -323,7 +323,7 @@ def export_run(path: str, out: Path) -> str:
             f"`model.hub.load_model`, or take the weights from its checkpoints, where they have Hugging Face's names; "
             f"{POSITIONS} is added to the token embeddings"
         )
-    tokenizer = config.open_data().tokenizer()
+    tokenizer = config.open_data().tokenizer
     eos_id = pad_id = None
     if tokenizer is not None:
         eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id

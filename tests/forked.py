@@ -154,7 +154,7 @@ def import_libraries() -> None:
 
 
 def serve(requests: socket.socket) -> dict[str, Any]:
-    """Fork for every request. Returns in each of the processes that run a program; the server's own never returns."""
+    """Fork a process for each request. Returns only in the forked processes, which then run a program."""
     waiting: set[int] = set()  # processes that wait for a program each
     while True:
         message, descriptors, _, _ = socket.recv_fds(requests, 1, 3)

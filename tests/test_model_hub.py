@@ -392,7 +392,7 @@ def test_an_export_holds_the_tokenizer_of_the_data(tmp_path):
     message = hub.export_run(str(tmp_path / "run"), tmp_path / "out")
     assert "tokenizer.json" in message
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    own = load_model(str(tmp_path / "run"))[1].open_data().tokenizer()
+    own = load_model(str(tmp_path / "run"))[1].open_data().tokenizer
     texts = [f"{problem.question}\n{problem.code}" for problem in generate_problems(50, seed=5)]
     assert_same_tokenizer(tokenizer, own, texts)
     assert set(tokenizer(texts[0])) == {"input_ids", "attention_mask"}

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import platform
-import re
 import sys
 import time
 from argparse import Namespace
@@ -15,7 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from data.files import write_text
+from runtime.machine import processor_facts
 from runtime.metrics import peak_memory_gib
 
 LEGEND = {
@@ -175,9 +174,8 @@ def profile(options: Namespace, benchmark: Benchmark) -> None:
 
 def machine(device: torch.device, dtype: torch.dtype | None) -> str:
     """What a figure depends on besides the code."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8") if info.exists() else "")
-    name = f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    model = processor_facts().get("model name", platform.machine())
+    name = f"{model}, {torch.get_num_threads()} of {os.cpu_count()} cores"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     precision = str(dtype or torch.float32).removeprefix("torch.")

@@ -31,6 +31,7 @@ from data.files import write_text
 from report.curves import AXES
 from results.experiments import EXPERIMENTS, Arm, Experiment
 from runtime.config_file import changed_settings, read_config
+from runtime.machine import processor_facts
 from runtime.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,15 +170,12 @@ def collect(name: str, experiment: Experiment, tasks: list[Task], overrides: lis
 
 def machine() -> str:
     """The processor, its number of cores and its fastest instruction set for matrix products."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
-    flags = fields.get("flags", "").split()
+    facts = processor_facts()
+    flags = facts.get("flags", "").split()
     fast = [
         name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16"), ("avx2", "AVX2")) if flag in flags
     ]
-    return f"{fields.get('model name', platform.machine())}, {os.cpu_count()} cores, {fast[0] if fast else 'no AVX2'}"
+    return f"{facts.get('model name', platform.machine())}, {os.cpu_count()} cores, {fast[0] if fast else 'no AVX2'}"
 
 
 def commit() -> str:

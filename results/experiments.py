@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Arm:
-    """One variant in an experiment, run with every seed."""
+    """One variant in an experiment."""
 
     label: str
     config: str  # in yaml_files/
     overrides: tuple[str, ...] = ()
+    seeds: tuple[int, ...] | None = None  # None: those of the experiment
+    starts_from: str | None = None  # label of the variant whose run of the same seed gives the starting weights
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,16 @@ EXPERIMENTS = {
         ),
         target=0.7,
     ),
-    "tinygsm_mini": Experiment(
-        "Generated word problems from random weights, two tokens per step: PUMA, uniform masks, no learned positions",
+    "word_problems": Experiment(
+        "Word problems from random weights: PUMA and uniform masks, the same model, batch, schedule and updates",
         (
             Arm("puma", "tinygsm_mini_puma.yaml"),
             Arm("uniform", "tinygsm_mini_baseline.yaml"),
-            Arm("puma, rotary alone", "tinygsm_mini_puma.yaml", ("model.learned_positions=null",)),
+            Arm("puma, rate 1e-3", "tinygsm_mini_puma.yaml", ("training.learning_rate=1.0e-3",), seeds=(0,)),
+            Arm("uniform, rate 1e-3", "tinygsm_mini_baseline.yaml", ("training.learning_rate=1.0e-3",), seeds=(0,)),
+            Arm("puma, rate 4e-3", "tinygsm_mini_puma.yaml", ("training.learning_rate=4.0e-3",), seeds=(0,)),
+            Arm("uniform, rate 4e-3", "tinygsm_mini_baseline.yaml", ("training.learning_rate=4.0e-3",), seeds=(0,)),
         ),
+        overrides=("training.max_steps=3000", "training.eval_every=125"),
     ),
 }

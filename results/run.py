@@ -74,6 +74,8 @@ def tasks_of(experiment: Experiment, folder: Path, run_overrides: list[str]) -> 
     tasks = []
     for seed in experiment.seeds:
         for arm in experiment.arms:
+            if seed not in (arm.seeds or experiment.seeds):
+                continue
             run_dir = folder.resolve() / f"{re.sub(r'[^a-z0-9]+', '_', arm.label.lower())}_seed{seed}"
             config = ROOT / "yaml_files" / arm.config
             overrides = [*experiment.overrides, *arm.overrides, f"training.seed={seed}", *run_overrides]

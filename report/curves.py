@@ -1,6 +1,11 @@
-"""Plot loss and accuracy of one or more runs against steps, distinct sequences or seconds.
+"""Loss and accuracy of runs as a figure, and what each setting needs to reach a given accuracy.
 
-    python -m report.curves runs/sudoku_puma runs/sudoku_baseline --x seconds --out curves.png
+    python -m report.curves runs/puma_seed* runs/uniform_seed* --x seconds --out curves.png
+    python -m report.curves runs/puma_seed* runs/uniform_seed* --target 0.9
+
+Runs whose settings differ only in the seed are drawn as one line, the mean, with a band from the lowest to the highest
+seed. The band of a single run is the 95% interval of its accuracy. `--target` also prints a table: when each setting
+first reaches the target, and how many times less that is than for the last setting on the command line.
 
 PUMA trains on each sequence for a whole trajectory, so which method is ahead can depend on the axis.
 """
@@ -8,10 +13,16 @@ PUMA trains on each sequence for a whole trajectory, so which method is ahead ca
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from runtime.metrics import METRICS_FILE, read_metrics
 
@@ -20,46 +31,231 @@ AXES = {
     "sequences_distinct": "distinct sequences seen",
     "seconds": "seconds of training",
 }
+# Okabe and Ito's colours, distinguishable with colour blindness; line styles and markers distinguish them in print.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v")
+ACCURACY = "validation/accuracy/"
 
 
-def draw_curves(run_dirs: Sequence[Path], axis: str, out: Path) -> None:
-    """Write a plot of loss and accuracy against one of `AXES`.
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy of one run at its evaluations, by one sampling rule."""
+
+    setting: str  # the same for all seeds of a setting
+    rule: str  # label of the sampling rule
+    points: list[dict[str, float]]  # one per evaluation: a value for each of `AXES`, accuracy, and its 95% interval
+
+    def first_reaching(self, target: float, axis: str) -> float | None:
+        """The value on `axis` at which accuracy `target` is first reached; None if it never is."""
+        return next((point[axis] for point in self.points if point["accuracy"] >= target), None)
+
+
+def by_label(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
+    """Seeds of each setting and rule, by a label, in order; the label names the rule if there are several."""
+    several = len({curve.rule for curve in curves}) > 1
+    groups: dict[str, list[Curve]] = {}
+    for curve in curves:
+        groups.setdefault(f"{curve.setting}: {curve.rule}" if several else curve.setting, []).append(curve)
+    return groups
+
+
+def accuracy_points(rows: Iterable[dict[str, Any]], rule: str) -> list[dict[str, float]]:
+    """Points of a `Curve` from the records of a run: the evaluations by one sampling rule."""
+    points = []
+    for row in rows:
+        if ACCURACY + rule in row:
+            accuracy = row[ACCURACY + rule]
+            low, high = (row.get(f"validation/accuracy_{end}/{rule}", accuracy) for end in ("low", "high"))
+            points.append({axis: row[axis] for axis in AXES} | {"accuracy": accuracy, "low": low, "high": high})
+    return points
+
+
+def rules_of(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Labels of the sampling rules in the records of a run; the first is the headline."""
+    found = (key.removeprefix(ACCURACY) for row in rows for key in row if key.startswith(ACCURACY))
+    return list(dict.fromkeys(found))
+
+
+def plot_accuracy(plot: Any, curves: Sequence[Curve], axis: str, targets: Sequence[float] = ()) -> None:
+    """Draw the accuracy of each setting against `axis` into matplotlib axes, with its legend labels.
+
+    Seeds of a setting are averaged at equal updates, in accuracy and on `axis`. Updates that some seed lacks are left
+    out.
+    """
+    settings = list(dict.fromkeys(curve.setting for curve in curves))
+    rules = list(dict.fromkeys(curve.rule for curve in curves))
+    for label, group in by_label(curves).items():
+        setting = settings.index(group[0].setting)
+        number = setting if len(rules) == 1 else rules.index(group[0].rule)
+        color = COLORS[setting % len(COLORS)]
+        style, marker = LINES[number % len(LINES)], MARKERS[number % len(MARKERS)]
+        by_step = [{point["step"]: point for point in curve.points} for curve in group]
+        steps = sorted(set.intersection(*(set(points) for points in by_step)))
+        at = [[points[step] for points in by_step] for step in steps]  # evaluations of all seeds
+        x = [statistics.mean(point[axis] for point in seeds) for seeds in at]
+        mean = [100 * statistics.mean(point["accuracy"] for point in seeds) for seeds in at]
+        ends = ("low", "high") if len(group) == 1 else ("accuracy", "accuracy")
+        low, high = (
+            [100 * choose(point[end] for point in seeds) for seeds in at]
+            for choose, end in zip((min, max), ends, strict=True)
+        )
+        name = f"{label}, {len(group)} seeds" if len(group) > 1 else label
+        plot.plot(x, mean, style, color=color, marker=marker, markersize=3.5, linewidth=1.6, label=name)
+        plot.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        for target in targets:
+            needed, complete = _needed(group, target, axis)
+            if complete:
+                plot.plot(statistics.mean(needed), 100 * target, marker, color=color, markersize=8, markeredgecolor="k")
+    for target in targets:
+        plot.axhline(100 * target, color="0.6", linewidth=0.8)
+    plot.set(xlabel=AXES[axis], ylabel="solved, %", ylim=(-2, 102))
+    set_grid(plot)
+
+
+def set_grid(plot: Any) -> None:
+    """A light grid, no frame at the top and right, and numbers with thousands separators."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    plot.grid(alpha=0.25)
+    plot.spines[["top", "right"]].set_visible(False)
+    plot.xaxis.set_major_locator(MaxNLocator(5))
+    plot.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+
+
+def target_table(curves: Sequence[Curve], target: float, baseline: str) -> list[str]:
+    """Lines of a Markdown table: when each setting first reaches accuracy `target`, and the ratio to a baseline.
+
+    Values are means over seeds with the lowest and highest. A ratio of 2 means half of what the baseline needs; its
+    spread is over all pairs of seeds. A seed that never reaches the target counts with its last evaluation, which is a
+    lower bound: the mean is then marked with >, and the ratio with > or <.
+
+    Args:
+        baseline: label of the setting to compare with.
+    """
+    groups = by_label(curves)
+    titles = {"step": "updates", "sequences_distinct": "distinct sequences", "seconds": "seconds"}
+    lines = [
+        f"| first at {target:.0%} | seeds | " + " | ".join(f"{title} | ratio" for title in titles.values()) + " |",
+        "| --- |" + " ---: |" * (1 + 2 * len(titles)),
+    ]
+    for label, group in groups.items():
+        n_reached = sum(curve.first_reaching(target, "step") is not None for curve in group)
+        cells = [f"{n_reached} of {len(group)}"]
+        for axis in titles:
+            values, complete = _needed(group, target, axis)
+            others, all_reached = _needed(groups[baseline], target, axis)
+            cells.append(_mean_and_range(values, "" if complete else "> ", ",.0f", open_end=not complete))
+            if label == baseline:
+                cells.append("1")
+            elif not n_reached or not (complete or all_reached):  # no bound can be given
+                cells.append("-")
+            else:
+                sign = "" if complete and all_reached else "> " if complete else "< "
+                ratios = [other / value for other in others for value in values]
+                low, high = f"{min(ratios):.1f}", f"{max(ratios):.1f}"
+                center = statistics.mean(others) / statistics.mean(values)
+                cells.append(f"{sign}{center:.1f}" + (f" ({low} to {high})" if low != high else ""))
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def _needed(group: Sequence[Curve], target: float, axis: str) -> tuple[list[float], bool]:
+    """The value on `axis` at which each seed reaches the target, or its last one; and whether all reach it."""
+    found = [curve.first_reaching(target, axis) for curve in group]
+    values = [curve.points[-1][axis] if value is None else value for curve, value in zip(group, found, strict=True)]
+    return values, None not in found
+
+
+def _mean_and_range(values: Sequence[float], sign: str, form: str, *, open_end: bool) -> str:
+    mean, low, high = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))
+    if low == high:
+        return f"{sign}{mean}"
+    return f"{sign}{mean} ({low} to {'not reached' if open_end else high})"
+
+
+def read_curves(run_dirs: Sequence[Path], rule: str | None = None) -> list[Curve]:
+    """The curves of runs: one per run and sampling rule, or only those by `rule`.
 
     Raises:
-        ValueError: a run directory holds no records.
+        ValueError: a run directory holds no records, or no run was evaluated by `rule`.
+    """
+    curves = []
+    for run_dir, setting in _setting_names(run_dirs).items():
+        rows = _records(run_dir)
+        curves += [Curve(setting, name, accuracy_points(rows, name)) for name in rules_of(rows)]
+    known = dict.fromkeys(curve.rule for curve in curves)
+    if rule is not None and rule not in known:
+        raise ValueError(f"--rule {rule}: the runs were evaluated by {', '.join(known) or 'no rule yet'}")
+    return [curve for curve in curves if rule in (None, curve.rule)]
+
+
+def draw_curves(
+    run_dirs: Sequence[Path], axis: str, out: Path, *, rule: str | None = None, targets: Sequence[float] = ()
+) -> None:
+    """Write a figure of loss and accuracy against one of `AXES`.
+
+    Args:
+        rule: label of the only sampling rule to draw; None: all.
+        targets: accuracies to mark.
+
+    Raises:
+        ValueError: a run directory holds no records, or no run was evaluated by `rule`.
     """
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     loss_plot, accuracy_plot = figure.subplots(1, 2)
-    for number, run_dir in enumerate(run_dirs):
-        rows = list(read_metrics(run_dir))
-        if not rows:
-            raise ValueError(f"{run_dir} holds no {METRICS_FILE} with records: name a run directory")
-        color = f"C{number}"
-        loss_plot.plot(*_curve(rows, axis, "train/loss"), color=color, alpha=0.35)
-        loss_plot.plot(*_curve(rows, axis, "validation/loss"), color=color, marker=".", label=run_dir.name)
-        keys = [key for key in rows[-1] | _last_evaluation(rows) if key.startswith("validation/accuracy/")]
-        for line, key in zip(("-", "--", ":", "-.") * len(keys), keys, strict=False):
-            label = f"{run_dir.name}: {key.removeprefix('validation/accuracy/')}"
-            x, y = _curve(rows, axis, key)
-            accuracy_plot.plot(x, [100 * value for value in y], line, color=color, marker=".", label=label)
+    names = _setting_names(run_dirs)
+    settings = list(dict.fromkeys(names.values()))
+    for run_dir, setting in names.items():
+        rows, color = _records(run_dir), COLORS[settings.index(setting) % len(COLORS)]
+        for key, style in (("train/loss", {"alpha": 0.3}), ("validation/loss", {"marker": "."})):
+            found = [(row[axis], row[key]) for row in rows if key in row]
+            loss_plot.plot([x for x, _ in found], [y for _, y in found], color=color, **style)
     loss_plot.set(xlabel=AXES[axis], ylabel="loss (faint: training, dots: validation)", yscale="log")
-    accuracy_plot.set(xlabel=AXES[axis], ylabel="solved, %", ylim=(-2, 102))
-    for plot in (loss_plot, accuracy_plot):
-        plot.grid(alpha=0.3)
-        if plot.get_legend_handles_labels()[0]:
-            plot.legend(fontsize="small")
+    set_grid(loss_plot)
+    plot_accuracy(accuracy_plot, read_curves(run_dirs, rule), axis, targets)
+    handles, labels = accuracy_plot.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize="small")
     figure.savefig(out, dpi=120)
 
 
-def _curve(rows: list[dict[str, Any]], axis: str, key: str) -> tuple[list[float], list[float]]:
-    points = [(row[axis], row[key]) for row in rows if key in row]
-    return [x for x, _ in points], [y for _, y in points]
+def _records(run_dir: Path) -> list[dict[str, Any]]:
+    rows = list(read_metrics(run_dir))
+    if not rows:
+        raise ValueError(f"{run_dir} holds no {METRICS_FILE} with records: name a run directory")
+    return rows
 
 
-def _last_evaluation(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return next((row for row in reversed(rows) if "validation/loss" in row), {})
+def _setting_names(run_dirs: Sequence[Path]) -> dict[Path, str]:
+    """The name of each run's setting: the run's folder, or what is common to the folders of all seeds, without `seed`.
+
+    Folders of the same name are named with their parent.
+    """
+    groups: dict[str, list[Path]] = {}
+    for run_dir in run_dirs:
+        groups.setdefault(_setting(run_dir), []).append(Path(os.path.abspath(run_dir)))
+    short = {}
+    for key, folders in groups.items():
+        common = os.path.commonprefix([folder.name for folder in folders])  # noqa: RUF071, of names, not paths
+        short[key] = folders[0].name if len(folders) == 1 else re.sub(r"[-_. ]*(seed)?[-_. ]*$", "", common)
+    names = {
+        key: name if name and list(short.values()).count(name) == 1 else "/".join(groups[key][0].parts[-2:])
+        for key, name in short.items()
+    }
+    return {run_dir: names[_setting(run_dir)] for run_dir in run_dirs}
+
+
+def _setting(run_dir: Path) -> str:
+    """All settings of a run that can change its result, except the seed; the folder if the run has no settings file."""
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        return str(run_dir)
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config["training"].pop("seed", None)
+    return repr([config.get(section) for section in ("model", "data", "objective", "training")])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,10 +263,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw loss and accuracy of runs.")
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--x", choices=AXES, default="step", help="x-axis")
+    parser.add_argument("--rule", help="the only sampling rule to draw, for example top_prob_1")
+    parser.add_argument(
+        "--target", type=float, help="accuracy from 0 to 1: mark and print when each setting first reaches it"
+    )
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture file (.png, .pdf, .svg)")
     options = parser.parse_args(arguments)
     try:
-        draw_curves(options.run_dirs, options.x, options.out)
+        if options.target is not None and not 0 < options.target <= 1:
+            raise ValueError(f"--target {options.target}: give an accuracy above 0 and at most 1")
+        targets = [] if options.target is None else [options.target]
+        draw_curves(options.run_dirs, options.x, options.out, rule=options.rule, targets=targets)
+        if targets:
+            curves = read_curves(options.run_dirs, options.rule)
+            if not curves:
+                raise ValueError("no run has been evaluated yet")
+            print("\n".join(target_table(curves, options.target, baseline=list(by_label(curves))[-1])))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -22,16 +22,79 @@ class Experiment:
 
     question: str
     arms: tuple[Arm, ...]
+    baseline: str  # label of the variant that the others are compared with
     overrides: tuple[str, ...] = ()  # for all arms
-    target: float = 0.9  # accuracy; the table shows when each run first reaches it
+    targets: tuple[float, ...] = (0.9,)  # accuracies; tables show when each run first reaches them
+    note: str = ""  # Markdown: the answer, and what the figures do not show
+    shown: tuple[str, ...] = ()  # labels of the variants in the figure; empty: all
     seeds: tuple[int, ...] = (0, 1, 2)
 
+
+MINUTES = ("training.compile=true", "validation.n_examples=100", "validation.n_final_examples=500")
+PAPER = ("objective.collapse_threshold=null", "objective.pool_batches=1")  # K = 8 as in the paper's Sudoku
 
 EXPERIMENTS = {
     "sudoku_mini": Experiment(
         "9x9 Sudoku on a CPU, 30 to 40 clues: PUMA and uniform masks, the same model, batch, schedule and updates",
-        (Arm("puma", "sudoku_mini_puma.yaml"), Arm("uniform", "sudoku_mini_baseline.yaml")),
-        overrides=("training.compile=true", "validation.n_examples=100", "validation.n_final_examples=500"),
+        (
+            Arm("puma, pool of 16, tau 0.9", "sudoku_mini_puma.yaml"),
+            Arm("puma as in the paper", "sudoku_mini_puma.yaml", PAPER),
+            Arm("uniform", "sudoku_mini_baseline.yaml"),
+        ),
+        baseline="uniform",
+        overrides=MINUTES,
+        targets=(0.1, 0.9),
+    ),
+    "sudoku_variants": Experiment(
+        "9x9 Sudoku, 30 to 40 clues: what each setting of PUMA changes, from the paper's K = 8 without threshold",
+        (
+            Arm("uniform", "sudoku_mini_baseline.yaml"),
+            Arm("K 8", "sudoku_mini_puma.yaml", PAPER),
+            *(Arm(f"K {k}", "sudoku_mini_puma.yaml", (*PAPER, f"objective.n_stages={k}")) for k in (4, 16, 32)),
+            *(
+                Arm(f"K 8, tau {tau}", "sudoku_mini_puma.yaml", (*PAPER, f"objective.collapse_threshold={tau}"))
+                for tau in (0.9, 0.99)
+            ),
+            *(
+                Arm(
+                    f"K 8, uniform fraction {share}",
+                    "sudoku_mini_puma.yaml",
+                    (*PAPER, f"objective.uniform_fraction={share}"),
+                )
+                for share in (0.1, 0.3)
+            ),
+            *(
+                Arm(f"K 8, pool of {n}", "sudoku_mini_puma.yaml", (*PAPER, f"objective.pool_batches={n}"))
+                for n in (4, 16, 64)
+            ),
+            Arm("K 8, pool of 16, tau 0.9", "sudoku_mini_puma.yaml"),
+        ),
+        baseline="uniform",
+        overrides=(*MINUTES, "training.max_steps=1000", "training.eval_every=125"),
+        targets=(0.1, 0.8),
+        seeds=(0,),
+    ),
+    "sudoku_rates": Experiment(
+        "9x9 Sudoku, 30 to 40 clues: learning rates and batch sizes for uniform masks, PUMA and a mixture",
+        tuple(
+            Arm(
+                f"{name}, {batch_size} boards, rate {rate}",
+                config,
+                (*overrides, f"training.batch_size={batch_size}", f"training.learning_rate={rate}"),
+            )
+            for batch_size in (64, 32, 128)
+            for rate in ("1.5e-3", "3.0e-3", "7.0e-4")
+            for name, config, overrides in (
+                ("uniform", "sudoku_mini_baseline.yaml", ()),
+                ("puma", "sudoku_mini_puma.yaml", PAPER),
+                ("mixture", "sudoku_mini_puma.yaml", (*PAPER, "objective.uniform_fraction=0.25")),
+            )
+        ),
+        baseline="uniform, 64 boards, rate 1.5e-3",
+        overrides=(*MINUTES, "training.max_steps=1000", "training.eval_every=125"),
+        targets=(0.1, 0.8),
+        seeds=(0,),
+        shown=tuple(f"{name}, 64 boards, rate 1.5e-3" for name in ("uniform", "puma", "mixture")),
     ),
     "positions": Experiment(
         "Rotary and learned positions, each alone and both: sudoku_mini_puma with 500 updates",
@@ -40,24 +103,54 @@ EXPERIMENTS = {
             Arm("learned alone", "sudoku_mini_puma.yaml", ("model.rotary=false",)),
             Arm("rotary alone", "sudoku_mini_puma.yaml", ("model.learned_positions=null",)),
         ),
+        baseline="rotary and learned",
         overrides=(
             "training.max_steps=500",
             "training.eval_every=125",
             "validation.n_examples=50",
             "validation.n_final_examples=300",
         ),
-        target=0.7,
+        targets=(0.7,),
+    ),
+    "word_problems_positions": Experiment(
+        "Rotary positions, with and without learned positions: tinygsm_mini_puma",
+        (
+            Arm("rotary and learned", "tinygsm_mini_puma.yaml"),
+            Arm("rotary alone", "tinygsm_mini_puma.yaml", ("model.learned_positions=null",)),
+        ),
+        baseline="rotary and learned",
+        seeds=(0,),
     ),
     "word_problems": Experiment(
         "Word problems from random weights: PUMA and uniform masks, the same model, batch, schedule and updates",
         (
             Arm("puma", "tinygsm_mini_puma.yaml"),
             Arm("uniform", "tinygsm_mini_baseline.yaml"),
-            Arm("puma, rate 1e-3", "tinygsm_mini_puma.yaml", ("training.learning_rate=1.0e-3",), seeds=(0,)),
-            Arm("uniform, rate 1e-3", "tinygsm_mini_baseline.yaml", ("training.learning_rate=1.0e-3",), seeds=(0,)),
-            Arm("puma, rate 4e-3", "tinygsm_mini_puma.yaml", ("training.learning_rate=4.0e-3",), seeds=(0,)),
-            Arm("uniform, rate 4e-3", "tinygsm_mini_baseline.yaml", ("training.learning_rate=4.0e-3",), seeds=(0,)),
+            *(
+                Arm(
+                    f"{name}, rate {rate}", f"tinygsm_mini_{file}.yaml", (f"training.learning_rate={rate}",), seeds=(0,)
+                )
+                for rate in ("1.0e-3", "4.0e-3")
+                for name, file in (("puma", "puma"), ("uniform", "baseline"))
+            ),
         ),
+        baseline="uniform",
         overrides=("training.max_steps=3000", "training.eval_every=125"),
+        shown=("puma", "uniform"),
+    ),
+    "word_problems_from_ar": Experiment(
+        "Word problems from an autoregressive model: PUMA and uniform masks",
+        (
+            Arm("autoregressive", "tinygsm_mini_arm.yaml"),
+            Arm("puma from AR", "tinygsm_mini_puma_from_arm.yaml", starts_from="autoregressive"),
+            Arm(
+                "uniform from AR",
+                "tinygsm_mini_puma_from_arm.yaml",
+                ("objective.name=uniform",),
+                starts_from="autoregressive",
+            ),
+        ),
+        baseline="uniform from AR",
+        overrides=("training.max_steps=1000", "training.eval_every=100"),
     ),
 }

@@ -1,11 +1,12 @@
-"""Run an experiment: every variant with every seed. The table and figure are made only from its records.
+"""Run an experiment, every setting with every seed, and write its table and figure.
 
     python -m results.run sudoku_mini                  # two runs at a time, one thread each
     python -m results.run sudoku_mini --budget-s 1800  # stops after 1800 s; the same command continues
     python -m results.run sudoku_mini --draw           # only the table and figure, from existing records
 
-Run directories are in runs/results/EXPERIMENT/. Complete runs are not repeated; interrupted runs are resumed. The
-output is records.json, README.md and curves.png in results/EXPERIMENT/.
+The output is records.json, README.md and curves.png in results/EXPERIMENT/. Table and figure are made only from the
+records. Run directories are in runs/results/EXPERIMENT/. Interrupted runs are resumed. Runs that are complete, in a run
+directory or in the records, are not repeated, so an experiment can be continued on another machine.
 """
 
 from __future__ import annotations
@@ -28,16 +29,15 @@ from typing import Any
 from tqdm import tqdm
 
 from data.files import write_text
-from report.curves import AXES
+from report.curves import AXES, Curve, accuracy_points, plot_accuracy, rules_of, target_table
 from results.experiments import EXPERIMENTS, Arm, Experiment
 from runtime.config_file import changed_settings, read_config
 from runtime.machine import processor_facts
 from runtime.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # distinguishable with colour blindness
-LINES = ("-", "--", "-.", ":")
 POLL_S = 0.5
+N_COLUMNS = 10  # at most, in the table of accuracy by update
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,23 @@ class Task:
     run_dir: Path
     config: Path
     overrides: list[str]
+    needs: Path | None  # run directory of the run whose weights this one starts from
 
     @property
     def command(self) -> list[str]:
         """The command that starts or resumes the run."""
-        return [
-            *(sys.executable, "train.py", "--config", str(self.config), "--run-dir", str(self.run_dir)),
-            *self.overrides,
-        ]
+        words = ["train.py", "--config", str(self.config), "--run-dir", str(self.run_dir), *self.overrides]
+        return [sys.executable, *words, *([f"model.init_from={self.needs}"] if self.needs else [])]
+
+    @property
+    def settings(self) -> str:
+        """What identifies the run in the records: its YAML file, overrides and the run that it starts from."""
+        start = [f"model.init_from=RUN of {self.arm.starts_from!r}"] if self.needs else []
+        return " ".join([f"--config yaml_files/{self.config.name}", *self.overrides, *start])
 
     @property
     def is_complete(self) -> bool:
-        """Whether the run is complete."""
+        """Whether the run directory holds the complete run."""
         return (self.run_dir / "final.json").exists()
 
 
@@ -71,49 +76,77 @@ def tasks_of(experiment: Experiment, folder: Path, run_overrides: list[str]) -> 
         folder: parent of the run directories.
         run_overrides: overrides for all runs.
     """
+
+    def run_dir(label: str, seed: int) -> Path:
+        return folder.resolve() / f"{re.sub(r'[^a-z0-9]+', '_', label.lower())}_seed{seed}"
+
     tasks = []
     for seed in experiment.seeds:
         for arm in experiment.arms:
-            if seed not in (arm.seeds or experiment.seeds):
-                continue
-            run_dir = folder.resolve() / f"{re.sub(r'[^a-z0-9]+', '_', arm.label.lower())}_seed{seed}"
-            config = ROOT / "yaml_files" / arm.config
-            overrides = [*experiment.overrides, *arm.overrides, f"training.seed={seed}", *run_overrides]
-            tasks.append(Task(arm, seed, run_dir, config, overrides))
+            if arm.seeds is None or seed in arm.seeds:
+                overrides = [*experiment.overrides, *arm.overrides, f"training.seed={seed}", *run_overrides]
+                needs = run_dir(arm.starts_from, seed) if arm.starts_from else None
+                config = ROOT / "yaml_files" / arm.config
+                tasks.append(Task(arm, seed, run_dir(arm.label, seed), config, overrides, needs))
     return tasks
 
 
-def check_settings(tasks: list[Task]) -> None:
+def check_settings(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, Any]], records_file: Path) -> None:
     """Read the settings of all runs.
 
+    Args:
+        recorded: runs in the records, by label and seed.
+
     Raises:
-        ValueError: a setting is wrong, or an existing run directory has other settings.
+        ValueError: a setting is wrong, or an existing run directory or record has other settings.
     """
     for task in tasks:
-        config, run_config = read_config(task.config, task.overrides), task.run_dir / "config.yaml"
+        config, run_config = read_config(task.config, task.command[6:]), task.run_dir / "config.yaml"
         if run_config.exists() and (differences := changed_settings(read_config(run_config), config)):
             lines = "\n".join(f"  {line}" for line in differences)
             raise ValueError(f"{task.run_dir} has other settings: delete it or choose another --runs\n{lines}")
+        record = recorded.get((task.arm.label, task.seed))
+        if record and record["settings"] != task.settings:
+            raise ValueError(
+                f"{records_file} has {task.arm.label!r}, seed {task.seed}, with other settings: delete that entry or "
+                f"choose another --out\n  {record['settings']}\n  {task.settings}"
+            )
 
 
-def run_all(tasks: list[Task], n_jobs: int, budget_s: float | None) -> bool:
-    """Run all tasks that are not complete; returns whether all are complete at the end.
+def tasks_to_run(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, Any]]) -> list[Task]:
+    """Tasks that neither a run directory nor a record completes, and those whose weights they start from."""
+    missing = [
+        task
+        for task in tasks
+        if not task.is_complete and not recorded.get((task.arm.label, task.seed), {}).get("final")
+    ]
+    needed = {task.needs for task in missing}
+    return [task for task in tasks if task in missing or (task.run_dir in needed and not task.is_complete)]
+
+
+def run_all(waiting: list[Task], n_jobs: int, budget_s: float | None) -> bool:
+    """Run tasks; returns whether all are complete at the end.
 
     Args:
         n_jobs: number of parallel runs, one thread each.
         budget_s: seconds after which runs are told to save and stop.
     """
-    waiting = [task for task in tasks if not task.is_complete]
+    tasks, waiting = waiting, list(waiting)
     running: dict[subprocess.Popen[bytes], Task] = {}
     deadline = time.monotonic() + budget_s if budget_s is not None else float("inf")
     failed: list[Task] = []
-    with tqdm(total=len(tasks), initial=len(tasks) - len(waiting), unit="run") as bar:
+    with tqdm(total=len(tasks), unit="run") as bar:
         try:
             while running or (waiting and time.monotonic() < deadline):
-                while waiting and len(running) < n_jobs and time.monotonic() < deadline:
-                    task = waiting.pop(0)
+                while len(running) < n_jobs and time.monotonic() < deadline:
+                    task = next((task for task in waiting if _can_start(task, tasks)), None)
+                    if task is None:
+                        break
+                    waiting.remove(task)
                     running[start(task)] = task
                     bar.set_postfix_str(", ".join(f"{each.arm.label} {each.seed}" for each in running.values()))
+                if not running:  # what is left starts from runs that failed
+                    break
                 time.sleep(POLL_S)
                 if time.monotonic() >= deadline:
                     for process in running:
@@ -135,6 +168,11 @@ def run_all(tasks: list[Task], n_jobs: int, budget_s: float | None) -> bool:
     return all(task.is_complete for task in tasks)
 
 
+def _can_start(task: Task, tasks: list[Task]) -> bool:
+    """Whether the run that `task` starts from is complete."""
+    return task.needs is None or all(other.is_complete for other in tasks if other.run_dir == task.needs)
+
+
 def start(task: Task) -> subprocess.Popen[bytes]:
     """Start a run with one thread; its output goes to a file beside its directory."""
     task.run_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -143,31 +181,41 @@ def start(task: Task) -> subprocess.Popen[bytes]:
         return subprocess.Popen(task.command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
-def collect(name: str, experiment: Experiment, tasks: list[Task], overrides: list[str]) -> dict[str, Any]:
-    """Records of the table and figure: shortened metrics of all runs, the command and the machine.
+def recorded_runs(records_file: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The runs in a records file by label and seed; empty if there is no file."""
+    if not records_file.exists():
+        return {}
+    records = json.loads(records_file.read_text(encoding="utf-8"))
+    return {(run["arm"], run["seed"]): run for run in records["runs"]}
 
-    Args:
-        overrides: overrides for all runs.
+
+def collect(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of the runs of `tasks`: from the run directory if it has evaluations, else from earlier records.
+
+    A record names the settings, commit, date and machine of the run. Those of an unchanged record are kept.
     """
     runs = []
     for task in tasks:
+        old = recorded.get((task.arm.label, task.seed))
         rows = list(read_metrics(task.run_dir))
-        # The first is the headline.
-        key = next((key for row in rows for key in row if key.startswith("validation/accuracy/")), "")
-        points = [{axis: row[axis] for axis in AXES} | {"accuracy": row[key]} for row in rows if key in row]
-        final = json.loads((task.run_dir / "final.json").read_text()) if task.is_complete else None
-        if points:
-            figures = final and {key: final[key] for key in ("accuracy", "n")}
-            runs.append({"arm": task.arm.label, "seed": task.seed, "points": points, "final": figures})
-    return {
-        "command": " ".join(["python -m results.run", name, *overrides]),
-        "question": experiment.question,
-        "target": experiment.target,
-        "machine": machine(),
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "runs": runs,
-    }
+        rules = rules_of(rows)
+        points = accuracy_points(rows, rules[0]) if rules else []  # the first rule is the headline
+        final = _final(task.run_dir) if task.is_complete else None
+        if old and (not points or (old["final"] and not final) or (old["points"], old["final"]) == (points, final)):
+            runs.append(old)
+        elif points:
+            facts = {"arm": task.arm.label, "seed": task.seed, "settings": task.settings, "commit": commit()}
+            facts |= {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "machine": machine()}
+            runs.append(facts | {"final": final, "points": points})
+    return runs
+
+
+def _final(run_dir: Path) -> dict[str, Any]:
+    """Figures of a complete run: accuracy with its interval, number of questions, and accuracy by difficulty."""
+    result = json.loads((run_dir / "final.json").read_text(encoding="utf-8"))["evaluation"]["samplers"][0]
+    final = {"accuracy": result["accuracy"], "low": result["accuracy_low"], "high": result["accuracy_high"]}
+    groups = [{key: group[key] for key in ("by", "value", "n", "accuracy")} for group in result["groups"]]
+    return final | {"n": result["n"], "groups": groups}
 
 
 def machine() -> str:
@@ -198,71 +246,133 @@ def runs_by_arm(records: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return arms
 
 
-def first_reaching(run: dict[str, Any], target: float, axis: str) -> float | None:
-    """Value on `axis` at which the run first reaches accuracy `target`; None if it never does."""
-    return next((point[axis] for point in run["points"] if point["accuracy"] >= target), None)
+def curves_of(records: dict[str, Any]) -> list[Curve]:
+    """A curve per run."""
+    return [Curve(label, "", run["points"]) for label, runs in runs_by_arm(records).items() for run in runs]
 
 
-def report(records: dict[str, Any]) -> str:
-    """README.md of the experiment: question, final figures, when the target is reached, and accuracy by update."""
-    arms, target = runs_by_arm(records), records["target"]
-    lines = [f"# {records['question']}", "", "![Accuracy of each setting](curves.png)", ""]
+def report(experiment: Experiment, records: dict[str, Any]) -> str:
+    """README.md of the experiment, from its records."""
+    lines = [f"# {experiment.question}", ""]
+    lines += [experiment.note, ""] if experiment.note else []
+    lines += ["![Accuracy of each setting](curves.png)", ""]
+    lines += [*_final_table(records), ""]
+    for target in experiment.targets:
+        if any(curve.first_reaching(target, "step") is not None for curve in curves_of(records)):
+            lines += [*target_table(curves_of(records), target, experiment.baseline), ""]
     lines += [
-        "| setting | seed | solved, % | of | updates | seconds | distinct sequences | "
-        f"updates to {target:.0%} | distinct sequences to {target:.0%} | seconds to {target:.0%} |",
-        "| --- | " + " | ".join(["---:"] * 9) + " |",
-    ]
-    for label, runs in arms.items():
-        for run in runs:
-            last, final = run["points"][-1], run["final"]
-            reached = [first_reaching(run, target, axis) for axis in ("step", "sequences_distinct", "seconds")]
-            solved = f"{100 * final['accuracy']:.1f} | {final['n']:,}" if final else "not finished | -"
-            cells = [f"{last['step']:,}", f"{last['seconds']:,.0f}", f"{last['sequences_distinct']:,}"]
-            cells += ["-" if value is None else f"{value:,.0f}" for value in reached]
-            lines.append(f"| {label} | {run['seed']} | {solved} | {' | '.join(cells)} |")
-    steps = sorted({point["step"] for run in records["runs"] for point in run["points"]})
-    lines += ["", "Solved during training, %, mean over seeds (lowest to highest):", ""]
-    lines += [f"| updates | {' | '.join(f'{step:,}' for step in steps)} |", "| --- |" + " ---: |" * len(steps)]
-    for label, runs in arms.items():
-        cells = []
-        for step in steps:
-            found = [100 * point["accuracy"] for run in runs for point in run["points"] if point["step"] == step]
-            spread = f" ({min(found):.0f} to {max(found):.0f})" if len(found) > 1 else ""
-            cells.append(f"{statistics.mean(found):.0f}{spread}" if found else "-")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    lines += [
+        "Means over seeds, with the lowest and highest. A ratio of 2 means half of what "
+        f"'{experiment.baseline}' needs. The target is reached at the first evaluation at or above it.",
         "",
-        f"`{records['command']}`, commit {records['commit']}, {records['date']}, "
-        f"{records['machine']}; each run on one thread, while others ran. 'Updates to {target:.0%}' is the first "
-        "evaluation during training at or above it.",
+        *_progress_table(records),
+        *_difficulty_table(records),
+        "",
+        f"`{records['command']}`; the runs:",
+        "",
+        *_run_table(records),
     ]
-    if "note" in records:  # written by hand, on what the figures do not show
-        lines += ["", records["note"]]
     return "\n".join(lines) + "\n"
 
 
-def draw(records: dict[str, Any], out: Path) -> None:
-    """Draw the accuracy of each variant over each axis: a line per seed, a marker per evaluation."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+def _final_table(records: dict[str, Any]) -> list[str]:
+    """Accuracy after the last update, and what it took."""
+    lines = [
+        "| at the end | seeds | solved, % | of | updates | distinct sequences | seconds |",
+        "| --- |" + " ---: |" * 6,
+    ]
+    for label, runs in runs_by_arm(records).items():
+        complete = [run for run in runs if run["final"]]
+        solved = _spread([100 * run["final"]["accuracy"] for run in complete], ".1f")
+        n = ", ".join(sorted({f"{run['final']['n']:,}" for run in complete})) or "-"
+        cells = [
+            _spread([run["points"][-1][axis] for run in complete], ",.0f")
+            for axis in ("step", "sequences_distinct", "seconds")
+        ]
+        n_seeds = f"{len(complete)}" if len(complete) == len(runs) else f"{len(complete)} of {len(runs)}"
+        lines.append(f"| {label} | {n_seeds} | {solved} | {n} | {' | '.join(cells)} |")
+    return lines
 
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
+
+def _progress_table(records: dict[str, Any]) -> list[str]:
+    """Accuracy by update."""
+    steps = sorted({point["step"] for run in records["runs"] for point in run["points"]})
+    steps = steps[len(steps) % -(-len(steps) // N_COLUMNS) :: -(-len(steps) // N_COLUMNS)] if steps else []
+    lines = [f"| solved, %, after updates | {' | '.join(f'{step:,}' for step in steps)} |"]
+    lines.append("| --- |" + " ---: |" * len(steps))
+    for label, runs in runs_by_arm(records).items():
+        cells = [
+            _spread(
+                [100 * point["accuracy"] for run in runs for point in run["points"] if point["step"] == step], ".0f"
+            )
+            for step in steps
+        ]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def _difficulty_table(records: dict[str, Any]) -> list[str]:
+    """Accuracy by difficulty after the last update, for each measure of difficulty; empty if there is none."""
+    lines = []
+    groups = [group for run in records["runs"] if run["final"] for group in run["final"]["groups"]]
+    for by in dict.fromkeys(group["by"] for group in groups):
+        values = sorted({group["value"] for group in groups if group["by"] == by})
+        n = {group["value"]: group["n"] for group in groups if group["by"] == by}
+        lines += ["", f"| solved, %, by {by.replace('_', ' ')} | {' | '.join(f'{value:g}' for value in values)} |"]
+        lines += [
+            "| --- |" + " ---: |" * len(values),
+            f"| questions | {' | '.join(f'{n[value]:,}' for value in values)} |",
+        ]
+        for label, runs in runs_by_arm(records).items():
+            finals = [run["final"] for run in runs if run["final"]]
+            cells = [
+                _spread(
+                    [
+                        100 * group["accuracy"]
+                        for final in finals
+                        for group in final["groups"]
+                        if (group["by"], group["value"]) == (by, value)
+                    ],
+                    ".0f",
+                )
+                for value in values
+            ]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def _run_table(records: dict[str, Any]) -> list[str]:
+    """Settings, commit, date and machine of every run."""
+    lines = ["| setting | seed | solved, % (95% interval) | seconds | settings | commit | date | machine |"]
+    lines.append("| --- | ---: | ---: | ---: | --- | --- | --- | --- |")
+    for run in records["runs"]:
+        final, solved = run["final"], "not finished"
+        if final:
+            solved = f"{100 * final['accuracy']:.1f} ({100 * final['low']:.1f} to {100 * final['high']:.1f})"
+        lines.append(
+            f"| {run['arm']} | {run['seed']} | {solved} | {run['points'][-1]['seconds']:,.0f} | `{run['settings']}` | "
+            f"{run['commit']} | {run['date']} | {run['machine']} |"
+        )
+    return [*lines, "", "Each run on one thread while other work was running, so seconds vary more than updates."]
+
+
+def _spread(values: list[float], form: str) -> str:
+    """Mean of the values, with the lowest and highest if they differ; - if there is none."""
+    if not values:
+        return "-"
+    mean, low, high = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def draw(experiment: Experiment, records: dict[str, Any], out: Path) -> None:
+    """Draw the accuracy of each variant against each axis: the mean over seeds and the lowest and highest."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
     plots = figure.subplots(1, len(AXES), sharey=True)
-    for plot, (axis, label) in zip(plots, AXES.items(), strict=True):
-        for number, (arm, runs) in enumerate(runs_by_arm(records).items()):
-            for run in runs:
-                x = [0, *(point[axis] for point in run["points"])]
-                y = [0, *(100 * point["accuracy"] for point in run["points"])]
-                style = {"color": COLORS[number % len(COLORS)], "linestyle": LINES[number % len(LINES)]}
-                name = f"{arm}, {len(runs)} seeds" if run is runs[0] else None
-                plot.plot(x, y, **style, linewidth=1.6, marker="o", markersize=3, label=name)
-        plot.axhline(100 * records["target"], color="0.6", linewidth=0.8)
-        plot.set(xlabel=label, ylim=(-2, 102))
-        plot.grid(alpha=0.25)
-        plot.spines[["top", "right"]].set_visible(False)
-        plot.xaxis.set_major_locator(MaxNLocator(5))
-        plot.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    plots[0].set_ylabel("solved, %")
+    shown = [curve for curve in curves_of(records) if curve.setting in (experiment.shown or runs_by_arm(records))]
+    for plot, axis in zip(plots, AXES, strict=True):
+        plot_accuracy(plot, shown, axis, experiment.targets[-1:])
+        plot.label_outer()
     figure.legend(*plots[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(out, dpi=110)
 
@@ -289,24 +399,26 @@ def main(arguments: list[str] | None = None) -> None:
     records_file, complete = folder / "records.json", True
     if not options.draw:
         tasks = tasks_of(experiment, options.runs / options.experiment, options.overrides)
+        recorded = recorded_runs(records_file)
         try:
-            check_settings(tasks)
-            complete = run_all(tasks, options.jobs, options.budget_s)
+            check_settings(tasks, recorded, records_file)
+            complete = run_all(tasks_to_run(tasks, recorded), options.jobs, options.budget_s)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit("interrupted; the same command continues")
-        records = collect(options.experiment, experiment, tasks, options.overrides)
-        if not records["runs"]:
+        runs = collect(tasks, recorded)
+        if not runs:
             sys.exit("no run has been evaluated yet")
+        command = " ".join(["python -m results.run", options.experiment, *options.overrides])
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(records_file, json.dumps(records, indent=1) + "\n")
+        write_text(records_file, json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
     if not records_file.exists():
         sys.exit(f"{records_file} is missing: run the experiment without --draw first")
     records = json.loads(records_file.read_text(encoding="utf-8"))
-    write_text(folder / "README.md", report(records))
-    draw(records, folder / "curves.png")
+    write_text(folder / "README.md", report(experiment, records))
+    draw(experiment, records, folder / "curves.png")
     print(f"wrote {folder}/README.md" + ("" if complete else "; incomplete: the same command continues"))
     sys.exit(0 if complete else 1)
 

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from matplotlib.figure import Figure
 
 from report import curves
-from report.curves import AXES, draw_curves
+from report.curves import AXES, Curve, draw_curves, read_curves, target_table
 from runtime.metrics import METRICS_FILE
 
 
-def write_run(run_dir: Path, speed: float = 1.0) -> Path:
-    """Records of 100 steps, evaluated with two ways of sampling at every 50th."""
+def write_run(run_dir: Path, speed: float = 1.0, share: float = 1.0) -> Path:
+    """Records of 100 steps, evaluated with two ways of sampling at every 50th; `share` scales the accuracy."""
     run_dir.mkdir()
     rows = []
     for step in range(10, 101, 10):
@@ -23,8 +24,8 @@ def write_run(run_dir: Path, speed: float = 1.0) -> Path:
         if step % 50 == 0:
             row |= {
                 "validation/loss": 120 / step,
-                "validation/accuracy/top_prob_1": step / 200,
-                "validation/accuracy/top_prob_2": step / 400,
+                "validation/accuracy/top_prob_1": share * step / 200,
+                "validation/accuracy/top_prob_2": share * step / 400,
                 "validation/accuracy_low/top_prob_1": 0.0,
             }
         rows.append(row)
@@ -61,8 +62,7 @@ def test_each_axis(axis, at_50, at_100, tmp_path, drawn):
 
 def test_several_runs_are_told_apart(tmp_path, drawn):
     draw_curves([write_run(tmp_path / "puma"), write_run(tmp_path / "baseline")], "step", tmp_path / "out.png")
-    loss, accuracy = drawn[0].axes
-    assert loss.get_legend_handles_labels()[1] == ["puma", "baseline"]
+    (accuracy,) = drawn[0].axes[1:]
     assert accuracy.get_legend_handles_labels()[1] == [
         "puma: top_prob_1",
         "puma: top_prob_2",
@@ -71,8 +71,80 @@ def test_several_runs_are_told_apart(tmp_path, drawn):
     ]
     colors = [line.get_color() for line in accuracy.lines]
     assert colors[0] == colors[1] != colors[2] == colors[3]
-    styles = [line.get_linestyle() for line in accuracy.lines]
+    styles = [(line.get_linestyle(), line.get_marker()) for line in accuracy.lines]
     assert styles[0] == styles[2] != styles[1] == styles[3]
+
+
+def configured(run_dir: Path, seed: int, **objective: object) -> Path:
+    """Add the settings to a run directory."""
+    config = {"objective": objective, "training": {"seed": seed, "max_steps": 100}, "wandb": {"name": f"run {seed}"}}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    return run_dir
+
+
+def test_seeds_of_a_setting_are_one_line_with_a_band(tmp_path, drawn):
+    runs = [
+        configured(write_run(tmp_path / f"puma_seed{seed}", share=share), seed, name="puma")
+        for seed, share in ((0, 1.0), (1, 0.5), (2, 0.9))
+    ]
+    runs.append(configured(write_run(tmp_path / "uniform"), 0, name="uniform"))
+    draw_curves(runs, "step", tmp_path / "out.png", rule="top_prob_1")
+    (accuracy,) = drawn[0].axes[1:]
+    assert accuracy.get_legend_handles_labels()[1] == ["puma, 3 seeds", "uniform"]
+    assert points(drawn[0], 1, 0) == [(50, pytest.approx(20)), (100, pytest.approx(40))]
+    band = accuracy.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (12.5, 50), "the lowest and the highest seed"
+    assert {curve.setting for curve in read_curves(runs)} == {"puma", "uniform"}
+
+
+def test_runs_of_one_folder_name_are_named_with_their_parents(tmp_path):
+    runs = []
+    for number, parent in enumerate(("monday", "tuesday")):
+        (tmp_path / parent).mkdir()
+        runs.append(configured(write_run(tmp_path / parent / "run"), 0, name="puma", n_stages=number))
+    assert [curve.setting for curve in read_curves(runs, "top_prob_1")] == ["monday/run", "tuesday/run"]
+
+
+def curve(setting: str, *accuracies: float) -> Curve:
+    """Evaluations at every 100th update, at half as many seconds, and four sequences per update."""
+    steps = range(100, 100 * len(accuracies) + 1, 100)
+    points = [
+        {"step": step, "seconds": step / 2, "sequences_distinct": 4 * step, "accuracy": accuracy}
+        for step, accuracy in zip(steps, accuracies, strict=True)
+    ]
+    return Curve(setting, "", points)
+
+
+def test_the_table_of_a_target_gives_ratios_with_their_spread():
+    curves = [curve("puma", 0.95, 0.2, 0.9), curve("puma", 0.5, 0.9, 1.0)]
+    curves += [curve("uniform", 0.1, 0.5, 0.9), curve("uniform", 0.1, 0.9, 0.9)]
+    first, _, puma, uniform = target_table(curves, 0.9, "uniform")
+    assert first.startswith("| first at 90% | seeds | updates | ratio | distinct sequences | ratio | seconds | ratio |")
+    assert puma == (
+        "| puma | 2 of 2 | 150 (100 to 200) | 1.7 (1.0 to 3.0) | 600 (400 to 800) | 1.7 (1.0 to 3.0) "
+        "| 75 (50 to 100) | 1.7 (1.0 to 3.0) |"
+    )
+    assert uniform.startswith("| uniform | 2 of 2 | 250 (200 to 300) | 1 | 1,000 (800 to 1,200) | 1 |")
+
+
+def test_a_seed_that_never_reaches_the_target_gives_a_bound():
+    late, never = curve("late", 0.1, 0.1, 0.9), curve("late", 0.1, 0.1, 0.2)
+    fast = curve("fast", 0.9, 0.9, 0.9)
+    table = target_table([fast, late, never], 0.9, "late")
+    assert table[2].startswith("| fast | 1 of 1 | 100 | > 3.0 |")
+    assert table[3].startswith("| late | 1 of 2 | > 300 | 1 |")
+    assert target_table([fast, never], 0.9, "fast")[3].startswith("| late | 0 of 1 | > 300 | - |")
+    assert "| < 0.3 |" in target_table([fast, late, never], 0.9, "fast")[3]
+
+
+def test_the_target_is_printed_and_marked(tmp_path, drawn, capsys):
+    runs = [write_run(tmp_path / "puma", share=2.0), write_run(tmp_path / "uniform")]
+    curves.main([*map(str, runs), "--rule", "top_prob_1", "--target", "0.5", "--out", str(tmp_path / "out.png")])
+    printed = capsys.readouterr().out
+    assert "| puma | 1 of 1 | 50 | 2.0 |" in printed
+    assert "| uniform | 1 of 1 | 100 | 1 |" in printed
+    marked = [line for line in drawn[0].axes[1].lines if line.get_markersize() == 8]
+    assert [np.asarray(line.get_xydata()).tolist() for line in marked] == [[[50, 50]], [[100, 50]]]
 
 
 def test_a_run_that_has_not_been_evaluated_yet(tmp_path, drawn):
@@ -99,6 +171,8 @@ def test_the_command_writes_a_picture(suffix, tmp_path, capsys):
         (["RUN", "--out", "/nonexistent/out.png"], "/nonexistent"),
         (["RUN", "--out", "curves.docx"], "docx"),
         (["RUN", "--x", "hours"], "--x"),
+        (["RUN", "--rule", "entropy_1"], "the runs were evaluated by top_prob_1, top_prob_2"),
+        (["RUN", "--target", "90"], "--target 90.0: give an accuracy above 0 and at most 1"),
     ],
 )
 def test_bad_input_ends_with_one_message(words, expected, tmp_path, capsys, monkeypatch):

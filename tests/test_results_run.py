@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,55 +19,73 @@ from results import run
 from results.experiments import EXPERIMENTS, Arm, Experiment
 from runtime.config_file import read_config
 
+QUESTION = Experiment("Which?", (), baseline="b", targets=(0.1, 0.45), note="Seeds differ.")
 
-def records(**changes: Any) -> dict[str, Any]:
+
+def records() -> dict[str, Any]:
     """Two settings with two seeds; one run is not finished."""
     found = []
     for arm, seed, accuracy in (("a", 0, 0.5), ("b", 0, 0.2), ("a", 1, 0.95), ("b", 1, 0.4)):
         points = [
             {"step": step, "sequences_distinct": 3 * step, "seconds": step / 2, "accuracy": accuracy * step / 20}
+            | {"low": 0.0, "high": 1.0}
             for step in (10, 20)
         ]
-        final = {"accuracy": accuracy, "n": 40} if (arm, seed) != ("b", 1) else None
-        found.append({"arm": arm, "seed": seed, "points": points, "final": final})
-    facts = {
-        "command": "python -m results.run x",
-        "question": "Which?",
-        "target": 0.45,
-        "machine": "M",
-        "commit": "C",
-        "date": "D",
-    }
-    return facts | {"runs": found} | changes
+        groups = [{"by": "clues", "value": clues, "n": 20, "accuracy": accuracy} for clues in (22, 25)]
+        final = {"accuracy": accuracy, "low": 0.1, "high": 0.99, "n": 40, "groups": groups}
+        facts = {"arm": arm, "seed": seed, "settings": f"seed={seed}", "commit": "C", "date": "D", "machine": "M"}
+        found.append(facts | {"points": points, "final": final if (arm, seed) != ("b", 1) else None})
+    return {"command": "python -m results.run x", "runs": found}
 
 
 def test_the_page_says_what_was_reached_and_when():
-    page = run.report(records())
-    assert "| a | 0 | 50.0 | 40 | 20 | 10 | 60 | 20 | 60 | 10 |" in page
-    assert "| a | 1 | 95.0 | 40 | 20 | 10 | 60 | 10 | 30 | 5 |" in page
-    assert "| b | 0 | 20.0 | 40 | 20 | 10 | 60 | - | - | - |" in page, "never at the target"
-    assert "| b | 1 | not finished | - |" in page
+    page = run.report(QUESTION, records())
+    assert "| a | 2 | 72.5 (50.0 to 95.0) | 40 | 20 | 60 | 10 |" in page
+    assert "| b | 1 of 2 | 20.0 | 40 | 20 | 60 | 10 |" in page, "only complete runs count"
+    assert "| a | 2 of 2 | 15 (10 to 20) | > 1.3 (1.0 to 2.0) |" in page
+    assert "| b | 0 of 2 | > 20 | 1 |" in page, "never at the target"
     assert "| a | 36 (25 to 48) | 72 (50 to 95) |" in page
-    assert all(fact in page for fact in ("# Which?", "commit C", "D, M", "python -m results.run x"))
+    assert "| solved, %, by clues | 22 | 25 |" in page
+    assert "| questions | 20 | 20 |" in page
+    assert "| b | 20 | 20 |" in page
+    assert "| a | 0 | 50.0 (10.0 to 99.0) | 10 | `seed=0` | C | D | M |" in page
+    assert "| b | 1 | not finished | 10 |" in page
+    assert all(fact in page for fact in ("# Which?", "Seeds differ.", "python -m results.run x"))
 
 
 def test_the_picture_is_drawn_from_the_records(tmp_path):
-    run.draw(records(), tmp_path / "curves.png")
+    run.draw(QUESTION, records(), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/records.json")), ids=lambda path: path.parent.name)
+def test_pages_are_those_of_their_records(path):
+    """A page is never edited by hand, and every recorded run belongs to its experiment as it stands."""
+    if path.parent.name not in EXPERIMENTS:
+        pytest.skip("records of another program")
+    experiment, found = EXPERIMENTS[path.parent.name], json.loads(path.read_text())
+    assert (path.parent / "README.md").read_text() == run.report(experiment, found)
+    tasks = run.tasks_of(experiment, Path("runs"), found["command"].split()[4:])
+    assert {(each["arm"], each["seed"], each["settings"]) for each in found["runs"]} <= {
+        (task.arm.label, task.seed, task.settings) for task in tasks
+    }
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_all_settings_of_an_experiment_are_read_and_differ(name, tmp_path):
     experiment = EXPERIMENTS[name]
     tasks = run.tasks_of(experiment, tmp_path, [])
-    assert len({task.run_dir for task in tasks}) == len(tasks) == len(experiment.arms) * len(experiment.seeds)
+    assert len({task.run_dir for task in tasks}) == len(tasks)
+    labels = [arm.label for arm in experiment.arms]
+    assert experiment.baseline in labels
+    assert set(experiment.shown) <= set(labels)
+    assert {arm.starts_from for arm in experiment.arms} <= {None, *labels}
     configs = [
         read_config(ROOT / "yaml_files" / arm.config, [*experiment.overrides, *arm.overrides])
         for arm in experiment.arms
     ]
     assert all(config not in configs[:number] for number, config in enumerate(configs))
     assert len({config.training.max_steps for config in configs}) == 1, "all have the same number of updates"
-    assert len({config.training.batch_size for config in configs}) == 1
 
 
 @pytest.mark.parametrize(
@@ -95,7 +114,12 @@ def test_an_experiment_runs_once_and_continues(
 ) -> None:
     """Without time nothing runs; with time all does; a second call repeats nothing."""
     puma, uniform = config_file(PUMA, "puma.yaml"), config_file(UNIFORM, "uniform.yaml")
-    tiny = Experiment("Which?", (Arm("with PUMA", str(puma)), Arm("uniform", str(uniform))), seeds=(0, 1))
+    arms = (
+        Arm("from PUMA", str(uniform), ("model.shifted=false",), starts_from="with PUMA", seeds=(1,)),
+        Arm("with PUMA", str(puma)),
+        Arm("uniform", str(uniform)),
+    )
+    tiny = Experiment("Which?", arms, baseline="uniform", seeds=(0, 1))
     monkeypatch.setitem(EXPERIMENTS, "tiny", tiny)
     monkeypatch.setattr(run, "POLL_S", 0.02)
     monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=fork, run=subprocess.run))
@@ -109,20 +133,42 @@ def test_an_experiment_runs_once_and_continues(
             run.main(["tiny", *places])
         assert stop.value.code == 0
         times = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/tiny/*/final.json"))]
-        assert len(times) == 4
+        assert len(times) == 5
     with pytest.raises(SystemExit) as stop:
         run.main(["tiny", *places, "training.learning_rate=2.0e-3"])
     assert stop.value.code == 2, "runs of other settings are not taken for these"
     logs = list(tmp_path.glob("runs/tiny/*.log"))
-    assert len(logs) == 4
+    assert len(logs) == 5
     assert all(path.read_text().count("unseen puzzles") == 1 for path in logs), "each ran once"
     kept = json.loads((tmp_path / "out/tiny/records.json").read_text())
     assert [(each["arm"], each["seed"]) for each in kept["runs"]] == [
         ("with PUMA", 0),
         ("uniform", 0),
+        ("from PUMA", 1),
         ("with PUMA", 1),
         ("uniform", 1),
     ]
     assert all([point["step"] for point in each["points"]] == [3, 6] for each in kept["runs"])
-    assert (tmp_path / "out/tiny/README.md").read_text().count("| with PUMA |") == 3
+    started = read_config(tmp_path / "runs/tiny/from_puma_seed1/config.yaml").model.init_from
+    assert started == str(tmp_path / "runs/tiny/with_puma_seed1")
+    page = (tmp_path / "out/tiny/README.md").read_text()
+    assert all(f"| {label} | {seed} |" in page for label, seed in (("with PUMA", 0), ("from PUMA", 1)))
     assert (tmp_path / "out/tiny/curves.png").exists()
+
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(SystemExit) as stop:
+        run.main(["tiny", *places])
+    assert stop.value.code == 0
+    assert not (tmp_path / "runs").exists(), "what the records hold is not run again"
+    assert json.loads((tmp_path / "out/tiny/records.json").read_text()) == kept
+    with pytest.raises(SystemExit) as stop:
+        run.main(["tiny", *places, "training.learning_rate=2.0e-3"])
+    assert stop.value.code == 2, "nor are records of other settings"
+
+    del kept["runs"][2]
+    (tmp_path / "out/tiny/records.json").write_text(json.dumps(kept))
+    with pytest.raises(SystemExit) as stop:
+        run.main(["tiny", *places])
+    assert stop.value.code == 0
+    ran = {path.parent.name for path in tmp_path.glob("runs/tiny/*/final.json")}
+    assert ran == {"with_puma_seed1", "from_puma_seed1"}, "a missing run, and the one that it starts from"

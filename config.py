@@ -16,12 +16,13 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from data.addition import AdditionSettings
 from data.dataset import DataSet
 from data.settings import FREE_ON_RESUME, Seed, Settings
 from data.sudoku import SudokuSettings
 from data.tiny_gsm import TinyGsmSettings
 
-AnyDataSettings = SudokuSettings | TinyGsmSettings  # all data sets
+AnyDataSettings = SudokuSettings | TinyGsmSettings | AdditionSettings  # all data sets
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Confidence = Literal["top_prob", "top_prob_margin", "neg_entropy", "random"]

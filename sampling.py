@@ -82,7 +82,7 @@ def load(path: str, device: str = "auto") -> Trained:
 def sample(
     trained: Trained, questions: Sequence[str], rule: SamplingRule = DEFAULT_RULE, *, seed: int = 0
 ) -> list[Answer]:
-    """Answer questions: Sudoku puzzles or word problems.
+    """Answer questions: Sudoku puzzles, word problems or additions.
 
     All questions are one batch.
 
@@ -122,7 +122,8 @@ def _parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, S
     question = parser.add_mutually_exclusive_group(required=True)
     question.add_argument("--puzzle", help="Sudoku: cells row by row, . or 0 for empty cells")
     question.add_argument(
-        "--prompt", help="a question in words; TinyGSM prints the program and the value that it returns"
+        "--prompt",
+        help="a question in words, to which TinyGSM prints a program and the value that it returns; or 123+456",
     )
     parser.add_argument("--confidence", default="top_prob", choices=get_args(Confidence))
     parser.add_argument("--tokens-per-step", type=int, default=1)

@@ -209,7 +209,7 @@ def small_settings(settings: dict[str, Any]) -> dict[str, Any]:
     small["training"] |= {"log_every": 1, "eval_every": 2, "save_every": 2}
     small["validation"] |= {"n_examples": 2, "n_final_examples": 2, "n_loss_rows": 4, "batch_size": 2}
     data = small["data"]
-    if data["dataset"] == "sudoku":
+    if data["dataset"] in ("sudoku", "addition"):
         data |= {"n_train": 64, "n_test": 8}
     elif data["source"] == "word_problems":
         data |= {"n_train": 100, "n_held_out": 20, "n_test": 4}

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import product
 
 import numpy as np
 import pytest
+import yaml
+from conftest import ROOT
+from docs_check import small_settings
 
+import sampling
+import train
 from data.addition import (
     GROUPS,
     MIN_UNSEEN_DIGITS,
@@ -231,3 +237,24 @@ def test_settings_fit_the_rows():
     assert (data.train.length, data.validation.length, data.n_questions) == (24, 24, 1)
     assert data.train.mask_id == data.validation.mask_id == MASK_ID
     assert data.settings.describe() == "5 random additions of numbers of 1 to 7 digits"
+
+
+@pytest.mark.parametrize("name", ["puma", "baseline"])
+def test_a_run_records_accuracy_by_carry_chain_and_its_model_answers(name, tmp_path, capsys):
+    settings = small_settings(yaml.safe_load((ROOT / "yaml_files" / f"addition_{name}.yaml").read_text()))
+    settings["validation"] |= {"n_examples": 64, "n_final_examples": 64, "batch_size": 64}
+    settings["data"]["n_test"] = 64
+    config, run_dir = tmp_path / "addition.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(settings))
+    train.main(["--config", str(config), "--run-dir", str(run_dir)])
+    final = json.loads((run_dir / "final.json").read_text())
+    groups = final["evaluation"]["samplers"][0]["groups"]
+    chains = {int(group["value"]): group["n"] for group in groups if group["by"] == "carry_chain"}
+    assert sum(chains.values()) == 64
+    assert min(chains[5], chains[9]) >= 8, "4 of 12 lengths each, 32 questions"
+    capsys.readouterr()
+    sampling.main(["--checkpoint", str(run_dir), "--prompt", final["example"]])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith(final["example"].replace("+", " + ") + " = ")
+    steps = next(line for line in shown if line.startswith("filled at step")).split()[3:]
+    assert sorted(map(int, steps)) == list(range(1, 14))

@@ -101,13 +101,12 @@ class AdditionData:
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (int64 [n, L]) and prompt mask (bool [n, L]) of these rows."""
         operands = self.operands[indices]
-        parts = [operands[:, 0], operands[:, 1], add(operands)]
-        if self.order == "most_first":
-            parts = [digits[:, ::-1] for digits in parts]
-        symbols = np.broadcast_to(np.array([PLUS, EQUALS]), (len(operands), 2))
-        tokens = np.concatenate([parts[0], symbols[:, :1], parts[1], symbols[:, 1:], parts[2]], axis=1)
+        parts = (operands[:, 0], operands[:, 1], add(operands))
+        first, second, total = parts if self.order == "least_first" else (digits[:, ::-1] for digits in parts)
+        plus, equals = np.full((len(operands), 1), PLUS), np.full((len(operands), 1), EQUALS)
+        tokens = np.concatenate([first, plus, second, equals, total], axis=1, dtype=np.int64)
         is_prompt = np.arange(self.length) < 2 * operands.shape[2] + 2
-        return tokens.astype(np.int64), np.tile(is_prompt, (len(tokens), 1))
+        return tokens, np.tile(is_prompt, (len(tokens), 1))
 
 
 class Addition(DataSet):

@@ -153,4 +153,26 @@ EXPERIMENTS = {
         baseline="uniform from AR",
         overrides=("training.max_steps=1000", "training.eval_every=100"),
     ),
+    "addition": Experiment(
+        "Addition of numbers of up to 12 digits: PUMA, uniform masks and a mixture, units first and last",
+        (
+            *(
+                Arm(f"{name}, {digits} first", f"addition_{file}.yaml", (f"data.order={order}", *overrides))
+                for order, digits in (("least_first", "units"), ("most_first", "highest"))
+                for name, file, overrides in (
+                    ("uniform", "baseline", ()),
+                    ("puma", "puma", ()),
+                    ("mixture", "puma", ("objective.uniform_fraction=0.25",)),
+                )
+            ),
+            Arm(
+                "puma, units first, pool of 16, tau 0.9",
+                "addition_puma.yaml",
+                ("data.order=least_first", "objective.pool_batches=16", "objective.collapse_threshold=0.9"),
+            ),
+        ),
+        baseline="uniform, units first",
+        overrides=("training.max_steps=1500",),
+        targets=(0.5, 0.9),
+    ),
 }

@@ -29,7 +29,7 @@ from data.gsm8k import HUB_NAME, Prompts, build_prompts, read_problems
 from data.settings import FREE_ON_RESUME
 from data.text import decode_programs, encode_prompts, load_tokenizer, prompt_fits
 from data.token_files import TinyGsmData, open_tiny_gsm, read_meta, tokenizer_of
-from data.word_problems import TEST_FILE, cached_word_problems
+from data.word_problems import TEST_FILE, Difficulty, cached_word_problems, count_operations
 from grader.grade import extract_program, grade, reason_shares
 from grader.sandbox import run_programs
 
@@ -62,16 +62,22 @@ class TinyGsmSettings(DataSettings):
         None, gt=0, description="word_problems: number of test problems, none of them in the rows"
     )
     seed: int | None = Field(None, ge=0, description="word_problems: seed of the problems")
+    difficulty: Difficulty | None = Field(
+        None,
+        description="word_problems: easy (null means the same): one or two operations, numbers to 30; hard: two to four "
+        "operations, numbers to 999",
+    )
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> TinyGsmSettings:
         problems = []
-        keys_by_source = {"files": ("tokenizer", "test_source"), "word_problems": ("n_train", "n_test", "seed")}
+        required = ("n_train", "n_test", "seed")
+        keys_by_source = {"files": ("tokenizer", "test_source"), "word_problems": (*required, "difficulty")}
         for source, keys in keys_by_source.items():
             given = [key for key in keys if getattr(self, key) is not None]
             if source != self.source and given:
                 problems.append(f"{', '.join(given)}: only used by source {source!r}, but source is {self.source!r}")
-        missing = [key for key in keys_by_source["word_problems"] if getattr(self, key) is None]
+        missing = [key for key in required if getattr(self, key) is None]
         if self.source == "word_problems" and missing:
             problems.append(f"source 'word_problems' needs {', '.join(missing)}")
         if self.n_train is not None and self.n_train <= self.n_held_out:
@@ -100,7 +106,8 @@ class TinyGsmSettings(DataSettings):
     @override
     def describe(self) -> str:
         if self.source == "word_problems":
-            return f"{self.n_train:,} generated word problems with programs, {self.n_test:,} more for the test"
+            hard = "hard " if self.difficulty == "hard" else ""
+            return f"{self.n_train:,} generated {hard}word problems with programs, {self.n_test:,} more for the test"
         return f"questions with programs in {self.data_dir}, tested on {self.test_source or HUB_NAME}"
 
     @override
@@ -127,7 +134,12 @@ class TinyGsm(DataSet):
         assert settings.n_test is not None
         assert settings.seed is not None
         return cached_word_problems(
-            settings.data_dir, settings.n_train, settings.n_test, settings.seed, settings.max_len
+            settings.data_dir,
+            settings.n_train,
+            settings.n_test,
+            settings.seed,
+            settings.max_len,
+            difficulty=settings.difficulty or "easy",
         )
 
     @cached_property
@@ -210,6 +222,13 @@ class TinyGsm(DataSet):
             for problem, program, verdict in zip(problems, programs, verdicts, strict=True)
         ]
         return Judged(figures, samples)
+
+    @override
+    def difficulty(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Number of operations of the program that solves a word problem; unknown for other questions."""
+        if self.settings.source == "files":
+            return {}
+        return {"operations": count_operations(self.folder)[indices]}
 
     @override
     def encode(self, question: str) -> np.ndarray:

@@ -1,7 +1,9 @@
-"""A small replacement for TinyGSM and GSM8K that needs no network: word problems with programs, from templates.
+"""A small replacement for TinyGSM and GSM8K that needs no network: generated word problems with programs.
 
-Names, things and numbers vary; a problem takes one or two operations. The program does the arithmetic, so a model has
-to find the right numbers and write the right expression. The files have the format of the real data (tokenized rows, a
+Easy problems come from templates and take one or two operations on numbers up to 30, which are one token each. Hard
+problems are stories composed of two to four steps, each of which adds a sentence to the question and an operation to
+the program; numbers go up to 999 and are tokenized digit by digit. The program does the arithmetic, so a model has to
+find the right numbers and write the right expressions. The files have the format of the real data (tokenized rows, a
 tokenizer, a test.jsonl like GSM8K's), so that all other code is the same.
 """
 
@@ -10,25 +12,37 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from data.text import encode_programs, encode_prompts, encode_rows
 from data.token_files import META_FILE, TOKENIZER_DIR, write_token_files
 
+Difficulty = Literal["easy", "hard"]
+
 TEST_FILE = "test.jsonl"
-VERSION = 3  # of the templates; part of the folder's name, so that files of older versions are not used
-# Large enough that every number and nearly every word of the templates is one token. First token EOS, last the mask.
-VOCAB_SIZE = 512
+# Folder names of the two sets, with the version of their texts, so that files of older versions are not used.
+FOLDERS: dict[Difficulty, str] = {"easy": "word_problems_v3", "hard": "word_problems_hard_v1"}
+# Large enough that every number of the easy set and nearly every word is one token. First token EOS, last the mask.
+VOCAB_SIZE: dict[Difficulty, int] = {"easy": 512, "hard": 576}
 EOS, MASK = "<eos>", "<mask>"
-# A token spans at most: two digits (numbers are at most 30, so a small model copies each as one token, from a position
-# that the template fixes); a newline and an indent without its last space; a word or identifier with the space before
-# it (so that a word is the same token in the question and at the start of a line); signs; spaces.
-PIECES = r"[0-9]{1,2}|\n {0,3}| ?[A-Za-z_]+| ?[^A-Za-z_0-9\s]+|\s+"
+# A token spans at most: digits (below); a newline and an indent without its last space; a word or identifier with the
+# space before it (so that a word is the same token in the question and at the start of a line); signs; spaces.
+_PIECES = r"|\n {0,3}| ?[A-Za-z_]+| ?[^A-Za-z_0-9\s]+|\s+"
+PIECES: dict[Difficulty, str] = {
+    # Numbers are at most 30, so a small model copies each as one token, from a position that the template fixes.
+    "easy": "[0-9]{1,2}" + _PIECES,
+    # One token per digit. The space before a number belongs to its first digit, in the question and in the program.
+    "hard": " ?[0-9]" + _PIECES,
+}
 N_TOKENIZER_ROWS = 5000
+OPERATION = re.compile(r" (?:\+|-|\*|//) ")
 
 NAMES = {
     "Anna": "she", "Ben": "he", "Carla": "she", "David": "he", "Emma": "she", "Felix": "he", "Grace": "she",
@@ -93,6 +107,92 @@ TEMPLATES = (
 
 
 @dataclass(frozen=True)
+class Step:
+    """A kind of step of a hard problem: one operation on what somebody has.
+
+    Sentences contain the number `{n}`, `{units}`, `{Owner}` (name or pronoun of those who have them, with a verb that
+    ends in `{s}`), `{name}` (always their name) and `{other}` (the name of the other person). An opening sentence also
+    says how many units there are at first, `{a}`, and most say it after `{n}`.
+    """
+
+    variable: str  # of the result
+    sign: str  # of the operation on what there was before and `n`, or on what two persons have
+    sentences: tuple[str, ...]
+    before: tuple[str, ...]  # which units the step takes
+    openings: tuple[str, ...] = ()
+    after: str | None = None  # units of the result, if it has others
+    owner: Literal["same", "other", "both"] = "same"  # whose the result is
+
+
+GOODS, BOXES, DOLLARS = "{things}", "boxes", "dollars"
+COUNTED = (GOODS, BOXES)
+ALL_UNITS = (GOODS, BOXES, DOLLARS)
+JOIN = Step("both", "+", ("They put their {units} together.",), ALL_UNITS, owner="both")
+STEPS = (
+    Step(
+        "total",
+        "+",
+        ("{Owner} buy{s} {n} more {units}.", "{Owner} get{s} {n} more {units}."),
+        COUNTED,
+        ("{name} buys {n} {units} and has {a} at home.",),
+    ),
+    Step(
+        "left",
+        "-",
+        ("{Owner} give{s} {n} {units} away.", "{Owner} lose{s} {n} {units}."),
+        COUNTED,
+        ("{name} gives {n} of {his} {a} {units} away.", "{name} loses {n} of {his} {a} {units}."),
+    ),
+    Step("saved", "+", ("{Owner} earn{s} {n} more dollars.",), (DOLLARS,)),
+    Step(
+        "rest",
+        "-",
+        ("{Owner} spend{s} {n} dollars.",),
+        (DOLLARS,),
+        ("{name} spends {n} of {his} {a} dollars.",),
+    ),
+    Step("part", "//", ("{Owner} split{s} the {units} into {n} equal parts and keep{s} one.",), ALL_UNITS),
+    Step("boxes", "//", ("{Owner} pack{s} them into boxes of {n}.",), (GOODS,), after=BOXES),
+    Step("items", "*", ("Each box has {n} {things} in it.",), (BOXES,), after=GOODS),
+    Step(
+        "money",
+        "*",
+        ("{Owner} sell{s} the {units} for {n} dollars each.",),
+        COUNTED,
+        ("For {n} dollars each, {name} sells {a} {units}.",),
+        after=DOLLARS,
+    ),
+    Step(
+        "times",
+        "*",
+        ("{other} has {n} times as many {units} as {name}.",),
+        ALL_UNITS,
+        ("{other} has {n} times as many {units} as {name}, who has {a}.",),
+        owner="other",
+    ),
+    Step(
+        "more",
+        "+",
+        ("{other} has {n} more {units} than {name}.",),
+        ALL_UNITS,
+        ("{other} has {n} more {units} than {name}, who has {a}.",),
+        owner="other",
+    ),
+    Step(
+        "fewer",
+        "-",
+        ("{other} has {n} fewer {units} than {name}.",),
+        ALL_UNITS,
+        ("{other} has {n} fewer {units} than {name}, who has {a}.",),
+        owner="other",
+    ),
+    Step("joined", "+", ("{other} has {n} {units}. They put their {units} together.",), ALL_UNITS, owner="both"),
+    JOIN,
+)
+MAX_NUMBER, MAX_FACTOR, MAX_VALUE = 999, 99, 9999
+
+
+@dataclass(frozen=True)
 class WordProblem:
     """A question, a program that computes the answer, in the format of TinyGSM, and the answer."""
 
@@ -101,17 +201,18 @@ class WordProblem:
     answer: int
 
 
-def generate_problems(n_problems: int, seed: int) -> list[WordProblem]:
+def generate_problems(n_problems: int, seed: int, difficulty: Difficulty = "easy") -> list[WordProblem]:
     """Distinct problems in random order; the first k do not depend on `n_problems`."""
-    generator = random.Random(f"word problems {seed}")
+    easy = difficulty == "easy"
+    generator = random.Random(f"word problems {seed}" if easy else f"hard word problems {seed}")
     problems: dict[str, WordProblem] = {}
     while len(problems) < n_problems:
-        problem = _draw_problem(generator)
+        problem = _draw_easy(generator) if easy else _draw_hard(generator)
         problems.setdefault(problem.question, problem)
     return list(problems.values())
 
 
-def _draw_problem(generator: random.Random) -> WordProblem:
+def _draw_easy(generator: random.Random) -> WordProblem:
     template = generator.choice(TEMPLATES)
     name = generator.choice(sorted(NAMES))
     words = {"name": name, "he": NAMES[name], "things": generator.choice(THINGS)}
@@ -119,42 +220,141 @@ def _draw_problem(generator: random.Random) -> WordProblem:
         numbers = {key: generator.randint(*bounds) for key, bounds in template.numbers.items()}
         if template.allowed(**numbers):
             break
-    body = template.program.format(**words, **numbers) + "\nreturn result"
-    code = "def simple_math_problem() -> int:\n" + "\n".join(f"    {line}" for line in body.split("\n"))
-    return WordProblem(template.question.format(**words, **numbers), code, template.answer(**numbers))
+    lines = template.program.format(**words, **numbers).split("\n")
+    return WordProblem(
+        template.question.format(**words, **numbers), _function([*lines, "return result"]), template.answer(**numbers)
+    )
 
 
-def train_tokenizer() -> Any:
-    """Train a byte-pair tokenizer of `VOCAB_SIZE` tokens on such problems; the result is deterministic."""
+def _function(lines: list[str]) -> str:
+    """A program in the form of TinyGSM's."""
+    return "def simple_math_problem() -> int:\n" + "\n".join(f"    {line}" for line in lines)
+
+
+def _draw_hard(generator: random.Random) -> WordProblem:
+    units = generator.choice(ALL_UNITS)
+    steps = _draw_steps(generator, generator.randint(2, 4), units)
+    numbers = None
+    while numbers is None:
+        numbers = _draw_numbers(generator, steps)
+    start, operands, answer = numbers
+    name, other = generator.sample(sorted(NAMES), 2)
+    things, he = generator.choice(THINGS), NAMES[name]
+    owner, variable, kept = name, "start", ""
+    sentences, lines = [], [f"start = {start}"]
+    for step, n in zip(steps, operands, strict=True):
+        forms = step.sentences
+        if not sentences:
+            if step.openings and generator.random() < 0.5:
+                forms = step.openings
+            else:
+                sentences.append(f"{name} has {start} {units.format(things=things)}.")
+        words = {"n": n, "a": start, "units": units.format(things=things), "things": things}
+        words |= {"name": owner, "other": other, "he": he, "his": {"he": "his", "she": "her"}[he]}
+        if owner == "they":
+            words |= {"Owner": "They", "s": ""}
+        else:  # a pronoun only while the story has one person; later it could mean either
+            words |= {"Owner": he.capitalize() if owner == name and sentences and not kept else owner, "s": "s"}
+        sentences.append(generator.choice(forms).format(**words))
+        lines.append(f"{step.variable} = {variable} {step.sign} {kept if step is JOIN else n}")
+        if step.owner == "other":
+            owner, other, kept = other, owner, variable
+        elif step.owner == "both":
+            owner = "they"
+        variable, units = step.variable, step.after or units
+    words = {"units": units.format(things=things), "owner": owner, "do": "do" if owner == "they" else "does"}
+    sentences.append("How many {units} {do} {owner} have now?".format(**words))
+    return WordProblem(" ".join(sentences), _function([*lines, f"return {variable}"]), answer)
+
+
+def _draw_steps(generator: random.Random, n_operations: int, units: str) -> list[Step]:
+    """Kinds of steps that make sense in this order, each at most once; `units` are those at the start."""
+    steps: list[Step] = []
+    while len(steps) < n_operations:
+        step = generator.choice([step for step in STEPS if units in step.before and _may_follow(step, steps)])
+        steps.append(step)
+        units = step.after or units
+    return steps
+
+
+def _may_follow(step: Step, earlier: list[Step]) -> bool:
+    if step in earlier:
+        return False
+    if step.after in COUNTED and any(each.after in COUNTED for each in earlier):
+        return False  # goods are put into boxes, or are in boxes from the start
+    switches = [number for number, each in enumerate(earlier) if each.owner != "same"]
+    if step is JOIN:  # both still have the same units
+        return len(switches) == 1 and all(each.owner != "both" and not each.after for each in earlier[switches[0] :])
+    return step.owner == "same" or not switches
+
+
+def _draw_numbers(generator: random.Random, steps: list[Step]) -> tuple[int, list[int], int] | None:
+    """The number at the start, those of the steps and the answer; None if no number is left for a step.
+
+    Every number and every result is at least 2, so that units are plural.
+    """
+    start = value = _draw_number(generator, 10, MAX_NUMBER)
+    operands, kept = [], 0
+    for step in steps:
+        highest = {"+": MAX_NUMBER, "-": min(MAX_NUMBER, value - 2), "*": min(MAX_FACTOR, MAX_VALUE // value)}
+        if step is JOIN:
+            n = kept
+        elif step.sign == "//":
+            divisors = [n for n in range(2, min(MAX_FACTOR, value // 2) + 1) if value % n == 0]
+            if not divisors:
+                return None
+            n = generator.choice(divisors)
+        elif highest[step.sign] < 2:
+            return None
+        else:
+            n = _draw_number(generator, 2, highest[step.sign])
+        if step.owner == "other":
+            kept = value
+        value = {"+": value + n, "-": value - n, "*": value * n, "//": value // n}[step.sign]
+        operands.append(n)
+    return (start, operands, value) if value <= MAX_VALUE else None
+
+
+def _draw_number(generator: random.Random, low: int, high: int) -> int:
+    """A number from low to high, both included; every number of digits is equally likely."""
+    n_digits = generator.randint(len(str(low)), len(str(high)))
+    return generator.randint(max(low, 10 ** (n_digits - 1)), min(high, 10**n_digits - 1))
+
+
+def train_tokenizer(difficulty: Difficulty = "easy") -> Any:
+    """Train a byte-pair tokenizer of `VOCAB_SIZE[difficulty]` tokens on such problems; the result is deterministic."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast  # slow to import
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.Split(Regex(PIECES[difficulty]), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - 1,
+        vocab_size=VOCAB_SIZE[difficulty] - 1,
         special_tokens=[EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # any text can be encoded
         show_progress=False,
     )
-    texts = [text for problem in generate_problems(N_TOKENIZER_ROWS, 0) for text in (problem.question, problem.code)]
+    problems = generate_problems(N_TOKENIZER_ROWS, 0, difficulty)
+    texts = [text for problem in problems for text in (problem.question, problem.code)]
     tokenizer.train_from_iterator(texts, trainer)
     # The templates may have too few words to fill the vocabulary.
-    n_unused = VOCAB_SIZE - 1 - tokenizer.get_vocab_size()
+    n_unused = VOCAB_SIZE[difficulty] - 1 - tokenizer.get_vocab_size()
     tokenizer.add_special_tokens([f"<unused_{number}>" for number in range(n_unused)])
     tokenizer.add_special_tokens([MASK])  # the last token, as `data.mask_id: null` expects
-    assert tokenizer.get_vocab_size() == VOCAB_SIZE
-    assert tokenizer.token_to_id(MASK) == VOCAB_SIZE - 1
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE[difficulty]
+    assert tokenizer.token_to_id(MASK) == VOCAB_SIZE[difficulty] - 1
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, mask_token=MASK)
 
 
-def cached_word_problems(data_dir: str | Path, n_train: int, n_test: int, seed: int, max_len: int) -> Path:
+def cached_word_problems(
+    data_dir: str | Path, n_train: int, n_test: int, seed: int, max_len: int, difficulty: Difficulty = "easy"
+) -> Path:
     """The folder of these problems in `data_dir`, written atomically on first use.
 
     It contains the files that `data/pretokenize.py` writes, with `n_train` rows, and `test.jsonl` with `n_test` other
@@ -163,12 +363,12 @@ def cached_word_problems(data_dir: str | Path, n_train: int, n_test: int, seed: 
     Raises:
         ValueError: a problem does not fit `max_len` tokens.
     """
-    folder = Path(data_dir) / f"word_problems_v{VERSION}_{n_train}_{n_test}_seed{seed}_len{max_len}"
+    folder = Path(data_dir) / f"{FOLDERS[difficulty]}_{n_train}_{n_test}_seed{seed}_len{max_len}"
     if (folder / META_FILE).exists():
         return folder
     print(f"writing {n_train + n_test:,} word problems to {folder}", flush=True)
-    problems = generate_problems(n_train + n_test, seed)
-    tokenizer = train_tokenizer()
+    problems = generate_problems(n_train + n_test, seed, difficulty)
+    tokenizer = train_tokenizer(difficulty)
     questions, codes = [problem.question for problem in problems], [problem.code for problem in problems]
     longest = _longest(tokenizer, questions, codes)
     if longest > max_len:
@@ -195,6 +395,12 @@ def cached_word_problems(data_dir: str | Path, n_train: int, n_test: int, seed: 
         if not (folder / META_FILE).exists():
             raise
     return folder
+
+
+def count_operations(folder: Path) -> np.ndarray:
+    """Number of operations of the program of each test problem in a folder of word problems, int64 [n]."""
+    lines = (folder / TEST_FILE).read_text(encoding="utf-8").splitlines()
+    return np.array([len(OPERATION.findall(json.loads(line)["answer"])) for line in lines])
 
 
 def _longest(tokenizer: Any, questions: list[str], codes: list[str]) -> int:

@@ -64,8 +64,8 @@ class TinyGsmSettings(DataSettings):
     seed: int | None = Field(None, ge=0, description="word_problems: seed of the problems")
     difficulty: Difficulty | None = Field(
         None,
-        description="word_problems: easy (null means the same): one or two operations, numbers to 30; hard: two to four "
-        "operations, numbers to 999",
+        description="word_problems: easy: one or two operations, numbers to 30; hard: two to four, numbers to 999; "
+        "null: easy",
     )
 
     @model_validator(mode="after")

@@ -152,7 +152,7 @@ STEPS = (
         ("{name} spends {n} of {his} {a} dollars.",),
     ),
     Step("part", "//", ("{Owner} split{s} the {units} into {n} equal parts and keep{s} one.",), ALL_UNITS),
-    Step("boxes", "//", ("{Owner} pack{s} them into boxes of {n}.",), (GOODS,), after=BOXES),
+    Step("boxes", "//", ("{Owner} pack{s} the {units} into boxes of {n}.",), (GOODS,), after=BOXES),
     Step("items", "*", ("Each box has {n} {things} in it.",), (BOXES,), after=GOODS),
     Step(
         "money",
@@ -189,7 +189,9 @@ STEPS = (
     Step("joined", "+", ("{other} has {n} {units}. They put their {units} together.",), ALL_UNITS, owner="both"),
     JOIN,
 )
-MAX_NUMBER, MAX_FACTOR, MAX_VALUE = 999, 99, 9999
+MAX_NUMBER = 999
+MAX_FACTOR = 99  # of factors and divisors
+MAX_VALUE = 9999  # of results
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,7 @@ def _draw_hard(generator: random.Random) -> WordProblem:
             else:
                 sentences.append(f"{name} has {start} {units.format(things=things)}.")
         words = {"n": n, "a": start, "units": units.format(things=things), "things": things}
-        words |= {"name": owner, "other": other, "he": he, "his": {"he": "his", "she": "her"}[he]}
+        words |= {"name": owner, "other": other, "his": {"he": "his", "she": "her"}[he]}
         if owner == "they":
             words |= {"Owner": "They", "s": ""}
         else:  # a pronoun only while the story has one person; later it could mean either
@@ -289,7 +291,7 @@ def _may_follow(step: Step, earlier: list[Step]) -> bool:
 
 
 def _draw_numbers(generator: random.Random, steps: list[Step]) -> tuple[int, list[int], int] | None:
-    """The number at the start, those of the steps and the answer; None if no number is left for a step.
+    """The number at the start, those of the steps and the answer; None if none fits a step, or a result is too large.
 
     Every number and every result is at least 2, so that units are plural.
     """
@@ -311,8 +313,10 @@ def _draw_numbers(generator: random.Random, steps: list[Step]) -> tuple[int, lis
         if step.owner == "other":
             kept = value
         value = {"+": value + n, "-": value - n, "*": value * n, "//": value // n}[step.sign]
+        if value > MAX_VALUE:
+            return None
         operands.append(n)
-    return (start, operands, value) if value <= MAX_VALUE else None
+    return start, operands, value
 
 
 def _draw_number(generator: random.Random, low: int, high: int) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +17,24 @@ import sampling
 import train
 from data import word_problems
 from data.gsm8k import read_problems
-from data.text import decode_programs, load_tokenizer
+from data.text import decode_programs, encode_texts, load_tokenizer
+from data.tiny_gsm import TinyGsmSettings
 from data.token_files import open_tiny_gsm
-from data.word_problems import VOCAB_SIZE, cached_word_problems, generate_problems, train_tokenizer
+from data.word_problems import (
+    NAMES,
+    THINGS,
+    VOCAB_SIZE,
+    WordProblem,
+    cached_word_problems,
+    generate_problems,
+    train_tokenizer,
+)
 from grader.grade import grade
 from runtime.metrics import read_metrics
 
 MINI = ROOT / "yaml_files" / "tinygsm_mini_puma.yaml"
+HARD = ROOT / "yaml_files" / "tinygsm_mini_hard_puma.yaml"
+LINE = re.compile(r"    (\w+) = (.+)")
 
 
 def test_every_program_returns_the_answer():
@@ -55,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_and_test_problems_are_disjoint(folder):
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
-    data = open_tiny_gsm(folder, 72, VOCAB_SIZE - 1, VOCAB_SIZE)
+    data = open_tiny_gsm(folder, 72, VOCAB_SIZE["easy"] - 1, VOCAB_SIZE["easy"])
     tokens, prompt_mask = data.rows(np.arange(3000))
     questions = {tokenizer.decode(row[given][:-1]) for row, given in zip(tokens, prompt_mask, strict=True)}
     problems = generate_problems(3040, seed=0)
@@ -70,8 +83,8 @@ def test_rows_and_test_problems_are_disjoint(folder):
 
 def test_a_number_is_one_token_and_any_text_is_kept(folder):
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
-    assert len(tokenizer) == VOCAB_SIZE
-    assert tokenizer.mask_token_id == VOCAB_SIZE - 1
+    assert len(tokenizer) == VOCAB_SIZE["easy"]
+    assert tokenizer.mask_token_id == VOCAB_SIZE["easy"] - 1
     assert {len(tokenizer.encode(str(number))) for number in range(1, 31)} == {1}, "one token, so easy to copy"
     for text in ("Émile bought 12 kiwis,\n\n  didn't he?\t£5", generate_problems(1, 9)[0].code):
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -80,6 +93,103 @@ def test_a_number_is_one_token_and_any_text_is_kept(folder):
 def test_the_tokenizer_is_the_same_every_time(folder):
     again = train_tokenizer()
     assert again.get_vocab() == load_tokenizer(str(folder / "tokenizer")).get_vocab()
+
+
+def test_files_of_easy_problems_are_those_of_recorded_results(folder):
+    digests = [hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16] for name in ("labels.bin", "test.jsonl")]
+    assert digests == ["695829c821d8a861", "3d4e83ab6d946efd"]
+    assert folder.name == "word_problems_v3_3000_40_seed0_len72"
+
+
+# Hard problems
+
+
+@pytest.fixture(scope="module")
+def hard_problems() -> list[WordProblem]:
+    return generate_problems(3000, seed=0, difficulty="hard")
+
+
+@pytest.fixture(scope="module")
+def hard_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cached_word_problems(tmp_path_factory.mktemp("hard"), 2900, 100, seed=0, max_len=112, difficulty="hard")
+
+
+def test_hard_programs_compute_exactly_and_stay_in_bounds(hard_problems):
+    n_operations = Counter()
+    for problem in hard_problems:
+        values: dict = {}
+        lines = LINE.findall(problem.code)
+        for variable, expression in lines:
+            assert variable not in values, "each line has its own variable"
+            assert eval(expression.replace("//", "/"), {}, values) == eval(expression, {}, values), "exact"
+            values[variable] = eval(expression, {}, values)
+            assert 2 <= values[variable] <= 9999
+        assert values[problem.code.split()[-1]] == problem.answer
+        n_operations[len(lines) - 1] += 1
+    assert n_operations.keys() == {2, 3, 4}
+    assert min(n_operations.values()) > 900, "equally likely"
+
+
+def test_the_grader_finds_the_answers_of_hard_problems(hard_problems):
+    sample = hard_problems[:100]
+    verdicts = grade([each.code for each in sample], [str(each.answer) for each in sample], n_workers=1)
+    assert all(verdict.verdict for verdict in verdicts)
+
+
+def test_hard_questions_have_the_numbers_of_the_program_in_their_own_order(hard_problems):
+    n_same_order = 0
+    for problem in hard_problems:
+        asked, used = (re.findall(r"\d+", text) for text in (problem.question, problem.code))
+        assert Counter(asked) == Counter(used)
+        assert max(map(int, used)) <= 999
+        n_same_order += asked == used
+    assert 0.5 < n_same_order / len(hard_problems) < 0.9
+
+
+def test_hard_questions_are_grammatical(hard_problems):
+    texts = [problem.question for problem in hard_problems]
+    assert not [text for text in texts if re.search(r"[{}]|\bThey \w+s\b|\bdo [A-Z]|does they", text)]
+    one_person = "|".join(["He", "She", *NAMES])
+    assert not [text for text in texts if re.search(rf"\b(?:{one_person}) \w+[^s] \d", text)]
+    for text in texts:
+        persons = list(dict.fromkeys(re.findall("|".join(NAMES), text)))
+        assert len(persons) in (1, 2)
+        pronouns = [*re.finditer(r"\b(?:He|She|his|her)\b", text)]
+        if len(persons) == 2:  # a pronoun could mean either
+            assert all(pronoun.start() < text.index(persons[1]) for pronoun in pronouns), text
+        own = {"he": {"He", "his"}, "she": {"She", "her"}}[NAMES[persons[0]]]
+        assert {pronoun.group() for pronoun in pronouns} <= own, text
+    assert {name for text in texts for name in re.findall("|".join(NAMES), text)} == NAMES.keys()
+    assert {thing for text in texts for thing in re.findall("|".join(THINGS), text)} == {*THINGS}
+    kinds = Counter(re.findall(r" = \w+ (\S+) (?:\d|(\w))", "".join(problem.code for problem in hard_problems)))
+    assert {sign for sign, _ in kinds} == {"+", "-", "*", "//"}
+    assert any(variable for _, variable in kinds), "some add what two persons have"
+
+
+def test_hard_problems_have_a_token_per_digit_and_per_word(hard_folder, hard_problems):
+    tokenizer = load_tokenizer(str(hard_folder / "tokenizer")).backend_tokenizer
+    for problem in hard_problems[:300]:
+        asked, used = encode_texts(tokenizer, [problem.question, problem.code])
+        texts = [[tokenizer.decode([token]) for token in tokens] for tokens in (asked, used)]
+        digits = [[text for text in each if text.strip().isdigit()] for each in texts]
+        assert {len(text.strip()) for text in digits[0]} == {1}
+        assert Counter(digits[0]) == Counter(digits[1]), "the same tokens in both"
+        n_words = len(re.findall(r"[A-Za-z]+", problem.question))
+        assert len([text for text in texts[0] if text.strip().isalpha()]) == n_words
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE["hard"] == yaml.safe_load(HARD.read_text())["model"]["vocab_size"]
+
+
+def test_difficulty_is_the_number_of_operations(hard_folder, hard_problems):
+    settings = {"dataset": "tiny_gsm", "source": "word_problems", "n_train": 2900, "n_test": 100, "seed": 0}
+    settings |= {"data_dir": str(hard_folder.parent), "max_len": 112, "difficulty": "hard"}
+    data = TinyGsmSettings(**settings).open(VOCAB_SIZE["hard"])
+    expected = [len(LINE.findall(problem.code)) - 1 for problem in hard_problems[2900:]]
+    assert data.difficulty(np.arange(100))["operations"].tolist() == expected
+    assert data.difficulty(np.array([7, 3]))["operations"].tolist() == [expected[7], expected[3]]
+    assert TinyGsmSettings(dataset="tiny_gsm").open(512).difficulty(np.arange(3)) == {}
+
+
+# Files, training and evaluation
 
 
 def test_problems_that_do_not_fit_are_refused(tmp_path):
@@ -149,6 +259,8 @@ def test_evaluation_on_two_processes_finds_the_same(run_dir, tmp_path):
     assert result.returncode == 0, result.stderr
     alone, together = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     assert together["samplers"] == alone["samplers"]
+    groups = alone["samplers"][0]["groups"]
+    assert [(group["by"], group["value"]) for group in groups] == [("operations", 1), ("operations", 2)]
     assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
     assert (tmp_path / "2.jsonl").read_text() == (tmp_path / "1.jsonl").read_text()
     assert len((tmp_path / "1.jsonl").read_text().splitlines()) == 8
@@ -164,6 +276,8 @@ def test_evaluation_on_two_processes_finds_the_same(run_dir, tmp_path):
         ({"mask_id": 512}, "model.vocab_size 512 is too small"),
         ({"mask_id": 0}, "contains the mask token 0"),
         ({"source": "files", "n_train": None, "n_test": None, "seed": None}, "meta.json is missing"),
+        ({"source": "files", "difficulty": "easy"}, "difficulty: only used by source 'word_problems'"),
+        ({"difficulty": "medium"}, "difficulty"),
     ],
 )
 def test_wrong_settings_end_with_one_message(data, message, folder, tmp_path, capsys):

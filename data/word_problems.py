@@ -243,7 +243,8 @@ def _draw_hard(generator: random.Random) -> WordProblem:
     name, other = generator.sample(sorted(NAMES), 2)
     things, he = generator.choice(THINGS), NAMES[name]
     owner, variable, kept = name, "start", ""
-    sentences, lines = [], [f"start = {start}"]
+    sentences: list[str] = []
+    lines = [f"start = {start}"]
     for step, n in zip(steps, operands, strict=True):
         forms = step.sentences
         if not sentences:

@@ -115,7 +115,7 @@ def hard_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_hard_programs_compute_exactly_and_stay_in_bounds(hard_problems):
-    n_operations = Counter()
+    n_operations: Counter[int] = Counter()
     for problem in hard_problems:
         values: dict = {}
         lines = LINE.findall(problem.code)

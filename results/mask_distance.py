@@ -1,0 +1,443 @@
+"""Measure how far the masks of training are from the masks that the sampler visits, over training and by stage.
+
+    python train.py --config yaml_files/sudoku_mini_puma.yaml --run-dir runs/mask_distance/puma \\
+        training.save_every=125 training.keep_checkpoints=20
+    python train.py --config yaml_files/sudoku_mini_baseline.yaml --run-dir runs/mask_distance/uniform \\
+        training.save_every=125 training.keep_checkpoints=20
+    python -m results.mask_distance runs/mask_distance/puma runs/mask_distance/uniform
+    python -m results.mask_distance --draw  # only the table and figure, from existing records
+
+PUMA is meant to train on the masks that generation visits, uniform masking mostly on masks that it never visits (arXiv
+2602.10314). All checkpoints of the runs are measured. The output is records.json, README.md and curves.png in
+results/mask_distance/.
+
+Definitions, for a row (x0, M) with n maskable positions, of which M masks m and reveals r = n - m:
+
+- Training rows are those on which the objective trains next at the checkpoint. `puma`: a random sample of the pool,
+  which holds the batches of the next `pool_batches` updates. `uniform`: the next rows of the stream, with masks from
+  the objective's generator.
+- The sampler starts from the prompt of the same row and fills one position per step, the most confident first, with the
+  averaged weights of the checkpoint. It visits one mask S_j for each number j of masked positions. There are two paths:
+  `sampler` writes the model's own tokens, as in generation; after a wrong token it continues from a wrong row.
+  `teacher_forced` chooses positions in the same way and writes the true tokens, as the PUMA pool does when it reveals
+  one position per update. So model errors contribute to the distance from `sampler` alone. What remains in the distance
+  from `teacher_forced` comes from the pool: a row enters it with random positions revealed, reveals many positions per
+  visit, and was advanced by the weights of earlier updates.
+- The distance of M is d = |M - S_m|, the number of positions that M masks and S_m reveals. It equals |S_m - M|: d swaps
+  turn one mask into the other. The Hamming distance is 2 d. Every other visited mask differs from M in at least d
+  positions.
+- A random mask of m out of n positions is at distance m r / n on average; its distance is hypergeometric. The relative
+  distance of a set of rows is the sum of their distances over the sum of these averages: 0 for visited masks, 1 for
+  masks drawn without regard to the model. Rows with r = 0 or m = n, where only one mask exists, add 0 to both sums.
+- The share within k swaps is the share of rows with d <= k. Where few positions are masked or few revealed, most random
+  masks are within k too, so their expected share is reported beside it.
+- Stage i of 8 holds the rows with revealed ratio r / n in [i / 8, (i + 1) / 8), for every objective and every K.
+
+Shapes: B rows, L positions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from math import comb
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from baselines import UniformObjective
+from config import DEFAULT_RULE, Config, ProgressiveSettings, PumaSettings, UniformSettings
+from data.dataset import SequenceData
+from data.files import write_text
+from model.transformer import Transformer
+from objective import Objective
+from progressive import PumaObjective, stage_of
+from results.run import COLORS, ROOT, commit, machine
+from runtime.checkpoint import Checkpoint, open_checkpoint
+from runtime.distributed import World, autocast, autocast_dtype, start_world
+from samplers.build import build_sampler
+from samplers.step import fill
+from training.run import build_run, restore_run
+
+N_STAGES = 8  # of the table; need not be the K of the runs
+SWAPS = (0, 1, 2, 4, 8)
+PATHS = {"sampler": "own tokens", "teacher_forced": "true tokens"}
+DRAWN_SWAPS = 4  # in the figure
+
+
+class Rows(NamedTuple):
+    """Training rows and their masks."""
+
+    x0: Tensor  # int64 [B, L]
+    maskable: Tensor  # bool [B, L]
+    masked: Tensor  # bool [B, L]
+
+
+def training_rows(objective: Objective, n_rows: int, seed: int) -> Rows:
+    """`n_rows` rows on which `objective` trains next; draws from its stream and generator if it is uniform.
+
+    Args:
+        seed: of the sample of the pool.
+
+    Raises:
+        ValueError: the pool has fewer rows.
+    """
+    if isinstance(objective, PumaObjective):
+        pool = objective.pool
+        if n_rows > len(pool.x0):
+            raise ValueError(f"--rows {n_rows}: the pool has {len(pool.x0)} rows; set at most that")
+        chosen = torch.randperm(len(pool.x0), generator=torch.Generator().manual_seed(seed))[:n_rows]
+        chosen = chosen.to(pool.x0.device)
+        return Rows(pool.x0[chosen], pool.maskable[chosen], pool.masked[chosen])
+    assert isinstance(objective, UniformObjective), objective
+    batches = []
+    for _ in range(0, n_rows, objective.n_rows):
+        x0, maskable = objective.queue.take_next(objective.n_rows)
+        batches.append((x0, maskable, objective.layout.mask_uniformly(maskable, objective.generator)))
+        objective.prefetch()
+    return Rows(*(torch.cat(parts)[:n_rows] for parts in zip(*batches, strict=True)))
+
+
+@torch.no_grad()
+def sampler_orders(model: Transformer, config: Config, x0: Tensor, maskable: Tensor) -> dict[str, Tensor]:
+    """The step at which each path of `PATHS` fills a position, int64 [B, L], 0 for prompts; and the `tokens` sampled.
+
+    Args:
+        x0: int64 [B, L].
+        maskable: bool [B, L].
+    """
+    xt = x0.masked_fill(maskable, config.mask_id)
+    with autocast(xt.device, autocast_dtype(config.training.precision, xt.device)):
+        samples = build_sampler(config)(model, xt, config.mask_id, DEFAULT_RULE)
+        teacher_forced = torch.zeros_like(xt)
+        unused_keys = torch.zeros_like(xt)  # the rule draws no random numbers
+        for step in range(1, int(maskable.sum(1).max()) + 1):
+            masked = xt == config.mask_id
+            predicted = model.predict(xt, masked, config.mask_id)
+            filled = fill(xt, masked, predicted._replace(token=x0[masked]), unused_keys, DEFAULT_RULE)
+            teacher_forced += step * filled
+    return {"sampler": samples.order, "teacher_forced": teacher_forced, "tokens": samples.tokens}
+
+
+def swap_distance(masked: Tensor, maskable: Tensor, order: Tensor) -> Tensor:
+    """Distance d of each mask from the mask with the same count that the sampler visits; int64 [B].
+
+    Args:
+        masked: bool [B, L].
+        maskable: bool [B, L].
+        order: int64 [B, L], step at which the sampler fills a position: each of 1..n_maskable once in a row, 0 for
+            prompts.
+    """
+    n_revealed = (maskable & ~masked).sum(1, keepdim=True)  # [B, 1]
+    return (masked & (order <= n_revealed)).sum(1)
+
+
+def random_distance(n_masked: Tensor, n_maskable: Tensor) -> Tensor:
+    """Expected distance of a random mask with the same count; float64 of the shape of the arguments (int64)."""
+    return n_masked * (n_maskable - n_masked) / n_maskable.double()
+
+
+def random_share(n_masked: int, n_maskable: int, n_swaps: int) -> float:
+    """Probability that a random mask is within `n_swaps` of a given mask with the same count."""
+    n_revealed = n_maskable - n_masked
+    ways = sum(comb(n_masked, n) * comb(n_revealed, n) for n in range(n_swaps + 1))
+    return ways / comb(n_maskable, n_masked)
+
+
+def summarize(rows: Rows, orders: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Sums over the rows of each stage: `n`, and for random masks and each path `distance` and `within` SWAPS."""
+    n_masked, n_maskable = rows.masked.sum(1), rows.maskable.sum(1)
+    stage = stage_of(n_maskable - n_masked, n_maskable, N_STAGES)
+    distances = {path: swap_distance(rows.masked, rows.maskable, orders[path]) for path in PATHS}
+    expected = random_distance(n_masked, n_maskable)
+    shares = [
+        [random_share(*counts, n_swaps) for n_swaps in SWAPS]
+        for counts in zip(n_masked.tolist(), n_maskable.tolist(), strict=True)
+    ]
+    within = torch.tensor(shares, dtype=torch.float64, device=stage.device)  # [B, len(SWAPS)]
+    sums = []
+    for number in range(N_STAGES):
+        members = stage == number
+        entry: dict[str, Any] = {
+            "n": int(members.sum()),
+            "random": {
+                "distance": round(float(expected[members].sum()), 3),
+                "within": [round(value, 3) for value in within[members].sum(0).tolist()],
+            },
+        }
+        for path, distance in distances.items():
+            own = distance[members]
+            entry[path] = {"distance": int(own.sum()), "within": [int((own <= n_swaps).sum()) for n_swaps in SWAPS]}
+        sums.append(entry)
+    return sums
+
+
+def readable_checkpoints(run_dir: Path) -> list[Checkpoint]:
+    """All undamaged checkpoints of a run, oldest first; warns about the others.
+
+    Raises:
+        ValueError: there is none, or the run's objective has no comparable masks.
+    """
+    checkpoints = []
+    for path in sorted((run_dir / "checkpoints").glob("step_*")):
+        try:
+            checkpoints.append(open_checkpoint(path))
+        except ValueError as error:
+            warnings.warn(f"{error}; it is left out", RuntimeWarning, stacklevel=2)
+    if not checkpoints:
+        raise ValueError(f"{run_dir} holds no usable checkpoint: name a run directory")
+    settings = checkpoints[-1].config().objective
+    if not isinstance(settings, PumaSettings | UniformSettings):
+        raise ValueError(f"{run_dir}: objective.name {settings.name!r} must be puma or uniform")
+    if isinstance(settings, PumaSettings) and settings.uniform_fraction:
+        raise ValueError(
+            f"{run_dir}: objective.uniform_fraction {settings.uniform_fraction} mixes two kinds of masks; "
+            "name a run with 0"
+        )
+    return checkpoints
+
+
+def measure(
+    checkpoint: Checkpoint, train: SequenceData, world: World, n_rows: int, seed: int, bar: tqdm
+) -> dict[str, Any]:
+    """One point of the records: the sums of `summarize` at a checkpoint, and how well its model samples.
+
+    Args:
+        train: the run's training data.
+        seed: of the sample of the pool.
+    """
+    config = checkpoint.config(["training.compile=false"])
+    run = build_run(config, world, checkpoint.path.parents[1], train, resuming=True)
+    restore_run(run, checkpoint)
+    rows = training_rows(run.objective, n_rows, seed)
+    model = run.evaluated_model().eval()
+    parts = []
+    for start in range(0, n_rows, config.validation.batch_size):
+        part = slice(start, start + config.validation.batch_size)
+        parts.append(sampler_orders(model, config, rows.x0[part], rows.maskable[part]))
+        bar.update(len(parts[-1]["tokens"]))
+    orders = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    right = orders.pop("tokens") == rows.x0  # [B, L]
+    return {
+        "step": checkpoint.step,
+        "rows_right": float(right.all(1).double().mean()),
+        "tokens_right": float((right & rows.maskable).sum() / rows.maskable.sum()),
+        "stages": summarize(rows, orders),
+    }
+
+
+def collect(run_dirs: Sequence[Path], n_rows: int, seed: int) -> dict[str, Any]:
+    """Records of all checkpoints of the runs, with the command, commit and machine.
+
+    Raises:
+        ValueError: a run cannot be measured; the message names it.
+    """
+    checkpoints = {run_dir: readable_checkpoints(run_dir) for run_dir in run_dirs}
+    runs = []
+    with tqdm(total=n_rows * sum(map(len, checkpoints.values())), unit="row") as bar:
+        for run_dir, own in checkpoints.items():
+            config = own[-1].config()
+            world = start_world(config.training.device)
+            train = config.open_data().train
+            points = []
+            for checkpoint in own:
+                bar.set_postfix_str(f"{run_dir.name}, update {checkpoint.step}")
+                points.append(measure(checkpoint, train, world, n_rows, seed, bar))
+            runs.append({"label": run_dir.name, "settings": describe(config), "points": points})
+    return {
+        "command": " ".join(["python -m results.mask_distance", *map(str, run_dirs), f"--rows {n_rows} --seed {seed}"]),
+        "rows": n_rows,
+        "machine": machine(),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "runs": runs,
+    }
+
+
+def describe(config: Config) -> str:
+    """The settings of a run that decide which masks it trains on."""
+    settings = config.objective
+    facts = [str(settings.name)]
+    if isinstance(settings, ProgressiveSettings):
+        schedule = settings.k_schedule or [(settings.n_stages, 0)]
+        stages = ", ".join(f"{n_stages} from update {step}" if step else f"{n_stages}" for n_stages, step in schedule)
+        facts += [
+            f"K = {stages}",
+            f"tau = {settings.collapse_threshold}",
+            f"a pool of {settings.pool_batches} batches",
+        ]
+    return ", ".join([*facts, f"{config.training.batch_size} rows per update, seed {config.training.seed}"])
+
+
+def relative_distance(stages: Sequence[dict[str, Any]], path: str) -> float | None:
+    """Relative distance over `stages`; None if no row's distance can differ from 0."""
+    expected = sum(stage["random"]["distance"] for stage in stages)
+    return sum(stage[path]["distance"] for stage in stages) / expected if expected else None
+
+
+def share_within(stages: Sequence[dict[str, Any]], path: str, n_swaps: int) -> float | None:
+    """Share of the rows of `stages` within `n_swaps` (one of SWAPS); `path` may be `random`. None without rows."""
+    n = sum(stage["n"] for stage in stages)
+    return sum(stage[path]["within"][SWAPS.index(n_swaps)] for stage in stages) / n if n else None
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _over_training(run: dict[str, Any]) -> Iterator[str]:
+    """Rows of the table over training."""
+    for point in run["points"]:
+        stages = point["stages"]
+        cells = [f"{100 * point['rows_right']:.1f}"]
+        cells += [_cell(relative_distance(stages, path), ".2f") for path in PATHS]
+        for path in (*PATHS, "random"):
+            shares = [share_within(stages, path, n_swaps) for n_swaps in SWAPS]
+            cells.append(" / ".join(_cell(None if share is None else 100 * share, ".0f") for share in shares))
+        yield f"| {run['label']} | {point['step']:,} | {' | '.join(cells)} |"
+
+
+def _by_stage(run: dict[str, Any]) -> Iterator[str]:
+    """Rows of the table by stage at the last checkpoint."""
+    stages = run["points"][-1]["stages"]
+    counts = " | ".join(str(stage["n"]) for stage in stages)
+    yield f"| {run['label']}: rows | {counts} |"
+    for path, tokens in PATHS.items():
+        cells = [_cell(relative_distance([stage], path), ".2f") for stage in stages]
+        yield f"| {run['label']}: relative distance, {tokens} | {' | '.join(cells)} |"
+    for path, tokens in (PATHS | {"random": "random masks"}).items():
+        shares = [share_within([stage], path, DRAWN_SWAPS) for stage in stages]
+        cells = [_cell(None if share is None else 100 * share, ".0f") for share in shares]
+        yield f"| {run['label']}: within {DRAWN_SWAPS} swaps, %, {tokens} | {' | '.join(cells)} |"
+
+
+def report(records: dict[str, Any]) -> str:
+    """README.md: what was measured, over training and by stage."""
+    runs = records["runs"]
+    swaps = " / ".join(map(str, SWAPS))
+    lines = ["# How far the masks of training are from the masks that the sampler visits", ""]
+    lines += ["![Distance from the sampler's masks, over training and by stage](curves.png)", ""]
+    if "note" in records:  # written by hand: how the runs were trained, and what the figures show
+        lines += [records["note"], ""]
+    lines += [
+        "The mask of a training row is compared with the mask of the same count that the sampler visits on that row: "
+        "the distance is the number of positions to swap. The relative distance is 0 for the sampler's own masks and 1 "
+        "for random masks. *Own tokens*: the sampler writes the tokens that the model predicts. *True tokens*: it "
+        "writes the true tokens, as the PUMA pool does. Definitions: [mask_distance.py](../mask_distance.py).",
+        "",
+        *(f"- {run['label']}: {run['settings']}" for run in runs),
+        "",
+        f"Over training, {records['rows']:,} rows per checkpoint; shares are of rows within {swaps} swaps:",
+        "",
+        "| run | updates | solved, % | relative distance, own tokens | true tokens | within, %, own tokens | "
+        "true tokens | random masks |",
+        "| --- |" + " ---: |" * 7,
+        *(line for run in runs for line in _over_training(run)),
+        "",
+        "By revealed share of a row at the last checkpoint:",
+        "",
+        f"| revealed | {' | '.join(f'{n}/{N_STAGES} to {n + 1}/{N_STAGES}' for n in range(N_STAGES))} |",
+        "| --- |" + " ---: |" * N_STAGES,
+        *(line for run in runs for line in _by_stage(run)),
+        "",
+        f"`{records['command']}`, commit {records['commit']}, {records['date']}, {records['machine']}. 'Solved' is the "
+        "share of these training rows that the sampler fills without an error.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(records: dict[str, Any], out: Path) -> None:
+    """Draw the relative distance over training, and by stage at the last checkpoint with the share near by."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    over_training, by_stage, near = figure.subplots(1, 3)
+    centers = [(number + 0.5) / N_STAGES for number in range(N_STAGES)]
+    for number, run in enumerate(records["runs"]):
+        last = run["points"][-1]["stages"]
+        for (path, tokens), line, marker in zip(PATHS.items(), ("-", "--"), ("o", "s"), strict=True):
+            style = {
+                "color": COLORS[number % len(COLORS)],
+                "linestyle": line,
+                "linewidth": 1.6,
+                "marker": marker,
+                "markersize": 4,
+                "markerfacecolor": "white" if line == "--" else COLORS[number % len(COLORS)],
+                "label": f"{run['label']}, {tokens}",
+            }
+            steps = [point["step"] for point in run["points"]]
+            over_training.plot(steps, _numbers(relative_distance(p["stages"], path) for p in run["points"]), **style)
+            by_stage.plot(centers, _numbers(relative_distance([stage], path) for stage in last), **style)
+            shares = _numbers(share_within([stage], path, DRAWN_SWAPS) for stage in last)
+            near.plot(centers, [100 * share for share in shares], **style)
+    # Random masks have the counts of the first run's rows here; by stage, other runs differ little.
+    first = records["runs"][0]["points"][-1]["stages"]
+    reference = {"color": "0.35", "linestyle": ":", "linewidth": 1.4}
+    shares = _numbers(share_within([stage], "random", DRAWN_SWAPS) for stage in first)
+    near.plot(centers, [100 * share for share in shares], **reference)
+    for plot in (over_training, by_stage):
+        plot.axhline(1, **reference, label="random masks")
+        plot.set_ylim(bottom=0)
+    last_step = records["runs"][0]["points"][-1]["step"]
+    over_training.set(xlabel="updates", ylabel="relative distance", title="over training")
+    over_training.set_xlim(left=0)
+    by_stage.set(xlabel="revealed share of the row", ylabel="relative distance", title=f"after {last_step:,} updates")
+    near.set(
+        xlabel="revealed share of the row",
+        ylabel=f"rows within {DRAWN_SWAPS} swaps, %",
+        title=f"after {last_step:,} updates",
+        ylim=(-2, 102),
+    )
+    for plot in (by_stage, near):
+        plot.set_xlim(0, 1)
+    for plot in (over_training, by_stage, near):
+        plot.grid(alpha=0.25)
+        plot.spines[["top", "right"]].set_visible(False)
+    figure.legend(*over_training.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
+    figure.savefig(out, dpi=110)
+
+
+def _numbers(values: Iterator[float | None]) -> list[float]:
+    """NaN, which leaves a gap in a line, for None."""
+    return [float("nan") if value is None else value for value in values]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; bad input ends with one message and exit status 2."""
+    parser = argparse.ArgumentParser(description="Measure the distance of training masks from the sampler's masks.")
+    parser.add_argument("run_dirs", nargs="*", type=Path, metavar="RUN", help="run directory of puma or uniform")
+    parser.add_argument("--rows", type=int, default=256, help="training rows per checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample of the pool")
+    parser.add_argument("--draw", action="store_true", help="only the table and figure, from existing records")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "mask_distance", help="output folder")
+    options = parser.parse_args(arguments)
+    if options.draw == bool(options.run_dirs):
+        parser.error("give run directories, or --draw without any")
+    if options.rows < 1:
+        parser.error(f"--rows must be at least 1, got {options.rows}")
+    records_file = options.out / "records.json"
+    if not options.draw:
+        try:
+            records = collect(options.run_dirs, options.rows, options.seed)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_text(records_file, json.dumps(records, indent=1) + "\n")
+    if not records_file.exists():
+        sys.exit(f"{records_file} is missing: name run directories to measure")
+    records = json.loads(records_file.read_text(encoding="utf-8"))
+    write_text(options.out / "README.md", report(records))
+    draw(records, options.out / "curves.png")
+    print(f"wrote {options.out}/README.md")
+
+
+if __name__ == "__main__":
+    main()

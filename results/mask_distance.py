@@ -8,8 +8,8 @@
     python -m results.mask_distance --draw  # only the table and figure, from existing records
 
 PUMA is meant to train on the masks that generation visits, uniform masking mostly on masks that it never visits (arXiv
-2602.10314). All checkpoints of the runs are measured. The output is records.json, README.md and curves.png in
-results/mask_distance/.
+2602.10314). All checkpoints of the runs are measured, each once: the same command continues. The output is
+records.json, README.md and curves.png in results/mask_distance/.
 
 Definitions, for a row (x0, M) with n maskable positions, of which M masks m and reveals r = n - m:
 
@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -233,32 +234,53 @@ def measure(
     }
 
 
-def collect(run_dirs: Sequence[Path], n_rows: int, seed: int) -> dict[str, Any]:
-    """Records of all checkpoints of the runs, with the command, commit and machine.
+def collect(run_dirs: Sequence[Path], n_rows: int, seed: int, records_file: Path) -> None:
+    """Measure all checkpoints of the runs; write the records, with command, commit and machine, after each.
+
+    Checkpoints that `records_file` has with the same settings, commit, number of rows and seed are not measured again.
 
     Raises:
         ValueError: a run cannot be measured; the message names it.
     """
     checkpoints = {run_dir: readable_checkpoints(run_dir) for run_dir in run_dirs}
-    runs = []
-    with tqdm(total=n_rows * sum(map(len, checkpoints.values())), unit="row") as bar:
-        for run_dir, own in checkpoints.items():
-            config = own[-1].config()
-            world = start_world(config.training.device)
-            train = config.open_data().train
-            points = []
-            for checkpoint in own:
-                bar.set_postfix_str(f"{run_dir.name}, update {checkpoint.step}")
-                points.append(measure(checkpoint, train, world, n_rows, seed, bar))
-            runs.append({"label": run_dir.name, "settings": describe(config), "points": points})
-    return {
-        "command": " ".join(["python -m results.mask_distance", *map(str, run_dirs), f"--rows {n_rows} --seed {seed}"]),
+    records: dict[str, Any] = {
+        "command": f"python -m results.mask_distance {shlex.join(map(str, run_dirs))} --rows {n_rows} --seed {seed}",
         "rows": n_rows,
+        "seed": seed,
         "machine": machine(),
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "runs": runs,
+        "runs": [],
     }
+    earlier = json.loads(records_file.read_text(encoding="utf-8")) if records_file.exists() else {}
+    same = all(earlier.get(key) == records[key] for key in ("rows", "seed", "commit"))
+    for run_dir, own in checkpoints.items():
+        config = own[-1].config()
+        run = {"label": run_dir.name, "masks": describe(config), "config": config.model_dump(mode="json")}
+        steps = [checkpoint.step for checkpoint in own]
+        known = [
+            point
+            for other in (earlier["runs"] if same else [])
+            if all(other[key] == run[key] for key in run)
+            for point in other["points"]
+            if point["step"] in steps
+        ]
+        records["runs"].append(run | {"points": known})
+    n_points = sum(map(len, checkpoints.values()))
+    n_known = sum(len(run["points"]) for run in records["runs"])
+    records_file.parent.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=n_points * n_rows, initial=n_known * n_rows, unit="row") as bar:
+        for run, (run_dir, own) in zip(records["runs"], checkpoints.items(), strict=True):
+            config, known_steps = own[-1].config(), {point["step"] for point in run["points"]}
+            world, train = start_world(config.training.device), config.open_data().train
+            for checkpoint in own:
+                if checkpoint.step in known_steps:
+                    continue
+                bar.set_postfix_str(f"{run_dir.name}, update {checkpoint.step}")
+                run["points"].append(measure(checkpoint, train, world, n_rows, seed, bar))
+                run["points"].sort(key=lambda point: point["step"])
+                write_text(records_file, json.dumps(records, indent=1) + "\n")
+    write_text(records_file, json.dumps(records, indent=1) + "\n")
 
 
 def describe(config: Config) -> str:
@@ -332,7 +354,7 @@ def report(records: dict[str, Any]) -> str:
         "for random masks. *Own tokens*: the sampler writes the tokens that the model predicts. *True tokens*: it "
         "writes the true tokens, as the PUMA pool does. Definitions: [mask_distance.py](../mask_distance.py).",
         "",
-        *(f"- {run['label']}: {run['settings']}" for run in runs),
+        *(f"- {run['label']}: {run['masks']}" for run in runs),
         "",
         f"Over training, {records['rows']:,} rows per checkpoint; shares are of rows within {swaps} swaps:",
         "",
@@ -425,12 +447,10 @@ def main(arguments: list[str] | None = None) -> None:
     records_file = options.out / "records.json"
     if not options.draw:
         try:
-            records = collect(options.run_dirs, options.rows, options.seed)
+            collect(options.run_dirs, options.rows, options.seed, records_file)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_text(records_file, json.dumps(records, indent=1) + "\n")
     if not records_file.exists():
         sys.exit(f"{records_file} is missing: name run directories to measure")
     records = json.loads(records_file.read_text(encoding="utf-8"))

@@ -162,7 +162,7 @@ def test_paths_are_equal_where_the_model_is_right(config_file):
         assert not order[~maskable].any()
 
 
-def test_runs_are_measured_and_drawn(config_file, tmp_path, capsys):
+def test_runs_are_measured_and_drawn(config_file, tmp_path, monkeypatch):
     puma, uniform = (
         trained(config_file, tmp_path / name, objective) for name, objective in (("puma", PUMA), ("uniform", UNIFORM))
     )
@@ -170,7 +170,7 @@ def test_runs_are_measured_and_drawn(config_file, tmp_path, capsys):
     mask_distance.main([str(puma), str(uniform), "--rows", "16", "--out", str(out)])
     records = json.loads((out / "records.json").read_text())
     assert [run["label"] for run in records["runs"]] == ["puma", "uniform"]
-    assert records["runs"][0]["settings"] == (
+    assert records["runs"][0]["masks"] == (
         "puma, K = 3, 5 from update 4, tau = 0.9, a pool of 2 batches, 8 rows per update, seed 0"
     )
     for run in records["runs"]:
@@ -185,11 +185,26 @@ def test_runs_are_measured_and_drawn(config_file, tmp_path, capsys):
     mask_distance.main(["--draw", "--out", str(out)])
     assert (out / "README.md").read_text() == page, "made from the records alone"
 
-    (puma / "checkpoints/step_00000003/model.safetensors").write_bytes(b"damaged")
-    with pytest.warns(RuntimeWarning, match=r"model\.safetensors has 7 bytes.*left out"):
+    def measured() -> list[int]:
+        """Updates of the checkpoints of `puma` that the command measures now."""
+        steps.clear()
         mask_distance.main([str(puma), "--rows", "16", "--out", str(out)])
-    (run,) = json.loads((out / "records.json").read_text())["runs"]
-    assert run["points"] == records["runs"][0]["points"][1:], "measured again, with the same result"
+        (run,) = json.loads((out / "records.json").read_text())["runs"]
+        assert run["points"] == [point for point in records["runs"][0]["points"] if point["step"] in kept]
+        return steps
+
+    steps, kept = [], [3, 6]
+    measure = mask_distance.measure
+    monkeypatch.setattr(mask_distance, "commit", lambda: records["commit"])
+    monkeypatch.setattr(
+        mask_distance, "measure", lambda each, *rest: (steps.append(each.step), measure(each, *rest))[1]
+    )
+    assert measured() == [], "they are in the records"
+    monkeypatch.setattr(mask_distance, "commit", lambda: "other code")
+    (puma / "checkpoints/step_00000003/model.safetensors").write_bytes(b"damaged")
+    kept.remove(3)
+    with pytest.warns(RuntimeWarning, match=r"model\.safetensors has 7 bytes.*left out"):
+        assert measured() == [6], "again, with the same result"
 
 
 @pytest.mark.parametrize(

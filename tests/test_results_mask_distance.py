@@ -30,6 +30,7 @@ from results.mask_distance import (
     swap_distance,
     training_rows,
 )
+from runtime.checkpoint import Checkpoint
 from runtime.config_file import read_config
 from runtime.distributed import start_world
 from training.run import build_run
@@ -193,12 +194,16 @@ def test_runs_are_measured_and_drawn(config_file, tmp_path, monkeypatch):
         assert run["points"] == [point for point in records["runs"][0]["points"] if point["step"] in kept]
         return steps
 
-    steps, kept = [], [3, 6]
+    steps: list[int] = []
+    kept = [3, 6]
     measure = mask_distance.measure
     monkeypatch.setattr(mask_distance, "commit", lambda: records["commit"])
-    monkeypatch.setattr(
-        mask_distance, "measure", lambda each, *rest: (steps.append(each.step), measure(each, *rest))[1]
-    )
+
+    def noted(checkpoint: Checkpoint, *rest: Any) -> dict[str, Any]:
+        steps.append(checkpoint.step)
+        return measure(checkpoint, *rest)
+
+    monkeypatch.setattr(mask_distance, "measure", noted)
     assert measured() == [], "they are in the records"
     monkeypatch.setattr(mask_distance, "commit", lambda: "other code")
     (puma / "checkpoints/step_00000003/model.safetensors").write_bytes(b"damaged")

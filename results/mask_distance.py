@@ -370,13 +370,14 @@ def report(records: dict[str, Any]) -> str:
         *(line for run in runs for line in _by_stage(run)),
         "",
         f"`{records['command']}`, commit {records['commit']}, {records['date']}, {records['machine']}. 'Solved' is the "
-        "share of these training rows that the sampler fills without an error.",
+        "share of these training rows that the sampler fills without an error. Random masks in the figure have the counts "
+        f"of the rows of {runs[0]['label']}.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def draw(records: dict[str, Any], out: Path) -> None:
-    """Draw the relative distance over training, and by stage at the last checkpoint with the share near by."""
+    """Draw the relative distance over training and by stage, and the share within DRAWN_SWAPS by stage."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -399,7 +400,7 @@ def draw(records: dict[str, Any], out: Path) -> None:
             by_stage.plot(centers, _numbers(relative_distance([stage], path) for stage in last), **style)
             shares = _numbers(share_within([stage], path, DRAWN_SWAPS) for stage in last)
             near.plot(centers, [100 * share for share in shares], **style)
-    # Random masks have the counts of the first run's rows here; by stage, other runs differ little.
+    # One line for the rows of the first run: in a stage, the counts of other runs differ little.
     first = records["runs"][0]["points"][-1]["stages"]
     reference = {"color": "0.35", "linestyle": ":", "linewidth": 1.4}
     shares = _numbers(share_within([stage], "random", DRAWN_SWAPS) for stage in first)

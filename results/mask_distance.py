@@ -370,8 +370,8 @@ def report(records: dict[str, Any]) -> str:
         *(line for run in runs for line in _by_stage(run)),
         "",
         f"`{records['command']}`, commit {records['commit']}, {records['date']}, {records['machine']}. 'Solved' is the "
-        "share of these training rows that the sampler fills without an error. Random masks in the figure have the counts "
-        f"of the rows of {runs[0]['label']}.",
+        "share of these training rows that the sampler fills without an error. Random masks in the figure have the "
+        f"counts of the rows of {runs[0]['label']}.",
     ]
     return "\n".join(lines) + "\n"
 

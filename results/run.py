@@ -72,6 +72,8 @@ class Task:
 def tasks_of(experiment: Experiment, folder: Path, run_overrides: list[str]) -> list[Task]:
     """All runs, ordered by seed, so that an interrupted experiment has complete comparisons for some seeds.
 
+    Variants that have seeds of their own, of a sweep, come last.
+
     Args:
         folder: parent of the run directories.
         run_overrides: overrides for all runs.
@@ -80,14 +82,12 @@ def tasks_of(experiment: Experiment, folder: Path, run_overrides: list[str]) -> 
     def run_dir(label: str, seed: int) -> Path:
         return folder.resolve() / f"{re.sub(r'[^a-z0-9]+', '_', label.lower())}_seed{seed}"
 
+    runs = [(arm, seed) for seed in experiment.seeds for arm in experiment.arms if seed in (arm.seeds or [seed])]
     tasks = []
-    for seed in experiment.seeds:
-        for arm in experiment.arms:
-            if arm.seeds is None or seed in arm.seeds:
-                overrides = [*experiment.overrides, *arm.overrides, f"training.seed={seed}", *run_overrides]
-                needs = run_dir(arm.starts_from, seed) if arm.starts_from else None
-                config = ROOT / "yaml_files" / arm.config
-                tasks.append(Task(arm, seed, run_dir(arm.label, seed), config, overrides, needs))
+    for arm, seed in sorted(runs, key=lambda run: run[0].seeds is not None):
+        overrides = [*experiment.overrides, *arm.overrides, f"training.seed={seed}", *run_overrides]
+        needs = run_dir(arm.starts_from, seed) if arm.starts_from else None
+        tasks.append(Task(arm, seed, run_dir(arm.label, seed), ROOT / "yaml_files" / arm.config, overrides, needs))
     return tasks
 
 

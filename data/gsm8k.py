@@ -128,7 +128,7 @@ def _download(name: str, cache_dir: str | Path | None) -> Path:
         from datasets import load_dataset  # slow to import, and only used here
 
         try:
-            rows = load_dataset(name, "main" if name == HUB_NAME else None, split="test")
+            rows = load_dataset(name, "main" if name == HUB_NAME else None, split="test", trust_remote_code=False)
         except Exception as error:  # the library raises many types of errors
             raise ValueError(f"data set {name!r} cannot be loaded: {error}. A local .jsonl file also works") from None
         lines = [json.dumps({key: row.get(key) for key in COLUMNS}) for row in rows]

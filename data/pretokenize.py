@@ -148,11 +148,11 @@ def _read_chunks(source: str, n_skipped: int, limit: int | None) -> Iterator[tup
         if path.exists():
             files = find_files(path)
             kind = "parquet" if files[0].endswith(".parquet") else "json"
-            rows = load_dataset(kind, data_files=files, split="train", streaming=True)
-        elif path.is_absolute() or path.suffix in (".jsonl", ".parquet") or source.count("/") > 1:
-            raise ValueError("it does not exist")
+            rows = load_dataset(kind, data_files=files, split="train", streaming=True, trust_remote_code=False)
+        elif path.is_absolute() or path.suffix in (".jsonl", ".parquet") or source.count("/") != 1:
+            raise ValueError("it does not exist, and the name of a data set is OWNER/NAME")
         else:
-            rows = load_dataset(source, split="train", streaming=True)
+            rows = load_dataset(source, split="train", streaming=True, trust_remote_code=False)
         if limit is not None:
             rows = rows.take(limit)
         n_read = n_skipped

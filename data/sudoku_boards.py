@@ -238,7 +238,7 @@ def read_boards(path: str | Path, size: int, rating_column: str | None = None) -
                 found[rating_column] = [value or "nan" for value in found[rating_column]]
             puzzles, solutions = (_cells(found[name], size, f"column {name!r}") for name in columns[:2])
         else:
-            content = np.load(path)  # refuses pickles by default
+            content = np.load(path, allow_pickle=False)
             if isinstance(content, np.ndarray):
                 if rating_column:
                     raise ValueError(f"a .npy file has no column {rating_column!r}: use .csv or .npz")
@@ -291,7 +291,7 @@ def convert_published(path: Path) -> np.ndarray:
         ValueError: the shape is wrong, or the quadruples of a row do not list each cell once.
     """
     try:
-        raw = np.load(path, mmap_mode="r")
+        raw = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"Sudoku file {path} cannot be read: {error}") from None
     if raw.ndim != 2 or raw.shape[1] != RAW_WIDTH or len(raw) == 0 or raw.dtype.kind not in "uif":
@@ -339,10 +339,12 @@ def load_hub(
 
     source = f"data set {name!r}, split {split!r}"
     try:
+        if not Path(name).is_dir() and name.count("/") != 1:  # other names are file formats of the library
+            raise ValueError("it is neither a folder nor OWNER/NAME")
         # Otherwise puzzles in a csv file are read as numbers and lose leading zeros.
         as_text = {"converters": {puzzle_column: str, solution_column: str}}
         options: dict[str, Any] = as_text if isinstance(load_dataset_builder(name), Csv) else {}
-        table = load_dataset(name, split=split, **options)
+        table = load_dataset(name, split=split, trust_remote_code=False, **options)
     except Exception as error:  # the library raises many types of errors
         raise ValueError(f"{source} cannot be loaded: {error}") from None
     wanted = [puzzle_column, solution_column, *([rating_column] if rating_column else [])]

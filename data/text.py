@@ -10,6 +10,7 @@ text, so EOS is the only special token in a sequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,23 +19,38 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SEPARATOR = "\n"
+TOKENIZER_FILE = "tokenizer.json"
+# JSON files: what a tokenizer is read from.
+TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def load_tokenizer(name: str) -> Any:
     """Load a fast Hugging Face tokenizer by name or folder; the functions below take its `backend_tokenizer`.
 
+    tokenizer.json is read as it is, and the special tokens from the JSON files beside it. The class is fixed, so that
+    no file can cause code to be executed. `AutoTokenizer` lets tokenizer_config.json name any class of transformers,
+    and if that is `AutoModel`, it executes code of the folder even with `trust_remote_code=False`.
+
     Raises:
         ValueError: it cannot be loaded, has no fast version or no EOS token.
     """
-    from transformers import AutoTokenizer  # slow to import, and Sudoku runs do not need it
+    from huggingface_hub import snapshot_download
+    from transformers import PreTrainedTokenizerFast  # slow to import, and Sudoku runs do not need it
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        folder = Path(name)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
+        if not (folder / TOKENIZER_FILE).is_file():
+            raise ValueError(f"it has no fast version ({TOKENIZER_FILE}); choose one that has")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+        tokenizer.init_kwargs.pop("auto_map", None)  # a saved copy names no code either
+        # Settings of tokenizer.json that would apply to every text.
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
     except Exception as error:  # the library raises many types of errors
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"tokenizer {name!r} cannot be loaded: {first_line}") from None
-    if not tokenizer.is_fast:
-        raise ValueError(f"tokenizer {name!r} has no fast version (tokenizer.json): choose one that has")
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer {name!r} has no EOS token, which must end and pad every sequence: choose one that has"

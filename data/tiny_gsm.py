@@ -169,11 +169,12 @@ class TinyGsm(DataSet):
     @override
     def tokenizer(self) -> Any:
         """The tokenizer that wrote the rows; ValueError if it cannot be loaded or its EOS differs from the rows'."""
-        tokenizer = load_tokenizer(self.settings.tokenizer or tokenizer_of(self.folder))
+        name = self.settings.tokenizer or tokenizer_of(self.folder)
+        tokenizer = load_tokenizer(name)
         eos_id = read_meta(self.folder).get("eos_id", tokenizer.eos_token_id)
         if eos_id != tokenizer.eos_token_id:
             raise ValueError(
-                f"the rows in {self.folder} end in token {eos_id}, but EOS of tokenizer {tokenizer.name_or_path!r} is "
+                f"the rows in {self.folder} end in token {eos_id}, but EOS of tokenizer {name!r} is "
                 f"{tokenizer.eos_token_id}: set data.tokenizer to the tokenizer that wrote them"
             )
         return tokenizer

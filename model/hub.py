@@ -263,8 +263,6 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
     used only with `trust_remote_code=True` and tokenizes the same.
     """
     tokenizer.save_pretrained(folder)
-    if type(tokenizer).__name__.removesuffix("Fast") == "Qwen2Tokenizer":
-        return
     path = folder / TOKENIZER_CONFIG_FILE
     config = json.loads(path.read_text(encoding="utf-8"))
     if config["tokenizer_class"] == "TokenizersBackend":

@@ -18,6 +18,8 @@ import torch
 import yaml
 from forked import Forked
 
+from data.word_problems import TEST_FILE, VOCAB_SIZE, cached_word_problems
+
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would every program that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests run in as many processes as there are cores (`make test`), and models are tiny.
@@ -65,6 +67,23 @@ def tiny_settings(objective: dict, data_dir: Path) -> dict:
         },
         "validation": {"n_examples": 10, "n_loss_rows": 10, "batch_size": 8},
     }
+
+
+def tiny_gsm_settings(folder: Path, n_rows: int = 60) -> dict:
+    """A run of seconds on tokenized files, which are written to `folder`, with the tokenizer beside them."""
+    problems = cached_word_problems(folder, n_train=n_rows, n_test=4, seed=0, max_len=128)
+    settings = tiny_settings(dict(UNIFORM), folder)
+    settings["model"] |= {"vocab_size": VOCAB_SIZE, "learned_positions": None}
+    settings["data"] = {
+        "dataset": "tiny_gsm",
+        "data_dir": str(problems),
+        "max_len": 128,
+        "n_held_out": 10,
+        "test_source": str(problems / TEST_FILE),
+    }
+    settings["training"] |= {"max_steps": 2, "batch_size": 4, "eval_every": 100}
+    settings["validation"] = {"n_examples": 1, "n_final_examples": 1, "n_loss_rows": 2, "tokens_per_step": [16]}
+    return settings
 
 
 PUMA = {"name": "puma", "k_schedule": [[3, 0], [5, 4]], "collapse_threshold": 0.9, "pool_batches": 2}
@@ -129,9 +148,11 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 @contextmanager
-def started(*arguments: object, folder: Path = ROOT, group: bool = False, **environment: str) -> Iterator[Forked]:
+def started(
+    *arguments: object, folder: Path = ROOT, group: bool = False, input: Path = Path(os.devnull), **environment: str
+) -> Iterator[Forked]:
     """A program of the repository while it runs; it is killed if the test fails before its end."""
-    with Forked(*arguments, environment=ENVIRONMENT | environment, folder=folder, group=group) as process:
+    with Forked(*arguments, environment=ENVIRONMENT | environment, folder=folder, group=group, input=input) as process:
         try:
             yield process
         finally:
@@ -139,10 +160,14 @@ def started(*arguments: object, folder: Path = ROOT, group: bool = False, **envi
 
 
 def run_python(
-    *arguments: object, timeout: float = 300, folder: Path = ROOT, **environment: str
+    *arguments: object,
+    timeout: float = 300,
+    folder: Path = ROOT,
+    input: Path = Path(os.devnull),
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program of the repository, or of a copy in `folder`, as its users do, and wait for its end."""
-    with started(*arguments, folder=folder, **environment) as process:
+    with started(*arguments, folder=folder, input=input, **environment) as process:
         out, err = process.communicate(timeout)
         return subprocess.CompletedProcess(process.args, process.wait(), out, err)
 

@@ -38,6 +38,7 @@ class Forked:
         folder: where it runs; by default this checkout.
         group: the program leads a process group of its own.
         output: file for both of its outputs; without one, `communicate` returns them.
+        input: file for its standard input; without one it has none.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Forked:
         folder: Path = ROOT,
         group: bool = False,
         output: IO[bytes] | None = None,
+        input: Path = Path(os.devnull),
     ) -> None:
         self.args = [str(argument) for argument in arguments]
         self.returncode: int | None = None
@@ -56,6 +58,7 @@ class Forked:
             "environment": dict(os.environ) | environment,
             "folder": str(folder),
             "group": group,
+            "input": str(input),
         }
         self._status, theirs = socket.socketpair()
         with theirs:
@@ -185,6 +188,7 @@ def start_program(status: int, out: int, err: int) -> dict[str, Any]:
     for source, target in ((out, 1), (err, 2)):
         os.dup2(source, target)
         os.close(source)
+    os.dup2(os.open(request["input"], os.O_RDONLY), 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["folder"])
     os.environ.clear()

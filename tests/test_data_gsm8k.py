@@ -82,7 +82,8 @@ def test_a_downloaded_split_is_kept(tmp_path, monkeypatch):
 
     calls = []
 
-    def load_dataset(name, subset, split):
+    def load_dataset(name, subset, split, trust_remote_code):
+        assert not trust_remote_code
         calls.append((name, subset, split))
         return [{"question": "A?", "answer": "#### 1"}]
 

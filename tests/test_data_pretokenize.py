@@ -384,7 +384,10 @@ def test_a_data_set_of_the_hub_is_streamed(tmp_path, tokenizer_dir, monkeypatch)
     rows = write_rows(tmp_path / "rows.jsonl", 1100)
 
     def load_dataset(name, **options):
-        assert (name, options) == ("TinyGSM/TinyGSM", {"split": "train", "streaming": True})
+        assert (name, options) == (
+            "TinyGSM/TinyGSM",
+            {"split": "train", "streaming": True, "trust_remote_code": False},
+        )
         return datasets.IterableDataset.from_generator(lambda: iter(rows))
 
     pretokenize(str(tmp_path / "rows.jsonl"), str(tokenizer_dir), tmp_path / "local", MAX_LEN, 1050, n_workers=1)

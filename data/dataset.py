@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data.hashes import hash_arrays
 from data.settings import Settings
 
 
@@ -42,6 +43,10 @@ class SequenceData(Protocol):
         """Tokens (int64 [n, L]) and prompt mask (bool [n, L]) of the rows with these indices."""
         ...
 
+    def hashes(self) -> dict[str, str]:
+        """Hashes that together cover every row, by the name of the file or other source that each covers."""
+        ...
+
 
 @dataclass(frozen=True)
 class ArrayData:
@@ -51,6 +56,7 @@ class ArrayData:
     prompt_mask: np.ndarray  # bool [N, L]
     mask_id: int
     eos_id: int | None = None
+    source: str = "its rows"  # for messages
 
     @property
     def length(self) -> int:
@@ -63,6 +69,10 @@ class ArrayData:
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (int64 [n, L]) and prompt mask (bool [n, L]) of these rows."""
         return self.tokens[indices], self.prompt_mask[indices]
+
+    def hashes(self) -> dict[str, str]:
+        """See `SequenceData`."""
+        return {self.source: hash_arrays(self.tokens, self.prompt_mask)}
 
 
 @dataclass(frozen=True)

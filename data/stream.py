@@ -21,8 +21,29 @@ from torch import Tensor
 from data.dataset import SequenceData
 
 
-def fingerprint(data: SequenceData) -> str:
-    """Identify a data set: a hash of its number of rows, length, mask token and 64 evenly spaced rows."""
+def fingerprint(data: SequenceData) -> dict[str, str]:
+    """Identify a data set: a hash (hex) of each of its sources, of all rows and their format, by the source's name."""
+    layout = f"{len(data)} {data.length} {data.mask_id} {data.eos_id}"
+    return {name: hashlib.sha256(f"{layout} {own}".encode()).hexdigest() for name, own in data.hashes().items()}
+
+
+def changed_sources(data: SequenceData, now: dict[str, str], before: dict[str, str] | str) -> list[str]:
+    """Names of the sources that differ between the fingerprint `now` of `data` and an earlier one.
+
+    Sources are compared in order and not by name, since files may be in another folder now.
+
+    Args:
+        before: as saved; earlier versions saved `_sampled_fingerprint`.
+    """
+    if isinstance(before, str):
+        return [] if before == _sampled_fingerprint(data) else list(now)
+    if len(before) != len(now):
+        return list(now)
+    return [name for (name, own), saved in zip(now.items(), before.values(), strict=True) if own != saved]
+
+
+def _sampled_fingerprint(data: SequenceData) -> str:
+    """A hash of the number of rows, length, mask token and 64 evenly spaced rows."""
     tokens, prompt_mask = data.rows(np.linspace(0, len(data) - 1, 64).astype(np.int64))
     digest = hashlib.sha256(f"{len(data)} {data.length} {data.mask_id}".encode())
     digest.update(tokens.tobytes())

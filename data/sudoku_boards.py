@@ -22,6 +22,8 @@ from zipfile import BadZipFile
 import numpy as np
 from tqdm import tqdm
 
+from data.hashes import hash_arrays
+
 SudokuLayout = Literal["two_halves", "in_place"]
 
 # Rows and columns of a box.
@@ -43,6 +45,7 @@ class SudokuData:
     size: int
     layout: SudokuLayout = "two_halves"
     ratings: np.ndarray | None = None  # float32 [N], difficulty of the puzzles; NaN if unknown
+    source: str = "its rows"  # for messages
 
     @property
     def n_cells(self) -> int:
@@ -86,6 +89,10 @@ class SudokuData:
         prompt_mask[:, : self.n_cells] = True
         return boards.astype(np.int64), prompt_mask
 
+    def hashes(self) -> dict[str, str]:
+        """See `data.dataset.SequenceData`: of the boards as read, so the format of the file does not matter."""
+        return {self.source: hash_arrays(self.boards)}
+
 
 def mask_token(size: int) -> int:
     """The mask token, after empty (0) and the digits."""
@@ -108,7 +115,7 @@ def make_data(
 
     Args:
         boards: [N, 2 * C] of any number type, puzzles and solutions.
-        source: origin of the boards, for error messages.
+        source: origin of the boards, for messages.
         ratings: float32 [N], difficulty of the puzzles, NaN if unknown.
 
     Raises:
@@ -127,7 +134,7 @@ def make_data(
             raise ValueError(f"{source}: ratings must be one number per board, [{len(boards)}], got {ratings.shape}")
         if np.isinf(ratings).any() or np.isnan(ratings).all():
             raise ValueError(f"{source}: ratings must be finite or NaN, and not all NaN")
-    return SudokuData(np.ascontiguousarray(boards, dtype=np.uint8), size, layout, ratings)
+    return SudokuData(np.ascontiguousarray(boards, dtype=np.uint8), size, layout, ratings, source)
 
 
 def check_shape(boards: np.ndarray, size: int, source: str) -> None:

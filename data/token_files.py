@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from data.files import write_text
+from data.hashes import cached_hash, hash_arrays
 from data.text import SEPARATOR
 
 LABELS_FILE, PROMPT_FILE, META_FILE = "labels.bin", "prompt_mask.bin", "meta.json"
@@ -37,6 +38,7 @@ class TinyGsmData:
     prompt_bits: np.ndarray  # uint8 [N, L / 8]
     mask_id: int
     eos_id: int
+    folder: Path | None = None  # of the files; None: rows in memory
 
     @property
     def length(self) -> int:
@@ -50,6 +52,12 @@ class TinyGsmData:
         """Tokens (int64 [n, L]) and prompt mask (bool [n, L]) of these rows."""
         prompt_mask = np.unpackbits(self.prompt_bits[indices], axis=1, bitorder="little").astype(bool)
         return self.labels[indices].astype(np.int64), prompt_mask
+
+    def hashes(self) -> dict[str, str]:
+        """See `data.dataset.SequenceData`: of the whole files, also for a part of the rows."""
+        if self.folder is None:
+            return {"its rows": hash_arrays(self.labels, self.prompt_bits)}
+        return {str(path): cached_hash(path) for path in (self.folder / LABELS_FILE, self.folder / PROMPT_FILE)}
 
     def part(self, rows: slice) -> TinyGsmData:
         """Consecutive rows."""
@@ -85,7 +93,7 @@ def open_tiny_gsm(data_dir: str | Path, max_len: int, mask_id: int, vocab_size: 
     if (checked == mask_id).any():
         raise ValueError(f"{folder} contains the mask token {mask_id}: set data.mask_id to a token that is in no row")
     # Every row ends in EOS, so it is known even if meta.json does not give it.
-    return TinyGsmData(labels, prompt_bits, mask_id, int(meta.get("eos_id", labels[0, -1])))
+    return TinyGsmData(labels, prompt_bits, mask_id, int(meta.get("eos_id", labels[0, -1])), folder)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

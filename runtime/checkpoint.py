@@ -26,6 +26,7 @@ from torch import Tensor
 
 from config import Config
 from data.files import reported, sync_folder, write_text
+from data.hashes import hash_file
 from runtime.config_file import dump_config, read_config
 from runtime.distributed import World, barrier, gather
 
@@ -166,7 +167,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise ValueError(f"checkpoint {path}: {name} is missing")
         if file.stat().st_size != n_bytes:
             raise ValueError(f"checkpoint {path}: {name} has {file.stat().st_size} bytes, not {n_bytes}")
-        if _sha256(file) != digest:
+        if hash_file(file) != digest:
             raise ValueError(f"checkpoint {path}: the content of {name} has changed since it was written")
     return Checkpoint(path, manifest["step"], manifest["n_ranks"], manifest["score"])
 
@@ -188,20 +189,12 @@ def _seal(path: Path) -> tuple[str, dict[str, Any]]:
     """Sync a file to disk; returns its name and manifest entry."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-    return path.name, {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return path.name, {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
 def _own_digest(manifest: dict[str, Any]) -> str:
     """SHA-256 of the manifest's content, so that a flipped bit in the manifest is noticed."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _prune(folder: Path, n_newest: int) -> None:

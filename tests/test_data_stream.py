@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.stream import SequenceStream, fingerprint, merge_streams
+from data.dataset import ArrayData
+from data.stream import SequenceStream, _sampled_fingerprint, changed_sources, fingerprint, merge_streams
 
 
 @dataclass
@@ -135,12 +137,47 @@ def test_a_set_without_rows_is_refused():
         SequenceStream(NumberedRows(0), 0)
 
 
+def array_data(n_rows: int, length: int = 2, **changes: Any) -> ArrayData:
+    tokens = np.arange(n_rows * length).reshape(n_rows, length)
+    return replace(ArrayData(tokens, tokens % length == 0, mask_id=-1, source="a file"), **changes)
+
+
 @pytest.mark.parametrize("n_rows", [1, 5, 1000])
 def test_the_fingerprint_tells_data_sets_apart(n_rows):
-    data = NumberedRows(n_rows)
-    assert fingerprint(data) == fingerprint(NumberedRows(n_rows))
-    others = [NumberedRows(n_rows + 1), NumberedRows(n_rows, length=3), NumberedRows(n_rows, mask_id=9)]
-    assert len({fingerprint(data), *map(fingerprint, others)}) == 4
+    data = array_data(n_rows)
+    own = fingerprint(data)
+    assert changed_sources(array_data(n_rows), fingerprint(array_data(n_rows)), own) == []
+    others = (
+        array_data(n_rows + 1),
+        array_data(n_rows, 3),
+        array_data(n_rows, mask_id=9),
+        array_data(n_rows, eos_id=0),
+    )
+    for other in others:
+        assert changed_sources(other, fingerprint(other), own) == ["a file"]
+
+
+@settings(max_examples=60)
+@given(n_rows=st.integers(1, 500), part=st.sampled_from(["tokens", "prompt_mask"]), where=st.integers(0, 10**6))
+def test_the_fingerprint_covers_every_token_and_every_position_of_the_prompts(n_rows, part, where):
+    data, other = array_data(n_rows), array_data(n_rows)
+    content = getattr(other, part).reshape(-1)
+    content[where % content.size] ^= 1
+    assert changed_sources(other, fingerprint(other), fingerprint(data)) == ["a file"]
+
+
+def test_of_several_sources_the_changed_ones_are_named_wherever_they_are_now():
+    data = array_data(3)
+    before, now = {"old/a": "1", "old/b": "2"}, {"new/a": "1", "new/b": "3"}
+    assert changed_sources(data, now, before) == ["new/b"]
+    assert changed_sources(data, before, before) == []
+    assert changed_sources(data, now, {"old/a": "1"}) == ["new/a", "new/b"]
+
+
+def test_fingerprints_of_earlier_versions_are_compared_as_they_were_made():
+    data, other = array_data(1000), array_data(1000, mask_id=9)
+    assert changed_sources(data, fingerprint(data), _sampled_fingerprint(data)) == []
+    assert changed_sources(data, fingerprint(data), _sampled_fingerprint(other)) == ["a file"]
 
 
 @settings(max_examples=150)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import PUMA, UNIFORM, run_python, run_ranks, started
+from conftest import PUMA, UNIFORM, run_python, run_ranks, started, tiny_gsm_settings, tiny_settings
 
 import train
+from data import hashes
+from data.generate_sudoku import generate_sudoku, write_csv
 from model.transformer import Transformer
 from runtime.checkpoint import Checkpoint, find_checkpoint, latest_checkpoint
 from runtime.metrics import read_metrics
@@ -283,6 +286,70 @@ def test_other_training_data_is_refused_on_resume(config_file, tmp_path, capsys)
         train.main(["--config", str(config), "--run-dir", str(run_dir)])
     assert stop.value.code == 2
     assert "training data has changed since checkpoint" in capsys.readouterr().err
+
+
+def settings_of_files(kind: str, folder: Path) -> dict:
+    """A run on 200 rows: generated boards, the same in a .csv file, or tokenized problems."""
+    if kind in ("labels.bin", "prompt_mask.bin"):
+        return tiny_gsm_settings(folder, n_rows=210)
+    settings = tiny_settings(dict(UNIFORM), folder)
+    settings["data"]["n_train"] = 200
+    settings["training"]["max_steps"] = 2
+    if kind == "boards.csv":
+        boards, _ = generate_sudoku(4, 200, 0, 4, 8, seed=1, show_progress=False)
+        write_csv(folder / kind, boards)
+        files = {"train_file": str(folder / kind), "test_file": str(folder / kind)}
+        settings["data"] = {"dataset": "sudoku", "size": 4, "source": "files"} | files
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("kind", "n_header", "n_row"),
+    [("boards.csv", 16, 34), ("*_train.npy", 128, 32), ("labels.bin", 0, 512), ("prompt_mask.bin", 0, 16)],
+)
+def test_one_changed_row_is_refused_on_resume(kind, n_header, n_row, tmp_path, monkeypatch, capsys):
+    """Of a file whose size and modification time stay as they were, and whose hash is cached if it is a large one."""
+    monkeypatch.setattr(hashes, "SETTLED_NS", 0)  # the files are seconds old
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings_of_files(kind, tmp_path)))
+    arguments = ["--config", str(tmp_path / "run.yaml"), "--run-dir", str(tmp_path / "run")]
+    train.main(arguments)
+    (tmp_path / "run" / "final.json").unlink()
+    (file,) = tmp_path.rglob(kind)
+    before, content = file.stat(), file.read_bytes()
+    first, *rows = (content[start : start + n_row] for start in range(n_header, len(content), n_row))
+    other = next(row for row in rows if row != first)
+    with open(file, "r+b") as opened:  # in place
+        opened.seek(n_header + 2 * n_row)
+        opened.write(other if rows[1] == first else first)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert sum(a != b for a, b in zip(content, file.read_bytes(), strict=True)) in range(1, n_row + 1)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    assert stop.value.code == 2
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+    newest = latest_checkpoint(tmp_path / "run")
+    assert error == (
+        f"error: the training data has changed since checkpoint {newest.path} was saved: restore {file}, or give "
+        "another --run-dir"
+    )
+    with open(file, "r+b") as opened:
+        opened.write(content)
+    train.main(arguments)
+    assert (tmp_path / "run" / "final.json").exists()
+
+
+def test_data_in_another_folder_is_the_same_data(tmp_path):
+    settings = tiny_gsm_settings(tmp_path / "here")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    arguments = ["--config", str(tmp_path / "run.yaml"), "--run-dir", str(tmp_path / "run")]
+    train.main(arguments)
+    (tmp_path / "run" / "final.json").unlink()
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = {key: settings["data"][key].replace("/here/", "/there/") for key in ("data_dir", "test_source")}
+    train.main([*arguments, *(f"data.{key}={value}" for key, value in moved.items())])
+    assert (tmp_path / "run" / "final.json").exists()
 
 
 def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(config_file, tmp_path, monkeypatch, capsys):

@@ -18,14 +18,14 @@ from torch.optim.swa_utils import AveragedModel
 from baselines import AutoregressiveObjective, UniformObjective
 from config import AutoregressiveSettings, Config, ObjectiveSettings, ProgressiveSettings, TrainingSettings
 from data.row_queue import RowQueue
-from data.stream import SequenceData, SequenceStream, fingerprint
+from data.stream import SequenceData, SequenceStream, changed_sources, fingerprint
 from model.hub import load_initial_weights
 from model.transformer import Transformer, build_model
 from objective import Microbatch, Objective
 from progressive import PumaObjective
 from progressive_block import block_layout
 from runtime.checkpoint import Checkpoint, save_checkpoint
-from runtime.distributed import World, autocast_dtype, sum_over_ranks
+from runtime.distributed import World, autocast_dtype, main_first, sum_over_ranks
 from runtime.metrics import peak_memory_gib, reduce_metrics
 from runtime.optim import build_ema, build_optimizer, learning_rate
 from runtime.sharding import copy_full, gather_moments, gather_weights, is_sharded, load_moments, shard, shard_weights
@@ -42,7 +42,7 @@ class Run:
     n_steps: int
     length: int  # tokens per sequence
     n_train: int
-    data_fingerprint: str
+    data_fingerprint: dict[str, str]  # see `data.stream.fingerprint`
     model: Transformer
     wrapped: nn.Module  # the model, or DistributedDataParallel around it
     ema: AveragedModel | None
@@ -117,7 +117,7 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
         n_steps=n_steps,
         length=train.length,
         n_train=len(train),
-        data_fingerprint=fingerprint(train),
+        data_fingerprint=main_first(world, lambda: fingerprint(train)),
         model=model,
         wrapped=wrapped,
         ema=ema,
@@ -207,10 +207,11 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
         ValueError: the checkpoint was trained on other data.
     """
     state = checkpoint.state("train")
-    if state["data_fingerprint"] != run.data_fingerprint:
+    train = run.objective.queue.stream.data
+    if changed := changed_sources(train, run.data_fingerprint, state["data_fingerprint"]):
         raise ValueError(
-            f"the training data has changed since checkpoint {checkpoint.path} was saved: restore the data, or give "
-            "another --run-dir"
+            f"the training data has changed since checkpoint {checkpoint.path} was saved: restore "
+            f"{' and '.join(changed)}, or give another --run-dir"
         )
     for name, model in (("model", run.model), ("ema", run.averaged_model)):
         if model is not None:

@@ -31,7 +31,7 @@ from data.text import decode_programs, encode_prompts, load_tokenizer, prompt_fi
 from data.token_files import TinyGsmData, open_tiny_gsm, read_meta, tokenizer_of
 from data.word_problems import TEST_FILE, Difficulty, cached_word_problems, count_operations
 from grader.grade import extract_program, grade, reason_shares
-from grader.sandbox import run_programs
+from grader.sandbox import printable, run_programs
 
 
 class TinyGsmSettings(DataSettings):
@@ -242,14 +242,15 @@ class TinyGsm(DataSet):
 
     @override
     def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
-        """The program and what it returns."""
+        """The program, with escapes for unprintable characters, and what it returns."""
         text = decode_programs(self.tokenizer, tokens[None], (prompt != self.mask_id)[None])[0]
         program = extract_program(text)
+        shown = printable(text, keep="\n\t")
         if program is None:
-            return f"{text}\n\nno program"
+            return f"{shown}\n\nno program"
         outcome = run_programs([program], n_workers=1)[0]
         value = f"returns {outcome.value}" if outcome.status == "ok" else f"{outcome.status}: {outcome.message}"
-        return f"{text}\n\n{value}"
+        return f"{shown}\n\n{value}"
 
     @override
     def example(self) -> str:

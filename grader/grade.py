@@ -32,11 +32,12 @@ FAILED: dict[str, Reason] = {
     "memory": "out of memory",
 }
 
-# The patterns below take linear time on any text, so a model's output cannot stall the grader.
+# The patterns below take linear time on any text, so a model's output cannot stall the grader. The number of names
+# in an import is limited, because the search keeps a hundred bytes of state for each.
 # The first line of a function, at the start of a line or after an opening fence.
 FIRST_DEF = re.compile(r"(?:^(?P<indent>[ \t]*)|```\w*[ \t]*)(?P<code>def[ \t]+\w+[ \t]*\()", re.MULTILINE)
 IMPORT = re.compile(
-    r"^(?:import[ \t]+[\w.]+(?:[ \t]+as[ \t]+\w+)?(?:[ \t]*,[ \t]*[\w.]+)*[ \t]*"
+    r"^(?:import[ \t]+[\w.]+(?:[ \t]+as[ \t]+\w+)?(?:[ \t]*,[ \t]*[\w.]+){0,99}[ \t]*"
     r"|from[ \t]+[\w.]+[ \t]+import[ \t][\w*, \t()]+)$",
     re.MULTILINE,
 )
@@ -72,7 +73,7 @@ class Verdict:
     """Grade of a completion."""
 
     verdict: bool
-    value: float | str | None  # returned by the program: int, float or string (at most 200 characters)
+    value: float | str | None  # of the program, as in `grader.sandbox.Outcome`
     reason: Reason
     message: str = ""  # details of the reason, if any
 
@@ -157,7 +158,7 @@ def extract_program(text: str) -> str | None:
             break
     program = _preamble(text[: start.start("code")]) + code
     if start["indent"]:
-        program = re.sub(f"^{start['indent']}", "", program, flags=re.MULTILINE)
+        program = "\n".join(line.removeprefix(start["indent"]) for line in program.split("\n"))
     return program[:MAX_PROGRAM]
 
 
@@ -200,5 +201,5 @@ def gold_number(gold: object, name: str) -> int | float:
     """A gold answer as a number; ValueError uses `name` for it."""
     number = parse_number(gold)
     if number is None:
-        raise ValueError(f"{name} is not a number: {gold!r}")
+        raise ValueError(f"{name} is not a number: {gold!r:.{MAX_NUMBER}}")
     return number

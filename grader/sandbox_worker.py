@@ -1,11 +1,13 @@
-"""The process that runs untrusted programs, each in a confined child. It is started by `grader/sandbox.py`, which
-documents what it protects against.
+"""The process from which untrusted programs are forked, each into a confined child. It is started by
+`grader/sandbox.py`, which documents what it protects against.
 
     python sandbox_worker.py CPU_S WALL_S MEMORY_BYTES
 
-It reads programs from standard input (4 bytes of length, then UTF-8). On standard output it first writes a line of JSON
-with the active protections, then one line for each program. It imports only the standard library, so that a fork is
-cheap and contains nothing of the caller.
+Standard input is a Unix socket. The worker first sends a line of JSON with the active protections. Each message that it
+then receives carries two descriptors: a pipe from which the child reads its program, and a pipe to which the child
+writes its result. The worker uses neither, so its memory, of which every child gets a copy, contains no program and no
+result. When the child has ended, the worker sends a line of JSON that says how. It imports only the standard library,
+so that a fork is cheap and contains nothing of the caller.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import random
 import resource
 import select
 import signal
+import socket
 import struct
 import sys
 import time
@@ -38,10 +41,12 @@ MODULES = (
     "re", "statistics", "string", "textwrap", "time", "typing", "unicodedata", "_strptime",
 )  # fmt: skip
 
-RESULT_FD = 3
+SOURCE_FD, OUTPUT_FDS, RESULT_FD = 0, (1, 2), 3
+HEADER = struct.Struct("<16sI")  # before a program: nonce, number of bytes
 MAX_RESULT = 4000  # bytes of a child's answer; fits a pipe, so that writing it never blocks
 MAX_TEXT = 200  # characters of a returned string or of a message
 MAX_INT_BITS = 1024
+MAX_WAITING = 20  # a program ends after this many times its wall time, however long it has waited for a core
 NOBODY = 65534
 CHILD_STATUSES = ("ok", "syntax_error", "error", "memory")
 
@@ -71,7 +76,7 @@ SYSCALLS = {
         },
     ),
 }  # fmt: skip
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 SECCOMP_MODE_FILTER = 2
 SECCOMP_KILL, SECCOMP_ERRNO_EPERM, SECCOMP_ALLOW = 0x80000000, 0x00050001, 0x7FFF0000
 
@@ -86,6 +91,7 @@ class Confinement(NamedTuple):
     """How each child is confined; built once, before the first fork."""
 
     cpu_s: int
+    wall_s: float
     memory_bytes: int  # address space
     worker_pid: int  # of this process
     prctl: Any  # the function of the C library; None if the system has none
@@ -93,7 +99,7 @@ class Confinement(NamedTuple):
 
 
 def main() -> None:
-    """Serve until standard input closes."""
+    """Serve until the caller closes the socket."""
     cpu_s, wall_s, memory_bytes = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
     for name in MODULES:
         importlib.import_module(name)
@@ -102,70 +108,61 @@ def main() -> None:
     warnings.simplefilter("ignore")
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # if memory runs out, the kernel kills a program, not a training run
-    null = os.open(os.devnull, os.O_RDWR)
-    os.set_inheritable(null, True)
-    confinement = Confinement(cpu_s, memory_bytes, os.getpid(), load_prctl(), build_filter())
+    prctl = load_prctl()
+    if prctl is not None:
+        prctl(PR_SET_DUMPABLE, 0, None, 0, 0)  # no process of this user can read or trace this one
+    control = socket.socket(fileno=0)
+    confinement = Confinement(cpu_s, wall_s, memory_bytes, os.getpid(), prctl, build_filter())
     gc.collect()
     gc.freeze()  # otherwise the collector would write to, and so copy, pages shared with children
-    reply({"protections": probe(confinement)})
-    while (source := read_program()) is not None:
-        reply(run(source, null, wall_s, confinement))
+    reply(control, {"protections": probe(control, confinement)})
+    while len(descriptors := socket.recv_fds(control, 1, 2)[1]) == 2:
+        reply(control, run(control, descriptors[0], descriptors[1], confinement))
 
 
-def read_program() -> str | None:
-    """The next program; None at the end of input."""
-    header = sys.stdin.buffer.read(4)
-    if len(header) < 4:
-        return None
-    return sys.stdin.buffer.read(struct.unpack("<I", header)[0]).decode("utf-8", "surrogatepass")
+def reply(control: socket.socket, content: dict[str, Any]) -> None:
+    """Send one line to the caller."""
+    control.sendall(json.dumps(content).encode() + b"\n")
 
 
-def reply(content: dict[str, Any]) -> None:
-    """Write one line to the caller."""
-    os.write(1, json.dumps(content).encode() + b"\n")
+def run(control: socket.socket, source: int, result: int, confinement: Confinement) -> dict[str, Any]:
+    """Run a program in a child, which reads it from one descriptor and writes its result to another.
 
-
-def run(source: str, null: int, wall_s: float, confinement: Confinement) -> dict[str, Any]:
-    """Run a program in a child; returns `status`, `value` and `message`."""
-    # The child returns this with its result, so bytes that a program writes to all descriptors are not a result.
-    nonce = os.urandom(8).hex()
-    result_read, result_write = os.pipe()
+    Returns:
+        `in_time`: whether the child ended, or closed its output, within the wall time. `signal`: the signal that ended
+        it, or None. `cpu_s`: its CPU time.
+    """
     output_read, output_write = os.pipe()
     # The output is not read: once the pipe is full, writing raises BlockingIOError.
     os.set_blocking(output_write, False)
-    deadline = time.monotonic() + wall_s
-    pid = fork()
+    pid = fork(control)
     if pid == 0:
         try:
-            for source_fd, target in ((null, 0), (output_write, 1), (output_write, 2), (result_write, RESULT_FD)):
-                os.dup2(source_fd, target)
+            os.dup2(source, SOURCE_FD)
+            for target in OUTPUT_FDS:
+                os.dup2(output_write, target)
+            os.dup2(result, RESULT_FD)  # last: the source may have had this number
             os.closerange(RESULT_FD + 1, 64)  # the worker never has so many open
-            signal.alarm(math.ceil(wall_s) + 1)  # in case this process, which measures the wall time, is killed
+            # In case this process, which measures the wall time, is killed and the system has no PR_SET_PDEATHSIG.
+            signal.alarm(math.ceil(MAX_WAITING * confinement.wall_s) + 1)
             confine(confinement)
-            os.write(RESULT_FD, json.dumps([nonce, *execute(source)]).encode())
+            nonce, program = read_program()
+            os.write(RESULT_FD, json.dumps([nonce, *execute(program)]).encode())
         finally:
             os._exit(1)
-    os.close(result_write)
-    raw, in_time = read_result(result_read, deadline)
+    for descriptor in (source, result, output_write):
+        os.close(descriptor)
+    in_time = wait_for_end(output_read, pid, confinement.wall_s)
     for kill in (os.killpg, os.kill):
         with suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)
     _, wait_status, usage = os.wait4(pid, 0)
-    for descriptor in (result_read, output_read, output_write):
-        os.close(descriptor)
-    if not in_time:
-        return outcome("timeout", message="wall time")
-    if raw:
-        return parse_result(raw, nonce)
+    os.close(output_read)
     signal_number = os.WTERMSIG(wait_status) if os.WIFSIGNALED(wait_status) else None
-    if signal_number == signal.SIGXCPU or usage.ru_utime + usage.ru_stime >= confinement.cpu_s:
-        return outcome("timeout", message="CPU time")
-    if signal_number in (None, signal.SIGKILL):  # SIGKILL may be from above, if the program closed its descriptors
-        return outcome("killed", message="ended without a result")
-    return outcome("killed", message=f"ended by signal {signal_number}")
+    return {"in_time": in_time, "signal": signal_number, "cpu_s": usage.ru_utime + usage.ru_stime}
 
 
-def fork() -> int:
+def fork(control: socket.socket) -> int:
     """`os.fork`, retried for a few seconds if processes or memory are short."""
     for pause_s in (0.1, 0.5, 2.0):
         try:
@@ -175,44 +172,45 @@ def fork() -> int:
     try:
         return os.fork()
     except OSError as error:
-        reply({"fatal": f"cannot start a process: {error}"})
+        reply(control, {"fatal": f"cannot start a process: {error}"})
         sys.exit(1)
 
 
-def read_result(descriptor: int, deadline: float) -> tuple[bytes, bool]:
-    """What the child wrote until it closed the pipe, truncated if too long, and whether it did so in time."""
-    raw = b""
+def wait_for_end(output: int, pid: int, wall_s: float) -> bool:
+    """Wait until a child has closed its output, as it does when it ends; False if its wall time is over first.
+
+    The time in which the child was ready to run and waited for a core does not count, up to MAX_WAITING times the wall
+    time in all.
+    """
     poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    while len(raw) <= MAX_RESULT:
-        left_s = deadline - time.monotonic()
-        if left_s <= 0 or not poll.poll(1000 * left_s):
-            return raw, False
-        chunk = os.read(descriptor, MAX_RESULT + 1)
-        if not chunk:
-            break
-        raw += chunk
-    return raw, True
+    poll.register(output, 0)  # a hang-up is always reported
+    start = time.monotonic()
+    left_s = wall_s
+    while left_s > 0:
+        if poll.poll(1000 * left_s):
+            return True
+        allowed_s = min(wall_s + waited_s(pid), MAX_WAITING * wall_s)
+        left_s = start + allowed_s - time.monotonic()
+    return False
 
 
-def parse_result(raw: bytes, nonce: str) -> dict[str, Any]:
-    """Parse and check a child's answer; anything but exactly one valid answer counts as no result."""
+def waited_s(pid: int) -> float:
+    """Seconds that a process was ready to run and waited for a core; 0 if this system does not tell."""
     try:
-        child_nonce, status, value, message = json.loads(raw)
-    except (ValueError, TypeError, RecursionError):
-        return outcome("killed", message="no valid result")
-    good_value = value is None or type(value) in (int, float, str)
-    if child_nonce != nonce or status not in CHILD_STATUSES or not good_value or type(message) is not str:
-        return outcome("killed", message="no valid result")
-    return outcome(status, value, message)
-
-
-def outcome(status: str, value: float | str | None = None, message: str = "") -> dict[str, Any]:
-    """The answer to the caller."""
-    return {"status": status, "value": value, "message": message}
+        with open(f"/proc/{pid}/schedstat") as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 # Everything below runs in the child.
+
+
+def read_program() -> tuple[str, str]:
+    """Nonce and program, from the caller."""
+    with open(SOURCE_FD, "rb", closefd=False) as file:
+        nonce, n_bytes = HEADER.unpack(file.read(HEADER.size))
+        return nonce.decode(), file.read(n_bytes).decode("utf-8", "surrogatepass")
 
 
 def execute(source: str) -> tuple[str, float | str | None, str]:
@@ -273,7 +271,7 @@ def is_idle(node: ast.stmt) -> bool:
 def to_plain(value: Any) -> tuple[float | str | None, str]:
     """Convert a returned value to a number or string, or None with the reason; calls no method of the program."""
     kind = type(value)
-    if kind in (Decimal, Fraction):
+    if kind is Decimal or kind is Fraction:  # `in` would compare with a method of the program's metaclass
         kind, value = float, float(value)
     if issubclass(kind, float):
         number = float.__add__(value, 0.0)  # a plain float, also for a subclass
@@ -304,7 +302,7 @@ def confine(confinement: Confinement) -> list[str]:
     active = []
     os.setsid()
     limits = {
-        "CPU": (confinement.cpu_s, confinement.cpu_s + 1),  # SIGXCPU, then SIGKILL
+        "CPU": (confinement.cpu_s, confinement.cpu_s),  # SIGKILL: SIGXCPU, at a smaller soft limit, can be blocked
         "AS": (confinement.memory_bytes, confinement.memory_bytes),
         "FSIZE": (0, 0),
         "CORE": (0, 0),
@@ -362,10 +360,10 @@ def build_filter() -> FilterProgram | None:
     return FilterProgram(len(steps), b"".join(struct.pack("=HBBI", *step) for step in steps))
 
 
-def probe(confinement: Confinement) -> list[str]:
+def probe(control: socket.socket, confinement: Confinement) -> list[str]:
     """The protections that are active in a child, found by confining one."""
     read_end, write_end = os.pipe()
-    pid = fork()
+    pid = fork(control)
     if pid == 0:
         try:
             os.write(write_end, " ".join(confine(confinement)).encode())

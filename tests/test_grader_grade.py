@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import textwrap
+import time
+import tracemalloc
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -106,6 +109,37 @@ def test_hostile_text_is_searched_in_linear_time(unit: str) -> None:
             program = extract_program(whole)
             assert program is not None
             assert len(program) <= MAX_PROGRAM
+
+
+# Text of a given size that makes a careless search slow or large.
+LARGE: dict[str, Callable[[int], str]] = {
+    "indent": lambda n: " " * n + PROGRAM,
+    "indent in a fence": lambda n: "```python\n" + " \t" * (n // 2) + PROGRAM,
+    "indent of every line": lambda n: (" " * 1000 + "x\n") * (n // 1000) + " " * 1000 + PROGRAM,
+    "indented program": lambda n: " " * (n // 2) + "def f():\n" + " " * (n // 2) + "    return 18\n",
+    "import of many names": lambda n: "import a" + ",a" * (n // 2) + "!\n" + PROGRAM,
+    "space in a line": lambda n: "def" + " " * n + "\n" + PROGRAM,
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_twenty_megabytes_take_ten_times_the_work_of_two(name: str) -> None:
+    seconds = []
+    for n in (2 * 10**6, 20 * 10**6):
+        text = LARGE[name](n)
+        start = time.process_time()
+        program = extract_program(text)
+        seconds.append(time.process_time() - start)
+        assert program is not None
+        assert program.startswith("def f():\n")
+    assert seconds[1] < 40 * seconds[0] + 0.1  # a quadratic search takes a hundred times as long
+    tracemalloc.start()
+    try:
+        extract_program(text)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 10 * len(text)
 
 
 NUMBERS: dict[object, int | float | None] = {

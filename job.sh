@@ -101,7 +101,8 @@ per_node=${PROCS_PER_NODE:-$((gpus ? gpus : 1))} # one process for each GPU
 cpus=$(tr ',' '\n' <<< "$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | sed -n 1p) # of the node with the fewest
 per_process=$((cpus / per_node ? cpus / per_node : 1))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$per_process}
-export PYTHONUNBUFFERED=1 TQDM_MININTERVAL=${TQDM_MININTERVAL:-30} # the log is a file
+export PYTHONUNBUFFERED=1
+((gpus == 0)) || export PUMA_GPUS=$gpus # training.device=auto then refuses to train on the CPUs
 # The name of the first node in SLURM, which all nodes resolve and can reach; a port that depends on the job ID and is
 # below the range of ephemeral ports.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)

@@ -1,7 +1,7 @@
 """Train a model: read one YAML file, build the run, train, evaluate.
 
     python train.py --config yaml_files/sudoku_puma.yaml [key=value ...] [--run-dir DIR]
-    torchrun --nproc-per-node=8 train.py --config yaml_files/sudoku_puma.yaml
+    python -m runtime.launch --nproc-per-node=8 train.py --config yaml_files/sudoku_puma.yaml
 
 The run directory identifies the run: the same command again continues from its newest checkpoint.
 """
@@ -14,14 +14,17 @@ import os
 import sys
 import time
 import warnings
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from signal import SIGINT, Signals
-from typing import NoReturn
+from typing import Any, NoReturn
 
 if __name__ == "__main__":
     from runtime import signals
 
-    signals.listen()  # before torch is imported, which takes seconds
+    signals.quit_at_interrupt()  # before torch is imported, which takes seconds
+    signals.listen()
     # Idle threads spin for some microseconds, then sleep. Spinning longer makes steps many times slower on a CPU shared
     # with other programs; sleeping at once makes the mini Sudoku model 1.5 times slower on two idle cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -31,17 +34,17 @@ from tqdm import tqdm
 
 from config import Config
 from data.dataset import DataSet
-from data.files import WriteError, write_text
+from data.files import WriteError, reported, write_text
 from eval.evaluate import Evaluation, as_json, check_n_examples, evaluate
 from model.hub import check_init_from
 from report.curves import AXES, draw_curves
-from runtime.checkpoint import latest_checkpoint
+from runtime.checkpoint import Checkpoint, resumable_checkpoint, step_folders
 from runtime.command import shell_command
 from runtime.config_file import changed_settings, dump_config, flatten, read_config
-from runtime.distributed import from_main, main_first, start_world, stop_world
+from runtime.distributed import is_reporting, main_first, on_main, start_world, stop_world
 from runtime.lock import lock_run
 from runtime.metrics import METRICS_FILE, Recorder
-from runtime.signals import StopVote
+from runtime.signals import INTERRUPTED, StopRequested, StopVote, raise_at_interrupt
 from training.run import (
     Run,
     build_run,
@@ -49,6 +52,7 @@ from training.run import (
     progress_metrics,
     restore_run,
     save_run,
+    score_run,
     start_interval,
     start_message,
 )
@@ -66,14 +70,19 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
     """
     world = start_world(config.training.device)
     ignored = check_graph(config, world)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if world.is_main:
-        lock_run(run_dir)
-    checkpoint = from_main(latest_checkpoint(run_dir) if world.is_main else None)
+
+    def open_run_dir() -> Checkpoint | None:
+        with reported(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+        with reported(run_dir / ".lock"):
+            lock_run(run_dir)
+        return resumable_checkpoint(run_dir)
+
+    checkpoint = on_main(open_run_dir)
     if config.model.init_from is not None and checkpoint is None:
         check_init_from(config.model.init_from)  # before work on the data
     if world.is_main:
-        print(f"data: {config.data.describe()}", flush=True)
+        say(f"data: {config.data.describe()}")
     data = main_first(world, lambda: config.open_data().load(train=True))
     for key in ("n_examples", "n_final_examples"):
         if not config.validation.is_default(key):  # the default is for large tests
@@ -81,16 +90,32 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
     run = build_run(config, world, run_dir, data.train, resuming=checkpoint is not None)
     if checkpoint is not None:
         restore_run(run, checkpoint)
+    on_main(lambda: write_text(run_dir / "config.yaml", dump_config(config)))
     if world.is_main:
-        write_text(run_dir / "config.yaml", dump_config(config))
         for warning in (*([ignored] if ignored else []), *data.warnings()):
             warnings.warn(warning, stacklevel=2)
-        print(start_message(run), flush=True)
+        say(start_message(run))
     return run, data
 
 
+def open_records(run: Run) -> Recorder | None:
+    """The records of the run on the main process, None on the others. Raises WriteError on all ranks."""
+    recorders = []
+
+    def open_recorder() -> None:
+        # The row of a step whose evaluation is still due is written with it.
+        from_step = run.step if run.unrecorded is None else run.step - 1
+        recorders.append(Recorder(run.run_dir, run.config.wandb, flatten(run.config), from_step))
+
+    on_main(open_recorder)
+    return recorders[0] if recorders else None
+
+
 def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) -> Evaluation | Signals:
-    """Train from the current step of `run` to its end; record, evaluate and save when each is due.
+    """Train from the current step of `run` to its end; record, save and evaluate when each is due.
+
+    A step is saved before it is evaluated, and its score is added to the checkpoint afterwards: an evaluation that ends
+    early, for whatever reason, costs no step.
 
     Args:
         recorder: None on all ranks but the main one.
@@ -100,58 +125,103 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
 
     Raises:
         TrainingDiverged: the loss or the gradient is not finite; the run is not saved then.
+        WriteError: a checkpoint cannot be written; all ranks raise.
     """
     training, validation = run.config.training, run.config.validation
-    n_final = validation.n_final_examples or validation.n_examples
     updater = Updater(run)
     evaluation: Evaluation | None = None
-    saved_step, status = run.step, "loss ?"
-    with tqdm(total=run.n_steps, initial=run.step, unit="step", disable=recorder is None) as bar:
+    evaluated_step, saved_step = -1, run.step
+
+    def measure() -> Evaluation:
+        last = run.step == run.n_steps
+        n_examples = (last and validation.n_final_examples) or validation.n_examples
+        return evaluate(run.evaluated_model(), run.config, data, run.world, n_examples, vote)
+
+    # None: no bar where standard error is no terminal
+    with tqdm(total=run.n_steps, initial=run.step, unit="step", disable=None if recorder else True) as bar:
         started = time.perf_counter()
-        while run.step < run.n_steps:
-            if stopped := vote.stop():
-                check_finite(run)
-                run.seconds += time.perf_counter() - started
-                if run.step > saved_step:
-                    save_run(run, None)
-                return stopped
+        try:
+            while run.step < run.n_steps or run.unrecorded is not None:
+                if stopped := vote.stop():
+                    check_finite(run)
+                    run.seconds += time.perf_counter() - started
+                    raise StopRequested(stopped)
 
-            updater.step()
-            bar.update()
-            last = run.step == run.n_steps
-            log = last or run.step % training.log_every == 0
-            measure = last or run.step % training.eval_every == 0
-            save = last or run.step % training.save_every == 0
-            if not (log or measure or save):
-                continue
+                if run.unrecorded is None:  # else the run was stopped in the evaluation of this step
+                    updater.step()
+                    bar.update()
+                    last = run.step == run.n_steps
+                    log = last or run.step % training.log_every == 0
+                    evaluate_now = last or run.step % training.eval_every == 0
+                    save = last or run.step % training.save_every == 0
+                    if not (log or evaluate_now or save):
+                        continue
 
-            check_finite(run)  # a host sync, so the time below includes all work on the device
-            run.seconds += time.perf_counter() - started
-            metrics = progress_metrics(run)
-            if log:
-                metrics |= interval_metrics(run)
-                start_interval(run)
-                status = f"loss {metrics['train/loss']:.4f}, lr {metrics['train/learning_rate']:.1e}"
-            if measure:
-                n_examples = n_final if last else validation.n_examples
-                evaluation = evaluate(run.evaluated_model(), run.config, data, run.world, n_examples)
-                metrics |= evaluation.metrics()
-            if recorder and (log or measure):
-                recorder.write(metrics)
-            if recorder and measure and evaluation:
-                bar.write(f"step {run.step}: {evaluation.table().splitlines()[1]}")
-                if evaluation.samples:
-                    recorder.table("samples", evaluation.samples, run.step)
-            bar.set_postfix_str(status + (f", solved {100 * evaluation.accuracy:.1f}%" if evaluation else ""))
-            if save:
-                save_run(run, evaluation.accuracy if measure and evaluation else None)
-                saved_step = run.step
-            started = time.perf_counter()
-    return evaluation or evaluate(run.evaluated_model(), run.config, data, run.world, n_final)
+                    check_finite(run)  # a host sync, so the time below includes all work on the device
+                    run.seconds += time.perf_counter() - started
+                    metrics = progress_metrics(run)
+                    if log:
+                        metrics |= interval_metrics(run)
+                        start_interval(run)
+                        if recorder:
+                            show_progress(run, metrics, bar)
+                    if evaluate_now:
+                        run.unrecorded = metrics
+                    elif log and recorder:
+                        recorder.write(metrics)
+                    if save:
+                        save_run(run, None)
+                        saved_step = run.step
+
+                if run.unrecorded is not None:
+                    evaluation = measure()
+                    if recorder:
+                        recorder.write(run.unrecorded | evaluation.metrics())
+                        show_evaluation(run, evaluation, recorder, bar)
+                    run.unrecorded, evaluated_step = None, run.step
+                    if saved_step == run.step:
+                        score_run(run, evaluation.accuracy)
+                started = time.perf_counter()
+            return evaluation or measure()
+        except StopRequested as stop:
+            if run.step > saved_step:
+                save_run(run, evaluation.accuracy if evaluation and evaluated_step == run.step else None)
+            return stop.number
 
 
-def finish(run: Run, data: DataSet, evaluation: Evaluation, recorder: Recorder) -> None:
-    """Write final.json, which marks the run as complete, and plot the curves."""
+def show_progress(run: Run, metrics: dict[str, Any], bar: tqdm) -> None:
+    """Show loss, rate and time left: beside the progress bar, or as a line where there is none."""
+    status = f"loss {metrics['train/loss']:.4f}, lr {metrics['train/learning_rate']:.1e}"
+    bar.set_postfix_str(status)
+    if bar.disable:
+        step_s = metrics["train/step_ms"] / 1000
+        left = timedelta(seconds=round((run.n_steps - run.step) * step_s))
+        say(f"step {run.step:,} of {run.n_steps:,}: {status}, {1 / step_s:.3g} steps/s, {left} left")
+
+
+def show_evaluation(run: Run, evaluation: Evaluation, recorder: Recorder, bar: tqdm) -> None:
+    """Show the accuracy as a line, and keep the sampled answers."""
+    line = f"step {run.step:,}: {evaluation.table().splitlines()[1]}"
+    if bar.disable:
+        say(line)
+    else:
+        bar.write(line)
+    if evaluation.samples:
+        recorder.table("samples", evaluation.samples, run.step)
+
+
+def say(line: str) -> None:
+    """Print a line at once; a log on a full disk, or one that nobody reads any more, must not end the run."""
+    with suppress(OSError):
+        print(line, flush=True)
+
+
+def finish(run: Run, data: DataSet, evaluation: Evaluation, recorder: Recorder) -> dict[str, Any]:
+    """Write final.json, which marks the run as complete, and plot the curves; returns what is in final.json.
+
+    Raises:
+        WriteError: final.json cannot be written. What fails with the curves gives a warning.
+    """
     headline = evaluation.samplers[0]
     final = {
         "accuracy": headline.accuracy,
@@ -163,38 +233,55 @@ def finish(run: Run, data: DataSet, evaluation: Evaluation, recorder: Recorder) 
         "example": data.example(),
     }
     write_text(run.run_dir / FINAL_FILE, json.dumps(final, indent=1) + "\n")
-    for axis in AXES:
-        picture = run.run_dir / f"curves_{axis}.png"
-        try:
+    try:
+        for axis in AXES:
+            picture = run.run_dir / f"curves_{axis}.png"
             draw_curves([run.run_dir], axis, picture)
-        except OSError as error:
-            warnings.warn(f"{picture} cannot be written ({error.strerror})", RuntimeWarning, stacklevel=2)
-        recorder.picture(f"curves/{axis}", picture)
+            recorder.picture(f"curves/{axis}", picture)
+    except Exception as error:  # the run is complete, with or without pictures
+        warnings.warn(f"{picture} cannot be drawn ({error})", RuntimeWarning, stacklevel=2)
+    return final
+
+
+def read_final(run_dir: Path) -> dict[str, Any] | None:
+    """What `finish` has written; None if the run is not complete. A damaged file counts as none, with a warning."""
+    path = run_dir / FINAL_FILE
+    if not path.exists():
+        return None
+    try:
+        final = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(final, dict) and isinstance(final["accuracy"], float) and isinstance(final["n"], int):
+            return final
+        reason = "it is not the result of a run"
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        reason = str(error)
+    if is_reporting():
+        warnings.warn(f"{path} cannot be read ({reason}) and is written again", RuntimeWarning, stacklevel=2)
+    return None
 
 
 def stop_early(run: Run, stopped: Signals, recorder: Recorder | None) -> None:
     """Report the step at which the run was saved. Only Ctrl-C exits with a status that stops a calling script too."""
     if recorder is not None:
-        print(f"stopped by {stopped.name} at step {run.step:,}; the same command continues from there", flush=True)
+        say(f"stopped by {stopped.name} at step {run.step:,}; the same command continues from there")
         recorder.close()
     if stopped == SIGINT:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
-def print_result(config: Config, run_dir: Path) -> None:
+def print_result(config: Config, run_dir: Path, final: dict[str, Any]) -> None:
     """Print the accuracy of a complete run, what it has written, and a command that samples from it."""
     data = config.open_data()
-    final = json.loads((run_dir / FINAL_FILE).read_text(encoding="utf-8"))
-    print(f"solved {100 * final['accuracy']:.1f}% of {final['n']} unseen {data.questions}")
+    say(f"solved {100 * final['accuracy']:.1f}% of {final['n']} unseen {data.questions}")
     if "example" in final:  # not in older runs
         question = (f"--{data.question_option}", final["example"])
         command = shell_command("sampling.py", "--checkpoint", run_dir, *question)
-        print(f"wrote {run_dir} ({FINAL_FILE}, {METRICS_FILE}, curves_*.png, checkpoints/), next: {command}")
+        say(f"wrote {run_dir} ({FINAL_FILE}, {METRICS_FILE}, curves_*.png, checkpoints/), next: {command}")
 
 
 def check_unchanged(config: Config, run_dir: Path, options: argparse.Namespace) -> None:
     """Refuse to continue a run with settings that change its result (ValueError with the differences)."""
-    if not (run_dir / "config.yaml").exists() or not any((run_dir / "checkpoints").glob("step_*")):
+    if not (run_dir / "config.yaml").exists() or not step_folders(run_dir):
         return
     before = read_config(run_dir / "config.yaml")
     differences = changed_settings(before, config)
@@ -225,15 +312,17 @@ def main(arguments: list[str] | None = None) -> None:
     run_dir = options.run_dir or Path("runs") / options.config.stem
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
+        raise_at_interrupt()
         try:
             config = read_config(options.config, options.overrides)
             check_unchanged(config, run_dir, options)
-            if (run_dir / FINAL_FILE).exists():
-                print(f"{run_dir} is complete; give another --run-dir to train again")
-                print_result(config, run_dir)
+            if (final := read_final(run_dir)) is not None:
+                if is_reporting():
+                    say(f"{run_dir} is complete; give another --run-dir to train again")
+                    print_result(config, run_dir, final)
                 return
             run, data = start(config, run_dir)
-            recorder = Recorder(run_dir, config.wandb, flatten(config), run.step) if run.world.is_main else None
+            recorder = open_records(run)
         except (ValueError, OSError) as error:
             fail(str(error), status=2)
         with StopVote(run.world) as vote:
@@ -241,23 +330,24 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(outcome, Signals):
             stop_early(run, outcome, recorder)
         elif recorder is not None:
-            finish(run, data, outcome, recorder)
-            print(outcome.table())
-            print_result(config, run_dir)
+            final = finish(run, data, outcome, recorder)
+            say(outcome.table())
+            print_result(config, run_dir, final)
             recorder.close()  # last, since wandb may wait for the network
     except TrainingDiverged as error:
         fail(str(error), status=1)
     except WriteError as error:
-        fail(f"{error}; with more disk, the same command continues from the newest checkpoint in {run_dir}", status=1)
+        fail(f"{error}; once it can, the same command continues from the newest checkpoint in {run_dir}", status=1)
     except KeyboardInterrupt:
-        fail(f"interrupted; the same command continues from the newest checkpoint in {run_dir}", status=130)
+        fail(f"interrupted; the same command continues from the newest checkpoint in {run_dir}", status=INTERRUPTED)
     finally:
         stop_world()
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """End with one message."""
-    print(f"error: {message}", file=sys.stderr)
+    """End with one message, printed by one process of all that fail alike."""
+    if is_reporting():
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +34,10 @@ def reported(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         if path.parent.exists():
-            reason += f"; {shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB of disk are free"
+            disk = os.statvfs(path.parent)
+            reason += f"; {disk.f_bavail * disk.f_frsize / 2**20:,.0f} MiB of disk are free"
+            if disk.f_files and not disk.f_favail:  # some file systems do not count files
+                reason += ", but the number of files on it has reached its limit"
         raise WriteError(f"{path} cannot be written ({reason})") from error
 
 

@@ -13,6 +13,8 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,9 @@ from runtime.distributed import (
     stop_world,
     sum_over_ranks,
 )
+from runtime.signals import StopVote
 from samplers.build import build_sampler
+from samplers.step import nothing
 
 # Seed of the masks of the validation loss: the same in all runs, so that their losses can be compared.
 MASK_SEED = 20_260_210
@@ -175,25 +179,39 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
     return values
 
 
-def evaluate(model: Transformer, config: Config, data: DataSet, world: World, n_examples: int) -> Evaluation:
+def evaluate(
+    model: Transformer,
+    config: Config,
+    data: DataSet,
+    world: World,
+    n_examples: int,
+    vote: StopVote | None = None,
+) -> Evaluation:
     """Evaluate `model` on the first questions of the test; every rank calls this and gets the full result.
 
     Args:
         n_examples: number of questions to answer (all, if there are fewer).
+        vote: asked after every forward pass of the sampler.
+
+    Raises:
+        StopRequested: `vote` has a signal to stop for; all ranks raise.
     """
     device = world.device
     n_examples = min(n_examples, data.n_questions)
     rules = config.validation.rules()
     was_training = model.training
     model.eval()
-    with (
-        autocast(device, autocast_dtype(config.training.precision, device)),
-        _bar(world, len(rules) * n_examples) as bar,
-    ):
-        loss = validation_loss(model, config, data.validation, world)
-        test = _Test(data, data.reference(np.arange(n_examples)), data.difficulty(np.arange(n_examples)), n_examples)
-        results = [_measure_rule(model, config, test, world, rule, bar) for rule in rules]
-    model.train(was_training)
+    try:
+        with (
+            autocast(device, autocast_dtype(config.training.precision, device)),
+            _bar(world, len(rules) * n_examples) as bar,
+        ):
+            loss = validation_loss(model, config, data.validation, world, vote)
+            questions = np.arange(n_examples)
+            test = _Test(data, data.reference(questions), data.difficulty(questions), n_examples)
+            results = [_measure_rule(model, config, test, world, rule, bar, vote) for rule in rules]
+    finally:
+        model.train(was_training)
     reference = test.reference
     return Evaluation(
         loss,
@@ -214,8 +232,10 @@ class _Test:
 
 
 @torch.no_grad()
-def validation_loss(model: Transformer, config: Config, data: SequenceData, world: World) -> float:
-    """Loss of the uniform, block-uniform or autoregressive objective on the first rows.
+def validation_loss(
+    model: Transformer, config: Config, data: SequenceData, world: World, vote: StopVote | None = None
+) -> float:
+    """Loss of the uniform, block-uniform or autoregressive objective on the first rows; `vote` as in `evaluate`.
 
     The masks do not depend on the number of ranks, and are the same for all models with the same block size.
     """
@@ -229,15 +249,24 @@ def validation_loss(model: Transformer, config: Config, data: SequenceData, worl
         masked = layout.mask_uniformly(~prompt_mask, torch.Generator().manual_seed(MASK_SEED))  # [B, L]
         xt, weight = x0.masked_fill(masked, data.mask_id), layout.weights(masked)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for rows in _rank_batches(n_rows, world, config.validation.batch_size):
-        batch_xt, batch_x0, batch_weight = (part[rows].to(world.device) for part in (xt, x0, weight))
-        for microbatch in layout.microbatches(batch_xt, batch_x0, batch_weight, len(rows)):
-            total += model(microbatch.xt, microbatch.x0, microbatch.weight).loss
+    check, interruptible = _asking(vote)
+    with interruptible:
+        for rows in _rank_batches(n_rows, world, config.validation.batch_size):
+            check()
+            batch_xt, batch_x0, batch_weight = (part[rows].to(world.device) for part in (xt, x0, weight))
+            for microbatch in layout.microbatches(batch_xt, batch_x0, batch_weight, len(rows)):
+                total += model(microbatch.xt, microbatch.x0, microbatch.weight).loss
     return float(sum_over_ranks(total))
 
 
 def _measure_rule(
-    model: Transformer, config: Config, test: _Test, world: World, rule: SamplingRule, bar: tqdm
+    model: Transformer,
+    config: Config,
+    test: _Test,
+    world: World,
+    rule: SamplingRule,
+    bar: tqdm,
+    vote: StopVote | None,
 ) -> tuple[SamplerResult, list[dict[str, Any]]]:
     """Sample by one rule and judge the answers; returns the first judged rows as samples, in order."""
     data, n_examples = test.data, test.n_examples
@@ -246,25 +275,29 @@ def _measure_rule(
     sums = torch.zeros(len(names), dtype=torch.float64, device=world.device)
     samples: dict[int, dict[str, Any]] = {}
     solved = torch.zeros(n_examples, dtype=torch.float64, device=world.device)
-    for rows in _rank_batches(n_examples, world, config.validation.batch_size):
-        result = sampler(
-            model,
-            torch.from_numpy(data.prompts(rows)).to(world.device),
-            config.mask_id,
-            rule,
-            seed=config.training.seed,
-            row_ids=torch.from_numpy(rows),
-        )
-        judged = data.judge(result.tokens.cpu().numpy(), rows)
-        figures = [*(judged.figures[name] for name in data.figures), result.nfe.cpu().numpy()]
-        sums += torch.tensor([each.sum(dtype=np.float64) for each in figures], device=world.device)
-        solved[rows] = torch.from_numpy(judged.figures["accuracy"]).to(solved)
-        samples |= {
-            int(row): {"confidence": rule.confidence, "tokens_per_step": rule.tokens_per_step, "row": int(row)} | facts
-            for row, facts in zip(rows, judged.samples, strict=False)
-            if row < config.validation.n_table_rows
-        }
-        bar.update(len(rows) * world.n_ranks)
+    check, interruptible = _asking(vote)
+    with interruptible:
+        for rows in _rank_batches(n_examples, world, config.validation.batch_size):
+            result = sampler(
+                model,
+                torch.from_numpy(data.prompts(rows)).to(world.device),
+                config.mask_id,
+                rule,
+                seed=config.training.seed,
+                row_ids=torch.from_numpy(rows),
+                before_pass=check,
+            )
+            judged = data.judge(result.tokens.cpu().numpy(), rows)
+            figures = [*(judged.figures[name] for name in data.figures), result.nfe.cpu().numpy()]
+            sums += torch.tensor([each.sum(dtype=np.float64) for each in figures], device=world.device)
+            solved[rows] = torch.from_numpy(judged.figures["accuracy"]).to(solved)
+            samples |= {
+                int(row): {"confidence": rule.confidence, "tokens_per_step": rule.tokens_per_step, "row": int(row)}
+                | facts
+                for row, facts in zip(rows, judged.samples, strict=False)
+                if row < config.validation.n_table_rows
+            }
+            bar.update(len(rows) * world.n_ranks)
     totals = dict(zip(names, sum_over_ranks(sums).tolist(), strict=True))
     low, high = wilson_interval(totals["accuracy"], n_examples)
     means = {name: total / n_examples for name, total in totals.items()}
@@ -293,8 +326,14 @@ def _rank_batches(n_rows: int, world: World, batch_size: int) -> list[np.ndarray
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
+def _asking(vote: StopVote | None) -> tuple[Callable[[], None], AbstractContextManager[None]]:
+    """What to call between forward passes, and the context to call it in."""
+    return (nothing, nullcontext()) if vote is None else (vote.check, vote.interruptible())
+
+
 def _bar(world: World, total: int) -> tqdm:
-    return tqdm(total=total, desc="evaluating", unit="seq", disable=not world.is_main, leave=False)
+    # None: no bar where standard error is no terminal
+    return tqdm(total=total, desc="evaluating", unit="seq", disable=None if world.is_main else True, leave=False)
 
 
 def _n_examples(config: Config, overrides: list[str], data: DataSet) -> int:

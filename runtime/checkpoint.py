@@ -4,6 +4,9 @@ A checkpoint is a folder `checkpoints/step_00001000` of the run directory. It ho
 safetensors, the settings, the optimizer's state, one file per rank with the state of objective, stream and generator,
 and a manifest with size and SHA-256 of every file. It is written under a temporary name, synced and renamed, so it is
 either complete or absent. Reading a checkpoint never executes code from it.
+
+Nothing is deleted on the word of a name: before an old checkpoint goes, those that stay are read in full, and one that
+cannot be read is renamed to `step_00001000.damaged`, which every reader ignores.
 """
 
 from __future__ import annotations
@@ -12,12 +15,14 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -25,14 +30,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config import Config
-from data.files import reported, sync_folder, write_text
+from data.files import WriteError, reported, sync_folder, write_text
 from data.hashes import hash_file
 from runtime.config_file import dump_config, read_config
-from runtime.distributed import World, barrier, gather
+from runtime.distributed import World, gather
 
 MANIFEST = "manifest.json"
 FORMAT = 2
+STEP_NAME = re.compile(r"step_([0-9]{8,})")
 MANIFEST_MAX_BYTES = 1 << 24  # a manifest has some kilobytes; a larger one is refused unread
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,40 +94,96 @@ def save_checkpoint(
         score: selects the best checkpoint, higher is better.
 
     Raises:
-        WriteError: the disk is full or fails; earlier checkpoints are untouched.
+        WriteError: the disk is full or fails, on any rank; all ranks raise. Earlier checkpoints are untouched.
     """
     folder = run_dir / "checkpoints"
     target, scratch = folder / f"step_{step:08d}", folder / f".step_{step:08d}.incomplete"
-    if world.is_main:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    barrier()
-    files = [_save_state(scratch / f"rank_{world.rank}.pt", rank_state)]
-    if world.is_main:
-        for name, tensors in weights.items():
-            files.append(save_tensors(scratch / f"{name}.safetensors", tensors))
-        files.append(_save_state(scratch / "train.pt", train_state))
-        write_text(scratch / "config.yaml", dump_config(config))
-        files.append(_seal(scratch / "config.yaml"))
-    sealed = {name: facts for part in gather(files) for name, facts in part}
-    if world.is_main:
+
+    def prepare() -> None:
+        with reported(scratch):
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+
+    def write() -> list[tuple[str, dict[str, Any]]]:
+        files = [_save_state(scratch / f"rank_{world.rank}.pt", rank_state)]
+        if world.is_main:
+            files += [save_tensors(scratch / f"{name}.safetensors", tensors) for name, tensors in weights.items()]
+            files.append(_save_state(scratch / "train.pt", train_state))
+            write_text(scratch / "config.yaml", dump_config(config))
+            files.append(_seal(scratch / "config.yaml"))
+        return files
+
+    def publish() -> None:
         manifest = {"format": FORMAT, "step": step, "n_ranks": world.n_ranks, "score": score, "files": sealed}
-        write_text(scratch / MANIFEST, json.dumps(manifest | {"sha256": _own_digest(manifest)}, indent=1))
-        shutil.rmtree(target, ignore_errors=True)
-        scratch.rename(target)
-        sync_folder(folder)
-        _prune(folder, config.training.keep_checkpoints)
-    barrier()
+        _write_manifest(scratch, manifest)
+        with reported(target):
+            if target.exists():
+                _delete(target)
+            scratch.rename(target)
+            sync_folder(folder)
+        _prune(run_dir, config.training.keep_checkpoints, written=target)
+
+    _together(prepare if world.is_main else None)
+    sealed = {name: facts for part in _together(write) if part is not None for name, facts in part}
+    _together(publish if world.is_main else None)
+
+
+def score_checkpoint(run_dir: Path, world: World, config: Config, step: int, score: float) -> None:
+    """Add the score to the checkpoint of `step`, which was saved before its evaluation; every rank calls this.
+
+    Raises:
+        WriteError: the disk is full or fails; all ranks raise, and the checkpoint is untouched.
+    """
+    path = run_dir / "checkpoints" / f"step_{step:08d}"
+
+    def write() -> None:
+        with reported(path / MANIFEST):
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest.pop("sha256")
+        _write_manifest(path, manifest | {"score": score})
+        _prune(run_dir, config.training.keep_checkpoints, written=path)
+
+    _together(write if world.is_main else None)
+
+
+def _together(work: Callable[[], T] | None) -> list[T | None]:
+    """Run `work` on this rank (None: nothing to do here); every rank's result, in the order of ranks, on every rank.
+
+    Raises:
+        WriteError: the work of a rank has raised it. All ranks raise, so none waits for one that has ended.
+    """
+    result, error = None, None
+    try:
+        result = work() if work is not None else None
+    except WriteError as raised:
+        error = raised
+    outcomes = gather((result, None if error is None else str(error)))
+    for _, message in outcomes:
+        if message is not None:
+            raise WriteError(message) from error
+    return [each for each, _ in outcomes]
 
 
 def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
     """The newest checkpoint whose files match its manifest; damaged ones are skipped with a warning."""
-    for path in sorted((run_dir / "checkpoints").glob("step_*"), reverse=True):
-        try:
-            return open_checkpoint(path)
-        except ValueError as error:
-            warnings.warn(f"{error}; trying the previous one", RuntimeWarning, stacklevel=2)
-    return None
+    return next(_readable(run_dir), None)
+
+
+def resumable_checkpoint(run_dir: Path) -> Checkpoint | None:
+    """The checkpoint from which the run continues: see `latest_checkpoint`.
+
+    Newer ones, which cannot be read, are set aside, so that none of them passes for a later state of the run. Only the
+    process that holds the run's lock may call this.
+
+    Raises:
+        WriteError: one cannot be renamed.
+    """
+    checkpoint = latest_checkpoint(run_dir)
+    for path in step_folders(run_dir):
+        if checkpoint is not None and path == checkpoint.path:
+            break
+        _set_aside(path)
+    return checkpoint
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint:
@@ -197,20 +261,100 @@ def _own_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _prune(folder: Path, n_newest: int) -> None:
-    """Delete all but the newest checkpoints and the best one, and the folders of interrupted saves."""
-    for leftover in folder.glob(".step_*.incomplete"):
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest of the checkpoint folder `path`, with its own digest. Raises WriteError."""
+    write_text(path / MANIFEST, json.dumps(manifest | {"sha256": _own_digest(manifest)}, indent=1))
+
+
+def step_folders(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run by their names, newest first, readable or not."""
+    folders = (run_dir / "checkpoints").glob("step_*")
+    numbers = {path: int(match[1]) for path in folders if (match := STEP_NAME.fullmatch(path.name))}
+    return sorted(numbers, key=lambda path: numbers[path], reverse=True)
+
+
+def _readable(run_dir: Path) -> Iterator[Checkpoint]:
+    """Those checkpoints of a run that can be read, newest first; the others give a warning each."""
+    for path in step_folders(run_dir):
+        try:
+            yield _open_step(path)
+        except ValueError as error:
+            warnings.warn(f"{error}; trying the previous one", RuntimeWarning, stacklevel=3)
+
+
+def _open_step(path: Path) -> Checkpoint:
+    """As `open_checkpoint`, for a folder whose name has the step. Raises ValueError."""
+    checkpoint = open_checkpoint(path)
+    if path.name != f"step_{checkpoint.step:08d}":
+        raise ValueError(f"checkpoint {path}: it was saved at step {checkpoint.step}, not at that of its name")
+    return checkpoint
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint to a name that no reader takes, with a warning. Raises WriteError."""
+    number, target = 1, path.with_name(f"{path.name}.damaged")
+    while os.path.lexists(target):
+        number += 1
+        target = path.with_name(f"{path.name}.damaged_{number}")
+    with reported(target):
+        path.rename(target)
+    warnings.warn(
+        f"checkpoint {path} is damaged and was renamed to {target.name}: delete it when it is of no more use",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _prune(run_dir: Path, n_newest: int, written: Path) -> None:
+    """Delete all but the newest checkpoints and the best one, and the folders of interrupted saves.
+
+    What stays is read in full first, except `written`, which was read for its digests just now; what cannot be read is
+    set aside, and an older one takes its place. A failure to delete or to rename costs space and nothing else.
+    """
+    for leftover in (run_dir / "checkpoints").glob(".step_*.incomplete"):
         shutil.rmtree(leftover, ignore_errors=True)
-    paths = sorted(folder.glob("step_*"))
-    scores = {path: score for path in paths if (score := _score(path)) is not None}
-    kept = set(paths[-n_newest:]) | ({max(scores, key=lambda path: (scores[path], path))} if scores else set())
+    paths = step_folders(run_dir)
+    if len(paths) <= n_newest:
+        return
+    checked: dict[Path, bool] = {written: True}
+
+    def is_sound(path: Path) -> bool:
+        if path not in checked:
+            try:
+                _open_step(path)
+                checked[path] = True
+            except (OSError, ValueError):
+                checked[path] = False
+        return checked[path]
+
+    kept = {written}
     for path in paths:
-        if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+        if len(kept) < n_newest and is_sound(path):
+            kept.add(path)
+    scores = {path: score for path in paths if (score := _score(path)) is not None}
+    best = sorted(scores, key=lambda path: (scores[path], path.name), reverse=True)
+    kept |= set(filter(None, [next(filter(is_sound, best), None)]))
+    for path in paths:
+        if not checked.get(path, True):
+            try:
+                _set_aside(path)
+            except WriteError as error:
+                warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+        elif path not in kept:
+            with suppress(OSError):
+                _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint; it is renamed first, so that a kill leaves no half of it under the name of a whole one."""
+    hidden = path.with_name(f".{path.name}.deleted.incomplete")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _score(path: Path) -> float | None:
     try:
         return float(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["score"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +19,12 @@ from torch import Tensor
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 # Generating or converting a data set may take hours.
 PREPARATION_TIMEOUT = timedelta(hours=6)
+# How long a rank with an error waits for the main process to report one, before it reports its own.
+REPORT_TIMEOUT = timedelta(seconds=5)
+REPORT_KEY = "puma/reported"  # in the store of the process group
+
+GPU_FILES = Path("/dev")
+NOT_VISIBLE = "no device is visible"
 
 T = TypeVar("T")
 
@@ -42,10 +50,20 @@ def start_world(device: str) -> World:
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
-        ValueError: `cuda` on a machine without a CUDA GPU.
+        ValueError: torch can use no CUDA GPU, and the device is `cuda`, or `auto` in a job with GPUs (see job.sh).
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda': this machine has no CUDA GPU; use auto or cpu")
+    if device != "cpu" and not torch.cuda.is_available():
+        reason, granted = unusable_gpu(), os.environ.get("PUMA_GPUS")
+        if device == "cuda":
+            usable = f" that torch can use ({reason})" if reason else ""
+            raise ValueError(f"device 'cuda': this machine has no CUDA GPU{usable}; use auto or cpu")
+        if granted:
+            raise ValueError(
+                f"this job has {granted} GPUs on each node, but torch can use none ({reason or NOT_VISIBLE}): repair "
+                "the environment, or set training.device=cpu to train on the CPUs"
+            )
+        if reason is not None and is_reporting():
+            warnings.warn(f"the CPU is used, since torch cannot use this machine's GPU: {reason}", stacklevel=2)
     launched = "RANK" in os.environ  # by torchrun or job.sh; some clusters set WORLD_SIZE without a launcher
     n_ranks, rank = (int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])) if launched else (1, 0)
     if device == "cpu" or not torch.cuda.is_available():
@@ -57,6 +75,39 @@ def start_world(device: str) -> World:
         backend = "nccl" if own.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=own if own.type == "cuda" else None)
     return World(rank, n_ranks, own)
+
+
+def unusable_gpu() -> str | None:
+    """Why torch cannot use the NVIDIA GPU of this machine; None if there is no GPU, or if the user has hidden it."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "NoDevFiles"):
+        return None
+    if not any(GPU_FILES.glob("nvidia[0-9]*")):
+        return None
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: this build of torch has no CUDA
+        return str(error).splitlines()[0]
+    return NOT_VISIBLE
+
+
+def is_reporting() -> bool:
+    """Whether this process prints an error that is likely that of all: the first of each machine.
+
+    Once the process group is there, ranks other than the main one print an error only if the main process has none.
+    """
+    if not dist.is_initialized():
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 0:
+        store.set(REPORT_KEY, "1")
+        return True
+    try:
+        store.wait([REPORT_KEY], REPORT_TIMEOUT)
+    except dist.DistStoreError:  # timed out
+        return True
+    except dist.DistError:  # the main process, which holds the store, has ended
+        pass
+    return False
 
 
 def stop_world() -> None:
@@ -106,6 +157,20 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Run `work` on the main process; its result (plain data), or its ValueError or OSError, on every rank."""
+    result, error = None, None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result = work()
+        except (ValueError, OSError) as raised:
+            error = raised
+    result, error = from_main((result, error))
+    if error is not None:
+        raise error
+    return result
 
 
 def gather(value: Any) -> list[Any]:

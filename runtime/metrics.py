@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from config import WandbSettings
+from data.files import write_text
 from runtime.distributed import World, sum_over_ranks
 
 METRICS_FILE = "metrics.jsonl"
@@ -33,12 +34,14 @@ class Recorder:
     """Writes the records; only the main process has one."""
 
     def __init__(self, run_dir: Path, settings: WandbSettings, config: dict[str, Any], from_step: int) -> None:
-        """Open the records of a run that continues at `from_step`; rows of later steps are deleted."""
+        """Open the records of a run that continues at `from_step`; rows of later steps are deleted.
+
+        Raises:
+            WriteError: the records cannot be written.
+        """
         self.path = run_dir / METRICS_FILE
         kept = [row for row in read_metrics(run_dir) if row["step"] <= from_step]
-        scratch = run_dir / f".{METRICS_FILE}.incomplete"
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(scratch, self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._wandb = _start_wandb(run_dir, settings, config)
 
     def write(self, values: dict[str, Any]) -> None:
@@ -117,16 +120,18 @@ class Recorder:
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a run's metrics.jsonl; an incomplete last line is left out."""
+    """Rows of a run's metrics.jsonl; none without one. Lines that hold no row are left out."""
     path = run_dir / METRICS_FILE
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+                row = json.loads(line)
+            except (ValueError, RecursionError):  # cut short by a kill or a full disk, or damaged
+                continue
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                yield row
 
 
 def reduce_metrics(metrics: dict[str, Tensor], world: World) -> dict[str, Any]:

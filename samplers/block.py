@@ -5,13 +5,15 @@ Shapes: B rows, b unfinished rows in a pass, L positions, S block size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from config import DEFAULT_RULE, SamplingRule
 from model.attention import KeyValueCache
 from model.transformer import Transformer
-from samplers.step import Samples, fill, noise_keys, row_keys
+from samplers.step import Samples, fill, noise_keys, nothing, row_keys
 
 
 @torch.no_grad()
@@ -26,6 +28,7 @@ def sample_blocks(
     cached: bool = True,
     seed: int = 0,
     row_ids: Tensor | None = None,
+    before_pass: Callable[[], None] = nothing,
 ) -> Samples:
     """Fill all masked positions, one block after another; otherwise as `samplers.full.sample_full`.
 
@@ -55,6 +58,7 @@ def sample_blocks(
         active = (tokens[:, start:end] == mask_id).any(1).nonzero()[:, 0]  # [b], rows with masks in this block
         cache = finished.open(active, end) if finished is not None else None
         while len(active):
+            before_pass()
             begin = cache.length if cache is not None else 0
             part = tokens[active, begin:end]
             masked = part == mask_id

@@ -5,13 +5,15 @@ Shapes: B rows, L positions, b unfinished rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from config import DEFAULT_RULE, SamplingRule
 from model.token_predictions import mix_keys, predict_tokens
 from model.transformer import Transformer
-from samplers.step import Samples, row_keys
+from samplers.step import Samples, nothing, row_keys
 
 # Finished rows are removed once they are this share of the batch: removing rows copies the whole cache.
 REMOVED_SHARE = 1 / 8
@@ -27,6 +29,7 @@ def sample_causal(
     eos_id: int | None = None,
     seed: int = 0,
     row_ids: Tensor | None = None,
+    before_pass: Callable[[], None] = nothing,
 ) -> Samples:
     """Fill all masked positions, each from all tokens before it.
 
@@ -39,6 +42,7 @@ def sample_causal(
         eos_id: None: rows have no end token.
         rule: only its temperature may be set.
         seed, row_ids: random numbers depend only on these (row_ids: int64 [B], by default 0..B-1).
+        before_pass: as in `sample_full`.
 
     Raises:
         ValueError: the rule sets another order than left to right, or the first position of a row is masked, so there
@@ -54,6 +58,7 @@ def sample_causal(
     active = (tokens == mask_id).any(1).nonzero().squeeze(1)  # [b]
     cache = model.model.empty_cache(len(active), xt.shape[1])
     while len(active):
+        before_pass()
         masked = tokens[active] == mask_id  # [b, L]
         position = int(masked.any(0).int().argmax())  # first masked position of any row
         hidden = model.model(tokens[active, cache.length : position], cache=cache)[:, -1]  # [b, D]

@@ -5,12 +5,14 @@ Shapes: B rows, b unfinished rows in a pass, L positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from config import DEFAULT_RULE, SamplingRule
 from model.transformer import Transformer
-from samplers.step import Samples, fill, noise_keys, row_keys
+from samplers.step import Samples, fill, noise_keys, nothing, row_keys
 
 
 @torch.no_grad()
@@ -22,6 +24,7 @@ def sample_full(
     *,
     seed: int = 0,
     row_ids: Tensor | None = None,
+    before_pass: Callable[[], None] = nothing,
 ) -> Samples:
     """Fill all masked positions; each pass fills the best `tokens_per_step` of each row, and all above `threshold`.
 
@@ -33,6 +36,7 @@ def sample_full(
         rule: which positions are filled first, how many per pass, and the temperature: 0 takes the most probable token,
             otherwise Gumbel noise is added, see `model.token_predictions.gumbel_noise`.
         seed, row_ids: random numbers depend only on these (row_ids: int64 [B], by default 0..B-1).
+        before_pass: called before each forward pass; an exception that it raises ends the sampling.
     """
     tokens, order = xt.clone(), torch.zeros_like(xt)
     nfe = torch.zeros(len(xt), dtype=torch.long, device=xt.device)
@@ -40,6 +44,7 @@ def sample_full(
     positions = torch.arange(xt.shape[1], device=xt.device)
     active = (tokens == mask_id).any(1).nonzero().squeeze(1)  # [b], rows that still have masks
     while len(active):
+        before_pass()
         nfe[active] += 1
         part = tokens[active]  # [b, L]
         masked = part == mask_id

@@ -25,6 +25,10 @@ class Samples:
     nfe: Tensor  # int64 [B], forward passes of the row
 
 
+def nothing() -> None:
+    """What samplers do before a forward pass by default."""
+
+
 def row_keys(xt: Tensor, seed: int, row_ids: Tensor | None) -> Tensor:
     """A random key (int64 [B]) for each row of xt ([B, L]), from the seed and the row's id (by default 0..B-1)."""
     ids = torch.arange(len(xt), device=xt.device) if row_ids is None else row_ids.to(xt.device)

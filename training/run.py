@@ -24,7 +24,7 @@ from model.transformer import Transformer, build_model
 from objective import Microbatch, Objective
 from progressive import PumaObjective
 from progressive_block import block_layout
-from runtime.checkpoint import Checkpoint, save_checkpoint
+from runtime.checkpoint import Checkpoint, save_checkpoint, score_checkpoint
 from runtime.distributed import World, autocast_dtype, main_first, sum_over_ranks
 from runtime.metrics import peak_memory_gib, reduce_metrics
 from runtime.optim import build_ema, build_optimizer, learning_rate
@@ -54,6 +54,9 @@ class Run:
     step: int = 0
     seconds: float = 0.0  # of training, without evaluation and saving
     seconds_recorded: float = 0.0  # `seconds` at the last record
+    # Metrics of this step, to be recorded with its evaluation; None if no evaluation is due. They are saved, so that a
+    # run that ends before the evaluation does goes on with it.
+    unrecorded: dict[str, Any] | None = None
     batch: list[Microbatch] = field(default_factory=list)  # of the last step, written to disk if training diverges
 
     @property
@@ -177,6 +180,7 @@ def save_run(run: Run, score: float | None) -> None:
         "seconds": run.seconds,
         "seconds_recorded": run.seconds_recorded,
         "data_fingerprint": run.data_fingerprint,
+        "unrecorded": run.unrecorded,
     }
     if run.ema is not None and run.averaged_model is not None:
         weights["ema"] = gather_weights(run.averaged_model.weights(), run.world)
@@ -198,6 +202,11 @@ def save_run(run: Run, score: float | None) -> None:
         rank_state=rank_state,
         score=score,
     )
+
+
+def score_run(run: Run, score: float) -> None:
+    """Add the accuracy to the checkpoint of this step, which was saved before its evaluation; every rank calls this."""
+    score_checkpoint(run.run_dir, run.world, run.config, run.step, score)
 
 
 def restore_run(run: Run, checkpoint: Checkpoint) -> None:
@@ -235,6 +244,8 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
     run.grad_norm_sum.copy_(own["grad_norm_sum"])
     run.step, run.n_summed = checkpoint.step, own["n_summed"]
     run.seconds, run.seconds_recorded = state["seconds"], state["seconds_recorded"]
+    if checkpoint.score is None:  # else the evaluation was complete
+        run.unrecorded = state.get("unrecorded")  # not in older checkpoints
 
 
 def _rank_state(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:

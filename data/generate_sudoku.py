@@ -61,9 +61,8 @@ def generate_sudoku(
     boards = np.empty((n_wanted, 2 * size * size), dtype=np.uint8)
     seen: set[bytes] = set()
     n_stale = 0
-    with tqdm(
-        total=n_wanted, desc=f"generating {size}x{size} puzzles", unit="puzzle", disable=not show_progress
-    ) as bar:
+    hidden = None if show_progress else True  # None: where standard error is no terminal
+    with tqdm(total=n_wanted, desc=f"generating {size}x{size} puzzles", unit="puzzle", disable=hidden) as bar:
         for chunk in _chunks(size, min_clues, max_clues, seed, n_workers or os.cpu_count() or 1):
             n_before = len(seen)
             for board, key in zip(chunk, puzzle_keys(chunk[:, : size * size]), strict=True):

@@ -307,7 +307,11 @@ def convert_published(path: Path) -> np.ndarray:
     # Every row lists all cells, so the smallest index of the first row is 0 or 1, the base of the file.
     base = int(raw[0, 1::4].min())
     for start in tqdm(
-        range(0, len(raw), CHUNK_ROWS), desc=f"converting {path.name}", unit_scale=CHUNK_ROWS, unit="row"
+        range(0, len(raw), CHUNK_ROWS),
+        desc=f"converting {path.name}",
+        unit_scale=CHUNK_ROWS,
+        unit="row",
+        disable=None,
     ):
         chunk = np.asarray(raw[start : start + CHUNK_ROWS]).astype(np.int64)
         n_clues, quadruples = chunk[:, :1], chunk[:, 1:].reshape(-1, 81, 4)

@@ -246,7 +246,9 @@ def check_uniqueness(puzzles: np.ndarray, size: int, *, show_progress: bool = Tr
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # the compiled code releases the GIL
     try:
         counts = pool.map(lambda start: count_solutions(puzzles[start : start + SEARCH_ROWS], size), starts)
-        with tqdm(total=len(puzzles), desc="counting solutions", unit="puzzle", disable=not show_progress) as bar:
+        with tqdm(
+            total=len(puzzles), desc="counting solutions", unit="puzzle", disable=None if show_progress else True
+        ) as bar:
             for start, counted in zip(starts, counts, strict=True):
                 bad += [(start + int(row), "the puzzle has several solutions") for row in np.flatnonzero(counted > 1)]
                 bar.update(len(counted))

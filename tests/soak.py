@@ -1,10 +1,11 @@
 """Kill a training run again and again: its result must be that of a run left alone, bit for bit.
 
-    python -m tests.soak --kills 30 --out results/soak.md     # at random moments
-    python -m tests.soak --stages                             # before each file operation of a save, one by one
+    python -m tests.soak --kills 30 --damaged 24 --out results/soak.md     # at random moments
+    python -m tests.soak --stages                                          # before each file operation of a save
 
 Each life of the run is a process of its own, forked from this one, which has done the imports, and ended by SIGKILL.
-It tells through shared memory what it was doing, so that the table can say where each kill struck.
+It tells through shared memory what it was doing, so that the table can say where each kill struck. `--damaged` damages
+the newest checkpoint after as many of the kills, so that the next life must continue from the one before it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import mmap
 import os
 import platform
 import random
+import shlex
 import shutil
 import signal
 import struct
@@ -36,7 +38,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import tiny_settings  # the tests' own settings
 
 import train
-from runtime.checkpoint import latest_checkpoint
+from results.run import commit
+from runtime.checkpoint import latest_checkpoint, step_folders
+from runtime.machine import processor_facts
 from training.update import Updater
 
 WORK = ("starting", "training", "evaluating", "saving", "finishing")
@@ -75,6 +79,7 @@ def watch(progress: Progress) -> None:
 
     wrap(Updater, "step", "training", lambda updater: updater.run.step, None)
     wrap(train, "save_run", "saving", lambda run, _: run.step, "training")
+    wrap(train, "score_run", "saving", lambda run, _: run.step, "training")
     wrap(train, "evaluate", "evaluating", lambda *_: progress.get()[1], "training")
     wrap(train, "finish", "finishing", lambda run, *_: run.step, None)
 
@@ -93,17 +98,19 @@ def die_at(n_calls: int) -> None:
 
         return wrapped
 
+    def watched(save: Any) -> Any:
+        def wrapped(*arguments: Any) -> None:
+            nonlocal saving
+            saving = True
+            save(*arguments)
+            saving = False
+
+        return wrapped
+
     for name in ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink"):
         setattr(os, name, counted(getattr(os, name)))
-    save = train.save_run
-
-    def save_run(*arguments: Any) -> None:
-        nonlocal saving
-        saving = True
-        save(*arguments)
-        saving = False
-
-    vars(train)["save_run"] = save_run
+    for name in ("save_run", "score_run"):
+        vars(train)[name] = watched(vars(train)[name])
 
 
 def begin(config: Path, run_dir: Path, progress: Progress, prepare: Callable[[], None] = lambda: None) -> int:
@@ -152,10 +159,13 @@ def leave_alone(config: Path, run_dir: Path) -> tuple[float, float]:
     return started - start, time.monotonic() - started
 
 
-def kill_at_random(config: Path, run_dir: Path, n_kills: int, start_s: float, work_s: float, seed: int) -> list[Kill]:
+def kill_at_random(
+    config: Path, run_dir: Path, n_kills: int, n_damaged: int, *, start_s: float, work_s: float, seed: int
+) -> list[Kill]:
     """Let the run live for random times, then to its end.
 
     Every fifth life ends within `start_s` seconds, mostly before its first update; the others within `work_s` of it.
+    After a kill the newest checkpoint is damaged if it is not the only one, `n_damaged` times in all.
     """
     rng, progress = random.Random(seed), Progress()
     kills: list[Kill] = []
@@ -177,6 +187,10 @@ def kill_at_random(config: Path, run_dir: Path, n_kills: int, start_s: float, wo
         moment = time.monotonic() - start
         os.waitpid(child, 0)
         kills.append(record(run_dir, moment, progress))
+        n_left = n_damaged - sum(kill["damage"] is not None for kill in kills)
+        newest = step_folders(run_dir)
+        if n_left and len(newest) > 1 and not (run_dir / train.FINAL_FILE).exists():
+            kills[-1]["damage"] = damage(newest[0], n_left, rng)
     if not (run_dir / train.FINAL_FILE).exists():
         ended(begin(config, run_dir, progress), float("inf"))
     return kills
@@ -201,7 +215,24 @@ def kill_at_each_stage(config: Path, run_dir: Path) -> list[Kill]:
 def record(run_dir: Path, moment_s: float, progress: Progress) -> Kill:
     """A line of the table; the newest checkpoint must be whole."""
     (work, step), newest = progress.get(), latest_checkpoint(run_dir)
-    return {"moment_s": moment_s, "step": step, "work": work, "saved": newest.step if newest else 0}
+    saved = newest.step if newest else 0
+    return {"moment_s": moment_s, "step": step, "work": work, "saved": saved, "damage": None}
+
+
+def damage(checkpoint: Path, number: int, rng: random.Random) -> str:
+    """Damage a checkpoint, in a way that depends on `number`; says what was done."""
+    file = sorted(checkpoint.iterdir())[number % len(list(checkpoint.iterdir()))]
+    way = ("a bit of {} flipped", "{} cut short", "{} deleted")[number % 3]
+    content = bytearray(file.read_bytes())
+    place = rng.randrange(len(content))
+    if "flipped" in way:
+        content[place] ^= 1 << rng.randrange(8)
+        file.write_bytes(content)
+    elif "short" in way:
+        file.write_bytes(content[:place])
+    else:
+        file.unlink()
+    return way.format(file.name)
 
 
 def compare(ours: Path, theirs: Path) -> list[str]:
@@ -223,20 +254,24 @@ def compare(ours: Path, theirs: Path) -> list[str]:
 
 def table(kills: list[Kill], n_steps: int, differences: list[str]) -> str:
     """The report as Markdown."""
+    n_damaged = sum(kill["damage"] is not None for kill in kills)
+    processor = processor_facts().get("model name", platform.machine())
     result = "differs in " + ", ".join(differences) if differences else "equals that of a run left alone, bit for bit"
     lines = [
         "# A run killed again and again",
         "",
-        f"{date.today()}, {platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}: a tiny",
-        f"Sudoku run of {n_steps} updates, killed {len(kills)} times by SIGKILL. Its end (weights, average, records)",
-        f"{result}. Made by `python -m tests.soak`.",
+        f"{date.today()}, {processor}, {os.cpu_count()} CPUs, Python {platform.python_version()}, commit {commit()}:",
+        f"a tiny Sudoku run of {n_steps} updates, killed {len(kills)} times by SIGKILL; after {n_damaged} of the kills",
+        "its newest checkpoint was damaged, so that it went on from the one before. Its end (weights, average,",
+        f"records) {result}. Made by `python -m tests.soak {shlex.join(sys.argv[1:])}`.",
         "",
-        "| kill | seconds after the start | at update | while | newest whole checkpoint |",
-        "| ---: | ---: | ---: | --- | ---: |",
+        "| kill | seconds after the start | at update | while | newest whole checkpoint | then damaged |",
+        "| ---: | ---: | ---: | --- | ---: | --- |",
     ]
     for number, kill in enumerate(kills, start=1):
         step = "" if kill["work"] == "starting" else kill["step"]
-        lines.append(f"| {number} | {kill['moment_s']:.2f} | {step} | {kill['work']} | {kill['saved']} |")
+        damaged = kill["damage"] or ""
+        lines.append(f"| {number} | {kill['moment_s']:.2f} | {step} | {kill['work']} | {kill['saved']} | {damaged} |")
     return "\n".join(lines) + "\n"
 
 
@@ -244,6 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line; exit status 1 where the results differ or too few kills struck."""
     parser = argparse.ArgumentParser(description="Kill a training run again and again and compare its result.")
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--damaged", type=int, default=0, help="kills after which the newest checkpoint is damaged")
     parser.add_argument("--stages", action="store_true", help="before each file operation of a save, instead")
     parser.add_argument("--steps", type=int, default=600, help="updates of the run")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
@@ -253,7 +289,8 @@ def main(arguments: list[str] | None = None) -> None:
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     settings = tiny_settings({"name": "puma", "n_stages": 5, "collapse_threshold": 0.9}, folder / "boards")
     settings["training"] |= {"max_steps": options.steps, "log_every": 3}  # so that saves fall between records
-    settings["training"] |= {"save_every": options.steps if options.stages else 10, "eval_every": 50}
+    save_every = max(1, options.steps // 60)
+    settings["training"] |= {"save_every": save_every, "eval_every": 50}
     if options.stages:
         settings["training"] |= {"save_every": 2, "eval_every": options.steps}
     config = folder / "tiny.yaml"
@@ -262,17 +299,19 @@ def main(arguments: list[str] | None = None) -> None:
     if options.stages:
         kills = kill_at_each_stage(config, folder / "killed")
     else:
-        # Short lives, so that the run does not end before the last kill on a machine that is less busy by then.
-        kills = kill_at_random(
-            config, folder / "killed", options.kills, start_s, work_s / options.kills / 2, options.seed
-        )
+        # Short lives, so that the run does not end before the last kill on a machine that is less busy by then; a life
+        # whose checkpoint is damaged must be long enough to get beyond it.
+        share = (1 / 2 + 3 * save_every / options.steps * options.damaged) / options.kills
+        moments = {"start_s": start_s, "work_s": work_s * share, "seed": options.seed}
+        kills = kill_at_random(config, folder / "killed", options.kills, options.damaged, **moments)
     differences = compare(folder / "alone", folder / "killed")
     report = table(kills, options.steps, differences)
     print(report)
     if options.out:
         options.out.write_text(report, encoding="utf-8")
-    if differences or (len(kills) < options.kills and not options.stages):
-        raise SystemExit(f"{len(kills)} kills, differences: {differences}; see {folder}")
+    n_damaged = sum(kill["damage"] is not None for kill in kills)
+    if differences or (not options.stages and (len(kills) < options.kills or n_damaged < options.damaged)):
+        raise SystemExit(f"{len(kills)} kills, {n_damaged} damaged, differences: {differences}; see {folder}")
     shutil.rmtree(folder)
 
 

@@ -1,0 +1,75 @@
+"""Start the processes of a run on this machine: torchrun, except for how it ends.
+
+    python -m runtime.launch --nproc-per-node=8 train.py --config yaml_files/sudoku_puma.yaml
+
+The options are torchrun's. torchrun answers a signal with a traceback and status 1, even where every process has saved
+and ended well, and adds a traceback to the message of a process that fails. Here a signal is passed on to the
+processes, and the exit status is theirs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from runtime.signals import EARLY_SIGNALS, INTERRUPTED
+
+SHUTDOWN_TIMEOUT_S = 300  # for the other processes to end after the first; torchrun's 30 may be too short for a save
+
+_forwarded = 0  # number of the last signal that was passed on; 0: none
+
+
+def _processes() -> list[int]:
+    """Process ids of this process's children."""
+    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split()]
+
+
+def _forward(number: int, _: FrameType | None) -> None:
+    """Pass a signal on to the processes; before there are any, end."""
+    global _forwarded
+    _forwarded = number
+    pids = _processes()
+    for pid in pids:
+        os.kill(pid, number)
+    if not pids:
+        os._exit(_status_of(number))
+
+
+def _status_of(number: int) -> int:
+    """The exit status of a run that stopped on request; only Ctrl-C ends a calling script too."""
+    return INTERRUPTED if number == signal.SIGINT else 0
+
+
+def main() -> NoReturn:
+    """Command line; the exit status is that of the first process that failed, or 0."""
+    os.environ.setdefault("TORCHELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
+    numbers = (*EARLY_SIGNALS, signal.SIGINT)
+    for number in numbers:
+        signal.signal(number, _forward)
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    logging.disable(logging.ERROR)  # torchrun's own account of what the processes have said already
+    options = parse_args(None)
+    options.signals_to_handle = "SIGHUP,SIGQUIT"  # torchrun would replace the handlers
+    try:
+        run(options)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if _forwarded and failure.exitcode == -_forwarded:  # it was still starting
+            sys.exit(_status_of(_forwarded))
+        if failure.exitcode < 0:
+            print(f"error: the process of rank {rank} was ended by {failure.signal_name()}", file=sys.stderr)
+            sys.exit(128 - failure.exitcode)
+        sys.exit(failure.exitcode)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

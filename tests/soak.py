@@ -252,7 +252,7 @@ def compare(ours: Path, theirs: Path) -> list[str]:
     return differences
 
 
-def table(kills: list[Kill], n_steps: int, differences: list[str]) -> str:
+def table(kills: list[Kill], n_steps: int, differences: list[str], version: str) -> str:
     """The report as Markdown."""
     n_damaged = sum(kill["damage"] is not None for kill in kills)
     processor = processor_facts().get("model name", platform.machine())
@@ -260,10 +260,12 @@ def table(kills: list[Kill], n_steps: int, differences: list[str]) -> str:
     lines = [
         "# A run killed again and again",
         "",
-        f"{date.today()}, {processor}, {os.cpu_count()} CPUs, Python {platform.python_version()}, commit {commit()}:",
-        f"a tiny Sudoku run of {n_steps} updates, killed {len(kills)} times by SIGKILL; after {n_damaged} of the kills",
+        f"{date.today()}, {processor}, {os.cpu_count()} CPUs, Python {platform.python_version()}, commit {version}.",
+        f"Made by `python -m tests.soak {shlex.join(sys.argv[1:])}`.",
+        "",
+        f"A tiny Sudoku run of {n_steps} updates, killed {len(kills)} times by SIGKILL; after {n_damaged} of the kills",
         "its newest checkpoint was damaged, so that it went on from the one before. Its end (weights, average,",
-        f"records) {result}. Made by `python -m tests.soak {shlex.join(sys.argv[1:])}`.",
+        f"records) {result}.",
         "",
         "| kill | seconds after the start | at update | while | newest whole checkpoint | then damaged |",
         "| ---: | ---: | ---: | --- | ---: | --- |",
@@ -285,6 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--out", type=Path, help="Markdown file for the table")
     options = parser.parse_args(arguments)
+    version = commit()  # of the code that runs, whatever happens to the checkout meanwhile
     gc.freeze()  # or each life's collector would copy all memory
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     settings = tiny_settings({"name": "puma", "n_stages": 5, "collapse_threshold": 0.9}, folder / "boards")
@@ -305,7 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
         moments = {"start_s": start_s, "work_s": work_s * share, "seed": options.seed}
         kills = kill_at_random(config, folder / "killed", options.kills, options.damaged, **moments)
     differences = compare(folder / "alone", folder / "killed")
-    report = table(kills, options.steps, differences)
+    report = table(kills, options.steps, differences, version)
     print(report)
     if options.out:
         options.out.write_text(report, encoding="utf-8")

@@ -12,22 +12,28 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_python, started, started_ranks
+from conftest import ENVIRONMENT, run_python, run_ranks, started, started_ranks
+from forked import Forked
 from safetensors.torch import load_file
 from test_runtime_checkpoint import Malicious, replace_file
 from test_runtime_signals import wait_for_step
+from test_train import assert_same_checkpoint
 
 import train
 from config import WandbSettings
 from runtime import checkpoint as checkpoint_module
-from runtime.checkpoint import find_checkpoint, latest_checkpoint
+from runtime.checkpoint import find_checkpoint, latest_checkpoint, open_checkpoint
 from runtime.metrics import Recorder, read_metrics
 from training.update import Updater
 
@@ -44,22 +50,30 @@ def test_a_kill_before_any_file_operation_of_a_save_costs_nothing_but_time():
 
 @pytest.mark.parametrize(("n_kills", "n_steps"), [(3, 60), pytest.param(30, 600, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_leave_the_result_as_it_is(n_kills, n_steps):
-    result = run_python("-m", "tests.soak", "--kills", n_kills, "--steps", n_steps, timeout=600)
+    n_damaged = n_kills * 4 // 5
+    counts = ("--kills", n_kills, "--damaged", n_damaged, "--steps", n_steps)
+    result = run_python("-m", "tests.soak", *counts, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"killed {n_kills} times" in result.stdout
+    assert f"after {n_damaged} of the kills" in result.stdout
 
 
 # Full disks
 
 
+def mount(*arguments: object) -> None:
+    """Mount something, or skip the test where that is not allowed."""
+    mounted = subprocess.run(["mount", *map(str, arguments)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a disk that fails needs the right to mount one: {mounted.stderr.decode().strip()}")
+
+
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 8 MiB, and a way to fill it; a real one, since libraries write in ways of their own."""
+    """A disk of 8 MiB and 200 files, and a way to fill it; a real one, since libraries write in ways of their own."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"a small disk needs the right to mount one: {mounted.stderr.decode().strip()}")
+    mount("-t", "tmpfs", "-o", "size=8m,nr_inodes=200", "tmpfs", disk)
 
     def fill(n_left: int) -> Path:
         """Write a file that leaves `n_left` bytes."""
@@ -98,6 +112,109 @@ def test_a_full_disk_while_saving_ends_the_run_with_the_last_checkpoint_kept(
     train.main(arguments)
     assert find_checkpoint(disk / "run").step == 6
     assert {path.name for path in (disk / "run" / "checkpoints").iterdir()} == {"step_00000003", "step_00000006"}
+
+
+def break_disk(kind: str, disk: Path, fill: Callable[[int], Path]) -> Callable[[], None]:
+    """Make the next save fail; returns what repairs the disk."""
+    checkpoints = disk / "run" / "checkpoints"
+    if kind == "full":
+        return fill(0).unlink
+    if kind == "no inodes":
+        folder = disk / "many"
+        folder.mkdir()
+        with suppress(OSError):
+            for number in itertools.count():
+                (folder / str(number)).touch()
+        return lambda: shutil.rmtree(folder)
+    if kind == "read-only":
+        mount("--bind", checkpoints, checkpoints)
+        mount("-o", "remount,bind,ro", checkpoints)
+        return lambda: subprocess.run(["umount", str(checkpoints)], check=True)
+    assert kind == "a file in place of the folder"
+    aside = checkpoints.with_name("aside")
+    checkpoints.rename(aside)
+    checkpoints.touch()
+    return lambda: (checkpoints.unlink(), aside.rename(checkpoints))
+
+
+REASONS = {
+    "full": ".*; 0 MiB of disk are free",  # torch.save has words of its own
+    "no inodes": "No space left on device; 8 MiB of disk are free, but the number of files on it has reached its limit",
+    "read-only": "Read-only file system",
+    "a file in place of the folder": "Not a directory",
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_a_disk_that_takes_no_checkpoint_ends_the_run_with_the_last_one_kept(
+    kind, small_disk, config_file, monkeypatch, capsys
+):
+    disk, fill = small_disk
+    arguments = ["--config", str(config_file()), "--run-dir", str(disk / "run")]
+    step, repairs = Updater.step, []
+
+    def breaking_step(updater):
+        step(updater)
+        if updater.run.step == 5:
+            repairs.append(break_disk(kind, disk, fill))
+
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # records are lost too
+        patch.setattr(Updater, "step", breaking_step)
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments)
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1
+    assert re.search(rf"cannot be written \({REASONS[kind]}", message)
+    assert "once it can, the same command continues from the newest checkpoint" in message
+    repairs[0]()
+    assert find_checkpoint(disk / "run").step == 3
+    train.main(arguments)
+    assert find_checkpoint(disk / "run").step == 6
+
+
+@pytest.mark.parametrize("kind", ["full", "no inodes"])
+def test_a_run_that_starts_on_a_full_disk_ends_with_the_same_message(kind, small_disk, config_file, capsys):
+    disk, fill = small_disk
+    arguments = ["--config", str(config_file()), "--run-dir", str(disk / "run")]
+    train.main(arguments)
+    (disk / "run" / "final.json").unlink()
+    capsys.readouterr()
+    repair = break_disk(kind, disk, fill)
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1
+    assert re.search(rf"cannot be written \({REASONS[kind]}", message)
+    repair()
+    train.main(arguments)
+    assert len(list(read_metrics(disk / "run"))) == 6, "the records of before are there"
+
+
+def test_a_save_that_fails_on_one_rank_ends_all_with_one_message(config_file, tmp_path):
+    run_dir = tmp_path / "run"
+    for failing in (0, 1):
+        code = f"""
+import errno, os
+from data.files import reported
+import train
+from runtime import checkpoint
+save = checkpoint._save_state
+def save_state(path, state):
+    if os.environ["RANK"] == "{failing}" and path.parent.name.startswith(".step_00000006"):
+        with reported(path):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+    return save(path, state)
+checkpoint._save_state = save_state
+train.main()
+"""
+        result = run_ranks(2, "-c", code, "--config", config_file(), "--run-dir", run_dir, timeout=60)
+        assert result.returncode == 1
+        assert len(result.stderr.splitlines()) == 1, result.stderr
+        assert f"rank_{failing}.pt cannot be written (Disk quota exceeded" in result.stderr
+        assert latest_checkpoint(run_dir).step == 3
 
 
 def test_a_full_disk_while_logging_costs_records_and_nothing_else(small_disk, config_file, monkeypatch):
@@ -162,7 +279,7 @@ def test_a_disk_that_takes_half_a_line_keeps_none_of_it(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("n_calls", range(6))
 def test_a_disk_that_fails_at_any_sync_of_a_save_ends_the_run(n_calls, config_file, tmp_path, monkeypatch, capsys):
-    """Network file systems may tell of a full disk at the sync alone."""
+    """Network file systems may report a full disk at the sync alone."""
     fsync, calls = os.fsync, itertools.count()
 
     def full(descriptor):
@@ -185,6 +302,139 @@ def test_a_disk_that_fails_at_any_sync_of_a_save_ends_the_run(n_calls, config_fi
     assert stop.value.code == 1
     assert re.search(r"cannot be written \(Disk quota exceeded", capsys.readouterr().err)
     assert latest_checkpoint(tmp_path / "run").step == 3
+
+
+# Damaged and missing files
+
+
+def flip(path: Path) -> None:
+    content = bytearray((path / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "model.safetensors").write_bytes(content)
+
+
+DAMAGE = {
+    "a flipped bit": flip,
+    "a file that is missing": lambda path: (path / "rank_0.pt").unlink(),
+    "an empty manifest": lambda path: (path / "manifest.json").write_text(""),
+    "an empty folder": lambda path: (shutil.rmtree(path), path.mkdir()),
+}
+
+
+def interrupted_after(n_saves: int, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    """Run until a save has been made, then end as by Ctrl-C."""
+    save, calls = train.save_run, itertools.count(1)
+
+    def interrupted_save(run, score):
+        save(run, score)
+        if next(calls) == n_saves:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_run", interrupted_save)
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments)
+    assert stop.value.code == 130
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("harm", DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_checkpoints_are_set_aside_and_fresh_ones_stay(harm, keep, config_file, tmp_path, monkeypatch):
+    """Their steps are higher than that of the run that goes on, so pruning by number would delete what it saves."""
+    config = config_file(training__save_every=1, training__eval_every=100, training__keep_checkpoints=keep)
+    run_dir, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    arguments = ["--config", str(config), "--run-dir", str(run_dir)]
+    interrupted_after(5, monkeypatch, arguments)
+    assert sorted(path.name for path in folder.iterdir()) == [f"step_{n:08d}" for n in range(6 - keep, 6)]
+    for _ in range(2):
+        newest = latest_checkpoint(run_dir)
+        harm(newest.path)
+        with pytest.warns(RuntimeWarning, match=rf"step_{newest.step:08d} is damaged and was renamed to step_"):
+            interrupted_after(1, monkeypatch, arguments)
+        fresh = latest_checkpoint(run_dir)
+        assert fresh.step == (1 if keep == 1 else newest.step), "what was saved last is there and is read"
+    damaged = [f"step_{1:08d}.damaged", f"step_{5:08d}.damaged"] if keep == 1 else [f"step_{5:08d}.damaged"]
+    names = {path.name for path in folder.iterdir()}
+    assert names >= set(damaged)
+    assert (f"step_{5:08d}.damaged_2" in names) == (keep == 2), "one that was set aside before is not replaced"
+    train.main(arguments)
+    train.main([*arguments[:3], str(tmp_path / "straight")])
+    assert_same_checkpoint(run_dir, tmp_path / "straight")
+
+
+def test_an_evaluation_that_crashes_costs_nothing(config_file, tmp_path, monkeypatch):
+    arguments = ["--config", str(config_file()), "--run-dir", str(tmp_path / "run")]
+    for n_measured, step in ((0, 3), (0, 3), (1, 6), (0, 6)):
+        evaluate, calls = train.evaluate, itertools.count()
+
+        def crashing(*arguments, n=n_measured, calls=calls, evaluate=evaluate):
+            if next(calls) == n:
+                raise RuntimeError("out of memory")
+            return evaluate(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "evaluate", crashing)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                train.main(arguments)
+        assert (latest_checkpoint(tmp_path / "run").step, latest_checkpoint(tmp_path / "run").score) == (step, None)
+    train.main(arguments)
+    train.main([*arguments[:3], str(tmp_path / "straight")])
+    assert_same_checkpoint(tmp_path / "run", tmp_path / "straight")
+    ours, theirs = (list(read_metrics(tmp_path / name)) for name in ("run", "straight"))
+    for key in ("step", "train/loss", "validation/loss", "validation/accuracy/top_prob_1", "train/masked_fraction"):
+        assert [row.get(key) for row in ours] == [row.get(key) for row in theirs], key
+    scores = [
+        [open_checkpoint(path).score for path in sorted((tmp_path / name / "checkpoints").iterdir())]
+        for name in ("run", "straight")
+    ]
+    assert scores[0] == scores[1]
+    assert None not in scores[0]
+
+
+@pytest.mark.pictures
+@pytest.mark.parametrize("name", ["metrics.jsonl", "final.json"])
+def test_a_record_that_is_missing_or_damaged_does_not_fail_a_finished_run(name, config_file, tmp_path, monkeypatch):
+    arguments = ["--config", str(config_file()), "--run-dir", str(tmp_path / "run")]
+    path = tmp_path / "run" / name
+    draw, write = train.draw_curves, train.write_text
+
+    def lost(*arguments):
+        path.unlink(missing_ok=True)
+        draw(*arguments)
+
+    with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        patch.setattr(train, "draw_curves", lost)
+        train.main(arguments)
+    assert [f"holds no {name} with records" in str(warning.message) for warning in warned] == (
+        [True] if name == "metrics.jsonl" else []
+    )
+    assert train.write_text is write
+    path.unlink(missing_ok=True)
+    train.main(arguments)
+    assert (tmp_path / "run" / "final.json").exists()
+    for content in ("", "[]", '{"accuracy": "high"}', "{" * 100_000):
+        path.write_text(content)
+        if name == "final.json":
+            with pytest.warns(RuntimeWarning, match=r"final\.json cannot be read"):
+                train.main(arguments)
+            assert json.loads(path.read_text())["steps"] == 6
+        else:
+            train.main(arguments)
+
+
+def test_a_bad_line_of_the_records_costs_that_line(config_file, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    arguments = ["--config", str(config_file()), "--run-dir", str(run_dir)]
+    interrupted_after(1, monkeypatch, arguments)
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 2, "that of step 3 comes with its evaluation"
+    bad = [b"\xff\xfe\n", b'{"step": 1\n', b"[1]\n", b'{"loss": 1}\n', b'{"step": "1"}\n', b"[" * 100_000 + b"\n"]
+    path.write_bytes(b"".join([*bad, lines[0], *bad, lines[1], *bad]))
+    assert [row["step"] for row in read_metrics(run_dir)] == [1, 2]
+    train.main(arguments)
+    assert [row["step"] for row in read_metrics(run_dir)] == [1, 2, 3, 4, 5, 6]
 
 
 # Numbers that are none
@@ -342,3 +592,123 @@ def test_torchrun_ends_all_and_names_the_rank_that_died(config_file, tmp_path):
     assert re.search(r"rank\s*: 1 ", err), err[-3000:]
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     assert latest_checkpoint(run_dir).step >= 5
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGUSR1, 0)], ids=["TERM", "INT", "USR1"]
+)
+def test_a_stop_under_the_launcher_ends_with_one_line(number, status, config_file, tmp_path):
+    config = config_file(training__max_steps=100_000, training__save_every=100_000, training__eval_every=100_000)
+    run_dir = tmp_path / "run"
+    arguments = ["--standalone", "--nproc-per-node=2", "train.py", "--config", config, "--run-dir", run_dir]
+    with started("-m", "runtime.launch", *arguments) as process:
+        wait_for_step(run_dir, 8, process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert not err
+    assert out.splitlines()[-1].startswith(f"stopped by {number.name} at step ")
+    assert latest_checkpoint(run_dir).n_ranks == 2
+
+
+def test_the_launcher_reports_a_rank_that_died_in_one_line(config_file, tmp_path):
+    config = config_file(training__max_steps=100_000, training__save_every=5, training__eval_every=100_000)
+    run_dir = tmp_path / "run"
+    arguments = ["--standalone", "--nproc-per-node=2", "train.py", "--config", config, "--run-dir", run_dir]
+    with started("-m", "runtime.launch", *arguments) as process:
+        wait_for_step(run_dir, 8, process)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        (victim,) = (pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+        os.kill(int(victim), signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert err.splitlines()[-1] == "error: the process of rank 1 was ended by SIGKILL"
+
+
+def test_an_error_of_all_ranks_is_printed_once(config_file, tmp_path):
+    """Whether it is found before the ranks know of each other, on the main process alone, or on all after that."""
+    (tmp_path / "file").touch()
+    good = ("--config", config_file(), "--run-dir", tmp_path / "run")
+    cases = {
+        "training.batch_sise": (*good, "training.batch_sise=4"),
+        "file/run cannot be written": ("--config", config_file(), "--run-dir", tmp_path / "file" / "run"),
+        "does not divide over 2 processes": (*good, "training.batch_size=7"),
+    }
+    for message, arguments in cases.items():
+        result = run_ranks(2, "train.py", *arguments)
+        assert result.returncode == 2, result.stderr
+        assert result.stderr.count("error: ") == 1, result.stderr
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+    result = run_python("-m", "runtime.launch", "--standalone", "--nproc-per-node=2", "train.py", *good, "nonsense")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+
+
+def test_an_error_of_one_rank_alone_is_printed(config_file, tmp_path):
+    good = ("--config", config_file(), "--run-dir", tmp_path / "run")
+    assert run_ranks(2, "train.py", *good).returncode == 0
+    (tmp_path / "run" / "final.json").unlink()
+    replace_file(find_checkpoint(tmp_path / "run").path, "rank_1.pt", b"no archive")
+    result = run_ranks(2, "train.py", *good)
+    assert result.returncode != 0
+    assert "rank_1.pt cannot be read" in result.stderr
+
+
+# Logs
+
+
+def test_a_log_that_is_no_terminal_gets_a_line_for_each_record(config_file, tmp_path):
+    config = config_file(training__log_every=2, training__max_steps=1000, training__eval_every=4)
+    with started("train.py", "--config", config, "--run-dir", tmp_path / "run") as process:
+        wait_for_step(tmp_path / "run", 8, process)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert not err
+    assert "\r" not in out
+    assert "it/s" not in out
+    record = r"step 6 of 1,000: loss \d\.\d{4}, lr \d\.\de-\d\d, [\d.]+ steps/s, \d+:\d\d:\d\d left"
+    assert len(re.findall(f"^{record}$", out, re.MULTILINE)) == 1, out
+    assert re.search(r"^step 4: top_prob, 1 per step: accuracy", out, re.MULTILINE)
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_run(small_disk, config_file, tmp_path):
+    disk, fill = small_disk
+    fill(0)
+    with (disk / "ballast").open("ab") as full:  # any byte more does not fit
+        arguments = ["train.py", "--config", str(config_file()), "--run-dir", str(tmp_path / "run")]
+        process = Forked(*arguments, environment=ENVIRONMENT, output=full)
+        with process:
+            process.wait(120)
+    assert (tmp_path / "run" / "final.json").exists()
+    assert latest_checkpoint(tmp_path / "run").step == 6
+
+
+def test_a_gpu_that_torch_cannot_use_is_reported(config_file, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("torch can use this machine's GPU")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "nvidia0").touch()
+    code = f"""
+from pathlib import Path
+import train, runtime.distributed
+runtime.distributed.GPU_FILES = Path({str(tmp_path / "dev")!r})
+train.main()
+"""
+    command = ("-c", code, "--config", config_file(training__device="auto"), "--run-dir", tmp_path / "run")
+    result = run_python(*command, CUDA_VISIBLE_DEVICES="0")
+    assert result.returncode == 0, result.stderr
+    reason = r"Torch not compiled with CUDA enabled|driver"
+    assert re.fullmatch(
+        rf"warning: the CPU is used, since torch cannot use this machine's GPU: .*({reason}).*\n", result.stderr
+    )
+    shutil.rmtree(tmp_path / "run")
+    refused = run_python(*command, CUDA_VISIBLE_DEVICES="0", PUMA_GPUS="4")
+    assert refused.returncode == 2
+    assert re.search(
+        rf"4 GPUs on each node, but torch can use none \(.*({reason}).*training\.device=cpu", refused.stderr
+    )
+    assert run_python(*command, "training.device=cpu", PUMA_GPUS="4").returncode == 0
+    shutil.rmtree(tmp_path / "run")
+    hidden = run_python(*command, CUDA_VISIBLE_DEVICES="")
+    assert not hidden.stderr, "the user has chosen so"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from forked import Forked
 from test_train import assert_same_checkpoint
 
 import train
+from model.transformer import Transformer
 from runtime import signals
 from runtime.checkpoint import latest_checkpoint
 from runtime.metrics import read_metrics
@@ -65,36 +67,39 @@ def test_a_signal_ends_training_after_the_step_in_hand(number, config_file, tmp_
 
 
 def test_a_step_that_was_saved_already_is_not_saved_again(config_file, tmp_path, monkeypatch, capsys):
-    save, saves = train.save_run, []
+    save, score, saves = train.save_run, train.score_run, []
 
-    def signalled_save(run, score):
-        save(run, score)
-        saves.append((run.step, score))
+    def signalled_score(run, value):
+        score(run, value)
         os.kill(os.getpid(), signal.SIGUSR1)
 
-    monkeypatch.setattr(train, "save_run", signalled_save)
+    monkeypatch.setattr(train, "save_run", lambda run, value: (save(run, value), saves.append(run.step)))
+    monkeypatch.setattr(train, "score_run", signalled_score)
     train.main(["--config", str(config_file()), "--run-dir", str(tmp_path / "run")])
-    assert [step for step, _ in saves] == [3]
-    assert saves[0][1] is not None, "the score of the evaluation at that step must stay with the checkpoint"
+    assert saves == [3]
+    assert latest_checkpoint(tmp_path / "run").score is not None, "the score of that step must stay with the checkpoint"
     assert "at step 3" in capsys.readouterr().out
+
+
+def wait_for_handler(process: subprocess.Popen) -> None:
+    """Wait until a program has installed its handlers."""
+    status, deadline = Path(f"/proc/{process.pid}/status"), time.monotonic() + 60
+
+    def caught() -> int:
+        line = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt"))
+        return int(line.split()[1], 16)
+
+    while not caught() & 1 << (signal.SIGUSR1 - 1):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_a_signal_before_the_first_step_is_kept_and_costs_nothing(config_file, tmp_path):
     run_dir = tmp_path / "run"
     command = [sys.executable, "train.py", "--config", config_file(), "--run-dir", run_dir]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        status = Path(f"/proc/{process.pid}/status")
-
-        def caught() -> int:
-            return int(
-                next(line for line in status.read_text().splitlines() if line.startswith("SigCgt")).split()[1], 16
-            )
-
-        deadline = time.monotonic() + 60
-        while not caught() & 1 << (signal.SIGUSR1 - 1):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        wait_for_handler(process)
         assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text(), "torch must come after the handlers"
         process.send_signal(signal.SIGUSR1)
         out, err = process.communicate(timeout=120)
@@ -104,19 +109,107 @@ def test_a_signal_before_the_first_step_is_kept_and_costs_nothing(config_file, t
     assert latest_checkpoint(run_dir) is None
 
 
-def test_two_interrupts_end_at_once(config_file, tmp_path):
-    """The first comes in a long evaluation, which nothing interrupts; the second does not wait for its end."""
-    config = config_file(training__eval_every=2, data__n_test=200, validation__n_examples=200, validation__batch_size=1)
-    with started("train.py", "--config", config, "--run-dir", tmp_path / "run") as process:
-        wait_for_step(tmp_path / "run", 1, process)
-        time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
-        assert process.poll() is None, "one asks for a stop after the evaluation"
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT, "a stop after the evaluation would have status 130"
-    assert latest_checkpoint(tmp_path / "run") is None
+def long_evaluation(config_file, **changes: object) -> Path:
+    """A config whose step 2 is evaluated for minutes, and not saved before."""
+    rules = {"confidence": ["top_prob", "top_prob_margin", "neg_entropy", "random"], "tokens_per_step": [1, 2, 3, 4]}
+    settings = {f"validation__{key}": value for key, value in rules.items()}
+    settings |= {"data__n_test": 200, "validation__n_examples": 200, "validation__batch_size": 1}
+    return config_file(**settings, training__eval_every=2, training__save_every=100, **changes)
+
+
+def in_evaluation(process: Forked, run_dir: Path) -> None:
+    """Wait until the evaluation of step 2 has begun: its row is written when it has ended."""
+    wait_for_step(run_dir, 1, process)
+    deadline = time.monotonic() + 60
+    while "step 2 of" not in process.written()[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_ends_an_evaluation_between_two_passes(number, config_file, tmp_path):
+    config, run_dir = long_evaluation(config_file), tmp_path / "run"
+    with started("train.py", "--config", config, "--run-dir", run_dir) as process:
+        in_evaluation(process, run_dir)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == (130 if number == signal.SIGINT else 0), err
+    assert f"stopped by {number.name} at step 2" in out
+    assert not err
+    checkpoint = latest_checkpoint(run_dir)
+    assert (checkpoint.step, checkpoint.score) == (2, None)
+    assert max(losses(run_dir)) == 1, "the row of a step comes with its evaluation"
+
+
+def test_an_evaluation_asks_after_every_pass(config_file, tmp_path, monkeypatch, capsys):
+    """In this process, where passes can be counted: none follows the signal."""
+    predict, n_passes = Transformer.predict, 0
+
+    def signalled_predict(self, *arguments, **options):
+        nonlocal n_passes
+        n_passes += 1
+        if n_passes == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return predict(self, *arguments, **options)
+
+    arguments = ["--config", str(config_file(training__save_every=100)), "--run-dir", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Transformer, "predict", signalled_predict)
+        train.main(arguments)
+    assert n_passes == 3
+    assert "stopped by SIGTERM at step 3" in capsys.readouterr().out
+    train.main(arguments)
+    train.main([*arguments[:3], str(tmp_path / "straight")])
+    assert_same_checkpoint(tmp_path / "straight", tmp_path / "run")
+    timed = ("seconds", "train/step_ms", "train/tokens_per_s", "train/peak_memory_gib")
+    rows = [
+        [{key: value for key, value in row.items() if key not in timed} for row in read_metrics(tmp_path / name)]
+        for name in ("straight", "run")
+    ]
+    assert rows[0] == rows[1], "the evaluation is made up for, and each row is there once"
+
+
+def test_a_second_interrupt_loses_nothing_and_a_third_ends_at_once(config_file, tmp_path):
+    config, run_dir = long_evaluation(config_file), tmp_path / "run"
+    slow = """
+import time, train
+def slow_save(run, score, save=train.save_run):
+    print("saving", flush=True)
+    time.sleep(float(__import__("os").environ["SAVE_S"]))
+    save(run, score)
+train.save_run = slow_save
+train.main()
+"""
+    for n_interrupts, save_s in ((2, "2"), (3, "60")):
+        with started("-c", slow, "--config", config, "--run-dir", run_dir, SAVE_S=save_s) as process:
+            in_evaluation(process, run_dir)
+            for _ in range(n_interrupts):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.4)
+            _, err = process.communicate(timeout=40)
+        assert err.splitlines()[-1] == "the run is being saved; Ctrl-C again ends it without"
+        if n_interrupts == 2:
+            assert process.returncode == 130
+            assert latest_checkpoint(run_dir).step == 2
+            shutil.rmtree(run_dir)
+        else:
+            assert process.returncode == -signal.SIGINT
+            assert latest_checkpoint(run_dir) is None
+
+
+def test_an_interrupt_during_the_imports_ends_with_one_line(config_file, tmp_path):
+    command = [sys.executable, "train.py", "--config", config_file(), "--run-dir", tmp_path / "run"]
+    for delay_s in (0, 0.5):
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            wait_for_handler(process)
+            time.sleep(delay_s)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err
+        assert len(err.splitlines()) == 1, err
+        assert "interrupted" in err
+        assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_wandb_that_dies_of_the_same_signal_costs_no_step(config_file, tmp_path):
@@ -180,6 +273,17 @@ def test_one_rank_signalled_stops_all_at_the_same_step(config_file, tmp_path):
     assert json.loads((checkpoint.path / "manifest.json").read_text())["n_ranks"] == 2
     assert max(losses(run_dir)) == checkpoint.step
     assert checkpoint.step <= before + 300, "the stop must not take long"
+
+
+def test_one_rank_signalled_in_an_evaluation_stops_all(config_file, tmp_path):
+    config, run_dir = long_evaluation(config_file), tmp_path / "run"
+    with started_ranks(2, "train.py", "--config", config, "--run-dir", run_dir) as ranks:
+        in_evaluation(ranks[0], run_dir)
+        ranks[1].send_signal(signal.SIGTERM)
+        written = [process.communicate(timeout=40) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], written
+    assert "stopped by SIGTERM at step 2" in written[0][0]
+    assert (latest_checkpoint(run_dir).step, latest_checkpoint(run_dir).n_ranks) == (2, 2)
 
 
 def test_a_signal_sent_again_does_not_kill_a_process_that_shuts_down():

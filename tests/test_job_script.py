@@ -117,6 +117,7 @@ def test_one_process_for_each_gpu_shares_the_cpus_of_the_smallest_node(checkout)
     assert environment["MASTER_ADDR"] == "n1"
     assert environment["MASTER_PORT"] == "11234"
     assert "SLURM_GPUS_PER_NODE" not in environment, "srun would ask for one GPU of four"
+    assert environment["PUMA_GPUS"] == "4", "without this, training would go on without a GPU that torch cannot use"
 
 
 def test_a_node_without_gpus_trains_on_its_cpus(checkout):
@@ -124,6 +125,7 @@ def test_a_node_without_gpus_trains_on_its_cpus(checkout):
     assert step(checkout)["ntasks-per-node"] == "3"
     assert step(checkout)["cpus-per-task"] == "5"
     assert "gpus-per-node" not in step(checkout)
+    assert "PUMA_GPUS" not in processes(checkout)
     run_job(checkout, SLURM_GPUS_ON_NODE=0, SLURM_JOB_CPUS_PER_NODE="2", PROCS_PER_NODE=4, OMP_NUM_THREADS=7)
     assert step(checkout)["cpus-per-task"] == "1"
     assert processes(checkout)["OMP_NUM_THREADS"] == "7", "what the site sets is kept"

@@ -24,7 +24,10 @@ from runtime.checkpoint import (
     find_checkpoint,
     latest_checkpoint,
     open_checkpoint,
+    resumable_checkpoint,
     save_checkpoint,
+    score_checkpoint,
+    step_folders,
 )
 from runtime.config_file import parse_config
 from runtime.distributed import World
@@ -62,6 +65,10 @@ def folder(run_dir: Path, step: int) -> Path:
 
 def steps(run_dir: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").iterdir())
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
 def check(checkpoint: Checkpoint | None, step: int) -> None:
@@ -284,6 +291,77 @@ def test_of_equally_good_ones_the_newest_is_kept(tmp_path):
     assert steps(tmp_path) == [3]
     save(tmp_path, 4, score=0.0, keep=1)
     assert steps(tmp_path) == [3, 4]
+
+
+def test_the_best_of_those_that_can_be_read_is_kept(tmp_path):
+    for step, score in enumerate((0.7, 0.8, 0.9, 0.1), start=1):
+        save(tmp_path, step, score, keep=4)
+    flipped = folder(tmp_path, 3) / "model.safetensors"
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"\xff")
+    with pytest.warns(RuntimeWarning, match=r"step_00000003 is damaged and was renamed to step_00000003\.damaged"):
+        save(tmp_path, 5, 0.2, keep=1)
+    assert names(tmp_path) == ["step_00000002", "step_00000003.damaged", "step_00000005"]
+
+
+def test_a_damaged_one_does_not_count_among_the_newest(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=3)
+    (folder(tmp_path, 3) / "train.pt").unlink()
+    with pytest.warns(RuntimeWarning, match="step_00000003 is damaged"):
+        save(tmp_path, 4, keep=2)
+    assert names(tmp_path) == ["step_00000002", "step_00000003.damaged", "step_00000004"]
+
+
+def test_one_that_another_step_has_written_is_not_taken_for_that_of_its_name(tmp_path):
+    save(tmp_path, 1)
+    shutil.copytree(folder(tmp_path, 1), folder(tmp_path, 7))
+    with pytest.warns(RuntimeWarning, match="step_00000007: it was saved at step 1"):
+        check(latest_checkpoint(tmp_path), 1)
+
+
+def test_a_reader_leaves_damaged_ones_and_a_run_sets_them_aside(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=3)
+    for _ in range(2):
+        shutil.rmtree(folder(tmp_path, 3))
+        folder(tmp_path, 3).mkdir()
+        with pytest.warns(RuntimeWarning, match="trying the previous one"):
+            check(find_checkpoint(tmp_path), 2)
+        assert folder(tmp_path, 3).exists()
+        with pytest.warns(RuntimeWarning, match="is damaged and was renamed"):
+            check(resumable_checkpoint(tmp_path), 2)
+        save(tmp_path, 3, keep=3)
+    aside = ["step_00000003.damaged", "step_00000003.damaged_2"]
+    assert names(tmp_path) == ["step_00000001", "step_00000002", "step_00000003", *aside]
+    assert [path.name for path in step_folders(tmp_path)] == ["step_00000003", "step_00000002", "step_00000001"]
+    check(resumable_checkpoint(tmp_path), 3)
+
+
+def test_a_score_that_comes_later_selects_the_best_too(tmp_path):
+    for step, score in ((1, 0.9), (2, 0.5), (3, 0.95), (4, 0.1)):
+        save(tmp_path, step, keep=1)
+        score_checkpoint(tmp_path, WORLD, config(1), step, score)
+        check(latest_checkpoint(tmp_path), step)
+        assert open_checkpoint(folder(tmp_path, step)).score == score
+    assert steps(tmp_path) == [3, 4]
+
+
+def test_a_kill_while_old_ones_are_deleted_leaves_no_half_of_one(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+
+    def killed(path, **_):
+        if path.name.startswith(".step_00000001") and path.exists():
+            next(file for file in path.iterdir()).unlink()
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            save(tmp_path, 3)
+    assert [path.name for path in step_folders(tmp_path)] == ["step_00000003", "step_00000002"]
+    save(tmp_path, 4)
+    assert steps(tmp_path) == [3, 4], "what was left of it is gone"
 
 
 # Hostile content

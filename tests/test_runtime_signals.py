@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_fresh_python, started, started_ranks
 from forked import Forked
-from test_train import assert_same_checkpoint
+from test_train import CASES, assert_same_checkpoint
 
+import samplers.causal
 import train
 from model.transformer import Transformer
 from runtime import signals
@@ -73,7 +74,11 @@ def test_a_step_that_was_saved_already_is_not_saved_again(config_file, tmp_path,
         score(run, value)
         os.kill(os.getpid(), signal.SIGUSR1)
 
-    monkeypatch.setattr(train, "save_run", lambda run, value: (save(run, value), saves.append(run.step)))
+    def counted_save(run, value):
+        save(run, value)
+        saves.append(run.step)
+
+    monkeypatch.setattr(train, "save_run", counted_save)
     monkeypatch.setattr(train, "score_run", signalled_score)
     train.main(["--config", str(config_file()), "--run-dir", str(tmp_path / "run")])
     assert saves == [3]
@@ -142,20 +147,29 @@ def test_a_signal_ends_an_evaluation_between_two_passes(number, config_file, tmp
     assert max(losses(run_dir)) == 1, "the row of a step comes with its evaluation"
 
 
-def test_an_evaluation_asks_after_every_pass(config_file, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("objective", "owner", "name"),
+    [
+        ("puma", Transformer, "predict"),
+        ("block_uniform_causal", Transformer, "predict"),
+        ("autoregressive", samplers.causal, "predict_tokens"),
+    ],
+)
+def test_an_evaluation_asks_after_every_pass(objective, owner, name, config_file, tmp_path, monkeypatch, capsys):
     """In this process, where passes can be counted: none follows the signal."""
-    predict, n_passes = Transformer.predict, 0
+    predict, n_passes = getattr(owner, name), 0
 
-    def signalled_predict(self, *arguments, **options):
+    def signalled_predict(*arguments, **options):
         nonlocal n_passes
         n_passes += 1
         if n_passes == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return predict(self, *arguments, **options)
+        return predict(*arguments, **options)
 
-    arguments = ["--config", str(config_file(training__save_every=100)), "--run-dir", str(tmp_path / "run")]
+    config = config_file(CASES[objective], training__save_every=100)
+    arguments = ["--config", str(config), "--run-dir", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr(Transformer, "predict", signalled_predict)
+        patch.setattr(owner, name, signalled_predict)
         train.main(arguments)
     assert n_passes == 3
     assert "stopped by SIGTERM at step 3" in capsys.readouterr().out

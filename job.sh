@@ -133,8 +133,8 @@ requeue() {
     }
 }
 
-# SIGUSR1 is sent repeatedly, since a process that is still starting ignores it. If training does not end (a long
-# evaluation, a rank that hangs), the job is requeued before the time limit and continues from its last checkpoint.
+# SIGUSR1 is sent repeatedly, since a process that is still starting ignores it. If training does not end (a slow
+# disk, a rank that hangs), the job is requeued before the time limit and continues from its last checkpoint.
 save_and_stop() {
     [[ -z $stopping ]] || return 0
     stopping=1

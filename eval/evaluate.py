@@ -35,6 +35,7 @@ from runtime.distributed import (
     autocast,
     autocast_dtype,
     gather,
+    is_reporting,
     main_first,
     start_world,
     stop_world,
@@ -369,7 +370,8 @@ def main(arguments: list[str] | None = None) -> None:
             if options.samples:
                 write_text(options.samples, "".join(json.dumps(row) + "\n" for row in evaluation.samples))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if is_reporting():
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
         stop_world()

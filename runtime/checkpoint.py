@@ -12,6 +12,7 @@ cannot be read is renamed to `step_00001000.damaged`, which every reader ignores
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -314,8 +315,10 @@ def _prune(run_dir: Path, n_newest: int, written: Path) -> None:
     for leftover in (run_dir / "checkpoints").glob(".step_*.incomplete"):
         shutil.rmtree(leftover, ignore_errors=True)
     paths = step_folders(run_dir)
-    if len(paths) <= n_newest:
-        return
+    scores = {path: score for path in paths if (score := _score(path)) is not None}
+    best = sorted(scores, key=lambda path: (scores[path], path.name), reverse=True)
+    if set(paths) <= {written, *paths[:n_newest], *best[:1]}:
+        return  # without reading any
     checked: dict[Path, bool] = {written: True}
 
     def is_sound(path: Path) -> bool:
@@ -331,9 +334,7 @@ def _prune(run_dir: Path, n_newest: int, written: Path) -> None:
     for path in paths:
         if len(kept) < n_newest and is_sound(path):
             kept.add(path)
-    scores = {path: score for path in paths if (score := _score(path)) is not None}
-    best = sorted(scores, key=lambda path: (scores[path], path.name), reverse=True)
-    kept |= set(filter(None, [next(filter(is_sound, best), None)]))
+    kept.update(itertools.islice(filter(is_sound, best), 1))
     for path in paths:
         if not checked.get(path, True):
             try:

@@ -46,7 +46,7 @@ RUN = {
     "python -m data.sudoku check": "",
     "python data/tiny_gsm.py": "",
     "python train.py": "",
-    "torchrun": "",
+    "python -m runtime.launch": "",
     "python sampling.py": "",
     "python -m eval.evaluate": "",
     "python -m eval.gsm8k_eval grade": "",
@@ -146,10 +146,10 @@ def check_command(command: Command) -> None:
         if re.fullmatch(r"[\w/]+\.(py|sh|ya?ml)", word) and not (ROOT / word).exists():
             raise ValueError(f"{command.text}: {word} does not exist")
     program, arguments = words[0], words[1:]
-    if program == "torchrun":
+    if arguments[:2] == ["-m", "runtime.launch"]:
         from torch.distributed.run import get_args_parser
 
-        options = get_args_parser().parse_args(arguments)
+        options = get_args_parser().parse_args(arguments[2:])
         program, arguments = "python", [options.training_script, *options.training_script_args]
     elif "job.sh" in words:  # sbatch's own options are not checked
         separated = words[0] == "bash" and "--" in words

@@ -40,6 +40,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from data.dataset import DataSet, DataSettings, Judged
+from data.hashes import hash_arrays
 from data.settings import Seed
 
 SYMBOLS = "0123456789+="  # by token; the mask token is the last of the vocabulary
@@ -107,6 +108,10 @@ class AdditionData:
         tokens = np.concatenate([first, plus, second, equals, total], axis=1, dtype=np.int64)
         is_prompt = np.arange(self.length) < 2 * operands.shape[2] + 2
         return tokens, np.tile(is_prompt, (len(tokens), 1))
+
+    def hashes(self) -> dict[str, str]:
+        """See `SequenceData`."""
+        return {"its rows": hash_arrays(self.operands)}
 
 
 class Addition(DataSet):

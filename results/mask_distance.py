@@ -60,7 +60,8 @@ from data.files import write_text
 from model.transformer import Transformer
 from objective import Objective
 from progressive import PumaObjective, stage_of
-from results.run import COLORS, ROOT, commit, machine
+from report.curves import COLORS
+from results.run import ROOT, commit, machine
 from runtime.checkpoint import Checkpoint, open_checkpoint
 from runtime.distributed import World, autocast, autocast_dtype, start_world
 from samplers.build import build_sampler

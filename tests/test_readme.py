@@ -100,7 +100,7 @@ def test_commands_in_the_text_name_programs_that_exist(page: Path):
         ("python train.py --confg yaml_files/sudoku_puma.yaml", "refuses its options"),
         ("python train.py --config yaml_files/sudoku_puma.yaml training.sed=1", "did you mean 'seed'"),
         ("python -m report.curve runs/a", "no module report.curve"),
-        ("torchrun train.py --config", "refuses its options"),
+        ("python -m runtime.launch train.py --config", "refuses its options"),
         ("sbatch job.sh --config yaml_files/sudoku_puma.yaml --config yaml_files/none.yaml", "does not exist"),
         ("make trian", "trian"),
         ("./job.sh", "is not a program that this check knows"),

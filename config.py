@@ -24,6 +24,7 @@ from data.tiny_gsm import TinyGsmSettings
 
 AnyDataSettings = SudokuSettings | TinyGsmSettings | AdditionSettings  # all data sets
 
+NumberOfStages = Annotated[int, Field(gt=0, le=1 << 20)]  # the records hold a share for each stage
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Confidence = Literal["top_prob", "top_prob_margin", "neg_entropy", "random"]
 BlockAttention = Literal["prefix", "block_causal"]
@@ -127,8 +128,8 @@ class BlockUniformSettings(BlockSettings):
 class ProgressiveSettings(ObjectiveSettings):
     """Progressive unmasking, arXiv 2602.10314."""
 
-    n_stages: int | None = Field(None, gt=0, description="K, number of stages of a trajectory; or k_schedule")
-    k_schedule: tuple[tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(ge=0)]], ...] | None = Field(
+    n_stages: NumberOfStages | None = Field(None, description="K, number of stages of a trajectory; or k_schedule")
+    k_schedule: tuple[tuple[NumberOfStages, Annotated[int, Field(ge=0)]], ...] | None = Field(
         None, description="[[K, from_step], ...], first from_step 0, ascending; or n_stages"
     )
     collapse_threshold: float | None = Field(
@@ -201,7 +202,7 @@ class TrainingSettings(Settings):
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay, only on matrices")
     adam_betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="decay rates of the two moments of AdamW")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up; then cosine decay to 0")
-    num_epochs: float | None = Field(None, gt=0, description="length: updates = epochs * rows // batch_size")
+    num_epochs: float | None = Field(None, gt=0, le=1e9, description="length: updates = epochs * rows // batch_size")
     max_steps: int | None = Field(
         None, gt=0, validate_default=True, description="length in updates; with num_epochs, the smaller one counts"
     )

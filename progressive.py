@@ -235,6 +235,9 @@ class PumaPool:
         self.n_stages = state["n_stages"]
         self.turn.fill_(state.get("turn", 0))  # absent in older checkpoints, where M was 1
         for key in ("x0", "maskable", "masked", "stage", "age", "n_finished", "n_finished_steps"):
+            own = getattr(self, key)
+            if (state[key].shape, state[key].dtype) != (own.shape, own.dtype):
+                raise ValueError(f"the pool's {key} is {state[key].dtype} {list(state[key].shape)}")
             setattr(self, key, state[key].to(self.generator.device))
 
     def _rows(self) -> Tensor:

@@ -19,7 +19,6 @@ Shapes: L positions.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
@@ -29,6 +28,7 @@ from pydantic import ValidationError
 
 from config import DEFAULT_RULE, Confidence, Config, SamplingRule
 from data.dataset import DataSet
+from data.foreign import CommandParser, ends_with_message, whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,7 @@ def sample(
 
 
 def _parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, SamplingRule]:
-    parser = argparse.ArgumentParser(description="Solve a puzzle or write a program with a trained model.")
+    parser = CommandParser(description="Solve a puzzle or write a program with a trained model.")
     parser.add_argument("--checkpoint", required=True, help="run directory or checkpoint folder")
     question = parser.add_mutually_exclusive_group(required=True)
     question.add_argument("--puzzle", help="Sudoku: cells row by row, . or 0 for empty cells")
@@ -126,14 +126,12 @@ def _parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, S
         help="a question in words, to which TinyGSM prints a program and the value that it returns; or 123+456",
     )
     parser.add_argument("--confidence", default="top_prob", choices=get_args(Confidence))
-    parser.add_argument("--tokens-per-step", type=int, default=1)
+    parser.add_argument("--tokens-per-step", type=whole_number(1), default=1)
     parser.add_argument("--threshold", type=float, help="also fill all positions above this probability")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0, help="from 0 to 2^32 - 1")
+    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="from 0 to 2^32 - 1")
     parser.add_argument("--device", default="auto", choices=DEVICES)
     options = parser.parse_args(arguments)
-    if not 0 <= options.seed < 2**32:
-        parser.error(f"--seed {options.seed}: must be from 0 to {2**32 - 1}")
     try:
         rule = SamplingRule(**{key: getattr(options, key) for key in SamplingRule.model_fields})
     except ValidationError as error:
@@ -146,16 +144,13 @@ def _parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, S
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
     options, rule = _parse_arguments(arguments)
-    try:
+    with ends_with_message():
         trained = load(options.checkpoint, options.device)
         option = trained.data.question_option
         question = getattr(options, option)
         if question is None:
             raise ValueError(f"this model was trained on {trained.config.data.dataset}: use --{option}")
         (answer,) = sample(trained, [question], rule, seed=options.seed)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(answer.text)
     print(f"{answer.nfe} network forward evaluations")
 

@@ -18,7 +18,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from signal import SIGINT, Signals
-from typing import Any, NoReturn
+from typing import Any
 
 if __name__ == "__main__":
     from runtime import signals
@@ -35,13 +35,14 @@ from tqdm import tqdm
 from config import Config
 from data.dataset import DataSet
 from data.files import WriteError, reported, write_text
+from data.foreign import BadInput, CommandParser, escape, read_json, reading
 from eval.evaluate import Evaluation, as_json, check_n_examples, evaluate
 from model.hub import check_init_from
 from report.curves import AXES, draw_curves
-from runtime.checkpoint import Checkpoint, resumable_checkpoint, step_folders
+from runtime.checkpoint import REMEDY, Checkpoint, resumable_checkpoint, step_folders
 from runtime.command import shell_command
 from runtime.config_file import changed_settings, dump_config, flatten, read_config
-from runtime.distributed import is_reporting, main_first, on_main, start_world, stop_world
+from runtime.distributed import fail_once, is_reporting, main_first, on_main, start_world, stop_world
 from runtime.lock import lock_run
 from runtime.metrics import METRICS_FILE, Recorder
 from runtime.signals import INTERRUPTED, StopRequested, StopVote, raise_at_interrupt
@@ -82,14 +83,15 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
     if config.model.init_from is not None and checkpoint is None:
         check_init_from(config.model.init_from)  # before work on the data
     if world.is_main:
-        say(f"data: {config.data.describe()}")
+        say(f"data: {escape(config.data.describe())}")
     data = main_first(world, lambda: config.open_data().load(train=True))
     for key in ("n_examples", "n_final_examples"):
         if not config.validation.is_default(key):  # the default is for large tests
             check_n_examples(getattr(config.validation, key), data, f"validation.{key}")
     run = build_run(config, world, run_dir, data.train, resuming=checkpoint is not None)
     if checkpoint is not None:
-        restore_run(run, checkpoint)
+        with reading(f"checkpoint {checkpoint.path}", REMEDY):
+            restore_run(run, checkpoint)
     on_main(lambda: write_text(run_dir / "config.yaml", dump_config(config)))
     if world.is_main:
         for warning in (*([ignored] if ignored else []), *data.warnings()):
@@ -249,14 +251,14 @@ def read_final(run_dir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        final = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(final, dict) and isinstance(final["accuracy"], float) and isinstance(final["n"], int):
-            return final
-        reason = "it is not the result of a run"
-    except (OSError, ValueError, KeyError, RecursionError) as error:
-        reason = str(error)
-    if is_reporting():
-        warnings.warn(f"{path} cannot be read ({reason}) and is written again", RuntimeWarning, stacklevel=2)
+        with reading(f"{path}", "it is written again"):
+            final = read_json(path)
+            if isinstance(final["accuracy"], float) and isinstance(final["n"], int):
+                return final
+            raise ValueError("it is not the result of a run")
+    except BadInput as error:
+        if is_reporting():
+            warnings.warn(str(error), RuntimeWarning, stacklevel=2)
     return None
 
 
@@ -274,7 +276,7 @@ def print_result(config: Config, run_dir: Path, final: dict[str, Any]) -> None:
     data = config.open_data()
     say(f"solved {100 * final['accuracy']:.1f}% of {final['n']} unseen {data.questions}")
     if "example" in final:  # not in older runs
-        question = (f"--{data.question_option}", final["example"])
+        question = (f"--{data.question_option}", escape(str(final["example"])))
         command = shell_command("sampling.py", "--checkpoint", run_dir, *question)
         say(f"wrote {run_dir} ({FINAL_FILE}, {METRICS_FILE}, curves_*.png, checkpoints/), next: {command}")
 
@@ -304,13 +306,13 @@ def check_unchanged(config: Config, run_dir: Path, options: argparse.Namespace) 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
-    parser = argparse.ArgumentParser(description="Train a masked diffusion model.")
+    parser = CommandParser(description="Train a masked diffusion model.")
     parser.add_argument("--config", required=True, type=Path, help="YAML file with all settings")
     parser.add_argument("--run-dir", type=Path, help="what the run writes; by default runs/<name of the config>")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. training.seed=1")
     options = parser.parse_intermixed_args(arguments)
     run_dir = options.run_dir or Path("runs") / options.config.stem
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {escape(str(message))}\n"
     try:
         raise_at_interrupt()
         try:
@@ -324,7 +326,7 @@ def main(arguments: list[str] | None = None) -> None:
             run, data = start(config, run_dir)
             recorder = open_records(run)
         except (ValueError, OSError) as error:
-            fail(str(error), status=2)
+            fail_once(error)
         with StopVote(run.world) as vote:
             outcome = train(run, data, recorder, vote)
         if isinstance(outcome, Signals):
@@ -335,20 +337,15 @@ def main(arguments: list[str] | None = None) -> None:
             print_result(config, run_dir, final)
             recorder.close()  # last, since wandb may wait for the network
     except TrainingDiverged as error:
-        fail(str(error), status=1)
+        fail_once(error, status=1)
     except WriteError as error:
-        fail(f"{error}; once it can, the same command continues from the newest checkpoint in {run_dir}", status=1)
+        fail_once(f"{error}; once it can, the same command continues from the newest checkpoint in {run_dir}", status=1)
     except KeyboardInterrupt:
-        fail(f"interrupted; the same command continues from the newest checkpoint in {run_dir}", status=INTERRUPTED)
+        fail_once(
+            f"interrupted; the same command continues from the newest checkpoint in {run_dir}", status=INTERRUPTED
+        )
     finally:
         stop_world()
-
-
-def fail(message: str, status: int) -> NoReturn:
-    """End with one message, printed by one process of all that fail alike."""
-    if is_reporting():
-        print(f"error: {message}", file=sys.stderr)
-    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from bench.measure import measure, profile
+from data.foreign import CommandParser, ends_with_message, whole_number
 
 WITH_MODEL = ("step", "head", "sample", "block")
 # Options that not all commands read. Given to another command they are errors, so that no option is ignored.
@@ -20,17 +21,17 @@ READ_BY |= dict.fromkeys(["config", "length", "vocab", "overrides"], WITH_MODEL)
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Options of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m bench", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("command", choices=(*WITH_MODEL, "data"))
     add("--config", type=Path, help="YAML file of an experiment; by default Sudoku (step, sample) or TinyGSM")
-    add("--batch", type=int, help="rows of a batch; data: rows per round")
-    add("--length", type=int, help="tokens per row; by default as in the data set")
-    add("--vocab", type=int, help="vocabulary size; the mask token of TinyGSM is the last")
-    add("--steps", type=int, help="sample: network evaluations per row, by default 4")
+    add("--batch", type=whole_number(1), help="rows of a batch; data: rows per round")
+    add("--length", type=whole_number(1), help="tokens per row; by default as in the data set")
+    add("--vocab", type=whole_number(1), help="vocabulary size; the mask token of TinyGSM is the last")
+    add("--steps", type=whole_number(1), help="sample: network evaluations per row, by default 4")
     add("--compile", action="store_true", help="step: set training.compile")
     add("--graph", action="store_true", help="step: set training.cuda_graph")
-    add("--iterations", type=int, default=20, help="rounds at most")
+    add("--iterations", type=whole_number(1), default=20, help="rounds at most")
     add("--seconds", type=float, default=60.0, help="start no further round after this, but run at least three")
     add("--no-memory", action="store_true", help="skip peak memory, which starts a process per path")
     add("--profile", action="store_true", help="print the operations of our path by their time instead of a report")
@@ -40,8 +41,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, value in vars(options).items():
         if value and name in READ_BY and options.command not in READ_BY[name]:
             parser.error(f"{options.command} does not read {name}; these do: {', '.join(READ_BY[name])}")
-        if isinstance(value, int) and value < 1 and value is not False:
-            parser.error(f"{name} must be at least 1, got {value}")
     options.arguments, options.only = arguments, None
     # Calls before a path is timed: for the optimizer's state, compilation, and the recording of a graph.
     options.n_warmup = 5 if options.graph else 2 if options.compile else 1
@@ -51,12 +50,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    try:
+    with ends_with_message():
         benchmark = importlib.import_module(f"bench.{options.command}").build(options)
         (profile if options.profile else measure)(options, benchmark)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ Shapes: N boards, S size, C = S * S cells.
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -24,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.files import write_text
+from data.foreign import CommandParser, check_memory, ends_with_message, whole_number
 from data.sudoku_boards import BOX_SHAPE, SudokuData, make_data, puzzle_keys, save_array
 from data.sudoku_solver import POPCOUNT, fill_boards
 
@@ -58,6 +57,8 @@ def generate_sudoku(
     """
     check_request(size, min_clues, max_clues)
     n_wanted = n_train + n_test
+    # A board, the key by which it is known, and its place in the set of keys.
+    check_memory(n_wanted * (2 * size * size + 250), f"a set of {n_wanted:,} boards")
     boards = np.empty((n_wanted, 2 * size * size), dtype=np.uint8)
     seen: set[bytes] = set()
     n_stale = 0
@@ -139,22 +140,16 @@ def write_csv(path: Path, data: SudokuData) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
-    parser = argparse.ArgumentParser(description="Generate Sudoku puzzles with one solution each.")
+    parser = CommandParser(description="Generate Sudoku puzzles with one solution each.")
     parser.add_argument("--size", type=int, default=9, choices=sorted(BOX_SHAPE))
-    parser.add_argument("--count", type=int, required=True, help="number of puzzles, all distinct")
-    parser.add_argument("--min-clues", type=int, default=30)
-    parser.add_argument("--max-clues", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, help="threads; by default one per core")
+    parser.add_argument("--count", type=whole_number(1), required=True, help="number of puzzles, all distinct")
+    parser.add_argument("--min-clues", type=whole_number(0, 81), default=30)
+    parser.add_argument("--max-clues", type=whole_number(0, 81), default=40)
+    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0)
+    parser.add_argument("--workers", type=whole_number(1, 1024), help="threads; by default one per core")
     parser.add_argument("--out", type=Path, required=True, help="csv file")
     options = parser.parse_args(arguments)
-    for name in ("count", "workers"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
-    if not 0 <= options.seed < 2**32:
-        parser.error(f"--seed must be from 0 to {2**32 - 1}, got {options.seed}")
-    try:
+    with ends_with_message():
         data, _ = generate_sudoku(
             options.size,
             options.count,
@@ -166,9 +161,6 @@ def main(arguments: list[str] | None = None) -> None:
         )
         assert data is not None
         write_csv(options.out, data)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"wrote {len(data)} puzzles to {options.out}")
 
 

@@ -18,10 +18,13 @@ from typing import Any
 import numpy as np
 
 from data.files import write_text
-from data.text import encode_prompts, load_tokenizer, prompt_fits
+from data.foreign import parse_object, read_lines, reading
+from data.text import check_tokens, encode_prompts, load_tokenizer, prompt_fits
+from grader.grade import gold_number
 
 HUB_NAME = "openai/gsm8k"
 COLUMNS = ("question", "answer")
+REMEDY = 'each line must be {"question": "...", "answer": "... #### 18"}'
 ANSWER = re.compile(r"####\s*(-?[0-9][0-9,]*(?:\.[0-9]+)?)\s*$")
 
 
@@ -57,40 +60,44 @@ def read_problems(source: str, cache_dir: str | Path | None = None) -> list[Prob
             raise ValueError(f"problem file {source} does not exist")
         path = _download(source, cache_dir)
     problems = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
+    with reading(f"{path}", REMEDY):
+        for number, line in read_lines(path):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in COLUMNS):
+            with reading(f"{path}, line {number}", REMEDY):
+                row = parse_object(line)
+                if not all(isinstance(row.get(key), str) for key in COLUMNS):
                     raise ValueError(f"must have {' and '.join(COLUMNS)}, both text")
                 problems.append(Problem(row["question"], final_answer(row["answer"])))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
     if not problems:
         raise ValueError(f"{path} has no problems")
     return problems
 
 
 def final_answer(solution: str) -> str:
-    """The number after `####`, without commas; raises ValueError if there is none."""
-    found = ANSWER.search(solution)
+    """The number after `####`, without commas; raises ValueError if there is none that answers can be compared with."""
+    found = ANSWER.match(solution, max(0, solution.rfind("####")))
     if found is None:
         raise ValueError(f"no number after '####' in {solution[-60:]!r}")
-    return found.group(1).replace(",", "")
+    answer = found.group(1).replace(",", "")
+    gold_number(answer, "the answer")
+    return answer
 
 
-def build_prompts(problems: Sequence[Problem], tokenizer: Any, mask_id: int, max_len: int) -> Prompts:
+def build_prompts(
+    problems: Sequence[Problem], tokenizer: Any, mask_id: int, max_len: int, vocab_size: int | None = None
+) -> Prompts:
     """Encode questions as prompts; questions that are too long are left out with a warning.
 
     Args:
         tokenizer: from `data.text.load_tokenizer`.
+        vocab_size: of the model; None: not checked.
 
     Raises:
-        ValueError: the mask token occurs in a question, or no question fits.
+        ValueError: the mask token or one outside the vocabulary occurs in a question, or no question fits.
     """
-    prompts = encode_prompts(tokenizer.backend_tokenizer, [problem.question for problem in problems])
+    with reading("the questions of the test", "give text that the tokenizer can encode"):
+        prompts = encode_prompts(tokenizer.backend_tokenizer, [problem.question for problem in problems])
     fitting = [i for i, prompt in enumerate(prompts) if prompt_fits(len(prompt), max_len)]
     n_left_out = len(problems) - len(fitting)
     if not fitting:
@@ -104,8 +111,7 @@ def build_prompts(problems: Sequence[Problem], tokenizer: Any, mask_id: int, max
     xt = np.full((len(fitting), max_len), mask_id, dtype=np.int64)  # [N, L]
     for row, i in zip(xt, fitting, strict=True):
         row[: len(prompts[i])] = prompts[i]
-        if mask_id in prompts[i]:
-            raise ValueError(f"the mask token {mask_id} occurs in the question {problems[i].question!r}")
+        check_tokens(prompts[i], mask_id, vocab_size, f"the question {problems[i].question!r}")
     return Prompts([problems[i] for i in fitting], xt, n_left_out)
 
 
@@ -127,11 +133,9 @@ def _download(name: str, cache_dir: str | Path | None) -> Path:
     if not path.exists():
         from datasets import load_dataset  # slow to import, and only used here
 
-        try:
+        with reading(f"data set {name!r}", "a local .jsonl file also works"):
             rows = load_dataset(name, "main" if name == HUB_NAME else None, split="test", trust_remote_code=False)
-        except Exception as error:  # the library raises many types of errors
-            raise ValueError(f"data set {name!r} cannot be loaded: {error}. A local .jsonl file also works") from None
-        lines = [json.dumps({key: row.get(key) for key in COLUMNS}) for row in rows]
+            lines = [json.dumps({key: row.get(key) for key in COLUMNS}) for row in rows]
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, "\n".join(lines) + "\n")
     return path

@@ -8,18 +8,16 @@ Shapes: N rows, L tokens per row.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -29,6 +27,16 @@ import numpy as np
 from tqdm import tqdm
 
 from data.files import write_text
+from data.foreign import (
+    MAX_INTEGER,
+    CommandParser,
+    check_file,
+    ends_with_message,
+    fail,
+    read_json,
+    reading,
+    whole_number,
+)
 from data.text import encode_rows, load_tokenizer
 from data.token_files import LABELS_FILE, META_FILE, PROMPT_FILE, TOKENIZER_DIR, data_shape, read_meta, write_meta
 
@@ -125,12 +133,16 @@ def _read_progress(out: Path, job: dict[str, Any]) -> tuple[Progress, bool]:
         meta = read_meta(out)
         unrecorded = OLD_WHITE_SPACE if "num_left_out" in meta else WHITE_SPACE  # the published code strips
         begun = {key: (unrecorded | meta).get(key) for key in job}
-        n_left_out = meta.get("num_left_out", 0)
+        n_left_out = meta.get("num_left_out") or 0
         n_written = data_shape(out, meta)[0]
-        done = Progress(n_written + n_left_out, n_written, n_left_out, meta.get("max_token_id", 0))
+        done = Progress(n_written + n_left_out, n_written, n_left_out, meta.get("max_token_id") or 0)
     elif (out / PROGRESS_FILE).exists():
-        content = json.loads((out / PROGRESS_FILE).read_text(encoding="utf-8"))
-        begun, done = OLD_WHITE_SPACE | content["job"], Progress(**content["done"])
+        with reading(f"{out / PROGRESS_FILE}", f"delete {out.name} and start again"):
+            content = read_json(out / PROGRESS_FILE)
+            begun = {key: (OLD_WHITE_SPACE | content["job"]).get(key) for key in job}
+            done = Progress(**content["done"])
+            if any(type(count) is not int or not 0 <= count < MAX_INTEGER for count in astuple(done)):
+                raise ValueError(f"it has other values than counts: {content['done']}")
     else:
         return Progress(), False
     differences = [f"{key} {begun[key]!r}, now {job[key]!r}" for key in job if begun[key] != job[key]]
@@ -144,7 +156,7 @@ def _read_chunks(source: str, n_skipped: int, limit: int | None) -> Iterator[tup
     from datasets import load_dataset  # slow to import, and only this command needs it
 
     path = Path(source)
-    try:
+    with reading(f"source {source!r}", "give .jsonl or .parquet files or a data set with question and code"):
         if path.exists():
             files = find_files(path)
             kind = "parquet" if files[0].endswith(".parquet") else "json"
@@ -166,8 +178,6 @@ def _read_chunks(source: str, n_skipped: int, limit: int | None) -> Iterator[tup
                     raise ValueError(f"{name} of row {n_read + wrong} (from 0) is not text: {batch[name][wrong]!r}")
             yield batch["question"], batch["code"]
             n_read += len(batch["question"])
-    except Exception as error:  # the library raises many types of errors
-        raise ValueError(f"source {source!r} cannot be read: {error}") from error
 
 
 def find_files(path: Path) -> list[str]:
@@ -178,6 +188,8 @@ def find_files(path: Path) -> list[str]:
         raise ValueError(f"{path}: no .jsonl or .parquet file found")
     if len({file.suffix for file in found}) > 1:
         raise ValueError(f"{path} has both .jsonl and .parquet files: give a folder with one kind")
+    for file in found:
+        check_file(file)
     return [str(file) for file in found]
 
 
@@ -231,30 +243,24 @@ def _sync(files: tuple[Any, ...]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
-    parser = argparse.ArgumentParser(description="Tokenize TinyGSM into flat files for training.")
+    parser = CommandParser(description="Tokenize TinyGSM into flat files for training.")
     parser.add_argument("--source", default="TinyGSM/TinyGSM", help="file, folder or Hugging Face data set")
     parser.add_argument("--tokenizer", default="Qwen/Qwen2-0.5B", help="Hugging Face name or folder")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--max-len", type=int, default=512, help="tokens per row, a multiple of 8")
-    parser.add_argument("--limit", type=int, help="rows of the source to read")
-    parser.add_argument("--workers", type=int, help="processes; all cores by default")
+    parser.add_argument("--max-len", type=whole_number(1, 1 << 20), default=512, help="tokens per row, a multiple of 8")
+    parser.add_argument("--limit", type=whole_number(1), help="rows of the source to read")
+    parser.add_argument("--workers", type=whole_number(1, 1024), help="processes; all cores by default")
     options = parser.parse_args(arguments)
-    for name in ("limit", "workers"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
+    start = time.monotonic()
     try:
-        finished = (options.out / META_FILE).exists()
-        before, start = _n_read(options.out), time.monotonic()
-        done = pretokenize(
-            options.source, options.tokenizer, options.out, options.max_len, options.limit, options.workers
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with ends_with_message():
+            finished = (options.out / META_FILE).exists()
+            before = _n_read(options.out)
+            done = pretokenize(
+                options.source, options.tokenizer, options.out, options.max_len, options.limit, options.workers
+            )
     except KeyboardInterrupt:
-        print(f"error: interrupted; the same command continues in {options.out}", file=sys.stderr)
-        sys.exit(130)
+        fail(f"interrupted; the same command continues in {options.out}", status=130)
     seconds = time.monotonic() - start
     speed = "already complete" if finished else f"{(done.n_read - before) / seconds:,.0f} rows/s"
     print(f"{options.out}: {done.n_written:,} rows, {done.n_left_out:,} left out (question too long); {speed}")
@@ -263,4 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _n_read(out: Path) -> int:
     """Rows read by earlier calls, to compute the speed of this one."""
     path = out / PROGRESS_FILE
-    return int(json.loads(path.read_text(encoding="utf-8"))["done"]["n_read"]) if path.exists() else 0
+    if not path.exists():
+        return 0
+    with reading(f"{path}", f"delete {out.name} and start again"):
+        return int(read_json(path)["done"]["n_read"])

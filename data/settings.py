@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from data.foreign import MAX_INTEGER
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -19,6 +21,18 @@ class Settings(BaseModel):
     free_on_resume: ClassVar[bool] = False  # `FREE_ON_RESUME` for all settings of the section
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _integers_fit_64_bits(cls, value: Any) -> Any:
+        parts = [value]
+        while parts:
+            part = parts.pop()
+            if isinstance(part, tuple):
+                parts += part
+            elif isinstance(part, int) and part >= MAX_INTEGER:
+                raise ValueError("must be less than 2^63")
+        return value
 
     def is_default(self, key: str) -> bool:
         """Whether a setting has its default value, given or not."""

@@ -89,6 +89,8 @@ class SequenceStream:
         """Restore what `state_dict` returned."""
         self.n_drawn, self.start, self.n_earlier = state["n_drawn"], state["start"], state["n_earlier"]
         self.left_behind = np.array(state["left_behind"], dtype=np.int64)
+        if min(self.n_drawn, self.start, self.n_earlier, *self.left_behind) < 0:
+            raise ValueError("a number of rows is negative")
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         """Row order of an epoch, int64 [N]; the last one is cached."""

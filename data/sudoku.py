@@ -9,8 +9,6 @@ Shapes: B boards, n questions, S size, C = S * S cells, L positions.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal
@@ -20,6 +18,7 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from data.dataset import DataSet, DataSettings, Judged, Reference
+from data.foreign import CommandParser, ends_with_message, fail, shorten
 from data.settings import FREE_ON_RESUME, Seed
 from data.sudoku_boards import (
     BOX_SHAPE,
@@ -298,7 +297,8 @@ def parse_puzzle(text: str, size: int) -> list[int]:
     if len(text) != size * size or wrong:
         detail = f"contains {wrong}" if wrong else f"has {len(text)} cells"
         raise ValueError(
-            f"puzzle {text!r} {detail}: a {size}x{size} puzzle has {size * size} cells, each . or 0 to {size}"
+            f"puzzle {shorten(repr(text), 100)} {shorten(detail, 80)}: a {size}x{size} puzzle has {size * size} cells, "
+            f"each . or 0 to {size}"
         )
     return [digits[character] for character in text]
 
@@ -318,24 +318,20 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line; bad rows or files give exit status 2."""
     from data.sudoku_solver import check_uniqueness  # imports numba, which is slow
 
-    parser = argparse.ArgumentParser(description="Check a file of Sudoku boards.")
+    parser = CommandParser(description="Check a file of Sudoku boards.")
     parser.add_argument("command", choices=["check"])
     parser.add_argument("file", help=".csv, .npz or .npy")
     parser.add_argument("--size", type=int, default=9, choices=sorted(BOX_SHAPE))
     options = parser.parse_args(arguments)
-    try:
+    with ends_with_message():
         tokens, _ = read_boards(options.file, options.size)
         check_shape(tokens, options.size, options.file)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     bad = check_boards(tokens, options.size)
     good = np.setdiff1d(np.arange(len(tokens)), [row for row, _ in bad])
     several = check_uniqueness(tokens[good, : options.size**2].astype(np.uint8), options.size)
     bad = sorted(bad + [(int(good[row]), reason) for row, reason in several])
     if bad:
-        print(f"{options.file}: {format_bad_rows(bad, len(tokens))}")
-        sys.exit(2)
+        fail(f"{options.file}: {format_bad_rows(bad, len(tokens))}")
     print(f"{len(tokens)} good rows, one solution each")
 
 

@@ -12,23 +12,28 @@ Shapes: N boards, S size, C = S * S cells.
 from __future__ import annotations
 
 import csv
+import math
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import BadZipFile
 
 import numpy as np
 from tqdm import tqdm
 
+from data.foreign import check_archive, check_file, check_memory, reading
 from data.hashes import hash_arrays
 
 SudokuLayout = Literal["two_halves", "in_place"]
 
 # Rows and columns of a box.
 BOX_SHAPE = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
+FORMATS = "give a .csv, .npz or .npy file of boards"
 CHUNK_ROWS = 50_000
+N_BAD_ROW_BYTES = 200  # what a bad row takes in a list of them
+MAX_COMPRESSION = 200  # digits of boards, in 64 bits each, compress to a sixtieth
 N_SHOWN = 10
 # The published set (Shah et al. 2024): each row is k and 81 quadruples (row, column, value, strategy); the first k are
 # clues.
@@ -234,37 +239,28 @@ def read_boards(path: str | Path, size: int, rating_column: str | None = None) -
     Raises:
         ValueError: the file is missing or does not have this format.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"Sudoku file {path} does not exist")
+    path, source = Path(path), f"Sudoku file {path}"
     columns = ["puzzle", "solution", *([rating_column] if rating_column else [])]
-    try:
+    with reading(source, FORMATS):
+        check_file(path)
         if path.suffix == ".csv":
+            # A character of a file takes up to 50 bytes in lists of cells.
+            check_memory(50 * path.stat().st_size, "its text")
             found: dict[str, Any] = _read_csv(path, columns)
             if rating_column:
                 found[rating_column] = [value or "nan" for value in found[rating_column]]
-            puzzles, solutions = (_cells(found[name], size, f"column {name!r}") for name in columns[:2])
-        else:
-            content = np.load(path, allow_pickle=False)
-            if isinstance(content, np.ndarray):
-                if rating_column:
-                    raise ValueError(f"a .npy file has no column {rating_column!r}: use .csv or .npz")
-                return content, None
-            missing = set(columns) - set(content.files)
-            if missing:
-                raise ValueError(f"it has no array {sorted(missing)}; its arrays are {content.files}")
-            found = {name: content[name] for name in columns}
+            puzzles, solutions = (_cells(found[name], size, f"{source}, column {name!r}") for name in columns[:2])
+        elif zipfile.is_zipfile(path):
+            found = _read_npz(path, columns)
             puzzles, solutions = found["puzzle"], found["solution"]
-    except (ValueError, OSError, EOFError, BadZipFile, csv.Error) as error:
-        raise ValueError(f"Sudoku file {path} cannot be read: {error}") from None
-    if puzzles.shape != solutions.shape or puzzles.ndim != 2:
-        raise ValueError(
-            f"Sudoku file {path}: puzzle {puzzles.shape} and solution {solutions.shape} must both be [N, {size**2}]"
-        )
-    ratings = None
-    if rating_column:
-        ratings = _ratings(found[rating_column], f"Sudoku file {path}, column {rating_column!r}")
-    return np.concatenate([puzzles, solutions], axis=1), ratings
+        else:
+            if rating_column:
+                raise ValueError(f"a .npy file has no column {rating_column!r}: use .csv or .npz")
+            return _open_npy(path), None
+        if puzzles.shape != solutions.shape or puzzles.ndim != 2:
+            raise ValueError(f"puzzle {puzzles.shape} and solution {solutions.shape} must both be [N, {size**2}]")
+        ratings = _ratings(found[rating_column], f"{source}, column {rating_column!r}") if rating_column else None
+        return np.concatenate([puzzles, solutions], axis=1), ratings
 
 
 def published_available(data_dir: str | Path) -> bool:
@@ -297,12 +293,11 @@ def convert_published(path: Path) -> np.ndarray:
     Raises:
         ValueError: the shape is wrong, or the quadruples of a row do not list each cell once.
     """
-    try:
-        raw = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"Sudoku file {path} cannot be read: {error}") from None
+    with reading(f"Sudoku file {path}", FORMATS):
+        raw = _open_npy(path)
     if raw.ndim != 2 or raw.shape[1] != RAW_WIDTH or len(raw) == 0 or raw.dtype.kind not in "uif":
         raise ValueError(f"{path}: rows must have {RAW_WIDTH} integers, got shape {raw.shape}")
+    check_memory(len(raw) * 162, f"{path}")
     boards = np.zeros((len(raw), 2, 81), dtype=np.uint8)
     # Every row lists all cells, so the smallest index of the first row is 0 or 1, the base of the file.
     base = int(raw[0, 1::4].min())
@@ -349,25 +344,19 @@ def load_hub(
     from datasets.packaged_modules.csv.csv import Csv
 
     source = f"data set {name!r}, split {split!r}"
-    try:
+    with reading(source, "name a folder or a data set of the Hugging Face hub, and one of its splits"):
         if not Path(name).is_dir() and name.count("/") != 1:  # other names are file formats of the library
             raise ValueError("it is neither a folder nor OWNER/NAME")
         # Otherwise puzzles in a csv file are read as numbers and lose leading zeros.
         as_text = {"converters": {puzzle_column: str, solution_column: str}}
         options: dict[str, Any] = as_text if isinstance(load_dataset_builder(name), Csv) else {}
         table = load_dataset(name, split=split, trust_remote_code=False, **options)
-    except Exception as error:  # the library raises many types of errors
-        raise ValueError(f"{source} cannot be loaded: {error}") from None
-    wanted = [puzzle_column, solution_column, *([rating_column] if rating_column else [])]
-    missing = set(wanted) - set(table.column_names)
-    if missing:
-        raise ValueError(f"{source} has no column {sorted(missing)}; its columns are {table.column_names}")
-    columns = [
-        _cells(table[column][:], size, f"{source}, column {column!r}") for column in (puzzle_column, solution_column)
-    ]
-    ratings = None
-    if rating_column:
-        ratings = _ratings(table[rating_column][:], f"{source}, column {rating_column!r}")
+        wanted = [puzzle_column, solution_column, *([rating_column] if rating_column else [])]
+        missing = set(wanted) - set(table.column_names)
+        if missing:
+            raise ValueError(f"it has no column {sorted(missing)}; its columns are {table.column_names}")
+        columns = [_cells(table[column][:], size, f"{source}, column {column!r}") for column in wanted[:2]]
+        ratings = _ratings(table[rating_column][:], f"{source}, column {rating_column!r}") if rating_column else None
     return make_data(np.concatenate(columns, axis=1), size, source, layout, ratings)
 
 
@@ -380,6 +369,34 @@ def save_array(path: Path, array: np.ndarray) -> None:
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
+
+
+def _open_npy(path: Path) -> np.ndarray:
+    """The array of a .npy file, memory-mapped: a file shorter than its header says is refused, not allocated."""
+    check_file(path)
+    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    check_memory(array.size * N_BAD_ROW_BYTES // max(1, array.shape[-1] if array.ndim else 1) + array.size, "its rows")
+    return array
+
+
+def _read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Arrays of a .npz file by name; none is allocated that is larger than what the archive holds of it."""
+    check_archive(path, MAX_COMPRESSION)
+    with zipfile.ZipFile(path) as archive:
+        present = {name.removesuffix(".npy") for name in archive.namelist()}
+        if missing := set(names) - present:
+            raise ValueError(f"it has no array {sorted(missing)}; its arrays are {sorted(present)}")
+        for name in names:
+            with archive.open(f"{name}.npy") as file:
+                version = np.lib.format.read_magic(file)
+                read_header = (
+                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                )
+                shape, _, dtype = read_header(file)
+            if math.prod(shape) * dtype.itemsize > archive.getinfo(f"{name}.npy").file_size:
+                raise ValueError(f"array {name!r} is shorter than its header says")
+    with np.load(path, allow_pickle=False) as content:
+        return {name: content[name] for name in names}
 
 
 def _read_csv(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
@@ -399,30 +416,24 @@ def _read_csv(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _ratings(values: Any, source: str) -> np.ndarray:
-    """Convert ratings, None if missing, to float32 [N]; ValueError if one is not a number."""
-    try:
+    """Convert ratings, None if missing, to float32 [N]; BadInput if one is not a number."""
+    with reading(source, "ratings must be numbers"):
         return np.array(values, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: ratings must be numbers ({error})") from None
 
 
 def _cells(rows: Sequence[Any], size: int, source: str) -> np.ndarray:
-    """Convert boards given as text or as lists of integers to [N, C]; ValueError names the first bad row."""
+    """Convert boards given as text or as lists of integers to [N, C]; BadInput names the first bad row."""
     n_cells = size * size
     kind = str if rows and isinstance(rows[0], str) else list
-    for number, row in enumerate(rows):
-        if not isinstance(row, kind):
-            raise ValueError(f"{source}: row {number} (from 0) is {row!r}, not {'text' if kind is str else 'a list'}")
-        if len(row) != n_cells:
-            raise ValueError(
-                f"{source}: row {number} (from 0) has {len(row)} cells, a {size}x{size} board has {n_cells}"
-            )
-    if kind is list:
-        try:
+    with reading(source, f"a {size}x{size} board is {n_cells} cells, as text or as a list of integers"):
+        for number, row in enumerate(rows):
+            if not isinstance(row, kind):
+                raise ValueError(f"row {number} (from 0) is {row!r}, not {'text' if kind is str else 'a list'}")
+            if len(row) != n_cells:
+                raise ValueError(f"row {number} (from 0) has {len(row)} cells")
+        if kind is list:
             # None becomes NaN, which the check of digits rejects.
             return np.array(rows, dtype=np.float64).reshape(-1, n_cells)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{source}: cells must be integers ({error})") from None
     # Characters outside ASCII become `?`, which the check of digits rejects with the row number.
     codes = np.frombuffer("".join(rows).encode("ascii", errors="replace"), dtype=np.uint8).reshape(-1, n_cells)
     return np.where(codes == ord("."), 0, codes.astype(np.int16) - ord("0"))

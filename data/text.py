@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.foreign import check_file, reading
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -22,6 +24,7 @@ SEPARATOR = "\n"
 TOKENIZER_FILE = "tokenizer.json"
 # JSON files: what a tokenizer is read from.
 TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+MAX_TOKENIZER_BYTES = 1 << 28
 
 
 def load_tokenizer(name: str) -> Any:
@@ -37,10 +40,12 @@ def load_tokenizer(name: str) -> Any:
     from huggingface_hub import snapshot_download
     from transformers import PreTrainedTokenizerFast  # slow to import, and Sudoku runs do not need it
 
-    try:
+    with reading(f"tokenizer {name!r}", f"name a folder or Hugging Face name with {TOKENIZER_FILE}"):
         folder = Path(name)
         if not folder.is_dir():
             folder = Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
+        for file in folder.glob("*.json"):
+            check_file(file, MAX_TOKENIZER_BYTES)
         if not (folder / TOKENIZER_FILE).is_file():
             raise ValueError(f"it has no fast version ({TOKENIZER_FILE}); choose one that has")
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
@@ -48,9 +53,6 @@ def load_tokenizer(name: str) -> Any:
         # Settings of tokenizer.json that would apply to every text.
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
-    except Exception as error:  # the library raises many types of errors
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"tokenizer {name!r} cannot be loaded: {first_line}") from None
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer {name!r} has no EOS token, which must end and pad every sequence: choose one that has"
@@ -74,6 +76,18 @@ def encode_prompts(tokenizer: Tokenizer, questions: Sequence[str]) -> list[list[
 def encode_programs(tokenizer: Tokenizer, codes: Sequence[str]) -> list[list[int]]:
     """Token ids of each program, with outer white space stripped."""
     return encode_texts(tokenizer, [code.strip() for code in codes])
+
+
+def check_tokens(ids: Sequence[int], mask_id: int, vocab_size: int | None, source: str) -> None:
+    """Raise ValueError if tokens are not in the model's vocabulary (None: not checked) or are the mask token."""
+    if mask_id in ids:
+        raise ValueError(f"the mask token {mask_id} occurs in {source}")
+    highest = max(ids, default=0)
+    if vocab_size is not None and highest >= vocab_size:
+        raise ValueError(
+            f"token {highest} occurs in {source}, but model.vocab_size is {vocab_size}: set at least {highest + 1}, or "
+            "data.tokenizer to the tokenizer of the rows"
+        )
 
 
 def prompt_fits(n_tokens: int, max_len: int) -> bool:

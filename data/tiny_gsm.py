@@ -25,13 +25,16 @@ if __name__ == "__main__":  # `python data/tiny_gsm.py` puts data/ on the path i
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.dataset import DataSet, DataSettings, Judged
+from data.foreign import reading
 from data.gsm8k import HUB_NAME, Prompts, build_prompts, read_problems
 from data.settings import FREE_ON_RESUME
-from data.text import decode_programs, encode_prompts, load_tokenizer, prompt_fits
+from data.text import check_tokens, decode_programs, encode_prompts, load_tokenizer, prompt_fits
 from data.token_files import TinyGsmData, open_tiny_gsm, read_meta, tokenizer_of
 from data.word_problems import TEST_FILE, Difficulty, cached_word_problems, count_operations
 from grader.grade import extract_program, grade, reason_shares
 from grader.sandbox import printable, run_programs
+
+MAX_LENGTH = 1 << 20  # tokens per sequence
 
 
 class TinyGsmSettings(DataSettings):
@@ -46,7 +49,7 @@ class TinyGsmSettings(DataSettings):
     source: Literal["files", "word_problems"] = Field(
         "files", description="files: written by data/tiny_gsm.py; word_problems: a small generated set"
     )
-    max_len: int = Field(512, ge=8, multiple_of=8, description="tokens per sequence")
+    max_len: int = Field(512, ge=8, le=MAX_LENGTH, multiple_of=8, description="tokens per sequence")
     mask_id: int | None = Field(None, ge=0, description="the mask token; null: the model's last")
     n_held_out: int = Field(1000, gt=0, description="number of last rows that are used only for the validation loss")
     tokenizer: str | None = Field(
@@ -191,7 +194,7 @@ class TinyGsm(DataSet):
             problems = read_problems(str(self.folder / TEST_FILE))
         else:
             problems = read_problems(self.settings.test_source or HUB_NAME, cache_dir=self.folder)
-        return build_prompts(problems, self.tokenizer, self.mask_id, self.settings.max_len)
+        return build_prompts(problems, self.tokenizer, self.mask_id, self.settings.max_len, self.vocab_size)
 
     @property
     @override
@@ -235,9 +238,11 @@ class TinyGsm(DataSet):
     def encode(self, question: str) -> np.ndarray:
         """A question in words."""
         max_len = self.settings.max_len
-        ids = encode_prompts(self.tokenizer.backend_tokenizer, [question])[0]
+        with reading("the prompt", "give text that the tokenizer of the model can encode"):
+            ids = encode_prompts(self.tokenizer.backend_tokenizer, [question])[0]
         if not prompt_fits(len(ids), max_len):
             raise ValueError(f"the prompt has {len(ids)} tokens: at most {max_len - 2} fit data.max_len {max_len}")
+        check_tokens(ids, self.mask_id, self.vocab_size, "the prompt")
         return np.array(ids + [self.mask_id] * (max_len - len(ids)))
 
     @override

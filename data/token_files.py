@@ -12,20 +12,26 @@ Shapes: N rows, L tokens per row.
 from __future__ import annotations
 
 import json
+import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from data.files import write_text
+from data.foreign import MAX_INTEGER, BadInput, read_json, reading
 from data.hashes import cached_hash, hash_arrays
 from data.text import SEPARATOR
 
 LABELS_FILE, PROMPT_FILE, META_FILE = "labels.bin", "prompt_mask.bin", "meta.json"
 TOKENIZER_DIR = "tokenizer"
-N_CHECKED = 20_000  # evenly spaced rows that are checked for the mask token when the data is opened
+N_CHECKED = 20_000  # rows that are checked at a time
+SETTLED_NS = 2_000_000_000  # a file that has just changed may change again at the same time on its clock
+COUNTS = ("num_examples", "max_len", "max_token_id", "eos_id", "num_left_out")  # numbers in meta.json
 # As the published code writes; other values are refused.
 FORMAT = {"labels_dtype": "uint32", "prompt_mask_packed": True, "prompt_mask_bitorder": "little"}
 
@@ -84,16 +90,38 @@ def open_tiny_gsm(data_dir: str | Path, max_len: int, mask_id: int, vocab_size: 
             raise ValueError(
                 f"{folder}: row {start + int(all_prompt[0])} (from 0) is all prompt, so there is nothing to predict"
             )
-    checked = labels[np.unique(np.linspace(0, n_rows - 1, min(N_CHECKED, n_rows)).astype(np.int64))]
-    highest = max(int(checked.max()), int(meta.get("max_token_id", 0)))
+    highest, is_used = scan_labels(folder / LABELS_FILE, labels, mask_id)
+    highest = max(highest, meta.get("max_token_id") or 0)
     if highest >= vocab_size:
         raise ValueError(
             f"{folder} contains token {highest}, but model.vocab_size is {vocab_size}: set at least {highest + 1}"
         )
-    if (checked == mask_id).any():
+    if is_used:
         raise ValueError(f"{folder} contains the mask token {mask_id}: set data.mask_id to a token that is in no row")
     # Every row ends in EOS, so it is known even if meta.json does not give it.
-    return TinyGsmData(labels, prompt_bits, mask_id, int(meta.get("eos_id", labels[0, -1])), folder)
+    eos_id = int(labels[0, -1]) if meta.get("eos_id") is None else meta["eos_id"]
+    return TinyGsmData(labels, prompt_bits, mask_id, eos_id, folder)
+
+
+def scan_labels(path: Path, labels: np.ndarray, mask_id: int) -> tuple[int, bool]:
+    """The highest token of all rows, and whether the mask token is in one.
+
+    The result is cached beside the file with its size and times, since a pass over tens of gigabytes takes minutes.
+    """
+    cache, found = path.with_name(f".{path.name}.scan.json"), path.stat()
+    facts = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, *labels.shape, mask_id]
+    with suppress(BadInput), reading(f"{cache}", "it is written again"):
+        content = read_json(cache)
+        if content["facts"] == facts:
+            return int(content["highest"]), bool(content["mask_is_used"])
+    highest, mask_is_used = 0, False
+    for start in tqdm(range(0, len(labels), N_CHECKED), desc=f"checking {path}", unit_scale=N_CHECKED, delay=5):
+        chunk = labels[start : start + N_CHECKED]
+        highest, mask_is_used = max(highest, int(chunk.max())), mask_is_used or bool((chunk == mask_id).any())
+    if time.time_ns() - found.st_ctime_ns > SETTLED_NS:
+        with suppress(OSError):  # a folder that cannot be written
+            write_text(cache, json.dumps({"facts": facts, "highest": highest, "mask_is_used": mask_is_used}))
+    return highest, mask_is_used
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -105,15 +133,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
             f"{path} is missing: the tokenized data {state}. "
             f"`python data/tiny_gsm.py --out {folder}` writes it, or continues if it was interrupted"
         )
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(meta, dict):
-        raise ValueError(f"{path} must be a JSON object, got {type(meta).__name__}")
-    for key, expected in FORMAT.items():
-        if meta.get(key, expected) != expected:
-            raise ValueError(f"{path}: {key} is {meta[key]!r}, but only {expected!r} is supported")
+    with reading(f"{path}", f"delete {folder.name} and write it again, or copy it again"):
+        meta = read_json(path)
+        for key, expected in FORMAT.items():
+            if meta.get(key, expected) != expected:
+                raise ValueError(f"{key} is {meta[key]!r}, but only {expected!r} is supported")
+        for key in COUNTS:
+            if not (meta.get(key) is None or (type(meta[key]) is int and 0 <= meta[key] < MAX_INTEGER)):
+                raise ValueError(f"{key} is {meta[key]!r}, not a number of this kind")
     return meta
 
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data.foreign import check_memory
 from data.text import encode_programs, encode_prompts, encode_rows
 from data.token_files import META_FILE, TOKENIZER_DIR, write_token_files
 
@@ -43,6 +44,7 @@ PIECES: dict[Difficulty, str] = {
 }
 N_TOKENIZER_ROWS = 5000
 OPERATION = re.compile(r" (?:\+|-|\*|//) ")
+MAX_STALE = 10_000  # consecutive draws of known problems, after which the templates are taken to be used up
 
 NAMES = {
     "Anna": "she", "Ben": "he", "Carla": "she", "David": "he", "Emma": "she", "Felix": "he", "Grace": "she",
@@ -208,9 +210,16 @@ def generate_problems(n_problems: int, seed: int, difficulty: Difficulty = "easy
     easy = difficulty == "easy"
     generator = random.Random(f"word problems {seed}" if easy else f"hard word problems {seed}")
     problems: dict[str, WordProblem] = {}
-    while len(problems) < n_problems:
+    check_memory(1500 * n_problems, f"a set of {n_problems:,} word problems")
+    n_drawn_before = 0  # consecutive draws of known problems
+    while len(problems) < n_problems and n_drawn_before < MAX_STALE:
         problem = _draw_easy(generator) if easy else _draw_hard(generator)
+        n_drawn_before = n_drawn_before + 1 if problem.question in problems else 0
         problems.setdefault(problem.question, problem)
+    if len(problems) < n_problems:
+        raise ValueError(
+            f"found {len(problems):,} distinct word problems, but {n_problems:,} are requested: lower data.n_train"
+        )
     return list(problems.values())
 
 

@@ -9,10 +9,8 @@ Shapes: B rows, L positions.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -27,6 +25,7 @@ from baselines import next_token_targets, target_weights
 from config import Confidence, Config, SamplingRule
 from data.dataset import DataSet, Reference, SequenceData
 from data.files import write_text
+from data.foreign import CommandParser
 from model.hub import load_model
 from model.transformer import Transformer
 from progressive_block import block_layout
@@ -34,8 +33,8 @@ from runtime.distributed import (
     World,
     autocast,
     autocast_dtype,
+    fail_once,
     gather,
-    is_reporting,
     main_first,
     start_world,
     stop_world,
@@ -349,7 +348,7 @@ def _n_examples(config: Config, overrides: list[str], data: DataSet) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
-    parser = argparse.ArgumentParser(description="Evaluate a checkpoint on its test split.")
+    parser = CommandParser(description="Evaluate a checkpoint on its test split.")
     parser.add_argument("checkpoint", help="run directory (its newest checkpoint) or checkpoint folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the run's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
@@ -370,9 +369,7 @@ def main(arguments: list[str] | None = None) -> None:
             if options.samples:
                 write_text(options.samples, "".join(json.dumps(row) + "\n" for row in evaluation.samples))
     except (ValueError, OSError) as error:
-        if is_reporting():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail_once(error)
     finally:
         stop_world()
 

@@ -10,9 +10,7 @@ verdicts, in the same order, has `verdict` (true or false), `value` (returned by
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,7 +18,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.files import write_text
+from data.foreign import CommandParser, ends_with_message, parse_object, read_lines, reading, whole_number
 from grader.grade import REASONS, gold_number, grade
+
+REMEDY = 'each line must be {"completion": "...", "gold": 18}'
 
 
 def read_cases(path: Path) -> tuple[list[str], list[float]]:
@@ -30,25 +31,19 @@ def read_cases(path: Path) -> tuple[list[str], list[float]]:
         ValueError: the file is missing or empty, or a line is malformed; the message names the first such line, counted
             from 1.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
     completions: list[str] = []
     golds: list[float] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        name = f"{path} line {number}"
-        try:
-            case = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name} is not JSON: {error}") from None
-        if not isinstance(case, dict):
-            raise ValueError(f"{name} must be an object with completion and gold, got {type(case).__name__}")
-        missing = [key for key in ("completion", "gold") if key not in case]
-        if missing:
-            raise ValueError(f"{name} has no {' and no '.join(missing)}")
-        if not isinstance(case["completion"], str):
-            raise ValueError(f"{name}: completion must be text, got {json.dumps(case['completion'])[:80]}")
-        completions.append(case["completion"])
-        golds.append(gold_number(case["gold"], f"{name}: gold"))
+    with reading(f"{path}", REMEDY):
+        for number, line in read_lines(path):
+            with reading(f"{path} line {number}", REMEDY):
+                case = parse_object(line)
+                missing = [key for key in ("completion", "gold") if key not in case]
+                if missing:
+                    raise ValueError(f"it has no {' and no '.join(missing)}")
+                if not isinstance(case["completion"], str):
+                    raise ValueError(f"completion must be text, got {case['completion']!r}")
+                completions.append(case["completion"])
+                golds.append(gold_number(case["gold"], "gold"))
     if not completions:
         raise ValueError(f"{path} has no cases")
     return completions, golds
@@ -56,8 +51,6 @@ def read_cases(path: Path) -> tuple[list[str], list[float]]:
 
 def grade_file(cases: Path, out: Path, n_workers: int | None) -> str:
     """Grade a file of cases and write a file of verdicts; returns a summary. Raises ValueError for bad input."""
-    if n_workers is not None and n_workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {n_workers}")
     check_out(out, cases)
     completions, golds = read_cases(cases)
     start = time.monotonic()
@@ -104,27 +97,26 @@ def check_out(out: Path, source: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
-    parser = argparse.ArgumentParser(description="Make prompts of grade-school maths problems and grade answers.")
+    parser = CommandParser(description="Make prompts of grade-school maths problems and grade answers.")
     commands = parser.add_subparsers(dest="command", required=True)
     grading = commands.add_parser("grade", help="run and judge programs written by a model")
     grading.add_argument("cases", type=Path, help="jsonl with completion and gold")
     grading.add_argument("--out", type=Path, required=True, help="jsonl of verdict, value and reason")
-    grading.add_argument("--workers", type=int, help="programs run in parallel; by default two per core")
+    grading.add_argument(
+        "--workers", type=whole_number(1, 1024), help="programs run in parallel; by default two per core"
+    )
     prompting = commands.add_parser("prompts", help="make prompts from a file of problems")
     prompting.add_argument("test", type=Path, help="jsonl with question and answer, as in GSM8K")
     prompting.add_argument("--tokenizer", required=True, help="folder or name of a Hugging Face tokenizer")
-    prompting.add_argument("--mask-id", type=int, required=True, help="the mask token")
-    prompting.add_argument("--max-len", type=int, default=512, help="tokens per row")
+    prompting.add_argument("--mask-id", type=whole_number(0), required=True, help="the mask token")
+    prompting.add_argument("--max-len", type=whole_number(1, 1 << 20), default=512, help="tokens per row")
     prompting.add_argument("--out", type=Path, required=True, help="json list of input_ids and answer")
     options = parser.parse_args(arguments)
-    try:
+    with ends_with_message():
         if options.command == "grade":
             print(grade_file(options.cases, options.out, options.workers))
         else:
             print(write_prompts(options.test, options.tokenizer, options.mask_id, options.max_len, options.out))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -9,21 +9,19 @@ Shapes: V vocabulary, D width.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config import Config, ModelSettings
-from model.transformer import POSITIONS, Transformer, build_model
+from data.foreign import CommandParser, ends_with_message, read_json, reading
+from model.transformer import POSITIONS, Transformer, build_model, count_parameters
 from runtime.checkpoint import MANIFEST, Checkpoint, find_checkpoint
 
 CONFIG_FILE = "config.json"
@@ -81,12 +79,14 @@ def _open_model(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> tuple[
     weights = checkpoint.weights("ema") or checkpoint.weights("model")
     if weights is None:
         raise ValueError(f"checkpoint {checkpoint.path} holds no weights")
+    source = f"checkpoint {checkpoint.path}: weights"
+    with reading(source, "the settings describe another model; leave out overrides of the model section"):
+        n_found, n_needed = sum(map(Tensor.numel, weights.values())), count_parameters(config.model)
+        if n_found != n_needed:  # before a model is built whose size only the settings give
+            raise ValueError(f"they have {n_found:,} parameters, the model of the settings has {n_needed:,}")
     model = build_model(config)
-    try:
+    with reading(source, "the settings describe another model; leave out overrides of the model section"):
         model.load_weights(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise ValueError(f"the settings describe another model than checkpoint {checkpoint.path}: {first}") from None
     return model.eval(), config
 
 
@@ -116,10 +116,8 @@ def load_initial_weights(model: Transformer, config: Config) -> None:
             f"model.shifted is {config.shifted}, but in {pretrained.source} a position predicts {target}: {remedy}"
         )
     weights = fit_weights(pretrained, config.model)
-    try:
+    with reading(f"model.init_from: {pretrained.source}", "it must hold the weights of a Qwen2 model"):
         model.load_weights(weights)
-    except RuntimeError as error:  # missing or unknown tensors, or shapes that differ from config.json
-        raise ValueError(f"{pretrained.source} does not hold the weights of a Qwen2 model: {error}") from None
 
 
 def _read(source: str) -> Pretrained:
@@ -184,13 +182,8 @@ def _download(name: str) -> Path:
     """
     from huggingface_hub import snapshot_download  # slow to import
 
-    try:
+    with reading(f"model.init_from: {name!r} is not a folder, and on the Hugging Face hub it", "name a folder"):
         return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, "*.safetensors", INDEX_FILE]))
-    except Exception as error:  # the library raises many types for one problem
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{name!r} is not a folder, and downloading it from the Hugging Face hub failed: {reason}"
-        ) from None
 
 
 def read_qwen2(folder: Path, source: str) -> Pretrained:
@@ -199,23 +192,28 @@ def read_qwen2(folder: Path, source: str) -> Pretrained:
     Raises:
         ValueError: another architecture, a variant that `Transformer` does not implement, or unreadable files.
     """
-    try:
-        raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    with reading(f"Qwen2 model {source}", "name another in model.init_from, or copy it again"):
+        raw = read_json(folder / CONFIG_FILE)
         settings = _read_settings(raw)
         index, names = folder / INDEX_FILE, [WEIGHTS_FILE]
         if index.exists():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
         weights: dict[str, Tensor] = {}
         for name in names:
-            weights |= load_file(folder / Path(name).name)
-    except KeyError as error:
-        raise ValueError(f"{source} cannot be read as a Qwen2 model: it lacks {error}") from None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{source} cannot be read as a Qwen2 model: {error}") from None
-    if settings.tie_word_embeddings:
-        weights.pop(HEAD, None)
-    causal = raw.get("is_causal", True)
-    return Pretrained(source, settings, raw.get("next_token_shift", causal), weights)
+            file = folder / Path(name).name
+            if not file.is_file():
+                raise ValueError(f"{file.name} is missing")
+            weights |= load_file(file)
+        if settings.tie_word_embeddings:
+            weights.pop(HEAD, None)
+        shape = (settings.vocab_size, settings.hidden_size)
+        for name in (EMBEDDING, HEAD):  # their number of rows is the only size that the settings may change
+            if name in weights and weights[name].shape != shape:
+                raise ValueError(f"{name} is {list(weights[name].shape)}, but {CONFIG_FILE} says {list(shape)}")
+        shifted = raw.get("next_token_shift", raw.get("is_causal", True))
+        if EMBEDDING not in weights or type(shifted) is not bool:
+            raise ValueError(f"it lacks {EMBEDDING}, or next_token_shift {shifted!r} is not true or false")
+    return Pretrained(source, settings, shifted, weights)
 
 
 def write_qwen2(
@@ -341,7 +339,7 @@ def export_run(path: str, out: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m model.hub", description="Export a trained model for Hugging Face transformers."
     )
     commands = parser.add_subparsers(required=True)
@@ -349,11 +347,8 @@ def main(arguments: list[str] | None = None) -> None:
     export.add_argument("checkpoint", metavar="RUN_DIR", help="run directory (its newest checkpoint) or checkpoint")
     export.add_argument("out", metavar="OUT_DIR", type=Path, help="new or empty folder")
     options = parser.parse_args(arguments)
-    try:
+    with ends_with_message():
         print(export_run(options.checkpoint, options.out))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from config import Config, ModelSettings
+from data.foreign import check_memory
 from model.attention import Attention, KeyValueCache, rotary_tables
 from model.block_mask import decoding_mask, noisy_and_clean, training_mask
 from model.token_predictions import TokenPredictions, predict_tokens
@@ -30,6 +31,7 @@ from model.token_scores import ScoredPositions, TokenScores, score_tokens
 INIT_STD = 0.02
 TIED_HEAD = "lm_head.weight"
 POSITIONS = "model.embed_positions.weight"
+LAYER_BYTES = 1 << 15  # of the Python objects of a layer
 
 
 class SwiGLU(nn.Module):
@@ -254,6 +256,22 @@ class Transformer(nn.Module):
         return torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1) if self.shifted else hidden
 
 
+def count_parameters(settings: ModelSettings) -> int:
+    """Number of parameters of the model of these settings, which is not built."""
+    width, inner = settings.hidden_size, settings.intermediate_size
+    key_width = settings.n_key_value_heads * (width // settings.num_attention_heads)
+    attention = 2 * width * width + width + 2 * (width + 1) * key_width
+    layers = settings.num_hidden_layers * (attention + 3 * width * inner + 2 * width)
+    n_tables = 1 if settings.tie_word_embeddings else 2
+    return layers + width * (n_tables * settings.vocab_size + (settings.learned_positions or 0) + 1)
+
+
 def build_model(config: Config) -> Transformer:
-    """The model of the settings; the objective determines attention and whether predictions are shifted."""
+    """The model of the settings; the objective determines attention and whether predictions are shifted.
+
+    Raises:
+        ValueError: this machine has too little memory for it.
+    """
+    n_bytes = 4 * count_parameters(config.model) + LAYER_BYTES * config.model.num_hidden_layers
+    check_memory(n_bytes, "the model of the settings in section model")
     return Transformer(config.model, causal=config.causal, shifted=config.shifted, block_size=config.block_causal_size)

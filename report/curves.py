@@ -12,20 +12,20 @@ PUMA trains on each sequence for a whole trajectory, so which method is ahead ca
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import statistics
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from data.foreign import CommandParser, ends_with_message, escape, shorten
+from runtime.config_file import read_sections
 from runtime.metrics import METRICS_FILE, read_metrics
 
+MAX_RULES = 20  # of one run; a legend has no room for more
+MAX_DRAWN = 1e100  # larger numbers overflow in the library that draws
 AXES = {
     "step": "updates",
     "sequences_distinct": "distinct sequences seen",
@@ -62,19 +62,19 @@ def by_label(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
 
 def accuracy_points(rows: Iterable[dict[str, Any]], rule: str) -> list[dict[str, float]]:
     """Points of a `Curve` from the records of a run: the evaluations by one sampling rule."""
-    points = []
-    for row in rows:
-        if ACCURACY + rule in row:
-            accuracy = row[ACCURACY + rule]
-            low, high = (row.get(f"validation/accuracy_{end}/{rule}", accuracy) for end in ("low", "high"))
-            points.append({axis: row[axis] for axis in AXES} | {"accuracy": accuracy, "low": low, "high": high})
-    return points
+    keys = {axis: axis for axis in AXES} | {
+        "accuracy": ACCURACY + rule,
+        "low": f"validation/accuracy_low/{rule}",
+        "high": f"validation/accuracy_high/{rule}",
+    }
+    points = [{name: row[key] for name, key in keys.items() if _can_be_drawn(row.get(key))} for row in rows]
+    return [point for point in points if len(point) == len(keys)]
 
 
 def rules_of(rows: Iterable[dict[str, Any]]) -> list[str]:
     """Labels of the sampling rules in the records of a run; the first is the headline."""
     found = (key.removeprefix(ACCURACY) for row in rows for key in row if key.startswith(ACCURACY))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found))[:MAX_RULES]
 
 
 def plot_accuracy(plot: Any, curves: Sequence[Curve], axis: str, targets: Sequence[float] = ()) -> None:
@@ -100,7 +100,8 @@ def plot_accuracy(plot: Any, curves: Sequence[Curve], axis: str, targets: Sequen
             [100 * choose(point[end] for point in seeds) for seeds in at]
             for choose, end in zip((min, max), ends, strict=True)
         )
-        name = f"{label}, {len(group)} seeds" if len(group) > 1 else label
+        name = shorten(escape(label), 60).replace("$", r"\$")  # `$` would begin a formula
+        name = f"{name}, {len(group)} seeds" if len(group) > 1 else name
         plot.plot(x, mean, style, color=color, marker=marker, markersize=3.5, linewidth=1.6, label=name)
         plot.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         for target in targets:
@@ -211,7 +212,9 @@ def draw_curves(
     for run_dir, setting in names.items():
         rows, color = _records(run_dir), COLORS[settings.index(setting) % len(COLORS)]
         for key, style in (("train/loss", {"alpha": 0.3}), ("validation/loss", {"marker": "."})):
-            found = [(row[axis], row[key]) for row in rows if key in row]
+            found = [
+                (row[axis], row[key]) for row in rows if _can_be_drawn(row.get(axis)) and _can_be_drawn(row.get(key))
+            ]
             loss_plot.plot([x for x, _ in found], [y for _, y in found], color=color, **style)
     loss_plot.set(xlabel=AXES[axis], ylabel="loss (faint: training, dots: validation)", yscale="log")
     set_grid(loss_plot)
@@ -220,6 +223,10 @@ def draw_curves(
     if handles:
         figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize="small")
     figure.savefig(out, dpi=120)
+
+
+def _can_be_drawn(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < MAX_DRAWN
 
 
 def _records(run_dir: Path) -> list[dict[str, Any]]:
@@ -253,14 +260,15 @@ def _setting(run_dir: Path) -> str:
     path = run_dir / "config.yaml"
     if not path.exists():
         return str(run_dir)
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    config["training"].pop("seed", None)
-    return repr([config.get(section) for section in ("model", "data", "objective", "training")])
+    sections = {name: values for name, values in read_sections(path).items() if name not in ("validation", "wandb")}
+    if isinstance(sections.get("training"), dict):
+        sections["training"].pop("seed", None)
+    return repr(sections)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
-    parser = argparse.ArgumentParser(description="Draw loss and accuracy of runs.")
+    parser = CommandParser(description="Draw loss and accuracy of runs.")
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--x", choices=AXES, default="step", help="x-axis")
     parser.add_argument("--rule", help="the only sampling rule to draw, for example top_prob_1")
@@ -269,7 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture file (.png, .pdf, .svg)")
     options = parser.parse_args(arguments)
-    try:
+    with ends_with_message():
         if options.target is not None and not 0 < options.target <= 1:
             raise ValueError(f"--target {options.target}: give an accuracy above 0 and at most 1")
         targets = [] if options.target is None else [options.target]
@@ -279,9 +287,6 @@ def main(arguments: list[str] | None = None) -> None:
             if not curves:
                 raise ValueError("no run has been evaluated yet")
             print("\n".join(target_table(curves, options.target, baseline=list(by_label(curves))[-1])))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"wrote {options.out}")
 
 

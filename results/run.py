@@ -11,7 +11,6 @@ directory or in the records, are not repeated, so an experiment can be continued
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -24,11 +23,23 @@ import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, TypeAdapter
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from data.files import write_text
+from data.foreign import (
+    MAX_INTEGER,
+    CommandParser,
+    ends_with_message,
+    fail,
+    read_json,
+    read_text,
+    reading,
+    whole_number,
+)
 from report.curves import AXES, Curve, accuracy_points, plot_accuracy, rules_of, target_table
 from results.experiments import EXPERIMENTS, Arm, Experiment
 from runtime.config_file import changed_settings, read_config
@@ -38,6 +49,63 @@ from runtime.metrics import read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 POLL_S = 0.5
 N_COLUMNS = 10  # at most, in the table of accuracy by update
+
+
+Number = Annotated[float | int, Field(ge=0, le=1e100)]  # larger ones overflow in the library that draws
+Text = Annotated[str, Field(max_length=1000)]
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Point(TypedDict):
+    """One evaluation of a run."""
+
+    step: Number
+    sequences_distinct: Number
+    seconds: Number
+    accuracy: Share
+    low: Share  # 95% interval
+    high: Share
+
+
+class Group(TypedDict):
+    """Accuracy on questions of one difficulty."""
+
+    by: Text  # measure of difficulty
+    value: float
+    n: Annotated[int, Field(ge=0, lt=MAX_INTEGER)]
+    accuracy: Share
+
+
+class Final(TypedDict):
+    """The last evaluation of a complete run."""
+
+    accuracy: Share
+    low: Share
+    high: Share
+    n: Annotated[int, Field(ge=0, lt=MAX_INTEGER)]
+    groups: list[Group]
+
+
+class RecordedRun(TypedDict):
+    """One run in the records."""
+
+    arm: Annotated[str, Field(max_length=200)]
+    seed: int
+    settings: Text
+    commit: Text
+    date: Text
+    machine: Text
+    points: Annotated[list[Point], Field(min_length=1)]
+    final: Final | None
+
+
+class Records(TypedDict):
+    """Content of records.json."""
+
+    command: Text
+    runs: Annotated[list[RecordedRun], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -185,8 +253,7 @@ def recorded_runs(records_file: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """The runs in a records file by label and seed; empty if there is no file."""
     if not records_file.exists():
         return {}
-    records = json.loads(records_file.read_text(encoding="utf-8"))
-    return {(run["arm"], run["seed"]): run for run in records["runs"]}
+    return {(run["arm"], run["seed"]): run for run in read_records(records_file)["runs"]}
 
 
 def collect(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, Any]]) -> list[dict[str, Any]]:
@@ -212,10 +279,17 @@ def collect(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, Any]]) 
 
 def _final(run_dir: Path) -> dict[str, Any]:
     """Figures of a complete run: accuracy with its interval, number of questions, and accuracy by difficulty."""
-    result = json.loads((run_dir / "final.json").read_text(encoding="utf-8"))["evaluation"]["samplers"][0]
-    final = {"accuracy": result["accuracy"], "low": result["accuracy_low"], "high": result["accuracy_high"]}
-    groups = [{key: group[key] for key in ("by", "value", "n", "accuracy")} for group in result["groups"]]
-    return final | {"n": result["n"], "groups": groups}
+    with reading(f"{run_dir / 'final.json'}", "delete it and run the experiment again"):
+        result = read_json(run_dir / "final.json")["evaluation"]["samplers"][0]
+        final = {"accuracy": result["accuracy"], "low": result["accuracy_low"], "high": result["accuracy_high"]}
+        groups = [{key: group[key] for key in ("by", "value", "n", "accuracy")} for group in result["groups"]]
+        return final | {"n": result["n"], "groups": groups}
+
+
+def read_records(path: Path) -> dict[str, Any]:
+    """The records in a file; ValueError if they cannot be drawn."""
+    with reading(f"{path}", "run the experiment without --draw"):
+        return dict(TypeAdapter(Records).validate_json(read_text(path)))
 
 
 def machine() -> str:
@@ -379,10 +453,12 @@ def draw(experiment: Experiment, records: dict[str, Any], out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Run an experiment and write its table and figure.")
+    parser = CommandParser(description="Run an experiment and write its table and figure.")
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides for all runs")
-    parser.add_argument("--jobs", type=int, default=2, help="number of parallel runs, one thread each")
+    parser.add_argument(
+        "--jobs", type=whole_number(1, 1024), default=2, help="number of parallel runs, one thread each"
+    )
     parser.add_argument("--budget-s", type=float, help="seconds after which runs are told to save and stop")
     parser.add_argument(
         "--draw", action="store_true", help="run nothing; write the table and figure of existing records"
@@ -392,20 +468,17 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="parent folder of the output folder")
     options = parser.parse_intermixed_args(arguments)
-    if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs `finally`, which stops the runs
     experiment, folder = EXPERIMENTS[options.experiment], options.out / options.experiment
     records_file, complete = folder / "records.json", True
     if not options.draw:
         tasks = tasks_of(experiment, options.runs / options.experiment, options.overrides)
-        recorded = recorded_runs(records_file)
         try:
+            recorded = recorded_runs(records_file)
             check_settings(tasks, recorded, records_file)
             complete = run_all(tasks_to_run(tasks, recorded), options.jobs, options.budget_s)
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            fail(error)
         except KeyboardInterrupt:
             sys.exit("interrupted; the same command continues")
         runs = collect(tasks, recorded)
@@ -414,11 +487,10 @@ def main(arguments: list[str] | None = None) -> None:
         command = " ".join(["python -m results.run", options.experiment, *options.overrides])
         folder.mkdir(parents=True, exist_ok=True)
         write_text(records_file, json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
-    if not records_file.exists():
-        sys.exit(f"{records_file} is missing: run the experiment without --draw first")
-    records = json.loads(records_file.read_text(encoding="utf-8"))
-    write_text(folder / "README.md", report(experiment, records))
-    draw(experiment, records, folder / "curves.png")
+    with ends_with_message():
+        records = read_records(records_file)
+        write_text(folder / "README.md", report(experiment, records))
+        draw(experiment, records, folder / "curves.png")
     print(f"wrote {folder}/README.md" + ("" if complete else "; incomplete: the same command continues"))
     sys.exit(0 if complete else 1)
 

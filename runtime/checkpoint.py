@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import os
-import pickle
 import re
 import shutil
 import warnings
@@ -26,12 +25,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config import Config
 from data.files import WriteError, reported, sync_folder, write_text
+from data.foreign import MAX_INTEGER, check_archive, read_json, reading
 from data.hashes import hash_file
 from runtime.config_file import dump_config, read_config
 from runtime.distributed import World, gather
@@ -39,7 +38,7 @@ from runtime.distributed import World, gather
 MANIFEST = "manifest.json"
 FORMAT = 2
 STEP_NAME = re.compile(r"step_([0-9]{8,})")
-MANIFEST_MAX_BYTES = 1 << 24  # a manifest has some kilobytes; a larger one is refused unread
+REMEDY = "delete the checkpoint, or copy it again"
 
 T = TypeVar("T")
 
@@ -56,19 +55,15 @@ class Checkpoint:
     def weights(self, name: str) -> dict[str, Tensor] | None:
         """Tensors of `model` or `ema`; None if the file does not exist. Raises ValueError if it cannot be read."""
         file = self.path / f"{name}.safetensors"
-        try:
+        with reading(f"checkpoint {self.path}: {file.name}", REMEDY):
             return load_file(file) if file.exists() else None
-        except SafetensorError as error:
-            raise ValueError(f"checkpoint {self.path}: {file.name} cannot be read ({error})") from None
 
     def state(self, name: str) -> dict[str, Any]:
         """State saved as `train` or `rank_<r>`; ValueError if it holds anything but plain data and tensors."""
-        try:
+        with reading(f"checkpoint {self.path}: {name}.pt", REMEDY):
+            check_archive(self.path / f"{name}.pt", max_growth=1)
             state: dict[str, Any] = torch.load(self.path / f"{name}.pt", map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"checkpoint {self.path}: {name}.pt cannot be read ({reason})") from None
-        return state
+            return state
 
     def config(self, overrides: Sequence[str] = ()) -> Config:
         """Settings of the run when it was saved, with `section.key=value` overrides."""
@@ -208,24 +203,23 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         ValueError: a file is missing or differs in size or content; the message names it.
     """
-    try:
-        if (path / MANIFEST).stat().st_size > MANIFEST_MAX_BYTES:
-            raise ValueError(f"it has more than {MANIFEST_MAX_BYTES} bytes")
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    with reading(f"checkpoint {path}: {MANIFEST}", REMEDY):
+        manifest = read_json(path / MANIFEST)
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']!r}, this code reads {FORMAT}")
         if manifest.pop("sha256") != _own_digest(manifest):
             raise ValueError("its content has changed since it was written")
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
         n_ranks = manifest["n_ranks"]
-        if type(manifest["step"]) is not int or type(n_ranks) is not int or not 1 <= n_ranks <= len(files):
+        numbers = (
+            type(manifest["step"]) is int and type(n_ranks) is int and isinstance(manifest["score"] or 0.0, float | int)
+        )
+        if not numbers or not 0 <= manifest["step"] < MAX_INTEGER or not 1 <= n_ranks <= len(files):
             raise ValueError(f"step {manifest['step']!r} of {n_ranks!r} processes in {len(files)} files")
         ranks = {f"rank_{rank}.pt" for rank in range(n_ranks)}
         missing = ranks.union(("model.safetensors", "train.pt", "config.yaml")) - files.keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"checkpoint {path}: {MANIFEST} cannot be read ({error})") from None
     for name, (n_bytes, digest) in files.items():
         file = path / name
         if Path(name).name != name or not file.is_file():
@@ -356,6 +350,7 @@ def _delete(path: Path) -> None:
 
 def _score(path: Path) -> float | None:
     try:
-        return float(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["score"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        with reading(f"checkpoint {path}: {MANIFEST}", REMEDY):
+            return float(read_json(path / MANIFEST)["score"])
+    except ValueError:
         return None

@@ -9,6 +9,7 @@ import difflib
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -16,22 +17,50 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from typing_extensions import override
 
 from config import Config
+from data.foreign import MAX_MESSAGE, escape, read_text, reading, shorten
 
+MAX_CONFIG_BYTES, MAX_NODES, MAX_DEPTH = 1 << 20, 1000, 10  # a file of settings has about 100 values in 4 levels
+REMEDY = "docs/settings.md lists all settings"
 TAGS = ("objective.name=", "data.dataset=")  # settings that select the class of their section
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML with two changes: `3e-4` is a number (YAML 1.1 requires `3.0e-4`), and a duplicate key is an error."""
+    """PyYAML with changes: `3e-4` is a number (YAML 1.1 requires `3.0e-4`), and duplicate keys are errors.
 
+    So are aliases, which let a few hundred bytes grow to gigabytes, and more nodes or levels than settings have.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.n_nodes = self.depth = 0
+
+    @override
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node; see PyYAML."""
+        self.n_nodes += 1
+        if self.check_event(yaml.AliasEvent):
+            raise self._error("aliases (*name) are not supported")
+        if self.n_nodes > MAX_NODES or self.depth == MAX_DEPTH:
+            raise self._error(f"more than {MAX_NODES} values or {MAX_DEPTH} levels")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    @override
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping of a node; see PyYAML."""
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        keys = Counter(key.value if isinstance(key, yaml.ScalarNode) else "" for key, _ in node.value)
+        for key, count in keys.items():
+            if count > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def _error(self, problem: str) -> yaml.YAMLError:
+        return yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
 
 
 _Loader.add_implicit_resolver(
@@ -45,31 +74,38 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ValueError: the file is missing or not a YAML mapping, or a setting is wrong; the message lists all problems.
     """
-    try:
-        raw = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {path} is not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"config {path} must be a mapping with sections {', '.join(Config.model_fields)}, got {raw!r}")
+    raw = read_sections(path)
     # Overrides of the objective or data set first, so that overrides of its settings may be in any order.
-    for override in sorted(overrides, key=lambda override: not override.startswith(TAGS)):
-        _apply_override(raw, override)
+    for text in sorted(overrides, key=lambda text: not text.startswith(TAGS)):
+        with reading(f"override {text!r}", REMEDY):
+            _apply_override(raw, text)
     return parse_config(raw, str(path))
+
+
+def read_sections(path: str | Path) -> dict[str, Any]:
+    """The content of a YAML file of settings, unchecked.
+
+    Raises:
+        ValueError: the file is missing or not a YAML mapping.
+    """
+    with reading(f"config {path}", REMEDY):
+        raw = yaml.load(read_text(Path(path), MAX_CONFIG_BYTES), Loader=_Loader)
+        if not isinstance(raw, dict):
+            raise ValueError(f"it must be a mapping with sections {', '.join(Config.model_fields)}, got {raw!r}")
+        return raw
 
 
 def parse_config(raw: dict[str, Any], source: str) -> Config:
     """Check a mapping read from `source` (for error messages); the ValueError lists all problems."""
-    try:
+    with reading(f"config {source}", REMEDY):
         # As JSON: pydantic's strict mode then accepts lists for tuples, but still no strings for numbers.
-        return Config.model_validate_json(json.dumps(raw, default=str), context=raw)
+        text = json.dumps(raw, default=str)
+    try:
+        return Config.model_validate_json(text, context=raw)
     except ValidationError as error:
-        problems = [_explain(details) for details in _all_errors(error)]
+        problems = [shorten(escape(_explain(details)), MAX_MESSAGE - 2) for details in _all_errors(error)]
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         raise ValueError(f"config {source}: {count}\n" + "\n".join(f"  {problem}" for problem in problems)) from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"config {source} has a value that settings do not support: {error}") from None
 
 
 def dump_config(config: Config) -> str:
@@ -91,7 +127,7 @@ def changed_settings(old: Config, new: Config) -> list[str]:
     before, after = flatten(old), flatten(new)
     free, absent = _free_settings(old) | _free_settings(new), "(absent)"
     return [
-        f"{key}: {before.get(key, absent)} -> {after.get(key, absent)}"
+        f"{key}: {shorten(str(before.get(key, absent)), 100)} -> {shorten(str(after.get(key, absent)), 100)}"
         for key in sorted(before | after)
         if before.get(key, absent) != after.get(key, absent) and key not in free
     ]
@@ -107,21 +143,18 @@ def _free_settings(config: Config) -> set[str]:
     }
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def _apply_override(raw: dict[str, Any], given: str) -> None:
+    key, equals, text = given.partition("=")
     if not equals or not key:
-        raise ValueError(f"override {override!r} is not of the form section.key=value")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
-    if override.startswith(TAGS):
+        raise ValueError("it is not of the form section.key=value")
+    value = yaml.load(text, Loader=_Loader)
+    if given.startswith(TAGS):
         _drop_unknown(raw, key, value)
     *sections, last = key.split(".")
     target = raw
     for section in sections:
         if not isinstance(target.setdefault(section, {}), dict):
-            raise ValueError(f"override {override!r}: {section!r} is not a section")
+            raise ValueError(f"{section!r} is not a section")
         target = target[section]
     target[last] = value
 
@@ -152,18 +185,19 @@ def _explain(details: ErrorDetails) -> str:
     location = [part for part in details["loc"] if part not in _union_tags()]
     key = ".".join(str(part) for part in location)
     value, kind = details["input"], details["type"]
+    shown = shorten(repr(value), 100)
     if kind == "extra_forbidden":
         known = list(_known_keys([str(part) for part in details["loc"][:-1]]))
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{key} = {value!r}: unknown key; {hint}"
+        return f"{key} = {shown}: unknown key; {hint}"
     if kind == "missing":
         return f"{key}: missing"
     message = details["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if isinstance(value, dict):  # a check of several keys; the message names them
         return message if message.startswith(tuple(Config.model_fields)) else f"{key}: {message}"
-    return f"{key} = {value!r}: {message}"
+    return f"{key} = {shown}: {message}"
 
 
 def _union_tags() -> set[str]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from data.foreign import fail
 
 # A collective that takes longer means that a rank hangs. The longest regular wait is for the main process while it
 # writes a checkpoint to a slow disk or wandb tries to connect.
@@ -108,6 +111,13 @@ def is_reporting() -> bool:
     except dist.DistError:  # the main process, which holds the store, has ended
         pass
     return False
+
+
+def fail_once(message: object, status: int = 2) -> NoReturn:
+    """End a command with a message, printed by one process of all that fail alike."""
+    if is_reporting():
+        fail(message, status)
+    sys.exit(status)
 
 
 def stop_world() -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from config import WandbSettings
 from data.files import write_text
+from data.foreign import parse_object, read_lines, reading
 from runtime.distributed import World, sum_over_ranks
 
 METRICS_FILE = "metrics.jsonl"
@@ -124,13 +125,13 @@ def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
     path = run_dir / METRICS_FILE
     if not path.exists():
         return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
+    with reading(f"{path}", "move it away"):
+        for _, line in read_lines(path):
             try:
-                row = json.loads(line)
+                row = parse_object(line)
             except (ValueError, RecursionError):  # cut short by a kill or a full disk, or damaged
                 continue
-            if isinstance(row, dict) and type(row.get("step")) is int:
+            if type(row.get("step")) is int:
                 yield row
 
 

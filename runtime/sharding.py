@@ -100,6 +100,8 @@ def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Non
     moments = {}
     for number, tensors in state["state"].items():  # in the order of parameters; AdamW's step count is never sharded
         patterns = {name: parameters[number] for name, tensor in tensors.items() if tensor.ndim > 0}
+        if wrong := [name for name, pattern in patterns.items() if tensors[name].shape != pattern.shape]:
+            raise ValueError(f"the optimizer's {wrong[0]} of parameter {number} has another shape than the parameter")
         moments[number] = shard_weights(tensors, patterns)
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -335,9 +335,9 @@ BAD = {
     "hub without a name": ("data.source=hub", "source 'hub' needs hub_name"),
     "clues the wrong way round": ("data.min_clues=9", "min_clues 9 is above max_clues 8"),
     "unknown wandb mode": ("wandb.mode=maybe", "wandb.mode = 'maybe'"),
-    "override without a value": ("training.seed", "'training.seed' is not of the form section.key=value"),
-    "override without a key": ("=3", "'=3' is not of the form section.key=value"),
-    "override that is no YAML": ("training.seed=[1", "'[1' is not a YAML value"),
+    "override without a value": ("training.seed", "(it is not of the form section.key=value)"),
+    "override without a key": ("=3", "(it is not of the form section.key=value)"),
+    "override that is no YAML": ("training.seed=[1", "override 'training.seed=[1' cannot be read"),
     "override below a value": ("training.batch_size.x=1", "'batch_size' is not a section"),
 }  # fmt: skip
 
@@ -427,11 +427,11 @@ def test_a_missing_key_is_named(tmp_path):
         ("", "must be a mapping"),
         ("just text", "must be a mapping"),
         ("- a\n- list", "must be a mapping"),
-        ("a: [unclosed", "not valid YAML"),
-        ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("a: [unclosed", "cannot be read"),
+        ("a: !!python/object/apply:os.getcwd []", "cannot be read"),
         ("a: &loop [*loop]", "loop.yaml"),
         ("2026-01-01: 3", "keys must be"),
-        ("? [a, b]\n: 3", "not valid YAML"),
+        ("? [a, b]\n: 3", "cannot be read"),
         ("1: 2", "unknown key"),
         ("training: {seed: 1, seed: 2}", "duplicate key 'seed'"),
     ],
@@ -444,7 +444,7 @@ def test_files_that_hold_no_settings_are_refused(text, expected, tmp_path):
 
 def test_a_missing_file_a_folder_and_binary_data_are_refused(tmp_path):
     assert "No such file" in problems(tmp_path / "none.yaml")[0]
-    assert "directory" in problems(tmp_path)[0]
+    assert "it is a folder" in problems(tmp_path)[0]
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(bytes(range(256)))
     assert "binary.yaml" in problems(binary)[0]

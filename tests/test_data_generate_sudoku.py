@@ -206,11 +206,11 @@ def test_the_command_writes_puzzles_and_solutions(tmp_path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"--count": 0}, "--count must be at least 1"),
-        ({"--count": "many"}, "invalid int"),
-        ({"--workers": 0}, "--workers must be at least 1"),
-        ({"--seed": -1}, "--seed must be from 0"),
-        ({"--seed": 10**30}, "--seed must be from 0"),
+        ({"--count": 0}, "--count: must be an integer from 1"),
+        ({"--count": "many"}, "--count: must be an integer from 1"),
+        ({"--workers": 0}, "--workers: must be an integer from 1"),
+        ({"--seed": -1}, "--seed: must be an integer from 0"),
+        ({"--seed": 10**30}, "--seed: must be an integer from 0"),
         ({"--size": 5}, "--size"),
         ({"--min-clues": 3}, "clues from 3 to 8"),
         ({"--min-clues": 9}, "clues from 9 to 8"),

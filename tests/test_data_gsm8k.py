@@ -57,11 +57,11 @@ def test_problems_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"test.jsonl, line 2: "),
-        ('{"question": "a"}', r"line 2: must have question and answer, both text"),
-        ('{"question": "a", "answer": 5}', r"line 2: must have question and answer, both text"),
-        ("[]", r"line 2: must have question and answer, both text"),
-        ('{"question": "a", "answer": "five"}', r"line 2: no number after"),
+        ("{", r"test.jsonl, line 2 cannot be read \(it is not JSON"),
+        ('{"question": "a"}', r"line 2 cannot be read \(must have question and answer, both text"),
+        ('{"question": "a", "answer": 5}', r"line 2 cannot be read \(must have question and answer, both text"),
+        ("[]", r"line 2 cannot be read \(must be a JSON object, got list"),
+        ('{"question": "a", "answer": "five"}', r"line 2 cannot be read \(no number after"),
     ],
 )
 def test_a_bad_line_is_named(line, message, tmp_path):
@@ -100,7 +100,7 @@ def test_an_unreachable_hub_ends_with_one_message(tmp_path, monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match=r"'openai/gsm8k' cannot be loaded: no network. A local .jsonl file"):
+    with pytest.raises(ValueError, match=r"'openai/gsm8k' cannot be read \(no network\): a local .jsonl file"):
         read_problems(gsm8k.HUB_NAME, cache_dir=tmp_path)
 
 

@@ -281,7 +281,7 @@ def test_the_command_counts_good_rows(tmp_path):
         ),
         (boards(4, 2), ["rows must have 162 numbers"]),
         (np.zeros((0, 162)), ["has no boards"]),
-        (None, ["does not exist"]),
+        (None, ["No such file"]),
     ],
 )
 def test_the_command_names_what_is_bad(content, expected, tmp_path, capsys):

@@ -183,7 +183,7 @@ def as_text(boards: np.ndarray) -> tuple[list[str], list[str]]:
     ("change", "expected"),
     [
         ("data.rating_column=hardnes", "no column ['hardnes']; its columns are ['puzzle', 'solution']"),
-        ("data.rating_column=puzzle", "column 'puzzle': ratings must be numbers"),
+        ("data.rating_column=puzzle", "ratings must be numbers"),
     ],
 )
 def test_ratings_that_are_none_are_refused(change, expected, run_dir, tmp_path, capsys):
@@ -289,7 +289,7 @@ def test_two_processes_count_every_item_once(run_dir, tmp_path):
         (["/nonexistent"], "holds no usable checkpoint"),
         (["RUN", "validation.n_exmples=3"], "did you mean 'n_examples'?"),
         (["RUN", "validation.tokens_per_step=[0]"], "validation.tokens_per_step.0 = 0"),
-        (["RUN", "model.hidden_size=32"], "the settings describe another model than checkpoint"),
+        (["RUN", "model.hidden_size=32"], "the settings describe another model"),
         (["RUN", "validation.n_examples=1", "--json", "/nonexistent/out.json"], "/nonexistent"),
     ],
 )

@@ -47,16 +47,16 @@ def test_a_file_of_cases_is_graded_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("{", "line 2 is not JSON"),
-        ("", "line 2 is not JSON"),
-        ("[" * 100_000, "line 2 is not JSON"),
-        ([1], "line 2 must be an object with completion and gold, got list"),
-        ({"gold": "18"}, "line 2 has no completion"),
-        ({}, "line 2 has no completion and no gold"),
-        ({"completion": None, "gold": "18"}, "line 2: completion must be text, got null"),
-        ({"completion": "x", "gold": "eighteen"}, "line 2: gold is not a number: 'eighteen'"),
-        ({"completion": "x", "gold": True}, "line 2: gold is not a number: True"),
-        ({"completion": "x", "gold": None}, "line 2: gold is not a number: None"),
+        ("{", "line 2 cannot be read (it is not JSON"),
+        ("", "line 2 cannot be read (it is not JSON"),
+        ("[" * 100_000, "line 2 cannot be read (it is nested too deeply"),
+        ([1], "line 2 cannot be read (must be a JSON object, got list"),
+        ({"gold": "18"}, "line 2 cannot be read (it has no completion"),
+        ({}, "line 2 cannot be read (it has no completion and no gold"),
+        ({"completion": None, "gold": "18"}, "line 2 cannot be read (completion must be text, got None"),
+        ({"completion": "x", "gold": "eighteen"}, "line 2 cannot be read (gold is not a number: 'eighteen'"),
+        ({"completion": "x", "gold": True}, "line 2 cannot be read (gold is not a number: True"),
+        ({"completion": "x", "gold": None}, "line 2 cannot be read (gold is not a number: None"),
     ],
 )
 def test_a_bad_line_is_refused_by_number(
@@ -70,17 +70,19 @@ def test_a_bad_line_is_refused_by_number(
 def test_bad_paths_and_settings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases, empty = write_lines(tmp_path / "cases.jsonl", [GOOD]), write_lines(tmp_path / "empty.jsonl", [])
     out = str(tmp_path / "out.jsonl")
-    refuse(capsys, ["grade", str(tmp_path / "none.jsonl"), "--out", out], "none.jsonl does not exist")
+    refuse(capsys, ["grade", str(tmp_path / "none.jsonl"), "--out", out], "none.jsonl cannot be read (No such file")
     refuse(capsys, ["grade", str(empty), "--out", out], "has no cases")
     refuse(capsys, ["grade", str(cases), "--out", str(cases)], "would overwrite the input")
     refuse(capsys, ["grade", str(cases), "--out", str(tmp_path / "no" / "out")], "does not exist")
-    refuse(capsys, ["grade", str(cases), "--out", out, "--workers", "0"], "--workers must be at least 1, got 0")
+    with pytest.raises(SystemExit):
+        main(["grade", str(cases), "--out", out, "--workers", "0"])
+    assert "--workers: must be an integer from 1 to 1024, got 0" in capsys.readouterr().err
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = tmp_path / "cases.jsonl"
     cases.write_bytes(json.dumps(GOOD).encode() + b'\n{"completion": "\xff", "gold": 1}\n')
-    refuse(capsys, ["grade", str(cases), "--out", str(tmp_path / "out.jsonl")], "line 2 is not JSON")
+    refuse(capsys, ["grade", str(cases), "--out", str(tmp_path / "out.jsonl")], "line 2 cannot be read ('utf-8' codec")
 
 
 def refuse(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

@@ -208,11 +208,11 @@ def test_broken_folders_are_refused(tmp_path, data_dir):
     weights = load(content)
     config = make_config(data_dir, folder)
     file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="cannot be read as a Qwen2 model"):
+    with pytest.raises(ValueError, match=r"Qwen2 model .* cannot be read"):
         loaded(config)
     weights.pop("model.norm.weight")
     save_file(weights, file)
-    with pytest.raises(ValueError, match=r"(?s)does not hold the weights.*model\.norm\.weight"):
+    with pytest.raises(ValueError, match=r"model\.norm\.weight.* must hold the weights"):
         loaded(config)
     file.unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors"):
@@ -243,7 +243,7 @@ def test_without_a_network_a_name_ends_with_one_message(config_file, tmp_path):
     result = run_python("train.py", "--config", config, "--run-dir", tmp_path / "run", HF_HUB_OFFLINE="1")
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    assert "'Qwen/Qwen2.5-0.5B' is not a folder, and downloading it" in result.stderr
+    assert "'Qwen/Qwen2.5-0.5B' is not a folder, and on the Hugging Face hub it cannot be read" in result.stderr
 
 
 @pytest.mark.parametrize("source", ["runs/not/there", "/not/there"])

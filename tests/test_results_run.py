@@ -91,7 +91,7 @@ def test_all_settings_of_an_experiment_are_read_and_differ(name, tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--jobs", "0"], "--jobs: must be an integer from 1 to 1024, got 0"),
         (["training.max_step=1"], "did you mean 'max_steps'?"),
     ],
 )

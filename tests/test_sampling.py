@@ -371,9 +371,9 @@ def test_answers_in_python(config_file: Callable[..., Path], tmp_path: Path) -> 
     ("arguments", "message"),
     [
         ([], "nowhere"),
-        (["--tokens-per-step", "0"], "--tokens-per-step 0: input should be greater than 0"),
+        (["--tokens-per-step", "0"], "--tokens-per-step: must be an integer from 1 to 9223372036854775807, got 0"),
         (["--threshold", "1.5"], "--threshold 1.5: input should be less than 1"),
-        (["--seed", "-1"], "--seed -1: must be from 0 to 4294967295"),
+        (["--seed", "-1"], "--seed: must be an integer from 0 to 4294967295, got -1"),
         (["--temperature", "-1"], "--temperature -1.0: input should be greater than or equal to 0"),
     ],
 )

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from baselines import AutoregressiveObjective, UniformObjective
 from config import AutoregressiveSettings, Config, ObjectiveSettings, ProgressiveSettings, TrainingSettings
+from data.foreign import BadInput, check_memory
 from data.row_queue import RowQueue
 from data.stream import SequenceData, SequenceStream, changed_sources, fingerprint
 from model.hub import load_initial_weights
@@ -149,6 +150,9 @@ def build_objective(
     micro_rows = min(training.micro_batch_size or n_rows, n_rows)
     if n_rows % micro_rows:
         raise ValueError(f"training.micro_batch_size {micro_rows} does not divide the {n_rows} rows of each process")
+    # Rows in the queue, on their way to it, and in the pool; int64 tokens, masks and their copies.
+    n_held = n_rows * (6 + (settings.pool_batches if isinstance(settings, ProgressiveSettings) else 0))
+    check_memory(20 * n_held * stream.data.length, f"training.batch_size {training.batch_size}")
     queue = RowQueue(stream, n_rows, device)
     rows = {"n_rows": n_rows, "micro_rows": micro_rows}
     if isinstance(settings, AutoregressiveSettings):
@@ -218,7 +222,7 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
     state = checkpoint.state("train")
     train = run.objective.queue.stream.data
     if changed := changed_sources(train, run.data_fingerprint, state["data_fingerprint"]):
-        raise ValueError(
+        raise BadInput(
             f"the training data has changed since checkpoint {checkpoint.path} was saved: restore "
             f"{' and '.join(changed)}, or give another --run-dir"
         )
@@ -242,8 +246,8 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
     run.objective.load_state_dict(own["objective"])
     run.loss_sum.copy_(own["loss_sum"])
     run.grad_norm_sum.copy_(own["grad_norm_sum"])
-    run.step, run.n_summed = checkpoint.step, own["n_summed"]
-    run.seconds, run.seconds_recorded = state["seconds"], state["seconds_recorded"]
+    run.step, run.n_summed = checkpoint.step, int(own["n_summed"])
+    run.seconds, run.seconds_recorded = float(state["seconds"]), float(state["seconds_recorded"])
     if checkpoint.score is None:  # else the evaluation was complete
         run.unrecorded = state.get("unrecorded")  # not in older checkpoints
 

@@ -1,0 +1,209 @@
+"""Read what somebody else may have written: files, settings, checkpoints and the arguments of commands.
+
+`reading` turns any exception of such material into one line for the user, and `ends_with_message` ends every command
+with it. Only reading and parsing are inside `reading`: a bug of this code anywhere else ends in a traceback. Sizes are
+checked before memory is allocated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import stat
+import sys
+import traceback
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from typing_extensions import override
+
+MAX_MESSAGE = 300  # characters of a line
+MAX_NAME = 170  # characters of that for what is read, whose paths may be long
+MAX_COMMAND = 4000  # characters of a command line in a message
+MAX_LINES = 30  # of a message that lists problems
+MAX_TEXT_BYTES = 1 << 24  # of a JSON or YAML file, or of a line of a .jsonl file; ours have some kilobytes
+ARCHIVE_SLACK = 1 << 20  # bytes that an archive may claim beyond its limit, for small ones that compress well
+# Settings and arguments are below this, so that their products with sizes stay numbers that formats can hold.
+MAX_INTEGER = 1 << 63
+
+
+class BadInput(ValueError):
+    """Material that cannot be read: what it is, why, and a remedy, in one line of at most `MAX_MESSAGE` characters."""
+
+
+@contextmanager
+def reading(what: str, remedy: str) -> Iterator[None]:
+    """Turn any exception inside into BadInput, which names `what`, the reason and the remedy.
+
+    The exception stays the cause, so that its traceback is not lost. BadInput passes unchanged, so calls can be nested.
+
+    Args:
+        what: what is read, with its file or setting, e.g. `config runs/a/config.yaml`.
+        remedy: what the user can do, in at most 100 characters.
+    """
+    try:
+        yield
+    except (BadInput, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a library written in Rust is no Exception
+        name, end = shorten(escape(what), MAX_NAME), f": {remedy}"
+        reason = escape(" ".join(_reason(error).split()))
+        room = MAX_MESSAGE - len(name) - len(" cannot be read ()") - len(end)
+        raise BadInput(f"{name} cannot be read ({shorten(reason, room)}){end}") from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, MemoryError):
+        return f"it needs more memory than there is: {error}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not JSON: {error}"
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text, name = str(error), type(error).__name__
+    if not text:
+        return name
+    # Errors of Python itself are about the code that reads; those of libraries are about what is read.
+    of_python = type(error).__module__ == "builtins" and not isinstance(error, (ValueError, OSError))
+    return f"{name}: {text}" if of_python else text
+
+
+def escape(text: str) -> str:
+    """`text` with all characters that do not print, such as those that control a terminal, as escape sequences."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def shorten(text: str, limit: int) -> str:
+    """`text` in at most `limit` characters, its middle left out."""
+    if len(text) <= limit:
+        return text
+    n_start = (limit - 3) // 2
+    return f"{text[:n_start]}...{text[len(text) - (limit - 3 - n_start) :]}"
+
+
+def fail(message: object, status: int = 2) -> NoReturn:
+    """End a command with a message, at most `MAX_LINES` lines of `MAX_MESSAGE` characters.
+
+    Indented lines may have `MAX_COMMAND`: a command to copy must be whole, and items of lists are short already.
+
+    With PUMA_TRACEBACK=1 in the environment, the traceback of the exception that is handled comes first.
+    """
+    if os.environ.get("PUMA_TRACEBACK") == "1" and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    lines = [
+        shorten(escape(line), MAX_COMMAND if line.startswith("  ") else MAX_MESSAGE)
+        for line in str(message).split("\n")
+    ]
+    if len(lines) > MAX_LINES:
+        lines[MAX_LINES - 1 :] = [f"  and {len(lines) - MAX_LINES + 1} more lines"]
+    print("error:", "\n".join(lines), file=sys.stderr)
+    sys.exit(status)
+
+
+@contextmanager
+def ends_with_message() -> Iterator[None]:
+    """End a command with one message and status 2 for ValueError and OSError, which bad input raises."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser whose messages are one line without control characters, whatever the arguments are."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        """See `argparse.ArgumentParser.error`."""
+        super().error(shorten(escape(message), MAX_MESSAGE))
+
+
+def whole_number(lowest: int, highest: int = MAX_INTEGER - 1) -> Callable[[str], int]:
+    """A `type` of an argument: an integer in this range."""
+
+    def convert(text: str) -> int:
+        digits = len(text) <= 20 and text.removeprefix("-").isascii() and text.removeprefix("-").isdigit()
+        if not digits or not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"must be an integer from {lowest} to {highest}, got {shorten(text, 40)}")
+        return int(text)
+
+    return convert
+
+
+def check_file(path: Path, max_bytes: int | None = None) -> None:
+    """Raise ValueError unless `path` is a regular file of at most `max_bytes`. Reads nothing, so no pipe can block."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is a folder" if stat.S_ISDIR(found.st_mode) else "it is not a regular file")
+    if max_bytes is not None and found.st_size > max_bytes:
+        raise ValueError(f"it has {found.st_size:,} bytes, at most {max_bytes:,} are read")
+
+
+def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """The content of a text file; ValueError or OSError if it is no regular file, too large or not UTF-8."""
+    check_file(path, max_bytes)
+    return path.read_text(encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError, OSError or RecursionError if there is none."""
+    return parse_object(read_text(path))
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object that `text` holds; ValueError or RecursionError if it does not."""
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError(f"must be a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, numbered from 1; ValueError or OSError for files as in `read_text`."""
+    check_file(path)
+    with open(path, "rb") as file:
+        number = 0
+        while line := file.readline(MAX_TEXT_BYTES + 1):
+            number += 1
+            if len(line) > MAX_TEXT_BYTES:
+                raise ValueError(f"line {number} has more than {MAX_TEXT_BYTES:,} bytes")
+            yield number, line
+
+
+def check_archive(path: Path, max_growth: int) -> None:
+    """Raise ValueError or BadZipFile unless `path` is a zip archive that claims at most `max_growth` times its size."""
+    check_file(path)
+    with zipfile.ZipFile(path) as archive:
+        n_claimed = sum(info.file_size for info in archive.infolist())
+    n_bytes = path.stat().st_size
+    if n_claimed > max_growth * n_bytes + ARCHIVE_SLACK:
+        raise ValueError(f"it claims to hold {n_claimed:,} bytes in {n_bytes:,}")
+    check_memory(n_claimed, "its content")
+
+
+def check_memory(n_bytes: int, what: str) -> None:
+    """Raise ValueError if `what` needs more memory than this machine has left."""
+    if n_bytes > (free := free_memory()):
+        raise ValueError(f"{what}: needs {n_bytes / 2**30:,.1f} GiB of memory, but {free / 2**30:,.1f} GiB are free")
+
+
+def free_memory() -> int:
+    """Bytes of memory that programs can still get: of the machine, or of this process's control group if it is less."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    machine, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if machine.exists():
+        fields = (line.split() for line in machine.read_text(encoding="ascii").splitlines())
+        limits += [int(field[1]) * 1024 for field in fields if field[0] == "MemAvailable:"]
+    if group.exists() and (limit := group.read_text(encoding="ascii").strip()).isdigit():
+        limits.append(int(limit))
+    return min(limits)

@@ -62,13 +62,13 @@ def by_label(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
 
 def accuracy_points(rows: Iterable[dict[str, Any]], rule: str) -> list[dict[str, float]]:
     """Points of a `Curve` from the records of a run: the evaluations by one sampling rule."""
-    keys = {axis: axis for axis in AXES} | {
-        "accuracy": ACCURACY + rule,
-        "low": f"validation/accuracy_low/{rule}",
-        "high": f"validation/accuracy_high/{rule}",
-    }
-    points = [{name: row[key] for name, key in keys.items() if _can_be_drawn(row.get(key))} for row in rows]
-    return [point for point in points if len(point) == len(keys)]
+    key = ACCURACY + rule
+    points = []
+    for row in rows:
+        if all(_can_be_drawn(row.get(name)) for name in (*AXES, key)):
+            low, high = (row.get(f"validation/accuracy_{end}/{rule}", row[key]) for end in ("low", "high"))
+            points.append({axis: row[axis] for axis in AXES} | {"accuracy": row[key], "low": low, "high": high})
+    return points
 
 
 def rules_of(rows: Iterable[dict[str, Any]]) -> list[str]:

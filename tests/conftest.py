@@ -73,7 +73,7 @@ def tiny_gsm_settings(folder: Path, n_rows: int = 60) -> dict:
     """A run of seconds on tokenized files, which are written to `folder`, with the tokenizer beside them."""
     problems = cached_word_problems(folder, n_train=n_rows, n_test=4, seed=0, max_len=128)
     settings = tiny_settings(dict(UNIFORM), folder)
-    settings["model"] |= {"vocab_size": VOCAB_SIZE, "learned_positions": None}
+    settings["model"] |= {"vocab_size": VOCAB_SIZE["easy"], "learned_positions": None}
     settings["data"] = {
         "dataset": "tiny_gsm",
         "data_dir": str(problems),

@@ -264,7 +264,7 @@ def test_the_command_counts_good_rows(tmp_path):
     result = run_python("-m", "data.sudoku", "check", path, "--size", 6)
     assert result.returncode == 0
     assert result.stdout == "7 good rows, one solution each\n"
-    assert "counting solutions: 100%" in result.stderr
+    assert result.stderr == "", "no bar where there is no terminal"
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_a_model_folder_executes_nothing(tmp_path, data_dir, monkeypatch):
     (folder / "model.safetensors").unlink()
     result = run_python(*arguments[:-1], tmp_path / "other", input=tmp_path / "yes")
     assert result.returncode == 2, "only safetensors are read"
-    assert "cannot be read as a Qwen2 model" in result.stderr
+    assert "Qwen2 model" in result.stderr
     assert not executed.exists()
 
 
@@ -224,7 +224,7 @@ def test_a_script_in_the_folder_of_a_data_set_is_not_executed(tmp_path, monkeypa
     (folder / "boards.py").write_text(f"open({str(executed)!r}, 'w').close()\n")
     (folder / "train.csv").write_text("puzzle,solution\n")
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 1000))
-    with pytest.raises(ValueError, match="cannot be loaded: Dataset scripts are no longer supported"):
+    with pytest.raises(ValueError, match="Dataset scripts are no longer supported"):
         load_hub(str(folder), "train", "puzzle", "solution", 9)
     assert not executed.exists()
 

@@ -1,0 +1,79 @@
+"""Run one piece of the work that needs a GPU; docs/gpu.md has the order and the goals.
+
+    python -m bench.gpu speed --out gpu_results          # or sudoku, collect, tests, block, ranks, words
+    python -m bench.gpu speed --out gpu_results --tiny   # tiny sizes, also on a CPU: tries the program, not the machine
+
+Each piece ends before --deadline-s, prints a table last, and writes PIECE.json to the folder --out. The output of all
+programs that it starts is appended to log.txt there. A piece that was stopped has written what it measured so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import signal
+import sys
+import time
+from pathlib import Path
+
+from bench.gpu.report import Report
+from bench.gpu.runs import resume
+
+PIECES = ("sudoku", "collect", "tests", "speed", "block", "ranks", "words")
+# Options that not all pieces read. Given to another piece they are errors, so that no option is ignored.
+READ_BY: dict[str, tuple[str, ...]] = {
+    "updates": ("sudoku",),
+    "attached": ("sudoku",),
+    "target": ("collect",),
+    "jobs": ("words",),
+    "overrides": ("sudoku", "speed", "block", "ranks", "words"),
+}
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("piece", choices=PIECES)
+    add("--out", type=Path, required=True, help="folder of the results")
+    add("--runs", type=Path, default=Path("runs/gpu"), help="folder of the run directories, kept between pieces")
+    add("--tiny", action="store_true", help="tiny sizes, to try the program")
+    add("--deadline-s", type=float, default=540.0, help="seconds after which the piece ends with what it has")
+    add("--updates", type=int, help="sudoku: updates of each run, by default 62,500 (two epochs)")
+    add("--attached", action="store_true", help="sudoku: do not return before the end of the runs")
+    add("--target", type=float, help="collect: accuracy from 0 to 1 whose first update is reported, by default 0.9")
+    add("--jobs", type=int, help="words: number of parallel runs on the card, by default 6")
+    add("overrides", nargs="*", metavar="key=value", help="settings to change")
+    options = parser.parse_intermixed_args(arguments)
+    for name, pieces in READ_BY.items():
+        if getattr(options, name) not in (None, False, []) and options.piece not in pieces:
+            parser.error(f"{options.piece} does not read {name}; these do: {', '.join(pieces)}")
+    for name in ("updates", "jobs", "deadline_s"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            parser.error(f"{name} must be positive, got {value}")
+    if options.target is not None and not 0 < options.target <= 1:
+        parser.error(f"target must be above 0 and at most 1, got {options.target}")
+    options.arguments = arguments
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; exit status 1 if a part of the piece failed, 2 after bad input."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    report = Report(options.piece, options.arguments, options.out, time.monotonic() + options.deadline_s)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs `finally` here and in the pieces
+    if options.piece != "sudoku":
+        resume(options.runs)  # where a piece that had paused the runs was killed
+    try:
+        importlib.import_module(f"bench.gpu.{options.piece}").run(options, report)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        report.show()
+    sys.exit(1 if report.failures else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -25,6 +25,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field, TypeAdapter
 from tqdm import tqdm
 from typing_extensions import TypedDict
@@ -293,13 +294,14 @@ def read_records(path: Path) -> dict[str, Any]:
 
 
 def machine() -> str:
-    """The processor, its number of cores and its fastest instruction set for matrix products."""
+    """The processor, its number of cores and its fastest instruction set for matrix products; first the GPU, if any."""
     facts = processor_facts()
     flags = facts.get("flags", "").split()
     fast = [
         name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16"), ("avx2", "AVX2")) if flag in flags
     ]
-    return f"{facts.get('model name', platform.machine())}, {os.cpu_count()} cores, {fast[0] if fast else 'no AVX2'}"
+    name = f"{facts.get('model name', platform.machine())}, {os.cpu_count()} cores, {fast[0] if fast else 'no AVX2'}"
+    return f"{torch.cuda.get_device_name()}, {name}" if torch.cuda.is_available() else name
 
 
 def commit() -> str:

@@ -13,9 +13,13 @@ from torch import Tensor
 
 from config import AnyObjectiveSettings, TrainingSettings
 from data.stream import SequenceStream
+from runtime.checkpoint import latest_checkpoint
+from runtime.config_file import read_config
 from runtime.distributed import World
+from training import run as run_module
 from training.rescale import rescale
-from training.run import build_objective
+from training.run import build_objective, build_run, restore_run, save_run
+from training.update import Updater
 
 CPU = torch.device("cpu")
 BATCH_SIZE, LENGTH, N_ROWS = 16, 12, 23
@@ -146,3 +150,36 @@ def test_the_pool_has_as_many_rows_on_any_number_of_ranks(fraction):
 def test_a_pool_smaller_than_the_ranks_is_refused():
     with pytest.raises(ValueError, match="leaves 3 rows for the pool, fewer than the 4 processes"):
         ranks_of(PUMA | {"uniform_fraction": 0.8}, numbered_rows(40, LENGTH), 4)
+
+
+def test_a_run_continues_on_another_kind_of_device(config_file, tmp_path, monkeypatch, capsys):
+    """The state of a GPU's generator has 16 bytes, and a generator of a CPU cannot take it."""
+    config = read_config(config_file())
+    data = config.open_data().train
+
+    def new_run() -> run_module.Run:
+        return build_run(config, World(0, 1, CPU), tmp_path, data)
+
+    run = new_run()
+    Updater(run).step()
+    save_run(run, None)
+    assert run.objective.generator is not None
+    saved_state, drawn = run.objective.generator.get_state(), int(run.objective.queue.sequences_drawn)
+    of_this_device = run_module._rank_state
+
+    def of_a_gpu(*arguments: Any) -> dict[str, Any]:
+        state = of_this_device(*arguments)
+        state["objective"]["generator"] = torch.zeros(16, dtype=torch.uint8)
+        return state
+
+    monkeypatch.setattr(run_module, "_rank_state", of_a_gpu)
+    continued = [new_run(), new_run()]
+    for each in continued:
+        restore_run(each, latest_checkpoint(tmp_path))
+        assert int(each.objective.queue.sequences_drawn) == drawn
+    assert "saved on another kind of device" in capsys.readouterr().out
+    states = [each.objective.generator.get_state() for each in continued]
+    assert torch.equal(*states), "the seed decides"
+    assert not torch.equal(states[0], saved_state)
+    Updater(continued[0]).step()
+    assert continued[0].step == 2

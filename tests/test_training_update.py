@@ -72,7 +72,7 @@ def test_the_watch_sees_reads():
         torch.ones(3)[torch.ones(3) > 0]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 def test_twenty_steps_on_a_gpu_never_wait(objective, data_dir, tmp_path):
     updater = Updater(build(objective, data_dir, tmp_path, device="cuda"))
@@ -87,7 +87,7 @@ def test_twenty_steps_on_a_gpu_never_wait(objective, data_dir, tmp_path):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 def test_a_recorded_update_does_what_an_eager_one_does(objective, data_dir, tmp_path):
     runs = [build(objective, data_dir, tmp_path, device="cuda", cuda_graph=graph) for graph in (False, True)]

@@ -35,15 +35,22 @@ def rescale(states: Sequence[State], world: World, seed: int, step: int) -> Stat
     queue = merge_streams([objective["queue"] for objective in objectives])
     objective: State = {"queue": queue | {"n_earlier": _part(queue["n_earlier"], world)}}
     if "generator" in objectives[0]:
-        # Different on every rank, as in a new run, and different from every generator used before.
-        numbers = np.random.SeedSequence([seed, step, world.n_ranks, world.rank])
-        generator = torch.Generator(world.device).manual_seed(int(numbers.generate_state(1, np.uint64)[0]))
-        objective["generator"] = generator.get_state()
+        objective["generator"] = fresh_generator_state(world, seed, step)
     if "pool" in objectives[0]:
         objective["pool"] = _rescale_pool([objective["pool"] for objective in objectives], world)
     # Each rank sums over the steps since the last record, and the record is the mean over ranks: the mean keeps it.
     sums = {name: torch.stack([state[name] for state in states]).mean(0) for name in ("loss_sum", "grad_norm_sum")}
     return {"objective": objective, "n_summed": states[0]["n_summed"]} | sums
+
+
+def fresh_generator_state(world: World, seed: int, step: int) -> Tensor:
+    """A generator for a rank that cannot continue with a saved one, as `Generator.get_state` returns it.
+
+    Different on every rank, as in a new run, and different from every generator used before.
+    """
+    numbers = np.random.SeedSequence([seed, step, world.n_ranks, world.rank])
+    generator = torch.Generator(world.device).manual_seed(int(numbers.generate_state(1, np.uint64)[0]))
+    return generator.get_state()
 
 
 def _rescale_pool(pools: Sequence[State], world: World) -> State:

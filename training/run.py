@@ -30,7 +30,7 @@ from runtime.distributed import World, autocast_dtype, main_first, sum_over_rank
 from runtime.metrics import peak_memory_gib, reduce_metrics
 from runtime.optim import build_ema, build_optimizer, learning_rate
 from runtime.sharding import copy_full, gather_moments, gather_weights, is_sharded, load_moments, shard, shard_weights
-from training.rescale import rescale
+from training.rescale import fresh_generator_state, rescale
 
 
 @dataclass(kw_only=True)
@@ -243,6 +243,11 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
             print(
                 f"{run.run_dir}: saved by {checkpoint.n_ranks} processes, continues on {run.world.n_ranks}", flush=True
             )
+    generator, saved = run.objective.generator, own["objective"].get("generator")
+    if generator is not None and generator.get_state().shape != saved.shape:
+        # CPUs and GPUs have generators of different kinds.
+        own["objective"]["generator"] = fresh_generator_state(run.world, run.config.training.seed, checkpoint.step)
+        print(f"{run.run_dir}: saved on another kind of device, continues with other random numbers", flush=True)
     run.objective.load_state_dict(own["objective"])
     run.loss_sum.copy_(own["loss_sum"])
     run.grad_norm_sum.copy_(own["grad_norm_sum"])

@@ -26,6 +26,7 @@ import torch
 from bench.__main__ import main as bench
 from bench.measure import machine, table
 from data.files import write_text
+from runtime.distributed import autocast_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG_FILE = "log.txt"
@@ -53,7 +54,8 @@ class Report:
 
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        self.machine = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.machine = machine(device, autocast_dtype("auto", device))
         self.save()
 
     @property

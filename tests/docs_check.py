@@ -65,6 +65,7 @@ LEFT_OUT = {
     "sbatch": "it needs SLURM; tests/test_job_script.py and tests/test_slurm.py run job.sh",
     "bash job.sh": "it needs SLURM; tests/test_job_script.py and tests/test_slurm.py run job.sh",
     "python -m results.run": "it trains for half an hour; the tests of results/run.py run a small experiment",
+    "python -m bench.gpu": "it is for a GPU; tests/test_bench_gpu.py runs all pieces with tiny sizes",
 }
 # Options that are replaced.
 SMALLER = {"--nproc-per-node=8": "--nproc-per-node=2"}

@@ -25,8 +25,9 @@ from runtime.distributed import autocast, start_world
 YAML_FILE = YAML_FILES / "tinygsm_block_causal_puma.yaml"
 SMALL_VOCABULARY = ["model.vocab_size=4096"]  # the head is the same on both sides
 TINY = [*TINY_MODEL, "model.vocab_size=64", "data.max_len=32", "objective.block_size=8"]
-# Relative errors: FlexAttention sums in another order. bfloat16 has 8 bits.
-TOLERANCES = {"float32": 1e-3, "bfloat16": 2e-2}
+# Relative errors: FlexAttention sums in another order. bfloat16 has 8 bits, and errors add up over layers.
+TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}
+WIDER = 5.0  # than initial weights, with which attention has next to no effect on the loss
 
 
 def run(options: Namespace, report: Report) -> None:
@@ -59,6 +60,9 @@ def compare_masks(precision: str, overrides: list[str]) -> dict[str, float]:
     assert block_size is not None
     model = Transformer(config.model, block_size=block_size)
     model.reset_parameters(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(WIDER if parameter.ndim > 1 else 1.0)
     model.to(device)
     generator = torch.Generator().manual_seed(1)
     x0 = torch.randint(0, mask_id, (8, config.data.length), generator=generator)

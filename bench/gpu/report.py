@@ -165,7 +165,8 @@ class Report:
     def show(self) -> None:
         """Print the table."""
         self.save()
-        print(f"# {self.piece}: {self.machine}, {time.monotonic() - self.start:.0f} s\n", *table(self.rows), sep="\n")
+        lines = table(self.rows) if self.rows else ["nothing was measured"]
+        print(f"# {self.piece}: {self.machine}, {time.monotonic() - self.start:.0f} s\n", *lines, sep="\n")
         for failure in self.failures:
             print(f"- failed: {failure}")
         print(f"wrote {self.out / self.piece}.json", flush=True)

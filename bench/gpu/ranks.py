@@ -79,6 +79,12 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def choose_deterministic_kernels() -> None:
+    """For the rest of this process, where there are any; AdamW makes a step of noise where a gradient is only noise."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def one_rank(overrides: list[str]) -> dict[str, float]:
     """Differences of updates with DDP and with FSDP2 from plain ones, in a process group of one rank.
 
@@ -89,6 +95,7 @@ def one_rank(overrides: list[str]) -> dict[str, float]:
         port = listener.getsockname()[1]
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(place | LOOPBACK)
+    choose_deterministic_kernels()
     config = read_config(YAML_FILE, [*overrides, FLOAT32])
     world = start_world("auto")
     found = {}
@@ -123,8 +130,7 @@ def wrap_fsdp(run: Run, world: World) -> None:
 def graph_against_eager(deterministic: bool, overrides: list[str]) -> dict[str, float]:
     """Differences from the weights after eager updates: with a CUDA graph (`graph`), and eager again (`again`)."""
     if deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        choose_deterministic_kernels()
     device = start_world("auto").device
     eager, again, graph = (
         trained_weights(new_run(read_config(YAML_FILE, [*overrides, f"training.cuda_graph={switch}"]), device))

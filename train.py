@@ -337,7 +337,7 @@ def main(arguments: list[str] | None = None) -> None:
             print_result(config, run_dir, final)
             recorder.close()  # last, since wandb may wait for the network
     except TrainingDiverged as error:
-        fail_once(error, status=1)
+        fail_once(str(error), status=1)
     except WriteError as error:
         fail_once(f"{error}; once it can, the same command continues from the newest checkpoint in {run_dir}", status=1)
     except KeyboardInterrupt:

@@ -92,17 +92,19 @@ def shorten(text: str, limit: int) -> str:
 
 
 def fail(message: object, status: int = 2) -> NoReturn:
-    """End a command with a message, at most `MAX_LINES` lines of `MAX_MESSAGE` characters.
+    """End a command with a message of at most `MAX_LINES` lines.
 
-    Indented lines may have `MAX_COMMAND`: a command to copy must be whole, and items of lists are short already.
+    Lines of an exception have at most `MAX_MESSAGE` characters, unless it is BadInput, which is short already but for
+    paths, or a text of the command itself. Indented lines may have `MAX_COMMAND`: a command to copy must be whole, and
+    items of lists are short already.
 
     With PUMA_TRACEBACK=1 in the environment, the traceback of the exception that is handled comes first.
     """
     if os.environ.get("PUMA_TRACEBACK") == "1" and sys.exc_info()[0] is not None:
         traceback.print_exc()
+    limit = MAX_MESSAGE if isinstance(message, Exception) and not isinstance(message, BadInput) else MAX_COMMAND
     lines = [
-        shorten(escape(line), MAX_COMMAND if line.startswith("  ") else MAX_MESSAGE)
-        for line in str(message).split("\n")
+        shorten(escape(line), MAX_COMMAND if line.startswith("  ") else limit) for line in str(message).split("\n")
     ]
     if len(lines) > MAX_LINES:
         lines[MAX_LINES - 1 :] = [f"  and {len(lines) - MAX_LINES + 1} more lines"]

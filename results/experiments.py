@@ -153,6 +153,23 @@ EXPERIMENTS = {
         baseline="uniform from AR",
         overrides=("training.max_steps=1000", "training.eval_every=100"),
     ),
+    "word_problems_hard": Experiment(
+        "Hard word problems (two to four operations, numbers to 999, one token per digit) from an autoregressive model",
+        (
+            Arm("autoregressive", "tinygsm_mini_hard_arm.yaml"),
+            Arm("puma from AR", "tinygsm_mini_hard_puma_from_arm.yaml", starts_from="autoregressive"),
+            Arm(
+                "uniform from AR",
+                "tinygsm_mini_hard_puma_from_arm.yaml",
+                ("objective.name=uniform",),
+                starts_from="autoregressive",
+            ),
+            Arm("puma from random weights", "tinygsm_mini_hard_puma.yaml", ("training.max_steps=1500",), seeds=(0,)),
+        ),
+        baseline="uniform from AR",
+        targets=(0.5, 0.9),
+        shown=("autoregressive", "puma from AR", "uniform from AR"),
+    ),
     "addition": Experiment(
         "Addition of numbers of up to 12 digits: PUMA, uniform masks and a mixture, units first and last",
         (

@@ -76,10 +76,11 @@ class RowQueue:
         n_free = self.n_slots - (self._n_prefetched - self._n_known_taken)
         if n_free < self.max_taken:
             return
-        rows = [part.pin_memory() if self.n_lag else part for part in self.stream.draw(n_free)]
+        tokens, prompt_mask = self.stream.draw(n_free)
+        rows = [part.pin_memory() if self.n_lag else part for part in (tokens, ~prompt_mask)]
         first = self._n_prefetched % self.n_slots
         n_before_end = min(n_free, self.n_slots - first)
-        for ring, fresh in zip((self._x0, self._maskable), (rows[0], ~rows[1]), strict=True):
+        for ring, fresh in zip((self._x0, self._maskable), rows, strict=True):
             ring[first : first + n_before_end].copy_(fresh[:n_before_end], non_blocking=True)
             ring[: n_free - n_before_end].copy_(fresh[n_before_end:], non_blocking=True)
         self._n_prefetched += n_free

@@ -32,6 +32,8 @@ from runtime.optim import build_ema, build_optimizer, learning_rate
 from runtime.sharding import copy_full, gather_moments, gather_weights, is_sharded, load_moments, shard, shard_weights
 from training.rescale import fresh_generator_state, rescale
 
+GENERATOR_BYTES = {5056, 16}  # of the state of a random generator on a CPU and on a GPU, which cannot be exchanged
+
 
 @dataclass(kw_only=True)
 class Run:
@@ -244,8 +246,7 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
                 f"{run.run_dir}: saved by {checkpoint.n_ranks} processes, continues on {run.world.n_ranks}", flush=True
             )
     generator, saved = run.objective.generator, own["objective"].get("generator")
-    if generator is not None and generator.get_state().shape != saved.shape:
-        # CPUs and GPUs have generators of different kinds.
+    if generator is not None and {len(generator.get_state()), len(saved)} == GENERATOR_BYTES:
         own["objective"]["generator"] = fresh_generator_state(run.world, run.config.training.seed, checkpoint.step)
         print(f"{run.run_dir}: saved on another kind of device, continues with other random numbers", flush=True)
     run.objective.load_state_dict(own["objective"])

@@ -315,15 +315,15 @@ def commit() -> str:
 
 
 def runs_by_arm(records: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Runs by the label of their variant, in the order of the experiment."""
+    """Runs by the label of their variant: those that are complete, or all if none is. The order is that of the records."""
     arms: dict[str, list[dict[str, Any]]] = {}
     for run in records["runs"]:
         arms.setdefault(run["arm"], []).append(run)
-    return arms
+    return {label: [run for run in runs if run["final"]] or runs for label, runs in arms.items()}
 
 
 def curves_of(records: dict[str, Any]) -> list[Curve]:
-    """A curve per run."""
+    """A curve per run of `runs_by_arm`."""
     return [Curve(label, "", run["points"]) for label, runs in runs_by_arm(records).items() for run in runs]
 
 
@@ -364,8 +364,7 @@ def _final_table(records: dict[str, Any]) -> list[str]:
             _spread([run["points"][-1][axis] for run in complete], ",.0f")
             for axis in ("step", "sequences_distinct", "seconds")
         ]
-        n_seeds = f"{len(complete)}" if len(complete) == len(runs) else f"{len(complete)} of {len(runs)}"
-        lines.append(f"| {label} | {n_seeds} | {solved} | {n} | {' | '.join(cells)} |")
+        lines.append(f"| {label} | {len(complete)} | {solved} | {n} | {' | '.join(cells)} |")
     return lines
 
 

@@ -315,7 +315,7 @@ def commit() -> str:
 
 
 def runs_by_arm(records: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Runs by the label of their variant: those that are complete, or all if none is. The order is that of the records."""
+    """Runs by the label of their variant, in order: the complete ones, or all if none is complete."""
     arms: dict[str, list[dict[str, Any]]] = {}
     for run in records["runs"]:
         arms.setdefault(run["arm"], []).append(run)

@@ -195,7 +195,7 @@ EXPERIMENTS = {
         baseline="uniform, units first",
         note=(
             "PUMA loses here: after 1,500 updates uniform masks solve 99% of the sums with a carry chain of 3 or 4, "
-            "PUMA 11% and the mixture 4%. PUMA has seen an eighth of the distinct sums. One seed, and units first only; "
+            "PUMA 11% and the mixture 4%. PUMA has seen an eighth of the distinct sums. One seed, units first only; "
             "the same command runs the rest."
         ),
         overrides=("training.max_steps=1500",),

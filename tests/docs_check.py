@@ -48,7 +48,7 @@ RUN = {
     "python train.py": "",
     "python -m runtime.launch": "",
     "python sampling.py": "",
-    "python -m eval.evaluate": "",
+    "python -m eval.evaluate": "validation.n_final_examples=8",
     "python -m eval.gsm8k_eval grade": "",
     "python -m report.curves": "",
     "python -m model.hub export": "",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.files import write_text
+from data.foreign import BadInput, parse_object, read_text, reading
 
 CHUNK_BYTES = 1 << 22
 CACHE_MAX_BYTES = 1 << 12
@@ -52,18 +54,38 @@ def hash_file(path: Path) -> str:
 
 def cached_hash(path: Path) -> str:
     """SHA-256 (hex) of a file, cached beside it; in a folder that cannot be written it is computed on every call."""
-    cache, facts, started_ns = path.with_name(f".{path.name}.sha256"), _facts(path), time.time_ns()
-    cached = _read_cache(cache)
-    if cached | facts == cached and isinstance(digest := cached.get("sha256"), str):
-        return digest
-    digest = hash_file(path)
-    if _facts(path) == facts and started_ns - facts["ctime_ns"] > SETTLED_NS:
-        with suppress(OSError):
-            write_text(cache, json.dumps(facts | {"sha256": digest}) + "\n")
+    cache = path.with_name(f".{path.name}.sha256")
+    digest: str = cached_findings(path, cache, lambda: {"sha256": hash_file(path)}, {"sha256": str})["sha256"]
     return digest
 
 
-def _facts(path: Path) -> dict[str, int]:
+def cached_findings(
+    path: Path,
+    cache: Path,
+    find: Callable[[], dict[str, Any]],
+    kinds: dict[str, type],
+    arguments: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What a pass over a file finds, from the file `cache` beside it; the pass is repeated if the file has changed.
+
+    Args:
+        find: makes the pass.
+        kinds: names and types of what it finds; a cache that lacks one is not used.
+        arguments: what else the findings depend on, as JSON values.
+    """
+    facts, started_ns = _facts(path) | (arguments or {}), time.time_ns()
+    cached = _read_cache(cache)
+    if cached | facts == cached and all(type(cached.get(name)) is kind for name, kind in kinds.items()):
+        return cached
+    found = find()
+    unchanged = _facts(path) | (arguments or {}) == facts
+    if unchanged and started_ns - facts["ctime_ns"] > SETTLED_NS:
+        with suppress(OSError):  # a folder that cannot be written
+            write_text(cache, json.dumps(facts | found) + "\n")
+    return found
+
+
+def _facts(path: Path) -> dict[str, Any]:
     """What changes with the content of a file."""
     found = path.stat()
     return {
@@ -76,10 +98,6 @@ def _facts(path: Path) -> dict[str, int]:
 
 def _read_cache(path: Path) -> dict[str, Any]:
     """Content of a cache; empty if there is none or it cannot be read."""
-    try:
-        if path.is_file() and path.stat().st_size <= CACHE_MAX_BYTES:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return content if isinstance(content, dict) else {}
-    except (OSError, ValueError, RecursionError):
-        pass
+    with suppress(BadInput), reading(f"{path}", "it is written again"):
+        return parse_object(read_text(path, CACHE_MAX_BYTES))
     return {}

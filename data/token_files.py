@@ -12,9 +12,7 @@ Shapes: N rows, L tokens per row.
 from __future__ import annotations
 
 import json
-import time
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +21,13 @@ import numpy as np
 from tqdm import tqdm
 
 from data.files import write_text
-from data.foreign import MAX_INTEGER, BadInput, read_json, reading
-from data.hashes import cached_hash, hash_arrays
+from data.foreign import MAX_INTEGER, read_json, reading
+from data.hashes import cached_findings, cached_hash, hash_arrays
 from data.text import SEPARATOR
 
 LABELS_FILE, PROMPT_FILE, META_FILE = "labels.bin", "prompt_mask.bin", "meta.json"
 TOKENIZER_DIR = "tokenizer"
 N_CHECKED = 20_000  # rows that are checked at a time
-SETTLED_NS = 2_000_000_000  # a file that has just changed may change again at the same time on its clock
 COUNTS = ("num_examples", "max_len", "max_token_id", "eos_id", "num_left_out")  # numbers in meta.json
 # As the published code writes; other values are refused.
 FORMAT = {"labels_dtype": "uint32", "prompt_mask_packed": True, "prompt_mask_bitorder": "little"}
@@ -106,22 +103,19 @@ def open_tiny_gsm(data_dir: str | Path, max_len: int, mask_id: int, vocab_size: 
 def scan_labels(path: Path, labels: np.ndarray, mask_id: int) -> tuple[int, bool]:
     """The highest token of all rows, and whether the mask token is in one.
 
-    The result is cached beside the file with its size and times, since a pass over tens of gigabytes takes minutes.
+    The result is cached beside the file, since a pass over tens of gigabytes takes minutes.
     """
-    cache, found = path.with_name(f".{path.name}.scan.json"), path.stat()
-    facts = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, *labels.shape, mask_id]
-    with suppress(BadInput), reading(f"{cache}", "it is written again"):
-        content = read_json(cache)
-        if content["facts"] == facts:
-            return int(content["highest"]), bool(content["mask_is_used"])
-    highest, mask_is_used = 0, False
-    for start in tqdm(range(0, len(labels), N_CHECKED), desc=f"checking {path}", unit_scale=N_CHECKED, delay=5):
-        chunk = labels[start : start + N_CHECKED]
-        highest, mask_is_used = max(highest, int(chunk.max())), mask_is_used or bool((chunk == mask_id).any())
-    if time.time_ns() - found.st_ctime_ns > SETTLED_NS:
-        with suppress(OSError):  # a folder that cannot be written
-            write_text(cache, json.dumps({"facts": facts, "highest": highest, "mask_is_used": mask_is_used}))
-    return highest, mask_is_used
+
+    def scan() -> dict[str, Any]:
+        highest, mask_is_used = 0, False
+        for start in tqdm(range(0, len(labels), N_CHECKED), desc=f"checking {path}", unit_scale=N_CHECKED, delay=5):
+            chunk = labels[start : start + N_CHECKED]
+            highest, mask_is_used = max(highest, int(chunk.max())), mask_is_used or bool((chunk == mask_id).any())
+        return {"highest": highest, "mask_is_used": mask_is_used}
+
+    cache, arguments = path.with_name(f".{path.name}.scan.json"), {"shape": list(labels.shape), "mask_id": mask_id}
+    found = cached_findings(path, cache, scan, {"highest": int, "mask_is_used": bool}, arguments)
+    return found["highest"], found["mask_is_used"]
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

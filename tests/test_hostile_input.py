@@ -41,7 +41,7 @@ import results.run
 import sampling
 import train
 from config import ModelSettings
-from data import token_files
+from data import hashes
 from data.foreign import MAX_LINES, MAX_MESSAGE
 from data.token_files import open_tiny_gsm
 from data.word_problems import cached_word_problems
@@ -515,7 +515,7 @@ def test_every_row_is_checked_for_tokens_that_the_model_does_not_have(row, token
 
 def test_the_check_of_all_rows_is_cached_until_the_file_changes(good, tmp_path, monkeypatch):
     shutil.copytree(good / "words", tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(token_files, "SETTLED_NS", -1)
+    monkeypatch.setattr(hashes, "SETTLED_NS", -1)
     assert len(open_tiny_gsm(tmp_path, 128, 511, 512)) == 40
     (cache,) = tmp_path.glob(".labels.bin.scan.json")
     edit(cache, highest=600)

@@ -146,7 +146,7 @@ def target_table(curves: Sequence[Curve], target: float, baseline: str) -> list[
         for axis in titles:
             values, complete = _needed(group, target, axis)
             others, all_reached = _needed(groups[baseline], target, axis)
-            cells.append(_mean_and_range(values, "" if complete else "> ", ",.0f", open_end=not complete))
+            cells.append(mean_and_range(values, ",.0f", complete=complete))
             if label == baseline:
                 cells.append("1")
             elif not n_reached or not (complete or all_reached):  # no bound can be given
@@ -168,11 +168,18 @@ def _needed(group: Sequence[Curve], target: float, axis: str) -> tuple[list[floa
     return values, None not in found
 
 
-def _mean_and_range(values: Sequence[float], sign: str, form: str, *, open_end: bool) -> str:
+def mean_and_range(values: Sequence[float], form: str, *, complete: bool = True) -> str:
+    """Mean of the values, with the lowest and highest if they differ; - if there is none.
+
+    Args:
+        form: format of a number.
+        complete: False if some values are lower bounds of what was not reached.
+    """
+    if not values:
+        return "-"
     mean, low, high = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))
-    if low == high:
-        return f"{sign}{mean}"
-    return f"{sign}{mean} ({low} to {'not reached' if open_end else high})"
+    mean = mean if complete else f"> {mean}"
+    return mean if low == high else f"{mean} ({low} to {high if complete else 'not reached'})"
 
 
 def read_curves(run_dirs: Sequence[Path], rule: str | None = None) -> list[Curve]:
@@ -181,10 +188,16 @@ def read_curves(run_dirs: Sequence[Path], rule: str | None = None) -> list[Curve
     Raises:
         ValueError: a run directory holds no records, or no run was evaluated by `rule`.
     """
-    curves = []
-    for run_dir, setting in _setting_names(run_dirs).items():
-        rows = _records(run_dir)
-        curves += [Curve(setting, name, accuracy_points(rows, name)) for name in rules_of(rows)]
+    return _curves({run_dir: _records(run_dir) for run_dir in run_dirs}, rule)
+
+
+def _curves(records: dict[Path, list[dict[str, Any]]], rule: str | None) -> list[Curve]:
+    """`read_curves` of runs whose records have been read."""
+    curves = [
+        Curve(setting, name, accuracy_points(records[run_dir], name))
+        for run_dir, setting in _setting_names(list(records)).items()
+        for name in rules_of(records[run_dir])
+    ]
     known = dict.fromkeys(curve.rule for curve in curves)
     if rule is not None and rule not in known:
         raise ValueError(f"--rule {rule}: the runs were evaluated by {', '.join(known) or 'no rule yet'}")
@@ -193,8 +206,8 @@ def read_curves(run_dirs: Sequence[Path], rule: str | None = None) -> list[Curve
 
 def draw_curves(
     run_dirs: Sequence[Path], axis: str, out: Path, *, rule: str | None = None, targets: Sequence[float] = ()
-) -> None:
-    """Write a figure of loss and accuracy against one of `AXES`.
+) -> list[Curve]:
+    """Write a figure of loss and accuracy against one of `AXES`; returns the curves of accuracy.
 
     Args:
         rule: label of the only sampling rule to draw; None: all.
@@ -209,8 +222,9 @@ def draw_curves(
     loss_plot, accuracy_plot = figure.subplots(1, 2)
     names = _setting_names(run_dirs)
     settings = list(dict.fromkeys(names.values()))
+    records = {run_dir: _records(run_dir) for run_dir in run_dirs}
     for run_dir, setting in names.items():
-        rows, color = _records(run_dir), COLORS[settings.index(setting) % len(COLORS)]
+        rows, color = records[run_dir], COLORS[settings.index(setting) % len(COLORS)]
         for key, style in (("train/loss", {"alpha": 0.3}), ("validation/loss", {"marker": "."})):
             found = [
                 (row[axis], row[key]) for row in rows if _can_be_drawn(row.get(axis)) and _can_be_drawn(row.get(key))
@@ -218,11 +232,13 @@ def draw_curves(
             loss_plot.plot([x for x, _ in found], [y for _, y in found], color=color, **style)
     loss_plot.set(xlabel=AXES[axis], ylabel="loss (faint: training, dots: validation)", yscale="log")
     set_grid(loss_plot)
-    plot_accuracy(accuracy_plot, read_curves(run_dirs, rule), axis, targets)
+    curves = _curves(records, rule)
+    plot_accuracy(accuracy_plot, curves, axis, targets)
     handles, labels = accuracy_plot.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize="small")
     figure.savefig(out, dpi=120)
+    return curves
 
 
 def _can_be_drawn(value: object) -> bool:
@@ -241,9 +257,10 @@ def _setting_names(run_dirs: Sequence[Path]) -> dict[Path, str]:
 
     Folders of the same name are named with their parent.
     """
+    settings = {run_dir: _setting(run_dir) for run_dir in run_dirs}
     groups: dict[str, list[Path]] = {}
-    for run_dir in run_dirs:
-        groups.setdefault(_setting(run_dir), []).append(Path(os.path.abspath(run_dir)))
+    for run_dir, setting in settings.items():
+        groups.setdefault(setting, []).append(Path(os.path.abspath(run_dir)))
     short = {}
     for key, folders in groups.items():
         common = os.path.commonprefix([folder.name for folder in folders])  # noqa: RUF071, of names, not paths
@@ -252,7 +269,7 @@ def _setting_names(run_dirs: Sequence[Path]) -> dict[Path, str]:
         key: name if name and list(short.values()).count(name) == 1 else "/".join(groups[key][0].parts[-2:])
         for key, name in short.items()
     }
-    return {run_dir: names[_setting(run_dir)] for run_dir in run_dirs}
+    return {run_dir: names[setting] for run_dir, setting in settings.items()}
 
 
 def _setting(run_dir: Path) -> str:
@@ -281,9 +298,8 @@ def main(arguments: list[str] | None = None) -> None:
         if options.target is not None and not 0 < options.target <= 1:
             raise ValueError(f"--target {options.target}: give an accuracy above 0 and at most 1")
         targets = [] if options.target is None else [options.target]
-        draw_curves(options.run_dirs, options.x, options.out, rule=options.rule, targets=targets)
+        curves = draw_curves(options.run_dirs, options.x, options.out, rule=options.rule, targets=targets)
         if targets:
-            curves = read_curves(options.run_dirs, options.rule)
             if not curves:
                 raise ValueError("no run has been evaluated yet")
             print("\n".join(target_table(curves, options.target, baseline=list(by_label(curves))[-1])))

@@ -33,6 +33,17 @@ class Experiment:
 MINUTES = ("training.compile=true", "validation.n_examples=100", "validation.n_final_examples=500")
 PAPER = ("objective.collapse_threshold=null", "objective.pool_batches=1")  # K = 8 as in the paper's Sudoku
 
+
+def from_autoregressive(stem: str) -> tuple[Arm, ...]:
+    """An autoregressive model, and both objectives started from it, by the YAML files whose names begin with `stem`."""
+    file, start = f"{stem}_puma_from_arm.yaml", "autoregressive"
+    return (
+        Arm(start, f"{stem}_arm.yaml"),
+        Arm("puma from AR", file, starts_from=start),
+        Arm("uniform from AR", file, ("objective.name=uniform",), starts_from=start),
+    )
+
+
 EXPERIMENTS = {
     "sudoku_mini": Experiment(
         "9x9 Sudoku on a CPU, 30 to 40 clues: PUMA and uniform masks, the same model, batch, schedule and updates",
@@ -144,30 +155,14 @@ EXPERIMENTS = {
     ),
     "word_problems_from_ar": Experiment(
         "Word problems from an autoregressive model: PUMA and uniform masks",
-        (
-            Arm("autoregressive", "tinygsm_mini_arm.yaml"),
-            Arm("puma from AR", "tinygsm_mini_puma_from_arm.yaml", starts_from="autoregressive"),
-            Arm(
-                "uniform from AR",
-                "tinygsm_mini_puma_from_arm.yaml",
-                ("objective.name=uniform",),
-                starts_from="autoregressive",
-            ),
-        ),
+        from_autoregressive("tinygsm_mini"),
         baseline="uniform from AR",
         overrides=("training.max_steps=1000", "training.eval_every=100"),
     ),
     "word_problems_hard": Experiment(
         "Hard word problems (two to four operations, numbers to 999, one token per digit) from an autoregressive model",
         (
-            Arm("autoregressive", "tinygsm_mini_hard_arm.yaml"),
-            Arm("puma from AR", "tinygsm_mini_hard_puma_from_arm.yaml", starts_from="autoregressive"),
-            Arm(
-                "uniform from AR",
-                "tinygsm_mini_hard_puma_from_arm.yaml",
-                ("objective.name=uniform",),
-                starts_from="autoregressive",
-            ),
+            *from_autoregressive("tinygsm_mini_hard"),
             Arm("puma from random weights", "tinygsm_mini_hard_puma.yaml", ("training.max_steps=1500",), seeds=(0,)),
         ),
         baseline="uniform from AR",

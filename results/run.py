@@ -16,7 +16,6 @@ import os
 import platform
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -41,7 +40,7 @@ from data.foreign import (
     reading,
     whole_number,
 )
-from report.curves import AXES, Curve, accuracy_points, plot_accuracy, rules_of, target_table
+from report.curves import AXES, Curve, accuracy_points, mean_and_range, plot_accuracy, rules_of, target_table
 from results.experiments import EXPERIMENTS, Arm, Experiment
 from runtime.config_file import changed_settings, read_config
 from runtime.machine import processor_facts
@@ -51,11 +50,8 @@ ROOT = Path(__file__).resolve().parents[1]
 POLL_S = 0.5
 N_COLUMNS = 10  # at most, in the table of accuracy by update
 
-
 Number = Annotated[float | int, Field(ge=0, le=1e100)]  # larger ones overflow in the library that draws
 Text = Annotated[str, Field(max_length=1000)]
-
-
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -121,10 +117,20 @@ class Task:
     needs: Path | None  # run directory of the run whose weights this one starts from
 
     @property
+    def key(self) -> tuple[str, int]:
+        """Label and seed, by which records name a run."""
+        return self.arm.label, self.seed
+
+    @property
+    def all_overrides(self) -> list[str]:
+        """The overrides, and the weights to start from."""
+        return [*self.overrides, *([f"model.init_from={self.needs}"] if self.needs else [])]
+
+    @property
     def command(self) -> list[str]:
         """The command that starts or resumes the run."""
-        words = ["train.py", "--config", str(self.config), "--run-dir", str(self.run_dir), *self.overrides]
-        return [sys.executable, *words, *([f"model.init_from={self.needs}"] if self.needs else [])]
+        words = ["train.py", "--config", str(self.config), "--run-dir", str(self.run_dir)]
+        return [sys.executable, *words, *self.all_overrides]
 
     @property
     def settings(self) -> str:
@@ -170,11 +176,11 @@ def check_settings(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, 
         ValueError: a setting is wrong, or an existing run directory or record has other settings.
     """
     for task in tasks:
-        config, run_config = read_config(task.config, task.command[6:]), task.run_dir / "config.yaml"
+        config, run_config = read_config(task.config, task.all_overrides), task.run_dir / "config.yaml"
         if run_config.exists() and (differences := changed_settings(read_config(run_config), config)):
             lines = "\n".join(f"  {line}" for line in differences)
             raise ValueError(f"{task.run_dir} has other settings: delete it or choose another --runs\n{lines}")
-        record = recorded.get((task.arm.label, task.seed))
+        record = recorded.get(task.key)
         if record and record["settings"] != task.settings:
             raise ValueError(
                 f"{records_file} has {task.arm.label!r}, seed {task.seed}, with other settings: delete that entry or "
@@ -184,23 +190,19 @@ def check_settings(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, 
 
 def tasks_to_run(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, Any]]) -> list[Task]:
     """Tasks that neither a run directory nor a record completes, and those whose weights they start from."""
-    missing = [
-        task
-        for task in tasks
-        if not task.is_complete and not recorded.get((task.arm.label, task.seed), {}).get("final")
-    ]
+    missing = [task for task in tasks if not task.is_complete and not recorded.get(task.key, {}).get("final")]
     needed = {task.needs for task in missing}
     return [task for task in tasks if task in missing or (task.run_dir in needed and not task.is_complete)]
 
 
-def run_all(waiting: list[Task], n_jobs: int, budget_s: float | None) -> bool:
+def run_all(tasks: list[Task], n_jobs: int, budget_s: float | None) -> bool:
     """Run tasks; returns whether all are complete at the end.
 
     Args:
         n_jobs: number of parallel runs, one thread each.
         budget_s: seconds after which runs are told to save and stop.
     """
-    tasks, waiting = waiting, list(waiting)
+    waiting = list(tasks)
     running: dict[subprocess.Popen[bytes], Task] = {}
     deadline = time.monotonic() + budget_s if budget_s is not None else float("inf")
     failed: list[Task] = []
@@ -264,7 +266,7 @@ def collect(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, Any]]) 
     """
     runs = []
     for task in tasks:
-        old = recorded.get((task.arm.label, task.seed))
+        old = recorded.get(task.key)
         rows = list(read_metrics(task.run_dir))
         rules = rules_of(rows)
         points = accuracy_points(rows, rules[0]) if rules else []  # the first rule is the headline
@@ -358,10 +360,10 @@ def _final_table(records: dict[str, Any]) -> list[str]:
     ]
     for label, runs in runs_by_arm(records).items():
         complete = [run for run in runs if run["final"]]
-        solved = _spread([100 * run["final"]["accuracy"] for run in complete], ".1f")
+        solved = mean_and_range([100 * run["final"]["accuracy"] for run in complete], ".1f")
         n = ", ".join(sorted({f"{run['final']['n']:,}" for run in complete})) or "-"
         cells = [
-            _spread([run["points"][-1][axis] for run in complete], ",.0f")
+            mean_and_range([run["points"][-1][axis] for run in complete], ",.0f")
             for axis in ("step", "sequences_distinct", "seconds")
         ]
         lines.append(f"| {label} | {len(complete)} | {solved} | {n} | {' | '.join(cells)} |")
@@ -376,7 +378,7 @@ def _progress_table(records: dict[str, Any]) -> list[str]:
     lines.append("| --- |" + " ---: |" * len(steps))
     for label, runs in runs_by_arm(records).items():
         cells = [
-            _spread(
+            mean_and_range(
                 [100 * point["accuracy"] for run in runs for point in run["points"] if point["step"] == step], ".0f"
             )
             for step in steps
@@ -400,7 +402,7 @@ def _difficulty_table(records: dict[str, Any]) -> list[str]:
         for label, runs in runs_by_arm(records).items():
             finals = [run["final"] for run in runs if run["final"]]
             cells = [
-                _spread(
+                mean_and_range(
                     [
                         100 * group["accuracy"]
                         for final in finals
@@ -428,14 +430,6 @@ def _run_table(records: dict[str, Any]) -> list[str]:
             f"{run['commit']} | {run['date']} | {run['machine']} |"
         )
     return [*lines, "", "Each run on one thread while other work was running, so seconds vary more than updates."]
-
-
-def _spread(values: list[float], form: str) -> str:
-    """Mean of the values, with the lowest and highest if they differ; - if there is none."""
-    if not values:
-        return "-"
-    mean, low, high = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))
-    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def draw(experiment: Experiment, records: dict[str, Any], out: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from bench.gpu.report import Report
 from bench.gpu.runs import SUDOKU
-from report.curves import accuracy_points, draw_curves, read_curves, rules_of, target_table
+from report.curves import accuracy_points, draw_curves, rules_of, target_table
 from runtime.checkpoint import find_checkpoint
 from runtime.metrics import METRICS_FILE, read_metrics
 
@@ -35,8 +35,7 @@ def run(options: Namespace, report: Report) -> None:
     if not found:
         report.fail("curves", f"no run in {runs} has been evaluated yet")
         return
-    draw_curves(found, "step", report.out / "curves.png", targets=[target])
-    curves = read_curves(found)
+    curves = draw_curves(found, "step", report.out / "curves.png", targets=[target])
     for curve in curves:
         at = curve.first_reaching(target, "step")
         report.add(f"{curve.setting}, first at {target:.0%}", at if at is not None else "not reached", "updates")

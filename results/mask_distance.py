@@ -31,14 +31,13 @@ Definitions, for a row (x0, M) with n maskable positions, of which M masks m and
   masks drawn without regard to the model. Rows with r = 0 or m = n, where only one mask exists, add 0 to both sums.
 - The share within k swaps is the share of rows with d <= k. Where few positions are masked or few revealed, most random
   masks are within k too, so their expected share is reported beside it.
-- Stage i of 8 holds the rows with revealed ratio r / n in [i / 8, (i + 1) / 8), for every objective and every K.
+- Stage i of 8 contains the rows with revealed ratio r / n in [i / 8, (i + 1) / 8), whatever the objective and K.
 
 Shapes: B rows, L positions.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import sys
@@ -57,12 +56,13 @@ from baselines import UniformObjective
 from config import DEFAULT_RULE, Config, ProgressiveSettings, PumaSettings, UniformSettings
 from data.dataset import SequenceData
 from data.files import write_text
+from data.foreign import CommandParser, ends_with_message
 from model.transformer import Transformer
 from objective import Objective
 from progressive import PumaObjective, stage_of
 from report.curves import COLORS
 from results.run import ROOT, commit, machine
-from runtime.checkpoint import Checkpoint, open_checkpoint
+from runtime.checkpoint import Checkpoint, open_checkpoint, step_folders
 from runtime.distributed import World, autocast, autocast_dtype, start_world
 from samplers.build import build_sampler
 from samplers.step import fill
@@ -188,7 +188,7 @@ def readable_checkpoints(run_dir: Path) -> list[Checkpoint]:
         ValueError: there is none, or the run's objective has no comparable masks.
     """
     checkpoints = []
-    for path in sorted((run_dir / "checkpoints").glob("step_*")):
+    for path in reversed(step_folders(run_dir)):
         try:
             checkpoints.append(open_checkpoint(path))
         except ValueError as error:
@@ -435,7 +435,7 @@ def _numbers(values: Iterator[float | None]) -> list[float]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
-    parser = argparse.ArgumentParser(description="Measure the distance of training masks from the sampler's masks.")
+    parser = CommandParser(description="Measure the distance of training masks from the sampler's masks.")
     parser.add_argument("run_dirs", nargs="*", type=Path, metavar="RUN", help="run directory of puma or uniform")
     parser.add_argument("--rows", type=int, default=256, help="training rows per checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="of the sample of the pool")
@@ -448,11 +448,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--rows must be at least 1, got {options.rows}")
     records_file = options.out / "records.json"
     if not options.draw:
-        try:
+        with ends_with_message():
             collect(options.run_dirs, options.rows, options.seed, records_file)
-        except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
     if not records_file.exists():
         sys.exit(f"{records_file} is missing: name run directories to measure")
     records = json.loads(records_file.read_text(encoding="utf-8"))

@@ -349,7 +349,7 @@ def interrupted_after(n_saves: int, monkeypatch: pytest.MonkeyPatch, arguments: 
 @pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_checkpoints_are_set_aside_and_fresh_ones_stay(kind, keep, config_file, tmp_path, monkeypatch):
-    """Their steps are higher than that of the run that goes on, so pruning by number would delete what it saves."""
+    """Their steps are higher than those of the resumed run, so pruning by step would delete the new checkpoints."""
     config = config_file(training__save_every=1, training__eval_every=100, training__keep_checkpoints=keep)
     run_dir, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
     arguments = ["--config", str(config), "--run-dir", str(run_dir)]

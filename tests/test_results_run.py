@@ -60,7 +60,7 @@ def test_the_picture_is_drawn_from_the_records(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/records.json")), ids=lambda path: path.parent.name)
 def test_pages_are_those_of_their_records(path):
-    """A page is never edited by hand, and every recorded run belongs to its experiment as it stands."""
+    """Each page equals what its records produce, and each recorded run belongs to the current experiment."""
     if path.parent.name not in EXPERIMENTS:
         pytest.skip("records of another program")
     experiment, found = EXPERIMENTS[path.parent.name], json.loads(path.read_text())

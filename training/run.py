@@ -58,7 +58,7 @@ class Run:
     seconds: float = 0.0  # of training, without evaluation and saving
     seconds_recorded: float = 0.0  # `seconds` at the last record
     # Metrics of this step, to be recorded with its evaluation; None if no evaluation is due. They are saved, so that a
-    # run that ends before the evaluation does goes on with it.
+    # run stopped during the evaluation repeats it when it resumes.
     unrecorded: dict[str, Any] | None = None
     batch: list[Microbatch] = field(default_factory=list)  # of the last step, written to disk if training diverges
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bench.gpu.report import Report
 from bench.gpu.runs import resume
+from data.foreign import CommandParser, ends_with_message
 
 PIECES = ("sudoku", "collect", "tests", "speed", "block", "ranks", "words")
 # Options that not all pieces read. Given to another piece they are errors, so that no option is ignored.
@@ -32,7 +33,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Options of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("piece", choices=PIECES)
     add("--out", type=Path, required=True, help="folder of the results")
@@ -66,10 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.piece != "sudoku":
         resume(options.runs)  # where a piece that had paused the runs was killed
     try:
-        importlib.import_module(f"bench.gpu.{options.piece}").run(options, report)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with ends_with_message():
+            importlib.import_module(f"bench.gpu.{options.piece}").run(options, report)
     finally:
         report.show()
     sys.exit(1 if report.failures else 0)

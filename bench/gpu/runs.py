@@ -56,7 +56,7 @@ def is_paused(folder: Path) -> bool:
 def paused(folder: Path) -> Iterator[int]:
     """Stop the runs meanwhile, so that they take no part of the GPU; gives their number.
 
-    A stopped run goes on where it was; its own measurement of seconds counts the pause.
+    A paused run continues from the same update; its recorded seconds include the pause.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PAUSE_FILE).touch()

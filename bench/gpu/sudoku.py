@@ -21,6 +21,7 @@ from pathlib import Path
 from bench.gpu.report import ROOT, Report
 from bench.gpu.runs import SUDOKU, TINY_SUDOKU, is_paused, write_pids
 from bench.inputs import YAML_FILES
+from runtime.checkpoint import step_folders
 from runtime.config_file import read_config
 
 N_UPDATES = 62_500
@@ -101,7 +102,7 @@ def train_both(runs: Path, overrides: list[str]) -> dict[str, int]:
                 if status is None:
                     continue
                 del running[name]
-                started = any((runs / name / "checkpoints").glob("step_*"))
+                started = bool(step_folders(runs / name))
                 if status and not started and name not in retried:
                     retried.add(name)
                     running[name] = start_run(runs, name, [*overrides, GRAPH.replace("true", "false")])

@@ -229,8 +229,10 @@ class TrainingSettings(Settings):
         json_schema_extra=FREE_ON_RESUME,
     )
     compile: bool = Field(False, description="torch.compile the model; worthwhile for long runs")
-    cuda_graph: bool = Field(
-        False, description="capture an update once and replay it; for small models on one GPU, bound by kernel launches"
+    cuda_graph: Literal["auto"] | bool = Field(
+        "auto",
+        description="capture an update once and replay it, for models bound by kernel launches; auto: with one process "
+        "on a GPU and a small vocabulary",
     )
     log_every: int = Field(50, gt=0, description="steps between records", json_schema_extra=FREE_ON_RESUME)
     eval_every: int = Field(1000, gt=0, description="steps between evaluations", json_schema_extra=FREE_ON_RESUME)

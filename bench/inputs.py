@@ -44,7 +44,8 @@ def read_inputs(
 ) -> tuple[Config, SequenceData, torch.device, torch.dtype | None]:
     """Settings of `experiment` or `--config` in the options' sizes, data of that shape, device and autocast's type."""
     path = options.config or YAML_FILES / f"{experiment}.yaml"
-    switches = ["training.compile=true"] * options.compile + ["training.cuda_graph=true"] * options.graph
+    switches = ["training.compile=true"] * options.compile
+    switches += [f"training.cuda_graph={'true' if options.graph else 'false'}"]
     config = read_config(path, [*changes, *switches, *options.overrides])
     device, length = start_world(config.training.device).device, options.length or config.data.length
     raw = config.model_dump(mode="json")

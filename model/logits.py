@@ -1,6 +1,7 @@
 """Logits of one chunk of positions at a time: size of a chunk, dtype of its matrix products, and its softmax.
 
-Shapes: n positions of a chunk, D width, V vocabulary, v tokens of a tile, M tiles of the vocabulary.
+Shapes: n positions of a chunk, D width, V vocabulary, V' vocabulary with padding, v tokens of a tile, M tiles of the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ TILE_ELEMENTS = 1 << 18  # logits of a tile in sampling: 1 MiB
 # Up to this vocabulary the head is cheap: it stays in float32 (bfloat16 logits tie where the model is confident) and
 # scores every position, so that all shapes are fixed.
 SMALL_VOCABULARY = 4096
+# On a GPU large vocabularies are padded to a multiple of this: where a row of logits is no multiple of 16 bytes, cuBLAS
+# takes kernels for unaligned memory, which are several times slower (vocabulary 151,645 on an H200).
+PADDED_MULTIPLE = 64
 
 # From hidden states [n, D], target tokens (int64 [n]) and weights (float32 [n]): NLL and confidence (float32 [n]), and
-# d (weight * nll) / d logits ([n, V] in the dtype of the matrix, valid until the next call).
+# d (weight * nll) / d logits ([n, V'] in the dtype of the matrix, valid until the next call).
 ChunkScorer = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -42,11 +46,32 @@ def chunk_rows(head: Tensor) -> int:
 
 
 def tile_shape(head: Tensor) -> tuple[int, int]:
-    """Number of positions and of tokens of a tile in sampling; on a GPU the whole vocabulary, for few large kernels."""
+    """Number of positions and of tokens of a tile in sampling; on a GPU the whole vocabulary, for few large kernels.
+
+    Args:
+        head: of `product_matrix`.
+    """
     if head.is_cuda:
         return chunk_rows(head), head.shape[0]
     n_tokens = min(TILE_TOKENS, head.shape[0])
     return max(1, TILE_ELEMENTS // n_tokens), n_tokens
+
+
+def is_padded(head: Tensor) -> bool:
+    """Whether the vocabulary is padded for the matrix products with the head [V, D]."""
+    return head.is_cuda and head.shape[0] > SMALL_VOCABULARY
+
+
+def product_matrix(head: Tensor, dtype: torch.dtype) -> Tensor:
+    """The head [V, D] in the dtype of the matrix products, with rows of zeros up to V' where `is_padded`, [V', D]."""
+    n_tokens = head.shape[0]
+    n_padded = -n_tokens % PADDED_MULTIPLE if is_padded(head) else 0
+    if not n_padded:
+        return head.to(dtype)
+    matrix = head.new_empty(n_tokens + n_padded, head.shape[1], dtype=dtype)
+    matrix[:n_tokens] = head
+    matrix[n_tokens:] = 0
+    return matrix
 
 
 def plain_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -55,19 +80,26 @@ def plain_matmul(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
 
 
-def chunk_scorer(matrix: Tensor, n_rows: int, compiled: bool) -> ChunkScorer:
-    """The function that scores chunks of up to n_rows positions with the output matrix [V, D].
+def chunk_scorer(matrix: Tensor, n_tokens: int, n_rows: int, compiled: bool) -> ChunkScorer:
+    """The function that scores chunks of up to n_rows positions with a matrix of `product_matrix`.
 
     Args:
+        n_tokens: V; the columns of padding get probability 0 and gradient 0.
         compiled: on a GPU with a large vocabulary, compile the softmax into fused kernels.
     """
-    if not matrix.is_cuda:
+    if not matrix.is_cuda and len(matrix) == n_tokens:
         # Allocated once: page faults on new memory cost more than the computation.
         buffer = torch.empty(n_rows, matrix.shape[0], dtype=torch.float32)
         narrow = buffer if matrix.dtype == buffer.dtype else torch.empty_like(buffer, dtype=matrix.dtype)
         return lambda states, target, weight: _score_in_tiles(matrix, buffer, narrow, states, target, weight)
     score = _compiled_softmax() if compiled and matrix.shape[0] > SMALL_VOCABULARY else _score_logits
-    return lambda states, target, weight: score(plain_matmul(states, matrix.t()), target, weight)
+
+    def score_states(states: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = plain_matmul(states, matrix.t())
+        logits[:, n_tokens:] = -torch.inf
+        return score(logits, target, weight)
+
+    return score_states
 
 
 def _score_logits(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.logits import combine_tiles, compute_dtype, tile_shape, write_logits
+from model.logits import combine_tiles, compute_dtype, product_matrix, tile_shape, write_logits
 
 # Logit of the banned token: its probability is 0, and being finite it gives 0 * logit = 0.
 BANNED_LOGIT = -1e30
@@ -43,14 +43,15 @@ def predict_tokens(
         temperature: 0 takes the most probable token; otherwise logits are divided by it to choose the token.
         noise_key: int64 [N], one random key per position; required with a temperature.
     """
-    matrix = head.to(compute_dtype(head))
-    n_rows, n_tokens = tile_shape(head)
+    matrix = product_matrix(head, compute_dtype(head))
+    n_rows, n_tokens = tile_shape(matrix)
     buffer = torch.empty(min(n_rows, len(hidden)), n_tokens, device=hidden.device)
     chunks = []
     for start in range(0, len(hidden), n_rows):
         part = slice(start, start + n_rows)
         keys = noise_key[part] if noise_key is not None else None
-        chunks.append(_predict_chunk(hidden[part].to(matrix.dtype), matrix, buffer, banned, temperature, keys))
+        states = hidden[part].to(matrix.dtype)
+        chunks.append(_predict_chunk(states, matrix, len(head), buffer, banned, temperature, keys))
     if not chunks:
         empty = torch.empty(0, device=hidden.device)
         return TokenPredictions(empty.long(), empty, empty, empty)
@@ -70,11 +71,18 @@ class _TileSummary(NamedTuple):
 
 
 def _predict_chunk(
-    states: Tensor, matrix: Tensor, buffer: Tensor, banned: int, temperature: float, noise_key: Tensor | None
+    states: Tensor,
+    matrix: Tensor,
+    vocab_size: int,
+    buffer: Tensor,
+    banned: int,
+    temperature: float,
+    noise_key: Tensor | None,
 ) -> TokenPredictions:
-    """See `predict_tokens`; for states [n, D] and the matrix [V, D], both in the dtype to compute in.
+    """See `predict_tokens`; for states [n, D] and the matrix of `product_matrix`, both in the dtype to compute in.
 
     Args:
+        vocab_size: V; rows of the matrix from there on are padding, which gets probability 0.
         buffer: float32 [at least n, v], overwritten by the logits of each tile.
     """
     n_tokens = buffer.shape[1]
@@ -84,6 +92,7 @@ def _predict_chunk(
         write_logits(states, rows, logits)
         if start <= banned < start + len(rows):
             logits[:, banned - start] = BANNED_LOGIT
+        logits[:, max(0, vocab_size - start) :] = BANNED_LOGIT
         tiles.append(_summarize_tile(logits, start, temperature, noise_key))
     every = _TileSummary(*(torch.stack(part) for part in zip(*tiles, strict=True)))  # [M, n]
     largest, total, scale = combine_tiles(every.largest, every.total)

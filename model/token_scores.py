@@ -4,7 +4,7 @@ With a large vocabulary only positions with nonzero weight are scored; with a sm
 fixed. Logits exist for one chunk at a time and the gradient is computed in the forward pass, so nothing of size
 [N, V] is kept for the backward pass.
 
-Shapes: B rows, L positions, N scored positions, D width, V vocabulary.
+Shapes: B rows, L positions, N scored positions, D width, V vocabulary, V' vocabulary with padding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.logits import SMALL_VOCABULARY, chunk_rows, chunk_scorer, compute_dtype, plain_matmul
+from model.logits import SMALL_VOCABULARY, chunk_rows, chunk_scorer, compute_dtype, plain_matmul, product_matrix
 
 
 class TokenScores(NamedTuple):
@@ -100,15 +100,15 @@ class _ScoreChunks(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor, dtype: torch.dtype, compiled: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        matrix = head.to(dtype)  # [V, D]
+        matrix = product_matrix(head, dtype)  # [V', D]
         grad_hidden = grad_head = None
         if any(ctx.needs_input_grad):
             grad_hidden = torch.empty_like(hidden)
-            grad_head = torch.zeros(head.shape, dtype=torch.promote_types(dtype, torch.float32), device=head.device)
+            grad_head = torch.zeros(matrix.shape, dtype=torch.promote_types(dtype, torch.float32), device=head.device)
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         confidence = torch.empty_like(nll)
         n_rows = chunk_rows(head)
-        score = chunk_scorer(matrix, min(n_rows, len(hidden)), compiled)
+        score = chunk_scorer(matrix, len(head), min(n_rows, len(hidden)), compiled)
         for start in range(0, len(hidden), n_rows):
             part = slice(start, start + n_rows)
             states = hidden[part].to(dtype)  # [n, D]
@@ -119,8 +119,8 @@ class _ScoreChunks(torch.autograd.Function):
                     grad_head.addmm_(gradient.t(), states)  # without a temporary of its size
                 else:
                     grad_head += plain_matmul(gradient.t(), states)
-        if grad_hidden is not None:
-            ctx.save_for_backward(grad_hidden, grad_head)
+        if grad_hidden is not None and grad_head is not None:
+            ctx.save_for_backward(grad_hidden, grad_head[: len(head)])
         ctx.mark_non_differentiable(nll, confidence)
         return (weight * nll).sum(), nll, confidence
 

@@ -202,7 +202,7 @@ def test_the_softmax_of_whole_chunks_equals_that_in_tiles(dtype: torch.dtype) ->
     """GPUs take whole chunks, CPUs tiles; bfloat16 rounds the logits and the gradient of both."""
     hidden, head, x0, weight = random_case(vocabulary=2500)
     states, matrix, target = hidden.detach().flatten(0, 1).to(dtype), head.detach().to(dtype), x0.flatten()
-    in_tiles = sizes.chunk_scorer(matrix, len(states), compiled=False)(states, target, weight.flatten())
+    in_tiles = sizes.chunk_scorer(matrix, len(matrix), len(states), compiled=False)(states, target, weight.flatten())
     whole = sizes._score_logits(states @ matrix.T, target, weight.flatten())
     assert in_tiles[2].dtype == whole[2].dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
@@ -210,7 +210,48 @@ def test_the_softmax_of_whole_chunks_equals_that_in_tiles(dtype: torch.dtype) ->
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=1e-5)
 
 
+@pytest.mark.parametrize("vocabulary", [11, 64])
+@pytest.mark.parametrize("chunk_elements", [40, 1 << 24])
+def test_a_padded_vocabulary_gives_the_same_scores_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, vocabulary: int, chunk_elements: int
+) -> None:
+    """As on a GPU with a large vocabulary; 64 needs no padding."""
+    monkeypatch.setattr(sizes, "is_padded", lambda head: True)
+    monkeypatch.setattr(sizes, "CHUNK_ELEMENTS", chunk_elements)
+    case = random_case(vocabulary=vocabulary)
+    assert sizes.product_matrix(case[1], torch.bfloat16).shape == (64, WIDTH)
+    assert_equals_oracle(score_tokens(*case), case, tolerance=2e-5)
+    assert case[1].grad.shape == (vocabulary, WIDTH)
+
+
+@pytest.mark.gpu
+def test_an_odd_large_vocabulary_on_a_gpu_equals_the_cpu() -> None:
+    hidden, head, x0, weight = random_case(vocabulary=SMALL_VOCABULARY + 3)
+    case = (hidden.detach().cuda().requires_grad_(), head.detach().cuda().requires_grad_(), x0.cuda(), weight.cuda())
+    scores = score_tokens(*case)
+    scores.loss.backward()
+    score_tokens(hidden, head, x0, weight).loss.backward()
+    for ours, theirs in ((case[0].grad, hidden.grad), (case[1].grad, head.grad)):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-3, atol=1e-4)
+
+
 # Sampling
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("tile_tokens", [5, 64, 1024])
+def test_a_padded_vocabulary_gives_the_same_predictions(
+    monkeypatch: pytest.MonkeyPatch, tile_tokens: int, temperature: float
+) -> None:
+    """Also where whole tiles are padding."""
+    monkeypatch.setattr(sizes, "TILE_TOKENS", tile_tokens)
+    hidden, head, _, _ = random_case(n_rows=30)
+    states, keys = hidden.detach().flatten(0, 1), torch.arange(210)
+    plain = predict_tokens(states, head, 4, temperature=temperature, noise_key=keys)
+    monkeypatch.setattr(sizes, "is_padded", lambda head: True)
+    padded = predict_tokens(states, head, 4, temperature=temperature, noise_key=keys)
+    for name, ours, theirs in zip(plain._fields, padded, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=f"{name}: ".__add__)
 
 
 @pytest.mark.parametrize("tile_elements", [1, 11, 40, 1 << 24])

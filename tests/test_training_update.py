@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from runtime.config_file import parse_config
 from runtime.distributed import World
 from training.run import Run, build_run
-from training.update import Updater, apply_update, check_graph
+from training.update import Updater, apply_update, check_graph, uses_graph
 
 OBJECTIVES = {
     "uniform": UNIFORM,
@@ -75,7 +75,7 @@ def test_the_watch_sees_reads():
 @pytest.mark.gpu
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 def test_twenty_steps_on_a_gpu_never_wait(objective, data_dir, tmp_path):
-    updater = Updater(build(objective, data_dir, tmp_path, device="cuda"))
+    updater = Updater(build(objective, data_dir, tmp_path, device="cuda", cuda_graph=False))
     for _ in range(3):
         updater.step()
     torch.cuda.synchronize()
@@ -97,6 +97,25 @@ def test_a_recorded_update_does_what_an_eager_one_does(objective, data_dir, tmp_
             updater.step()
     for ours, theirs in zip(*(run.model.parameters() for run in runs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_a_graph_is_taken_where_an_update_can_be_captured(data_dir):
+    settings = tiny_settings(PUMA, data_dir)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+
+    def graph(device, n_ranks=1, **changes):
+        changed = settings | {"training": settings["training"] | changes}
+        return uses_graph(parse_config(changed, "test"), World(0, n_ranks, device))
+
+    assert graph(cuda)
+    assert graph(cuda, cuda_graph=True)
+    assert not graph(cpu)
+    assert not graph(cpu, cuda_graph=True)
+    assert not graph(cuda, n_ranks=2)
+    assert not graph(cuda, gradient_checkpointing=True)
+    assert not graph(cuda, cuda_graph=False)
+    settings["model"]["vocab_size"] = 10_000
+    assert not graph(cuda)
 
 
 def test_a_graph_is_refused_where_it_cannot_be_recorded(data_dir):

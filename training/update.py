@@ -37,6 +37,7 @@ class Updater:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.dtype = autocast_dtype(run.config.training.precision, run.world.device)
+        self.uses_graph = uses_graph(run.config, run.world)
         self.graph: torch.cuda.CUDAGraph | None = None
         self._n_eager = 0
         self._captured_stages: int | None = None
@@ -45,7 +46,7 @@ class Updater:
         """One update of the weights and of their average."""
         run = self.run
         set_learning_rate(run.optimizer, learning_rate(run.step, run.config.training, run.n_steps))
-        if run.config.training.cuda_graph and run.world.device.type == "cuda":
+        if self.uses_graph:
             self._step_graph()
         else:
             apply_update(run, self.dtype)
@@ -56,7 +57,7 @@ class Updater:
         run.step += 1
 
     def _step_graph(self) -> None:
-        """Replay the captured update; capture it first, and again when K changes. (Not run on a GPU yet.)"""
+        """Replay the captured update; capture it first, and again when K changes."""
         run, settings = self.run, self.run.config.objective
         n_stages = settings.n_stages_at(run.step) if isinstance(settings, ProgressiveSettings) else None
         if n_stages != self._captured_stages:
@@ -127,13 +128,23 @@ def check_finite(run: Run) -> None:
     )
 
 
+def uses_graph(config: Config, world: World) -> bool:
+    """Whether updates are replayed from a CUDA graph; `auto` takes one where an update can be captured."""
+    settings = config.training
+    if settings.cuda_graph == "auto":
+        capturable = world.n_ranks == 1 and config.model.vocab_size <= SMALL_VOCABULARY
+        # Gradient checkpointing has not been tried in a graph.
+        return capturable and world.device.type == "cuda" and not settings.gradient_checkpointing
+    return settings.cuda_graph and world.device.type == "cuda"
+
+
 def check_graph(config: Config, world: World) -> str | None:
     """The warning to show if `training.cuda_graph` has no effect, else None.
 
     Raises:
         ValueError: the update cannot be captured.
     """
-    if not config.training.cuda_graph:
+    if config.training.cuda_graph is not True:
         return None
     if world.n_ranks > 1:
         raise ValueError("training.cuda_graph works with one process only: leave it out, or start one process")

@@ -96,7 +96,7 @@ def one_rank(overrides: list[str]) -> dict[str, float]:
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(place | LOOPBACK)
     choose_deterministic_kernels()
-    config = read_config(YAML_FILE, [*overrides, FLOAT32])
+    config = read_config(YAML_FILE, [*overrides, FLOAT32, "training.cuda_graph=false"])
     world = start_world("auto")
     found = {}
     try:

@@ -112,7 +112,8 @@ EXPERIMENTS = {
             "masks do and ends as high, with a seventh of the distinct boards. A threshold of 0.9 and a tenth of "
             "uniform rows change little. One seed: the two variants that had not left the plateau by update 750 (tau "
             "0.99 and a uniform fraction of 0.3) are neighbours of variants that had, so differences of some hundred "
-            "updates between variants with one batch may be chance. Twelve runs shared the card: the seconds mean nothing."
+            "updates between variants with one batch may be chance. Twelve runs shared the card: the seconds mean "
+            "nothing."
         ),
         seeds=(0,),
     ),

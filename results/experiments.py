@@ -115,6 +115,7 @@ EXPERIMENTS = {
             "updates between variants with one batch may be chance. Twelve runs shared the card: the seconds mean "
             "nothing."
         ),
+        shown=("uniform", "K 8", "K 4", "K 32", "K 8, uniform fraction 0.1", "K 8, pool of 4", "K 8, pool of 16"),
         seeds=(0,),
     ),
     "sudoku_rates": Experiment(
@@ -224,6 +225,12 @@ EXPERIMENTS = {
                 "puma, units first, pool of 16, tau 0.9",
                 "addition_puma.yaml",
                 ("data.order=least_first", "objective.pool_batches=16", "objective.collapse_threshold=0.9"),
+            ),
+            Arm(
+                "puma, units first, pool of 16",
+                "addition_puma.yaml",
+                ("data.order=least_first", "objective.pool_batches=16"),
+                seeds=(0,),
             ),
         ),
         baseline="uniform, units first",

@@ -47,7 +47,11 @@ def from_autoregressive(stem: str) -> tuple[Arm, ...]:
 EXPERIMENTS = {
     "sudoku": Experiment(
         "The paper's Sudoku experiment: 9x9 boards of 30 to 40 clues, 6.8M parameters, one GPU, PUMA and uniform masks",
-        (Arm("puma as in the paper", "sudoku_puma.yaml"), Arm("uniform", "sudoku_baseline.yaml")),
+        (
+            Arm("puma as in the paper", "sudoku_puma.yaml"),
+            Arm("puma, pool of 16", "sudoku_puma.yaml", ("objective.pool_batches=16",)),
+            Arm("uniform", "sudoku_baseline.yaml"),
+        ),
         baseline="uniform",
         overrides=(
             "training.max_steps=50000",
@@ -77,6 +81,23 @@ EXPERIMENTS = {
         baseline="uniform",
         overrides=MINUTES,
         targets=(0.1, 0.9),
+    ),
+    "sudoku_few_clues": Experiment(
+        "9x9 Sudoku, 22 to 28 clues: PUMA and uniform masks, each at the rate and batch that the sweep found best",
+        (
+            Arm("puma, pool of 16, tau 0.9", "sudoku_mini_puma.yaml"),
+            Arm("puma as in the paper", "sudoku_mini_puma.yaml", PAPER),
+            Arm("uniform", "sudoku_mini_baseline.yaml"),
+        ),
+        baseline="uniform",
+        overrides=(
+            *MINUTES,
+            "data.min_clues=22",
+            "data.max_clues=28",
+            "training.batch_size=128",
+            "training.learning_rate=1.5e-3",
+        ),
+        targets=(0.1, 0.5),
     ),
     "sudoku_variants": Experiment(
         "9x9 Sudoku, 30 to 40 clues: what each setting of PUMA changes, from the paper's K = 8 without threshold",

@@ -85,10 +85,11 @@ print("imported all")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("piece", ["tests", "speed", "block", "ranks", "words"])
+@pytest.mark.parametrize("piece", ["tests", "speed", "block", "ranks", "experiments"])
 def test_a_piece_from_end_to_end(piece, bare_machine, tmp_path):
     options = ["--out", tmp_path / "out", "--runs", tmp_path / "runs", "--tiny", "--deadline-s", 900]
-    more = [f"data.data_dir={tmp_path}", "--jobs", 2] if piece == "words" else []
+    names = ["--names", "word_problems", "--jobs", 2]
+    more = [f"data.data_dir={tmp_path}", *names] if piece == "experiments" else []
     result = run_fresh_python("-m", "bench.gpu", piece, *options, *more, timeout=1000)
     assert result.returncode == 0, result.stdout + result.stderr + (tmp_path / "out/log.txt").read_text()
     found = results(tmp_path / "out", piece)
@@ -103,7 +104,7 @@ def test_a_piece_from_end_to_end(piece, bare_machine, tmp_path):
         "speed": {"sudoku_puma, graph: update", "tinygsm_puma, compile: dense / ours"},
         "block": {"FlexAttention against the dense mask, bfloat16: loss", "decoding, 16 blocks: cached"},
         "ranks": {"train.py, one rank of torchrun", "FSDP2 of one rank against plain updates"},
-        "words": {"puma: solved, mean over 3 seeds", "uniform: solved, mean over 3 seeds"},
+        "experiments": {f"word_problems, {name}: solved, mean of 3 complete runs" for name in ("puma", "uniform")},
     }
     assert expected[piece] <= measured
     if piece == "tests":
@@ -262,7 +263,9 @@ def test_goals(tmp_path):
         (["tests", "training.seed=1"], "tests does not read overrides"),
         (["sudoku", "--updates", "0"], "updates must be positive"),
         (["collect", "--target", "2"], "target must be above 0"),
-        (["words", "--deadline-s", "9"], "--deadline-s must be above"),
+        (["experiments", "--names", "word_problems", "--deadline-s", "9"], "--deadline-s must be above"),
+        (["experiments", "--names", "positions,chess"], "--names: 'chess' is not one of"),
+        (["experiments"], "experiments needs --names"),
         (["sudoku", "training.max_step=5"], "did you mean 'max_steps'"),
     ],
 )

@@ -1,6 +1,6 @@
 """Run one piece of the work that needs a GPU; docs/gpu.md has the order and the goals.
 
-    python -m bench.gpu speed --out gpu_results          # or sudoku, collect, tests, block, ranks, words
+    python -m bench.gpu speed --out gpu_results          # or sudoku, collect, tests, block, ranks, experiments
     python -m bench.gpu speed --out gpu_results --tiny   # tiny sizes, also on a CPU: tries the program, not the machine
 
 Each piece ends before --deadline-s, prints a table last, and writes PIECE.json to the folder --out. The output of all
@@ -20,14 +20,15 @@ from bench.gpu.report import Report
 from bench.gpu.runs import resume
 from data.foreign import CommandParser, ends_with_message
 
-PIECES = ("sudoku", "collect", "tests", "speed", "block", "ranks", "words")
+PIECES = ("sudoku", "collect", "tests", "speed", "block", "ranks", "experiments")
 # Options that not all pieces read. Given to another piece they are errors, so that no option is ignored.
 READ_BY: dict[str, tuple[str, ...]] = {
     "updates": ("sudoku",),
     "attached": ("sudoku",),
     "target": ("collect",),
-    "jobs": ("words",),
-    "overrides": ("sudoku", "speed", "block", "ranks", "words"),
+    "jobs": ("experiments",),
+    "names": ("experiments",),
+    "overrides": ("sudoku", "speed", "block", "ranks", "experiments"),
 }
 
 
@@ -43,7 +44,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--updates", type=int, help="sudoku: updates of each run, by default 62,500 (two epochs)")
     add("--attached", action="store_true", help="sudoku: do not return before the end of the runs")
     add("--target", type=float, help="collect: accuracy from 0 to 1 whose first update is reported, by default 0.9")
-    add("--jobs", type=int, help="words: number of parallel runs on the card, by default 6")
+    add("--jobs", type=int, help="experiments: number of parallel runs on the card, by default 12")
+    add("--names", help="experiments: names of results/experiments.py with commas between")
     add("overrides", nargs="*", metavar="key=value", help="settings to change")
     options = parser.parse_intermixed_args(arguments)
     for name, pieces in READ_BY.items():
@@ -55,6 +57,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             parser.error(f"{name} must be positive, got {value}")
     if options.target is not None and not 0 < options.target <= 1:
         parser.error(f"target must be above 0 and at most 1, got {options.target}")
+    if options.piece == "experiments" and not options.names:
+        parser.error("experiments needs --names")
     options.arguments = arguments
     return options
 

@@ -1,6 +1,6 @@
 """Predictions for samplers: the token to write at each position, and the model's confidence in it.
 
-Shapes: N positions, n of a chunk, D width, V vocabulary, v tokens of a tile, M tiles of the vocabulary.
+Shapes: N positions, n of a chunk, D width, V vocabulary, v tokens of a tile, M tiles of the vocabulary, k candidates.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ class TokenPredictions(NamedTuple):
     log_prob: Tensor  # float32 [N]
     margin: Tensor  # float32 [N], largest minus second largest probability
     neg_entropy: Tensor  # float32 [N], sum of p log p
+    candidates: Tensor  # int64 [N, k], the most probable tokens, best first
+    candidate_log_probs: Tensor  # float32 [N, k]
 
 
 @torch.no_grad()
@@ -33,6 +35,7 @@ def predict_tokens(
     *,
     temperature: float = 0.0,
     noise_key: Tensor | None = None,
+    n_candidates: int = 0,
 ) -> TokenPredictions:
     """The most probable token at each position, or with a temperature a sampled one (Gumbel-max).
 
@@ -42,19 +45,23 @@ def predict_tokens(
         banned: the mask token, which gets probability 0.
         temperature: 0 takes the most probable token; otherwise logits are divided by it to choose the token.
         noise_key: int64 [N], one random key per position; required with a temperature.
+        n_candidates: k; at most as many as there are tokens besides the banned one are returned.
     """
-    matrix = product_matrix(head, compute_dtype(head))
-    n_rows, n_tokens = tile_shape(matrix)
+    matrix = head.to(compute_dtype(head))
+    n_candidates = min(n_candidates, len(head) - 1)
+    n_rows, n_tokens = tile_shape(head)
     buffer = torch.empty(min(n_rows, len(hidden)), n_tokens, device=hidden.device)
     chunks = []
     for start in range(0, len(hidden), n_rows):
         part = slice(start, start + n_rows)
         keys = noise_key[part] if noise_key is not None else None
-        states = hidden[part].to(matrix.dtype)
-        chunks.append(_predict_chunk(states, matrix, len(head), buffer, banned, temperature, keys))
+        chunks.append(
+            _predict_chunk(hidden[part].to(matrix.dtype), matrix, buffer, banned, temperature, keys, n_candidates)
+        )
     if not chunks:
         empty = torch.empty(0, device=hidden.device)
-        return TokenPredictions(empty.long(), empty, empty, empty)
+        none = torch.empty(0, n_candidates, device=hidden.device)
+        return TokenPredictions(empty.long(), empty, empty, empty, none.long(), none)
     return TokenPredictions(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
@@ -73,11 +80,11 @@ class _TileSummary(NamedTuple):
 def _predict_chunk(
     states: Tensor,
     matrix: Tensor,
-    vocab_size: int,
     buffer: Tensor,
     banned: int,
     temperature: float,
     noise_key: Tensor | None,
+    n_candidates: int,
 ) -> TokenPredictions:
     """See `predict_tokens`; for states [n, D] and the matrix of `product_matrix`, both in the dtype to compute in.
 
@@ -86,14 +93,17 @@ def _predict_chunk(
         buffer: float32 [at least n, v], overwritten by the logits of each tile.
     """
     n_tokens = buffer.shape[1]
-    tiles = []
+    tiles, top_tokens, top_logits = [], [], []
     for start, rows in zip(range(0, len(matrix), n_tokens), matrix.split(n_tokens), strict=True):
         logits = buffer[: len(states), : len(rows)]  # [n, v]
         write_logits(states, rows, logits)
         if start <= banned < start + len(rows):
             logits[:, banned - start] = BANNED_LOGIT
-        logits[:, max(0, vocab_size - start) :] = BANNED_LOGIT
-        tiles.append(_summarize_tile(logits, start, temperature, noise_key))
+        summary, top = _summarize_tile(logits, start, temperature, noise_key, n_candidates)
+        tiles.append(summary)
+        if n_candidates:
+            top_tokens.append(top.indices + start)
+            top_logits.append(top.values)
     every = _TileSummary(*(torch.stack(part) for part in zip(*tiles, strict=True)))  # [M, n]
     largest, total, scale = combine_tiles(every.largest, every.total)
     log_total = total.log()
@@ -101,18 +111,28 @@ def _predict_chunk(
     token, logit = every.token.gather(0, winner)[0], every.logit.gather(0, winner)[0]
     best = every.largest.argmax(dim=0, keepdim=True)
     second = every.largest.scatter(0, best, every.second.gather(0, best)).amax(dim=0)
+    candidates = torch.empty(len(token), 0, dtype=torch.long, device=token.device)  # [n, k]
+    candidate_log_probs = torch.empty(len(token), 0, device=token.device)
+    if n_candidates:
+        candidate_logits, places = torch.cat(top_logits, dim=1).topk(n_candidates, dim=1)
+        candidates = torch.cat(top_tokens, dim=1).gather(1, places)
+        candidate_log_probs = candidate_logits - (largest + log_total)[:, None]
     moment = (scale * (every.moment + every.total * (every.largest - largest))).sum(dim=0)
     return TokenPredictions(
         token=token,
         log_prob=logit - largest - log_total,
         margin=(1 - (second - largest).exp()) / total,
         neg_entropy=moment / total - log_total,
+        candidates=candidates,
+        candidate_log_probs=candidate_log_probs,
     )
 
 
-def _summarize_tile(logits: Tensor, first: int, temperature: float, noise_key: Tensor | None) -> _TileSummary:
-    """Statistics of the logits [n, v] of v tokens from `first` on; overwrites the logits."""
-    top = logits.topk(min(2, logits.shape[1]), dim=1)
+def _summarize_tile(
+    logits: Tensor, first: int, temperature: float, noise_key: Tensor | None, n_candidates: int
+) -> tuple[_TileSummary, torch.return_types.topk]:
+    """Statistics of the logits [n, v] of v tokens from `first` on, and the largest; overwrites the logits."""
+    top = logits.topk(min(max(2, n_candidates), logits.shape[1]), dim=1)
     largest, column = top.values[:, 0], top.indices[:, 0]
     second = top.values[:, 1] if logits.shape[1] > 1 else torch.full_like(largest, BANNED_LOGIT)
     logit = score = largest
@@ -124,7 +144,7 @@ def _summarize_tile(logits: Tensor, first: int, temperature: float, noise_key: T
     logits.sub_(largest[:, None])
     exponentials = logits.exp()
     moment = torch.linalg.vecdot(exponentials, logits)
-    return _TileSummary(column + first, logit, score, largest, second, exponentials.sum(dim=1), moment)
+    return _TileSummary(column + first, logit, score, largest, second, exponentials.sum(dim=1), moment), top
 
 
 def hash_uniform(key: Tensor) -> Tensor:

@@ -224,6 +224,7 @@ class Transformer(nn.Module):
         *,
         temperature: float = 0.0,
         noise_key: Tensor | None = None,
+        n_candidates: int = 0,
         cache: KeyValueCache | None = None,
     ) -> TokenPredictions:
         """Best token and its confidence at `positions` (bool [B, L]); see `predict_tokens` for the rest.
@@ -236,7 +237,14 @@ class Transformer(nn.Module):
             n_past = cache.length if cache is not None else 0
             mask = decoding_mask(n_past, n_past + xt.shape[1], self.block_size, xt.device)
         hidden = self._align(self.model(xt, mask=mask, cache=cache))[positions]  # [N, D]
-        return predict_tokens(hidden, self.lm_head.weight, banned, temperature=temperature, noise_key=noise_key)
+        return predict_tokens(
+            hidden,
+            self.lm_head.weight,
+            banned,
+            temperature=temperature,
+            noise_key=noise_key,
+            n_candidates=n_candidates,
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """Tensors to save, by Hugging Face's names; without a tied head, as in Hugging Face's files."""

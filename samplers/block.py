@@ -13,7 +13,7 @@ from torch import Tensor
 from config import DEFAULT_RULE, SamplingRule
 from model.attention import KeyValueCache
 from model.transformer import Transformer
-from samplers.step import Samples, fill, noise_keys, nothing, row_keys
+from samplers.step import Recorder, Samples, fill, noise_keys, nothing, row_keys
 
 
 @torch.no_grad()
@@ -29,6 +29,7 @@ def sample_blocks(
     seed: int = 0,
     row_ids: Tensor | None = None,
     before_pass: Callable[[], None] = nothing,
+    record: int | None = None,
 ) -> Samples:
     """Fill all masked positions, one block after another; otherwise as `samplers.full.sample_full`.
 
@@ -52,6 +53,7 @@ def sample_blocks(
     tokens, order, was_masked = xt.clone(), torch.zeros_like(xt), xt == mask_id
     nfe = torch.zeros(n_rows, dtype=torch.long, device=xt.device)
     keys = row_keys(xt, seed, row_ids)  # [B]
+    recorder = Recorder(xt, mask_id, record)
     finished = _FinishedBlocks(model, n_rows, length) if cached and model.block_size == block_size else None
     for start in range(0, length, block_size):
         end = start + block_size
@@ -65,11 +67,18 @@ def sample_blocks(
             nfe[active] += 1
             noise = noise_keys(keys[active], nfe[active], torch.arange(begin, end, device=xt.device))
             predicted = model.predict(
-                part, masked, mask_id, temperature=rule.temperature, noise_key=noise[masked], cache=cache
+                part,
+                masked,
+                mask_id,
+                temperature=rule.temperature,
+                noise_key=noise[masked],
+                n_candidates=recorder.n_candidates,
+                cache=cache,
             )
             filled = fill(part, masked, predicted, noise, rule)
             tokens[active, begin:end] = part
             order[active, begin:end] += filled * nfe[active, None]
+            recorder.add(active, tokens, begin, masked, filled, predicted)
             if finished is not None and cache is not None and begin < start:
                 finished.close(active, cache, start)
             unfinished = (part == mask_id).any(1)
@@ -82,7 +91,7 @@ def sample_blocks(
             rest = stopped[:, None] & (tokens == mask_id)  # [B, L]
             tokens[rest] = eos_id
             order += rest * nfe[:, None]
-    return Samples(tokens, order, nfe)
+    return recorder.samples(tokens, order, nfe)
 
 
 class _FinishedBlocks:

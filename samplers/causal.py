@@ -13,7 +13,7 @@ from torch import Tensor
 from config import DEFAULT_RULE, SamplingRule
 from model.token_predictions import mix_keys, predict_tokens
 from model.transformer import Transformer
-from samplers.step import Samples, nothing, row_keys
+from samplers.step import Recorder, Samples, nothing, row_keys
 
 # Finished rows are removed once they are this share of the batch: removing rows copies the whole cache.
 REMOVED_SHARE = 1 / 8
@@ -30,6 +30,7 @@ def sample_causal(
     seed: int = 0,
     row_ids: Tensor | None = None,
     before_pass: Callable[[], None] = nothing,
+    record: int | None = None,
 ) -> Samples:
     """Fill all masked positions, each from all tokens before it.
 
@@ -42,7 +43,7 @@ def sample_causal(
         eos_id: None: rows have no end token.
         rule: only its temperature may be set.
         seed, row_ids: random numbers depend only on these (row_ids: int64 [B], by default 0..B-1).
-        before_pass: as in `sample_full`.
+        before_pass, record: as in `sample_full`.
 
     Raises:
         ValueError: the rule sets another order than left to right, or the first position of a row is masked, so there
@@ -55,6 +56,7 @@ def sample_causal(
     tokens, order = xt.clone(), torch.zeros_like(xt)
     nfe = torch.zeros(len(xt), dtype=torch.long, device=xt.device)
     keys = row_keys(xt, seed, row_ids)  # [B]
+    recorder = Recorder(xt, mask_id, record)
     active = (tokens == mask_id).any(1).nonzero().squeeze(1)  # [b]
     cache = model.model.empty_cache(len(active), xt.shape[1])
     while len(active):
@@ -71,9 +73,13 @@ def sample_causal(
             mask_id,
             temperature=rule.temperature,
             noise_key=mix_keys(keys[sampled], position),
+            n_candidates=recorder.n_candidates,
         )
         nfe[sampled] += 1
         tokens[sampled, position], order[sampled, position] = predicted.token, nfe[sampled]
+        if record is not None:
+            here = torch.ones(len(sampled), 1, dtype=torch.bool)
+            recorder.add(sampled, tokens, position, here, here, predicted)
         if eos_id is not None:
             ended = sampled[predicted.token == eos_id]
             rest = tokens[ended] == mask_id  # [n, L]
@@ -83,4 +89,4 @@ def sample_causal(
         if int(running.sum()) <= (1 - REMOVED_SHARE) * len(active):
             cache.keep_rows(running.nonzero().squeeze(1))
             active = active[running]
-    return Samples(tokens, order, nfe)
+    return recorder.samples(tokens, order, nfe)

@@ -265,9 +265,13 @@ def test_predictions_equal_the_oracle(
     monkeypatch.setattr(sizes, "TILE_TOKENS", tile_tokens)
     hidden, head, _, _ = random_case()
     states = hidden.detach().flatten(0, 1)
-    predicted = predict_tokens(states, head, banned)
+    predicted = predict_tokens(states, head, banned, n_candidates=4)
     logits = states.double() @ head.detach().double().T
     for place in range(len(states)):
+        log_p = oracle.log_softmax(logits[place].index_fill(0, torch.tensor(banned), -torch.inf))
+        best = log_p.argsort(descending=True)[:4]
+        assert predicted.candidates[place].tolist() == best.tolist()
+        assert predicted.candidate_log_probs[place].tolist() == pytest.approx(log_p[best].tolist(), abs=1e-5)
         token, confidence = oracle.prediction(logits[place], banned)
         assert int(predicted.token[place]) == token
         assert float(predicted.log_prob[place]) == pytest.approx(confidence["top_prob"], abs=1e-5)
@@ -277,7 +281,7 @@ def test_predictions_equal_the_oracle(
 
 def test_no_position_gives_no_prediction() -> None:
     predicted = predict_tokens(torch.empty(0, WIDTH), torch.randn(11, WIDTH), 0)
-    assert [len(part) for part in predicted] == [0, 0, 0, 0]
+    assert [len(part) for part in predicted] == [0] * 6
     assert predicted.token.dtype == torch.int64
 
 
@@ -353,7 +357,7 @@ def test_an_extreme_tile_neither_overflows_nor_vanishes(monkeypatch: pytest.Monk
     torch.testing.assert_close(head.grad[:, 0], expected)
     predicted = predict_tokens(torch.ones(1, 1), head, banned=0)
     assert predicted.token.tolist() == [1]
-    assert [float(part) for part in predicted[1:]] == pytest.approx([0.0, 1.0, 0.0], abs=1e-6)
+    assert [float(part) for part in predicted[1:4]] == pytest.approx([0.0, 1.0, 0.0], abs=1e-6)
 
 
 def test_a_key_gives_the_same_token_wherever_it_stands() -> None:

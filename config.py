@@ -27,6 +27,7 @@ AnyDataSettings = SudokuSettings | TinyGsmSettings | AdditionSettings  # all dat
 NumberOfStages = Annotated[int, Field(gt=0, le=1 << 20)]  # the records hold a share for each stage
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Confidence = Literal["top_prob", "top_prob_margin", "neg_entropy", "random"]
+Revision = Literal["remask", "plan", "running_confidence"]
 BlockAttention = Literal["prefix", "block_causal"]
 
 
@@ -263,19 +264,101 @@ class TrainingSettings(Settings):
         return max_steps
 
 
-# What a causal model leaves no choice of: settings of `SamplingRule`, and of `ValidationSettings`.
-CHOICES = ("confidence", "tokens_per_step", "threshold")
+class _RuleOptions(Settings):
+    """What a sampling rule and the evaluation have in common: how many positions a pass fills, and which again."""
 
-
-class SamplingRule(Settings):
-    """How a sampler chooses positions to fill: which ones first, and how many in one forward pass."""
-
-    confidence: Confidence = Field("top_prob", description="score of masked positions; the highest are filled first")
-    tokens_per_step: int = Field(1, gt=0, description="positions filled per forward pass")
     threshold: float | None = Field(
         None, gt=0.0, lt=1.0, description="also fill all positions above this probability; null: off"
     )
+    kl_bound: float | None = Field(
+        None,
+        gt=0.0,
+        description="with threshold: only where the distribution moved by less than this (KL divergence in nats) at "
+        "each of the last two passes; null: off",
+    )
+    entropy_bound: float | None = Field(
+        None,
+        ge=0.0,
+        description="fill as many of the best positions as have a total entropy, less the largest, of at most this "
+        "(nats); null: off",
+    )
+    revise: Revision | None = Field(
+        None,
+        description="mask filled positions again, in n_passes passes: remask by the probability when written, plan by "
+        "the probability now, running_confidence by the largest so far; null: filled positions stay",
+    )
+    n_passes: int | None = Field(
+        None, gt=0, description="with revise: forward passes of a row (of each block, if filled by blocks)"
+    )
+    remask_share: Fraction = Field(
+        0.1, description="with revise remask: largest share of the filled positions masked again in one pass"
+    )
     temperature: float = Field(0.0, ge=0.0, description="0: most probable token; else sampled with Gumbel noise")
+
+    def _problems(self, confidence: str, tokens_per_step: int) -> list[str]:
+        """What does not go together, each with the remedy."""
+        problems = []
+        if self.kl_bound is not None and self.threshold is None:
+            problems.append(f"kl_bound {self.kl_bound} needs a threshold: set threshold, for example to 0.9")
+        if (self.revise is None) != (self.n_passes is None):
+            given = "n_passes" if self.revise is None else "revise"
+            missing = "revise" if self.revise is None else "n_passes"
+            problems.append(f"{given} {getattr(self, given)} needs {missing}: set both or neither")
+        if self.revise != "remask" and not self.is_default("remask_share"):
+            problems.append(f"remask_share {self.remask_share} is only for revise 'remask': leave it out")
+        counts = {
+            "tokens_per_step": tokens_per_step if tokens_per_step != 1 else None,
+            "threshold": self.threshold,
+            "entropy_bound": self.entropy_bound,
+            "revise": self.revise,
+        }
+        counted = [f"{key} {value}" for key, value in counts.items() if value is not None]
+        exclusive = self.entropy_bound is not None or self.revise is not None
+        if exclusive and len(counted) > 1:
+            problems.append(
+                f"{' and '.join(counted)}: each says how many positions a pass fills; leave all but one out"
+            )
+        if self.revise is not None and confidence != "top_prob":
+            problems.append(f"confidence {confidence}: revise {self.revise} compares probabilities; use top_prob")
+        return problems
+
+
+class SamplingRule(_RuleOptions):
+    """How a sampler chooses positions to fill: which ones first, and how many in one forward pass.
+
+    - `tokens_per_step`: the best so many in each pass.
+    - `threshold`: also all above a probability (Fast-dLLM, arXiv 2505.22618).
+    - `threshold` and `kl_bound`: of those only where the distribution has come to rest (KLASS, Kim et al. 2025).
+    - `entropy_bound`: as many as a bound on the error of filling them independently allows (EB-Sampler,
+      arXiv 2505.24857).
+    - `revise`: filled positions may be masked again. Each pass i of n_passes leaves the share i / n_passes of the
+      maskable positions filled, rounded up, so that the number of passes is bounded:
+      `remask` (ReMDM, arXiv 2503.00307) masks the filled positions whose tokens had the lowest probabilities when they
+      were written, at most remask_share of them and no more than the schedule leaves masked (the paper's sigma_t,
+      where it draws positions in proportion to their lack of confidence, we take the least confident);
+      `plan` (self-planning P2, arXiv 2502.03540) ranks masked positions by the probability of their best token and
+      filled ones by that of their token in this pass, and keeps the best;
+      `running_confidence` (MDPO, arXiv 2508.13148) ranks all by the largest probability that they had in any pass in
+      which they were masked, and keeps the best.
+
+    Given positions never change.
+    """
+
+    confidence: Confidence = Field("top_prob", description="score of masked positions; the highest are filled first")
+    tokens_per_step: int = Field(1, gt=0, description="positions filled per forward pass")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> SamplingRule:
+        problems = self._problems(self.confidence, self.tokens_per_step)
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def options(self) -> dict[str, str | float]:
+        """What else is not by default, besides the temperature."""
+        names = (key for key in _RuleOptions.model_fields if key != "temperature")
+        return {key: getattr(self, key) for key in names if not self.is_default(key)}
 
     def check(self, *, causal: bool) -> None:
         """Raise ValueError if the rule does not work with a model that is `causal` or not."""
@@ -285,10 +368,12 @@ class SamplingRule(Settings):
             raise ValueError(f"{listed}: a causal model is sampled left to right, token by token; leave it out")
 
 
+# What a causal model leaves no choice of: settings of `SamplingRule`, and of `ValidationSettings`.
+CHOICES = tuple(key for key in SamplingRule.model_fields if key != "temperature")
 DEFAULT_RULE = SamplingRule()
 
 
-class ValidationSettings(Settings):
+class ValidationSettings(_RuleOptions):
     """Evaluation on the test split, by all combinations of `confidence` and `tokens_per_step`."""
 
     free_on_resume: ClassVar[bool] = True
@@ -299,10 +384,6 @@ class ValidationSettings(Settings):
     tokens_per_step: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         (1,), min_length=1, description="positions filled per forward pass"
     )
-    threshold: float | None = Field(
-        None, gt=0.0, lt=1.0, description="also fill all positions above this probability; null: off"
-    )
-    temperature: float = Field(0.0, ge=0.0, description="0: most probable token; else sampled with Gumbel noise")
     n_examples: int = Field(1000, gt=0, description="number of test sequences sampled per evaluation")
     n_final_examples: int | None = Field(
         None, gt=0, description="number of test sequences sampled after the last step; null: n_examples"
@@ -315,6 +396,14 @@ class ValidationSettings(Settings):
         description="tiny_gsm: number of sampled programs recorded with their verdicts, for each sampling rule",
     )
 
+    @model_validator(mode="after")
+    def _rules_go_together(self) -> ValidationSettings:
+        found = [self._problems(*chosen) for chosen in product(self.confidence, self.tokens_per_step)]
+        problems = dict.fromkeys(problem for each in found for problem in each)
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
     def rules(self) -> list[SamplingRule]:
         """All sampling rules; the first one gives the headline figure."""
         return [
@@ -322,6 +411,11 @@ class ValidationSettings(Settings):
                 confidence=confidence,
                 tokens_per_step=n_tokens,
                 threshold=self.threshold,
+                kl_bound=self.kl_bound,
+                entropy_bound=self.entropy_bound,
+                revise=self.revise,
+                n_passes=self.n_passes,
+                remask_share=self.remask_share,
                 temperature=self.temperature,
             )
             for confidence, n_tokens in product(self.confidence, self.tokens_per_step)
@@ -412,7 +506,7 @@ class Config(Settings):
                 default = ValidationSettings.model_fields[key].default
                 problems.append(
                     f"validation.{key} {getattr(validation, key)}: objective {objective.name!r} is sampled left to "
-                    f"right, token by token; leave it out or set it to {'null' if default is None else list(default)}"
+                    f"right, token by token; leave it out or set it to {_shown(default)}"
                 )
         if problems:
             raise ValueError("; ".join(problems))
@@ -450,6 +544,11 @@ def _model_size(key: str, info: ValidationInfo) -> int | None:
     raw = (info.context or {}).get("model")
     size = raw.get(key) if isinstance(raw, dict) else None
     return size if type(size) is int else None
+
+
+def _shown(default: object) -> object:
+    """A default as it is written in YAML."""
+    return "null" if default is None else list(default) if isinstance(default, tuple) else default
 
 
 def _is_shifted(model: ModelSettings, objective: ObjectiveSettings) -> bool:

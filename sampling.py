@@ -21,14 +21,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import ValidationError
 
-from config import DEFAULT_RULE, Confidence, Config, SamplingRule
+from config import DEFAULT_RULE, Config, SamplingRule
 from data.dataset import DataSet
 from data.foreign import CommandParser, ends_with_message, whole_number
+from samplers.options import add_rule_options, rule_of
 
 if TYPE_CHECKING:
     import torch
@@ -125,20 +125,11 @@ def _parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, S
         "--prompt",
         help="a question in words, to which TinyGSM prints a program and the value that it returns; or 123+456",
     )
-    parser.add_argument("--confidence", default="top_prob", choices=get_args(Confidence))
-    parser.add_argument("--tokens-per-step", type=whole_number(1), default=1)
-    parser.add_argument("--threshold", type=float, help="also fill all positions above this probability")
-    parser.add_argument("--temperature", type=float, default=0.0)
+    add_rule_options(parser)
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="from 0 to 2^32 - 1")
     parser.add_argument("--device", default="auto", choices=DEVICES)
     options = parser.parse_args(arguments)
-    try:
-        rule = SamplingRule(**{key: getattr(options, key) for key in SamplingRule.model_fields})
-    except ValidationError as error:
-        wrong = error.errors(include_url=False)[0]
-        option = f"--{wrong['loc'][0]}".replace("_", "-")
-        parser.error(f"{option} {wrong['input']}: {wrong['msg'][:1].lower()}{wrong['msg'][1:]}")
-    return options, rule
+    return options, rule_of(parser, options)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -27,6 +27,29 @@ def reveal_top(confidence: Tensor, candidates: Tensor, n_reveal: Tensor) -> Tens
     return torch.zeros_like(candidates).scatter(1, order, chosen_ranks) & candidates
 
 
+def reveal_bounded(confidence: Tensor, entropy: Tensor, candidates: Tensor, bound: float) -> Tensor:
+    """Mark the longest run of most confident candidates whose total entropy less the largest is at most a bound.
+
+    The error of filling positions independently of each other is at most this sum (Ben-Hamu et al., arXiv 2505.24857,
+    EB-Sampler). One position has a sum of 0, so every row with a candidate gets at least one.
+
+    Args:
+        confidence: float [B, L], higher is revealed first; ties: the earlier position first.
+        entropy: float [B, L], in nats.
+        candidates: bool [B, L], positions that may be revealed.
+        bound: gamma of the paper, in nats.
+
+    Returns:
+        bool [B, L].
+    """
+    finite = confidence.clamp(min=torch.finfo(confidence.dtype).min)
+    order = finite.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)  # [B, L]
+    # Rounding can make the entropy of a sure position negative.
+    ranked = entropy.double().clamp(min=0).masked_fill(~candidates, 0).gather(1, order)  # [B, L]
+    fits = ranked.cumsum(1) - ranked.cummax(1).values <= bound + 1e-9
+    return torch.zeros_like(candidates).scatter(1, order, fits) & candidates
+
+
 def reveal_random(candidates: Tensor, n_reveal: Tensor, generator: torch.Generator) -> Tensor:
     """Mark `n_reveal` (int64 [B]) random candidates (bool [B, L]) of each row, without replacement; bool [B, L]."""
     draw = torch.rand(candidates.shape, generator=generator, device=candidates.device)  # [B, L]

@@ -75,11 +75,13 @@ class SamplerResult:
     nfe: float  # mean network forward evaluations per sequence
     details: dict[str, float]  # means of the other figures of the data set
     groups: list[GroupResult] = field(default_factory=list)  # in ascending order for each measure of difficulty
+    options: dict[str, str | float] = field(default_factory=dict)  # what else the rule sets, see `SamplingRule.options`
 
     @property
     def label(self) -> str:
-        """Short name used in records: confidence rule and tokens per step."""
-        return f"{self.confidence}_{self.tokens_per_step}"
+        """Short name used in records: confidence rule, tokens per step, and what else the rule sets."""
+        others = (f"{key}_{value}" for key, value in self.options.items())
+        return "_".join([self.confidence, f"{self.tokens_per_step}", *others])
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,13 @@ class Evaluation:
         """Formatted for a terminal."""
         lines = [f"validation loss {self.loss:.4f}"]
         for result in self.samplers:
+            options = "".join(f", {key} {value}" for key, value in result.options.items())
             details = "".join(
                 f", {name.replace('_', ' ')} {100 * value:.2f}%" for name, value in result.details.items()
             )
             lines.append(
-                f"{result.confidence}, {result.tokens_per_step} per step: accuracy {100 * result.accuracy:.1f}% "
+                f"{result.confidence}, {result.tokens_per_step} per step{options}: "
+                f"accuracy {100 * result.accuracy:.1f}% "
                 f"({100 * result.accuracy_low:.1f} to {100 * result.accuracy_high:.1f}) of {result.n}{details}, "
                 f"{result.nfe:.1f} forward evaluations"
             )
@@ -309,7 +313,18 @@ def _measure_rule(
         None if test.reference is None else test.reference.solved,
     )
     return (
-        SamplerResult(rule.confidence, rule.tokens_per_step, n_examples, accuracy, low, high, nfe, means, groups),
+        SamplerResult(
+            confidence=rule.confidence,
+            tokens_per_step=rule.tokens_per_step,
+            n=n_examples,
+            accuracy=accuracy,
+            accuracy_low=low,
+            accuracy_high=high,
+            nfe=nfe,
+            details=means,
+            groups=groups,
+            options=rule.options,
+        ),
         [gathered[row] for row in sorted(gathered)],
     )
 

@@ -5,7 +5,7 @@ Shapes: N positions, n of a chunk, D width, V vocabulary, v tokens of a tile, M 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,12 @@ class TokenPredictions(NamedTuple):
     log_prob: Tensor  # float32 [N]
     margin: Tensor  # float32 [N], largest minus second largest probability
     neg_entropy: Tensor  # float32 [N], sum of p log p
-    candidates: Tensor  # int64 [N, k], the most probable tokens, best first
-    candidate_log_probs: Tensor  # float32 [N, k]
+    # Where asked for, else None:
+    candidates: Tensor | None = None  # int64 [N, k], the most probable tokens, best first
+    candidate_log_probs: Tensor | None = None  # float32 [N, k]
+    current_log_prob: Tensor | None = None  # float32 [N], of the tokens `current`
+    kl: Tensor | None = None  # float32 [N], divergence from the distribution of the states `previous`, in nats
+    hidden: Tensor | None = None  # [N, D], the states that the predictions are made from
 
 
 @torch.no_grad()
@@ -36,6 +40,8 @@ def predict_tokens(
     temperature: float = 0.0,
     noise_key: Tensor | None = None,
     n_candidates: int = 0,
+    current: Tensor | None = None,
+    previous: Tensor | None = None,
 ) -> TokenPredictions:
     """The most probable token at each position, or with a temperature a sampled one (Gumbel-max).
 
@@ -46,23 +52,32 @@ def predict_tokens(
         temperature: 0 takes the most probable token; otherwise logits are divided by it to choose the token.
         noise_key: int64 [N], one random key per position; required with a temperature.
         n_candidates: k; at most as many as there are tokens besides the banned one are returned.
+        current: int64 [N], tokens whose log-probabilities are wanted too.
+        previous: [N, D], states of an earlier pass, to tell how far the distributions have moved since.
     """
     matrix = head.to(compute_dtype(head))
     n_candidates = min(n_candidates, len(head) - 1)
     n_rows, n_tokens = tile_shape(head)
     buffer = torch.empty(min(n_rows, len(hidden)), n_tokens, device=hidden.device)
     chunks = []
-    for start in range(0, len(hidden), n_rows):
+    for start in range(0, max(1, len(hidden)), n_rows):
         part = slice(start, start + n_rows)
-        keys = noise_key[part] if noise_key is not None else None
+        keys, now, before = (None if each is None else each[part] for each in (noise_key, current, previous))
         chunks.append(
-            _predict_chunk(hidden[part].to(matrix.dtype), matrix, buffer, banned, temperature, keys, n_candidates)
+            _predict_chunk(
+                hidden[part].to(matrix.dtype),
+                matrix,
+                buffer,
+                banned,
+                temperature=temperature,
+                noise_key=keys,
+                n_candidates=n_candidates,
+                current=now,
+                previous=None if before is None else before.to(matrix.dtype),
+            )
         )
-    if not chunks:
-        empty = torch.empty(0, device=hidden.device)
-        none = torch.empty(0, n_candidates, device=hidden.device)
-        return TokenPredictions(empty.long(), empty, empty, empty, none.long(), none)
-    return TokenPredictions(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+    columns: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True)]
+    return TokenPredictions(*columns)._replace(hidden=hidden)
 
 
 class _TileSummary(NamedTuple):
@@ -82,9 +97,12 @@ def _predict_chunk(
     matrix: Tensor,
     buffer: Tensor,
     banned: int,
+    *,
     temperature: float,
     noise_key: Tensor | None,
     n_candidates: int,
+    current: Tensor | None,
+    previous: Tensor | None,
 ) -> TokenPredictions:
     """See `predict_tokens`; for states [n, D] and the matrix of `product_matrix`, both in the dtype to compute in.
 
@@ -93,17 +111,26 @@ def _predict_chunk(
         buffer: float32 [at least n, v], overwritten by the logits of each tile.
     """
     n_tokens = buffer.shape[1]
-    tiles, top_tokens, top_logits = [], [], []
+    tiles, top_tokens, top_logits, cross, other_totals = [], [], [], [], []
+    current_logit = torch.zeros(len(states), device=states.device)
     for start, rows in zip(range(0, len(matrix), n_tokens), matrix.split(n_tokens), strict=True):
         logits = buffer[: len(states), : len(rows)]  # [n, v]
-        write_logits(states, rows, logits)
-        if start <= banned < start + len(rows):
-            logits[:, banned - start] = BANNED_LOGIT
+        _write_allowed_logits(states, rows, banned - start, logits)
+        if current is not None:
+            column = current - start
+            inside = (column >= 0) & (column < len(rows))
+            own = logits.gather(1, column.clamp(0, len(rows) - 1)[:, None]).squeeze(1)
+            current_logit = torch.where(inside, own, current_logit)
         summary, top = _summarize_tile(logits, start, temperature, noise_key, n_candidates)
         tiles.append(summary)
         if n_candidates:
             top_tokens.append(top.indices + start)
             top_logits.append(top.values)
+        if previous is not None:
+            other = torch.empty_like(logits)
+            _write_allowed_logits(previous, rows, banned - start, other)
+            cross.append(torch.linalg.vecdot(logits.exp(), other))  # logits are relative to the tile's largest now
+            other_totals.append(other.logsumexp(dim=1))
     every = _TileSummary(*(torch.stack(part) for part in zip(*tiles, strict=True)))  # [M, n]
     largest, total, scale = combine_tiles(every.largest, every.total)
     log_total = total.log()
@@ -111,27 +138,44 @@ def _predict_chunk(
     token, logit = every.token.gather(0, winner)[0], every.logit.gather(0, winner)[0]
     best = every.largest.argmax(dim=0, keepdim=True)
     second = every.largest.scatter(0, best, every.second.gather(0, best)).amax(dim=0)
-    candidates = torch.empty(len(token), 0, dtype=torch.long, device=token.device)  # [n, k]
-    candidate_log_probs = torch.empty(len(token), 0, device=token.device)
+    moment = (scale * (every.moment + every.total * (every.largest - largest))).sum(dim=0)
+    neg_entropy = moment / total - log_total
+    candidates = candidate_log_probs = current_log_prob = kl = None
     if n_candidates:
         candidate_logits, places = torch.cat(top_logits, dim=1).topk(n_candidates, dim=1)
         candidates = torch.cat(top_tokens, dim=1).gather(1, places)
         candidate_log_probs = candidate_logits - (largest + log_total)[:, None]
-    moment = (scale * (every.moment + every.total * (every.largest - largest))).sum(dim=0)
+    if current is not None:
+        current_log_prob = current_logit - largest - log_total
+    if previous is not None:
+        mean_other = (scale * torch.stack(cross)).sum(dim=0) / total  # expected logit of the earlier pass
+        kl = neg_entropy - mean_other + torch.stack(other_totals).logsumexp(dim=0)
     return TokenPredictions(
         token=token,
         log_prob=logit - largest - log_total,
         margin=(1 - (second - largest).exp()) / total,
-        neg_entropy=moment / total - log_total,
+        neg_entropy=neg_entropy,
         candidates=candidates,
         candidate_log_probs=candidate_log_probs,
+        current_log_prob=current_log_prob,
+        kl=kl,
     )
+
+
+def _write_allowed_logits(states: Tensor, rows: Tensor, banned: int, out: Tensor) -> None:
+    """`write_logits` [n, v], with the banned token, if it is one of the rows [v, D], set to `BANNED_LOGIT`."""
+    write_logits(states, rows, out)
+    if 0 <= banned < len(rows):
+        out[:, banned] = BANNED_LOGIT
 
 
 def _summarize_tile(
     logits: Tensor, first: int, temperature: float, noise_key: Tensor | None, n_candidates: int
 ) -> tuple[_TileSummary, torch.return_types.topk]:
-    """Statistics of the logits [n, v] of v tokens from `first` on, and the largest; overwrites the logits."""
+    """Statistics of the logits [n, v] of v tokens from `first` on, and the largest logits.
+
+    Makes the logits relative to the largest of each position.
+    """
     top = logits.topk(min(max(2, n_candidates), logits.shape[1]), dim=1)
     largest, column = top.values[:, 0], top.indices[:, 0]
     second = top.values[:, 1] if logits.shape[1] > 1 else torch.full_like(largest, BANNED_LOGIT)

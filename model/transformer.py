@@ -225,6 +225,8 @@ class Transformer(nn.Module):
         temperature: float = 0.0,
         noise_key: Tensor | None = None,
         n_candidates: int = 0,
+        current: Tensor | None = None,
+        previous: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> TokenPredictions:
         """Best token and its confidence at `positions` (bool [B, L]); see `predict_tokens` for the rest.
@@ -244,6 +246,8 @@ class Transformer(nn.Module):
             temperature=temperature,
             noise_key=noise_key,
             n_candidates=n_candidates,
+            current=current,
+            previous=previous,
         )
 
     def weights(self) -> dict[str, Tensor]:

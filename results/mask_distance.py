@@ -65,7 +65,7 @@ from results.run import ROOT, commit, machine
 from runtime.checkpoint import Checkpoint, open_checkpoint, step_folders
 from runtime.distributed import World, autocast, autocast_dtype, start_world
 from samplers.build import build_sampler
-from samplers.step import fill
+from samplers.step import choose
 from training.run import build_run, restore_run
 
 N_STAGES = 8  # of the table; need not be the K of the runs
@@ -123,7 +123,8 @@ def sampler_orders(model: Transformer, config: Config, x0: Tensor, maskable: Ten
         for step in range(1, int(maskable.sum(1).max()) + 1):
             masked = xt == config.mask_id
             predicted = model.predict(xt, masked, config.mask_id)
-            filled = fill(xt, masked, predicted._replace(token=x0[masked]), unused_keys, DEFAULT_RULE)
+            filled = choose(masked, predicted, unused_keys, DEFAULT_RULE)
+            xt[filled] = x0[filled]
             teacher_forced += step * filled
     return {"sampler": samples.order, "teacher_forced": teacher_forced, "tokens": samples.tokens}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from config import DEFAULT_RULE, SamplingRule
 from model.attention import KeyValueCache
 from model.transformer import Transformer
-from samplers.step import Recorder, Samples, fill, noise_keys, nothing, row_keys
+from samplers.step import Filling, Samples, nothing
 
 
 @torch.no_grad()
@@ -50,48 +50,31 @@ def sample_blocks(
     n_rows, length = xt.shape
     if length % block_size:
         raise ValueError(f"block_size {block_size} does not divide the {length} tokens of a sequence")
-    tokens, order, was_masked = xt.clone(), torch.zeros_like(xt), xt == mask_id
-    nfe = torch.zeros(n_rows, dtype=torch.long, device=xt.device)
-    keys = row_keys(xt, seed, row_ids)  # [B]
-    recorder = Recorder(xt, mask_id, record)
+    filling = Filling(xt, mask_id, rule, seed=seed, row_ids=row_ids, record=record)
+    tokens, order, nfe = filling.tokens, filling.order, filling.nfe
     finished = _FinishedBlocks(model, n_rows, length) if cached and model.block_size == block_size else None
     for start in range(0, length, block_size):
-        end = start + block_size
-        active = (tokens[:, start:end] == mask_id).any(1).nonzero()[:, 0]  # [b], rows with masks in this block
+        end, number = start + block_size, 0
+        active = filling.unfinished(start, end)  # [b], rows with masks in this block
         cache = finished.open(active, end) if finished is not None else None
         while len(active):
             before_pass()
+            number += 1
             begin = cache.length if cache is not None else 0
-            part = tokens[active, begin:end]
-            masked = part == mask_id
-            nfe[active] += 1
-            noise = noise_keys(keys[active], nfe[active], torch.arange(begin, end, device=xt.device))
-            predicted = model.predict(
-                part,
-                masked,
-                mask_id,
-                temperature=rule.temperature,
-                noise_key=noise[masked],
-                n_candidates=recorder.n_candidates,
-                cache=cache,
-            )
-            filled = fill(part, masked, predicted, noise, rule)
-            tokens[active, begin:end] = part
-            order[active, begin:end] += filled * nfe[active, None]
-            recorder.add(active, tokens, begin, masked, filled, predicted)
+            filling.make_pass(model, active, begin, start, end, number=number, cache=cache)
             if finished is not None and cache is not None and begin < start:
                 finished.close(active, cache, start)
-            unfinished = (part == mask_id).any(1)
+            unfinished = (tokens[active, start:end] == mask_id).any(1)
             if cache is not None and not unfinished.all():
                 cache.keep_rows(unfinished.nonzero()[:, 0])
             active = active[unfinished]
         if eos_id is not None:
             block = slice(start, end)
-            stopped = ((tokens[:, block] == eos_id) & was_masked[:, block]).any(1)
+            stopped = ((tokens[:, block] == eos_id) & filling.maskable[:, block]).any(1)
             rest = stopped[:, None] & (tokens == mask_id)  # [B, L]
             tokens[rest] = eos_id
             order += rest * nfe[:, None]
-    return recorder.samples(tokens, order, nfe)
+    return filling.samples()
 
 
 class _FinishedBlocks:

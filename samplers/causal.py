@@ -13,7 +13,7 @@ from torch import Tensor
 from config import DEFAULT_RULE, SamplingRule
 from model.token_predictions import mix_keys, predict_tokens
 from model.transformer import Transformer
-from samplers.step import Recorder, Samples, nothing, row_keys
+from samplers.step import Filling, Samples, nothing
 
 # Finished rows are removed once they are this share of the batch: removing rows copies the whole cache.
 REMOVED_SHARE = 1 / 8
@@ -53,10 +53,8 @@ def sample_causal(
     if (xt[:, 0] == mask_id).any():
         row = int((xt[:, 0] == mask_id).nonzero()[0])
         raise ValueError(f"row {row} has no prompt: a causal model needs at least one given token at the start")
-    tokens, order = xt.clone(), torch.zeros_like(xt)
-    nfe = torch.zeros(len(xt), dtype=torch.long, device=xt.device)
-    keys = row_keys(xt, seed, row_ids)  # [B]
-    recorder = Recorder(xt, mask_id, record)
+    filling = Filling(xt, mask_id, rule, seed=seed, row_ids=row_ids, record=record)
+    tokens, order, nfe, keys = filling.tokens, filling.order, filling.nfe, filling.keys
     active = (tokens == mask_id).any(1).nonzero().squeeze(1)  # [b]
     cache = model.model.empty_cache(len(active), xt.shape[1])
     while len(active):
@@ -73,13 +71,13 @@ def sample_causal(
             mask_id,
             temperature=rule.temperature,
             noise_key=mix_keys(keys[sampled], position),
-            n_candidates=recorder.n_candidates,
+            n_candidates=filling.n_candidates,
         )
         nfe[sampled] += 1
         tokens[sampled, position], order[sampled, position] = predicted.token, nfe[sampled]
         if record is not None:
             here = torch.ones(len(sampled), 1, dtype=torch.bool)
-            recorder.add(sampled, tokens, position, here, here, predicted)
+            filling.record(sampled, position, here, here, predicted)
         if eos_id is not None:
             ended = sampled[predicted.token == eos_id]
             rest = tokens[ended] == mask_id  # [n, L]
@@ -89,4 +87,4 @@ def sample_causal(
         if int(running.sum()) <= (1 - REMOVED_SHARE) * len(active):
             cache.keep_rows(running.nonzero().squeeze(1))
             active = active[running]
-    return recorder.samples(tokens, order, nfe)
+    return filling.samples()

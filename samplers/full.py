@@ -12,7 +12,7 @@ from torch import Tensor
 
 from config import DEFAULT_RULE, SamplingRule
 from model.transformer import Transformer
-from samplers.step import Recorder, Samples, fill, noise_keys, nothing, row_keys
+from samplers.step import Filling, Samples, nothing
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def sample_full(
     before_pass: Callable[[], None] = nothing,
     record: int | None = None,
 ) -> Samples:
-    """Fill all masked positions; each pass fills the best `tokens_per_step` of each row, and all above `threshold`.
+    """Fill all masked positions; `rule` says which in each pass, and whether filled ones may be masked again.
 
     Rows are independent: the result of a row does not depend on other rows or the batch size. Finished rows leave the
     batch.
@@ -41,29 +41,10 @@ def sample_full(
         record: None records nothing; k records the confidence of each written token and every pass with the k most
             probable tokens at its masked positions (0: none): `Samples.confidence` and `Samples.passes`.
     """
-    tokens, order = xt.clone(), torch.zeros_like(xt)
-    nfe = torch.zeros(len(xt), dtype=torch.long, device=xt.device)
-    keys = row_keys(xt, seed, row_ids)  # [B]
-    recorder = Recorder(xt, mask_id, record)
-    positions = torch.arange(xt.shape[1], device=xt.device)
-    active = (tokens == mask_id).any(1).nonzero().squeeze(1)  # [b], rows that still have masks
-    while len(active):
+    filling = Filling(xt, mask_id, rule, seed=seed, row_ids=row_ids, record=record)
+    number = 0
+    while len(rows := filling.unfinished(0, xt.shape[1])):
         before_pass()
-        nfe[active] += 1
-        part = tokens[active]  # [b, L]
-        masked = part == mask_id
-        noise = noise_keys(keys[active], nfe[active], positions)  # [b, L]
-        predicted = model.predict(
-            part,
-            masked,
-            mask_id,
-            temperature=rule.temperature,
-            noise_key=noise[masked],
-            n_candidates=recorder.n_candidates,
-        )
-        filled = fill(part, masked, predicted, noise, rule)
-        tokens[active] = part
-        order[active] += filled * nfe[active, None]
-        recorder.add(active, tokens, 0, masked, filled, predicted)
-        active = active[(part == mask_id).any(1)]
-    return recorder.samples(tokens, order, nfe)
+        number += 1
+        filling.make_pass(model, rows, 0, 0, xt.shape[1], number=number)
+    return filling.samples()

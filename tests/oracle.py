@@ -165,20 +165,90 @@ def sample_row(
     xt: Tensor,
     mask_id: int,
     rule: str,
-    tokens_per_step: int,
+    tokens_per_step: int = 1,
     threshold: float | None = None,
+    *,
+    kl_bound: float | None = None,
+    entropy_bound: float | None = None,
 ) -> SampledRow:
     """Fill one row (int64 [L]) at temperature 0; `logits_of` maps [1, L] to [1, L, V]."""
     tokens, order, nfe = xt.tolist(), [0] * len(xt), 0
+    last: dict[int, Tensor] = {}  # log-probabilities of the last pass
+    moved: dict[int, list[float]] = {}  # divergence between passes, of all passes so far
     while mask_id in tokens:
         nfe += 1
         logits = logits_of(torch.tensor([tokens]))[0]
         masked = [position for position, token in enumerate(tokens) if token == mask_id]
         found = {position: prediction(logits[position], mask_id) for position in masked}
+        for position in masked:
+            log_p = log_softmax(allowed(logits[position], mask_id))
+            if position in last:
+                pairs = zip(log_p.tolist(), last[position].tolist(), strict=True)
+                moved.setdefault(position, []).append(sum(math.exp(p) * (p - q) for p, q in pairs if p > -1e9))
+            last[position] = log_p
         ranked = sorted(masked, key=lambda position: (-found[position][1][rule], position))
+        bounded = True
         for rank, position in enumerate(ranked):
             token, confidence = found[position]
-            above = threshold is not None and math.exp(confidence["top_prob"]) > threshold
-            if rank < tokens_per_step or above:
+            if entropy_bound is not None:
+                entropies = [-found[each][1]["neg_entropy"] for each in ranked[: rank + 1]]
+                bounded = bounded and sum(entropies) - max(entropies) <= entropy_bound
+                fills = bounded
+            else:
+                fills = threshold is not None and math.exp(confidence["top_prob"]) > threshold
+                if kl_bound is not None:
+                    recent = moved.get(position, [])[-2:]
+                    fills = fills and len(recent) == 2 and max(recent) < kl_bound
+                fills = fills or rank < tokens_per_step
+            if fills:
                 tokens[position], order[position] = token, nfe
     return SampledRow(tokens, order, nfe)
+
+
+def sample_row_revising(
+    logits_of: Callable[[Tensor], Tensor],
+    xt: Tensor,
+    mask_id: int,
+    revise: str,
+    n_passes: int,
+    remask_share: float,
+) -> SampledRow:
+    """The same by a rule that masks filled positions again."""
+    tokens, order, nfe = xt.tolist(), [0] * len(xt), 0
+    places = [position for position, token in enumerate(tokens) if token == mask_id]
+    written: dict[int, float] = {}  # log-probability of each token when it was written
+    largest = dict.fromkeys(places, -math.inf)
+    while mask_id in tokens:
+        nfe += 1
+        logits = logits_of(torch.tensor([tokens]))[0]
+        masked = [position for position in places if tokens[position] == mask_id]
+        filled = [position for position in places if tokens[position] != mask_id]
+        found = {position: prediction(logits[position], mask_id) for position in masked}
+        score = {position: found[position][1]["top_prob"] for position in masked}
+        largest |= {position: max(largest[position], score[position]) for position in masked}
+        n_target = math.ceil(nfe * len(places) / n_passes)
+        if revise == "remask":
+            n_again = min(math.ceil(remask_share * len(filled)), len(places) - n_target)
+            again = sorted(filled, key=lambda position: (written[position], position))[:n_again]
+            n_new = n_target - len(filled) + len(again)
+            new = sorted(masked, key=lambda position: (-score[position], position))[:n_new]
+        else:
+            if revise == "plan":
+                for position in filled:
+                    score[position] = float(log_softmax(allowed(logits[position], mask_id))[tokens[position]])
+            else:
+                score = largest
+            kept = sorted(places, key=lambda position: (-score[position], position))[:n_target]
+            new = [position for position in masked if position in kept]
+            again = [position for position in filled if position not in kept]
+        for position in again:
+            tokens[position], order[position] = mask_id, 0
+        for position in new:
+            tokens[position], order[position] = found[position][0], nfe
+            written[position] = found[position][1]["top_prob"]
+    return SampledRow(tokens, order, nfe)
+
+
+def allowed(logits: Tensor, mask_id: int) -> Tensor:
+    """Logits [V] without the mask token."""
+    return logits.index_fill(0, torch.tensor(mask_id), -1e30)

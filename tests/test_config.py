@@ -147,14 +147,14 @@ def attributes(tree: ast.AST, owners: set[str]) -> set[str]:
 def names_read(cls: type[Settings], section: str) -> set[str]:
     """Settings that the program reads, itself or by those properties and methods of the class that it uses.
 
-    Validators only compare settings with each other, so what they read does not count.
+    Methods of subclasses count too. Validators only compare settings with each other, so what they read does not count.
     """
     read: set[str] = set()
     for path in ROOT.rglob("*.py"):
         inside = path.relative_to(ROOT).parts
         if inside[0] not in ("tests", "config.py", "bench", "results") and not inside[0].startswith("."):
             read |= attributes(ast.parse(path.read_text(encoding="utf-8")), {"settings", section})
-    for base in cls.__mro__:
+    for base in (*cls.__mro__, *all_subclasses(cls)):
         if issubclass(base, Settings):
             for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(base)))):
                 if isinstance(node, ast.FunctionDef) and node.name in read and not is_validator(node):
@@ -327,6 +327,9 @@ BAD = {
     "unknown confidence rule": ("validation.confidence=[top_prop]", "validation.confidence.0 = 'top_prop'"),
     "no confidence rule": ("validation.confidence=[]", "validation.confidence = []"),
     "no tokens per step": ("validation.tokens_per_step=[0]", "validation.tokens_per_step.0 = 0"),
+    "stability without a threshold": ("validation.kl_bound=0.01", "kl_bound 0.01 needs a threshold"),
+    "passes without revising": ("validation.n_passes=9", "n_passes 9 needs revise"),
+    "share of what is not remasked": ("validation.remask_share=0.5", "remask_share 0.5 is only for revise 'remask'"),
     "board of 5": ("data.size=5", "data.size = 5: input should be 4, 6 or 9"),
     "unknown source": ("data.source=internet", "data.source = 'internet'"),
     "published boards of 4x4": ("data.source=published", "has only 9x9 boards"),
@@ -340,6 +343,34 @@ BAD = {
     "override that is no YAML": ("training.seed=[1", "override 'training.seed=[1' cannot be read"),
     "override below a value": ("training.batch_size.x=1", "'batch_size' is not a section"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"revise": "plan"}, "revise plan needs n_passes: set both or neither"),
+        ({"revise": "plan", "n_passes": 4, "threshold": 0.9}, "threshold 0.9 and revise plan: each says how many"),
+        ({"entropy_bound": 0.1, "threshold": 0.9}, "threshold 0.9 and entropy_bound 0.1: each says how many"),
+        ({"entropy_bound": 0.1, "tokens_per_step": 2}, "tokens_per_step 2 and entropy_bound 0.1: each says"),
+        ({"revise": "remask", "n_passes": 4, "confidence": "random"}, "confidence random: revise remask compares"),
+    ],
+)
+def test_rules_that_do_not_go_together_are_refused(options: dict[str, Any], expected: str, tiny: Path) -> None:
+    with pytest.raises(ValueError, match=expected):
+        SamplingRule(**options)
+    overrides = [
+        f"validation.{key}={f'[{value}]' if key in ('confidence', 'tokens_per_step') else value}"
+        for key, value in options.items()
+    ]
+    lines = problems(tiny, *overrides)
+    assert any(expected in line for line in lines), lines
+
+
+def test_a_causal_model_takes_no_rule(tiny: Path) -> None:
+    overrides = ["objective={name: autoregressive}", "validation.entropy_bound=0.1"]
+    assert any(
+        "entropy_bound 0.1: objective 'autoregressive' is sampled left" in line for line in problems(tiny, *overrides)
+    )
 
 
 @pytest.mark.parametrize(("override", "expected"), BAD.values(), ids=BAD.keys())

@@ -24,6 +24,11 @@ RULES = {
     "margin, two per step": {"confidence": "top_prob_margin", "tokens_per_step": 2},
     "entropy, threshold": {"confidence": "neg_entropy", "threshold": 0.4},
     "random, temperature": {"confidence": "random", "temperature": 0.7},
+    "entropy bound": {"entropy_bound": 0.7},
+    "stable": {"threshold": 0.2, "kl_bound": 0.5},
+    "remask, temperature": {"revise": "remask", "n_passes": 5, "remask_share": 0.4, "temperature": 0.7},
+    "plan": {"revise": "plan", "n_passes": 5},
+    "running confidence": {"revise": "running_confidence", "n_passes": 5},
 }
 
 
@@ -60,7 +65,10 @@ def test_blocks_are_filled_in_order_and_prompts_kept(rules, block_size):
         steps = [block for block in steps if len(block)]
         for earlier, later in pairwise(steps):
             assert earlier.max() < later.min()
-    if "threshold" not in rules:
+    if "revise" in rules:
+        n_blocks = wanted.view(len(xt), -1, BLOCK).any(2).sum(1)
+        assert (result.nfe <= rules["n_passes"] * n_blocks).all()
+    elif "threshold" not in rules and "entropy_bound" not in rules:
         per_step = rules.get("tokens_per_step", 1)
         n_steps = (wanted.view(len(xt), -1, BLOCK).sum(2) + per_step - 1) // per_step
         assert torch.equal(result.nfe, n_steps.sum(1))

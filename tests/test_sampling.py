@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,20 @@ MASK_ID = 22
 THRESHOLD = 0.3  # fills some positions of `random_model` early, not all
 RULES: list[Confidence] = ["top_prob", "top_prob_margin", "neg_entropy"]
 every_rule = pytest.mark.parametrize("rule", [*RULES, "random"])
+REVISING: list[dict[str, Any]] = [
+    {"revise": "remask", "remask_share": 0.3},
+    {"revise": "plan"},
+    {"revise": "running_confidence"},
+]
+FILLING: list[dict[str, Any]] = [
+    {"threshold": THRESHOLD},
+    {"threshold": 0.15, "kl_bound": 0.15},
+    {"entropy_bound": 0.0},
+    {"entropy_bound": 2.5},
+    {"entropy_bound": 2.5, "confidence": "neg_entropy"},
+    {"entropy_bound": 100.0},
+]
+OTHER_RULES = [*FILLING, *({**each, "n_passes": 6} for each in REVISING)]
 
 
 def masked_rows(n_rows: int, length: int, seed: int = 0) -> Tensor:
@@ -99,6 +114,68 @@ def test_sampling_equals_the_oracle(rule: Any, tokens_per_step: int, threshold: 
     assert found.nfe.tolist() == [row.nfe for row in expected]
 
 
+@pytest.mark.parametrize("options", FILLING, ids=str)
+@torch.no_grad()
+def test_rules_that_choose_how_many_equal_the_oracle(options: dict[str, Any]) -> None:
+    model, xt = random_model(), masked_rows(8, 12)
+    found = sample_full(model, xt, MASK_ID, SamplingRule(**options))
+    options = {"rule": options.get("confidence", "top_prob")} | options
+    options.pop("confidence", None)
+    assert_rows(found, [oracle.sample_row(model.logits, row, MASK_ID, **options) for row in xt])
+
+
+@pytest.mark.parametrize("n_passes", [1, 4, 9, 30])
+@pytest.mark.parametrize("options", REVISING, ids=str)
+@torch.no_grad()
+def test_rules_that_revise_equal_the_oracle_and_keep_to_their_passes(options: dict[str, Any], n_passes: int) -> None:
+    model, xt = random_model(), masked_rows(8, 12)
+    rule = SamplingRule(**options, n_passes=n_passes)
+    found = sample_full(model, xt, MASK_ID, rule)
+    assert_rows(
+        found,
+        [
+            oracle.sample_row_revising(model.logits, row, MASK_ID, rule.revise, n_passes, rule.remask_share)
+            for row in xt
+        ],
+    )
+    assert int(found.nfe.max()) <= n_passes
+
+
+def assert_rows(found: Samples, expected: list[oracle.SampledRow]) -> None:
+    assert found.tokens.tolist() == [row.tokens for row in expected]
+    assert found.order.tolist() == [row.order for row in expected]
+    assert found.nfe.tolist() == [row.nfe for row in expected]
+
+
+@pytest.mark.parametrize("options", OTHER_RULES, ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_rule_changes_what_is_given_or_leaves_a_mask(options: dict[str, Any], temperature: float) -> None:
+    model, xt = random_model(), masked_rows(8, 12)
+    found = sample_full(model, xt, MASK_ID, SamplingRule(**options, temperature=temperature), record=2)
+    masked = xt == MASK_ID
+    assert torch.equal(found.tokens[~masked], xt[~masked])
+    assert not (found.tokens == MASK_ID).any()
+    assert torch.equal(found.order > 0, masked)
+    assert torch.equal(found.order.amax(1), found.nfe), "every pass writes something, the last one too"
+    assert found.confidence is not None
+    assert torch.equal(found.confidence.isnan(), ~masked)
+    if "revise" in options:
+        history = [found.history(row) for row in range(len(xt))]
+        again = [
+            bool(((before.tokens != MASK_ID) & (after.tokens == MASK_ID)).any())
+            for passes in history
+            for before, after in itertools.pairwise(passes)
+        ]
+        assert any(again), "or nothing was revised"
+
+
+def test_the_rules_that_choose_how_many_differ_here() -> None:
+    model, xt = random_model(), masked_rows(8, 12)
+    results = [sample_full(model, xt, MASK_ID, SamplingRule(**options)) for options in [{}, *OTHER_RULES]]
+    distinct = {str(each.order.tolist()) for each in results}
+    assert len(distinct) == len(results) - 1, "a bound of 0 is one position per pass; all else differs"
+
+
 def test_the_rules_of_the_oracle_differ_here() -> None:
     """Or the test above could not tell them apart; and the threshold fills some positions early, not all."""
     model, xt = random_model(), masked_rows(6, 12)
@@ -148,17 +225,14 @@ def test_given_tokens_stay_and_the_masked_are_filled_in_order(
         assert steps == [1 + rank // tokens_per_step for rank in range(n)]
 
 
-@every_rule
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("threshold", [None, THRESHOLD])
-def test_a_row_does_not_depend_on_its_neighbours_or_the_batch_size(
-    rule: Any, temperature: float, threshold: float | None
-) -> None:
+@pytest.mark.parametrize("options", [*({"confidence": rule} for rule in [*RULES, "random"]), *OTHER_RULES], ids=str)
+def test_a_row_does_not_depend_on_its_neighbours_or_the_batch_size(options: dict[str, Any], temperature: float) -> None:
     model, xt = random_model(), masked_rows(7, 12)
-    options: dict[str, Any] = {"confidence": rule, "temperature": temperature, "threshold": threshold}
-    together = sample_full(model, xt, MASK_ID, SamplingRule(**options), seed=5)
-    assert_same_samples(together, rows_alone(model, xt, SamplingRule(**options), seed=5))
-    turned = sample_full(model, xt.flip(0), MASK_ID, SamplingRule(**options), seed=5, row_ids=torch.arange(7).flip(0))
+    rule = SamplingRule(**options, temperature=temperature)
+    together = sample_full(model, xt, MASK_ID, rule, seed=5)
+    assert_same_samples(together, rows_alone(model, xt, rule, seed=5))
+    turned = sample_full(model, xt.flip(0), MASK_ID, rule, seed=5, row_ids=torch.arange(7).flip(0))
     assert_same_samples(together, Samples(turned.tokens.flip(0), turned.order.flip(0), turned.nfe.flip(0)))
 
 

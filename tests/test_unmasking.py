@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unmasking import mask_uniformly, reveal_random, reveal_top, row_weights
+from unmasking import mask_uniformly, reveal_bounded, reveal_random, reveal_top, row_weights
 
 SEEDS = st.integers(0, 2**32)
 
@@ -50,6 +50,27 @@ def test_a_candidate_of_confidence_minus_infinity_comes_before_what_is_no_candid
     confidence = torch.tensor([[0.0, -torch.inf, -1.0]], dtype=dtype)
     candidates = torch.tensor([[False, True, False]])
     assert reveal_top(confidence, candidates, torch.tensor([1])).tolist() == [[False, True, False]]
+
+
+@given(SEEDS, st.integers(1, 5), st.integers(1, 20), st.sampled_from([0.0, 0.3, 1.0, 1e9]))
+@settings(max_examples=60)
+def test_reveal_bounded_takes_as_many_as_the_bound_allows(seed: int, n_rows: int, length: int, bound: float) -> None:
+    """Also where the entropies do not rise in the order of the confidences."""
+    generator = random_generator(seed)
+    candidates = random_candidates(n_rows, length, seed)
+    confidence, entropy = torch.randn((2, n_rows, length), generator=generator)
+    entropy = entropy.abs()
+    revealed = reveal_bounded(confidence, entropy, candidates, bound)
+    for row in range(n_rows):
+        places = sorted(candidates[row].nonzero().flatten().tolist(), key=lambda place: -float(confidence[row, place]))
+        n = 0
+        while n < len(places):
+            run = [float(entropy[row, place]) for place in places[: n + 1]]
+            if sum(run) - max(run) > bound:
+                break
+            n += 1
+        assert set(revealed[row].nonzero().flatten().tolist()) == set(places[:n])
+        assert n >= min(1, len(places))
 
 
 @given(SEEDS, st.integers(1, 5), st.integers(1, 20))

@@ -4,6 +4,8 @@ Used during training, and from the command line for a checkpoint, on one process
 
     python -m eval.evaluate runs/sudoku_puma --json results.json validation.n_final_examples=1000
 
+`--sweep` measures all sampling rules of one or more checkpoints instead, see `eval/sweep.py`.
+
 Shapes: B rows, L positions.
 """
 
@@ -11,6 +13,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -212,22 +216,22 @@ def evaluate(
         ):
             loss = validation_loss(model, config, data.validation, world, vote)
             questions = np.arange(n_examples)
-            test = _Test(data, data.reference(questions), data.difficulty(questions), n_examples)
-            results = [_measure_rule(model, config, test, world, rule, bar, vote) for rule in rules]
+            test = Questions(data, data.reference(questions), data.difficulty(questions), n_examples)
+            results = [measure_rule(model, config, test, world, rule, bar, vote) for rule in rules]
     finally:
         model.train(was_training)
     reference = test.reference
     return Evaluation(
         loss,
-        [result for result, _ in results],
+        [result for result, _, _ in results],
         None if reference is None else (reference.name, float(reference.solved.mean())),
-        [sample for _, samples in results for sample in samples],
+        [sample for _, samples, _ in results for sample in samples],
     )
 
 
 @dataclass(frozen=True)
-class _Test:
-    """The questions of one evaluation, with their difficulty and reference results."""
+class Questions:
+    """The first questions of the test, with their difficulty and reference results."""
 
     data: DataSet
     reference: Reference | None
@@ -263,25 +267,31 @@ def validation_loss(
     return float(sum_over_ranks(total))
 
 
-def _measure_rule(
+def measure_rule(
     model: Transformer,
     config: Config,
-    test: _Test,
+    test: Questions,
     world: World,
     rule: SamplingRule,
     bar: tqdm,
     vote: StopVote | None,
-) -> tuple[SamplerResult, list[dict[str, Any]]]:
-    """Sample by one rule and judge the answers; returns the first judged rows as samples, in order."""
+) -> tuple[SamplerResult, list[dict[str, Any]], float]:
+    """Sample by one rule and judge the answers.
+
+    Returns:
+        The result, the first judged rows as samples, in order, and the seconds of sampling, summed over ranks.
+    """
     data, n_examples = test.data, test.n_examples
     sampler = build_sampler(config, data.validation.eos_id)
     names = (*data.figures, "nfe")
     sums = torch.zeros(len(names), dtype=torch.float64, device=world.device)
     samples: dict[int, dict[str, Any]] = {}
     solved = torch.zeros(n_examples, dtype=torch.float64, device=world.device)
+    seconds = torch.zeros((), dtype=torch.float64, device=world.device)
     check, interruptible = _asking(vote)
     with interruptible:
         for rows in _rank_batches(n_examples, world, config.validation.batch_size):
+            began = time.perf_counter()
             result = sampler(
                 model,
                 torch.from_numpy(data.prompts(rows)).to(world.device),
@@ -291,7 +301,9 @@ def _measure_rule(
                 row_ids=torch.from_numpy(rows),
                 before_pass=check,
             )
-            judged = data.judge(result.tokens.cpu().numpy(), rows)
+            tokens = result.tokens.cpu().numpy()
+            seconds += time.perf_counter() - began
+            judged = data.judge(tokens, rows)
             figures = [*(judged.figures[name] for name in data.figures), result.nfe.cpu().numpy()]
             sums += torch.tensor([each.sum(dtype=np.float64) for each in figures], device=world.device)
             solved[rows] = torch.from_numpy(judged.figures["accuracy"]).to(solved)
@@ -326,6 +338,7 @@ def _measure_rule(
             options=rule.options,
         ),
         [gathered[row] for row in sorted(gathered)],
+        float(sum_over_ranks(seconds)),
     )
 
 
@@ -365,12 +378,22 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
     parser = CommandParser(description="Evaluate a checkpoint on its test split.")
     parser.add_argument("checkpoint", help="run directory (its newest checkpoint) or checkpoint folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the run's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the run's; with --sweep also more runs"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     parser.add_argument(
         "--samples", type=Path, metavar="FILE", help="write sampled programs and verdicts to FILE (JSONL)"
     )
+    parser.add_argument("--sweep", action="store_true", help="measure all sampling rules, each over its dial")
+    parser.add_argument("--rules", nargs="+", metavar="RULE", help="with --sweep: only these rules")
+    parser.add_argument(
+        "--out", type=Path, default=Path("sweep"), metavar="NAME", help="with --sweep: write NAME.json, .csv, .md, .png"
+    )
     options = parser.parse_intermixed_args(arguments)
+    if options.sweep:
+        _sweep(options)
+        return
     try:
         model, config = load_model(options.checkpoint, overrides=options.overrides)
         world = start_world(config.training.device)
@@ -383,6 +406,24 @@ def main(arguments: list[str] | None = None) -> None:
                 write_text(options.json, json.dumps(as_json(evaluation), indent=1) + "\n")
             if options.samples:
                 write_text(options.samples, "".join(json.dumps(row) + "\n" for row in evaluation.samples))
+    except (ValueError, OSError) as error:
+        fail_once(error)
+    finally:
+        stop_world()
+
+
+def _sweep(options: Namespace) -> None:
+    """The command with --sweep."""
+    from eval.sweep import load_swept, sweep, sweep_table
+
+    more = [each for each in options.overrides if "=" not in each]
+    overrides = [each for each in options.overrides if "=" in each]
+    try:
+        checkpoints = [load_swept(each, overrides) for each in (options.checkpoint, *more)]
+        world = start_world(checkpoints[0].config.training.device)
+        points = sweep(checkpoints, world, options.out, options.rules)
+        if world.is_main:
+            print("\n".join(sweep_table(points)))
     except (ValueError, OSError) as error:
         fail_once(error)
     finally:

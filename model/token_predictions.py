@@ -55,9 +55,9 @@ def predict_tokens(
         current: int64 [N], tokens whose log-probabilities are wanted too.
         previous: [N, D], states of an earlier pass, to tell how far the distributions have moved since.
     """
-    matrix = head.to(compute_dtype(head))
+    matrix = product_matrix(head, compute_dtype(head))
     n_candidates = min(n_candidates, len(head) - 1)
-    n_rows, n_tokens = tile_shape(head)
+    n_rows, n_tokens = tile_shape(matrix)
     buffer = torch.empty(min(n_rows, len(hidden)), n_tokens, device=hidden.device)
     chunks = []
     for start in range(0, max(1, len(hidden)), n_rows):
@@ -67,6 +67,7 @@ def predict_tokens(
             _predict_chunk(
                 hidden[part].to(matrix.dtype),
                 matrix,
+                len(head),
                 buffer,
                 banned,
                 temperature=temperature,
@@ -95,6 +96,7 @@ class _TileSummary(NamedTuple):
 def _predict_chunk(
     states: Tensor,
     matrix: Tensor,
+    vocab_size: int,
     buffer: Tensor,
     banned: int,
     *,
@@ -115,7 +117,7 @@ def _predict_chunk(
     current_logit = torch.zeros(len(states), device=states.device)
     for start, rows in zip(range(0, len(matrix), n_tokens), matrix.split(n_tokens), strict=True):
         logits = buffer[: len(states), : len(rows)]  # [n, v]
-        _write_allowed_logits(states, rows, banned - start, logits)
+        _write_allowed_logits(states, rows, banned - start, vocab_size - start, logits)
         if current is not None:
             column = current - start
             inside = (column >= 0) & (column < len(rows))
@@ -128,7 +130,7 @@ def _predict_chunk(
             top_logits.append(top.values)
         if previous is not None:
             other = torch.empty_like(logits)
-            _write_allowed_logits(previous, rows, banned - start, other)
+            _write_allowed_logits(previous, rows, banned - start, vocab_size - start, other)
             cross.append(torch.linalg.vecdot(logits.exp(), other))  # logits are relative to the tile's largest now
             other_totals.append(other.logsumexp(dim=1))
     every = _TileSummary(*(torch.stack(part) for part in zip(*tiles, strict=True)))  # [M, n]
@@ -162,9 +164,13 @@ def _predict_chunk(
     )
 
 
-def _write_allowed_logits(states: Tensor, rows: Tensor, banned: int, out: Tensor) -> None:
-    """`write_logits` [n, v], with the banned token, if it is one of the rows [v, D], set to `BANNED_LOGIT`."""
+def _write_allowed_logits(states: Tensor, rows: Tensor, banned: int, n_tokens: int, out: Tensor) -> None:
+    """`write_logits` [n, v], with the banned token, if it is one of the rows [v, D], set to `BANNED_LOGIT`.
+
+    So are rows from n_tokens on, which are padding.
+    """
     write_logits(states, rows, out)
+    out[:, max(0, n_tokens) :] = BANNED_LOGIT
     if 0 <= banned < len(rows):
         out[:, banned] = BANNED_LOGIT
 

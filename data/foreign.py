@@ -21,6 +21,8 @@ from typing import Any, NoReturn
 
 from typing_extensions import override
 
+from grader.text import escape
+
 MAX_MESSAGE = 300  # characters of a line
 MAX_NAME = 170  # characters of that for what is read, whose paths may be long
 MAX_COMMAND = 4000  # characters of a command line in a message
@@ -73,14 +75,6 @@ def _reason(error: BaseException) -> str:
     # Errors of Python itself are about the code that reads; those of libraries are about what is read.
     of_python = type(error).__module__ == "builtins" and not isinstance(error, (ValueError, OSError))
     return f"{name}: {text}" if of_python else text
-
-
-def escape(text: str) -> str:
-    """`text` with all characters that do not print, such as those that control a terminal, as escape sequences."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
 
 
 def shorten(text: str, limit: int) -> str:

@@ -32,7 +32,8 @@ from data.text import check_tokens, decode_programs, encode_prompts, load_tokeni
 from data.token_files import TinyGsmData, open_tiny_gsm, read_meta, tokenizer_of
 from data.word_problems import TEST_FILE, Difficulty, cached_word_problems, count_operations
 from grader.grade import extract_program, grade, reason_shares
-from grader.sandbox import printable, run_programs
+from grader.sandbox import run_programs
+from grader.text import escape
 
 MAX_LENGTH = 1 << 20  # tokens per sequence
 
@@ -250,7 +251,7 @@ class TinyGsm(DataSet):
         """The program, with escapes for unprintable characters, and what it returns."""
         text = decode_programs(self.tokenizer, tokens[None], (prompt != self.mask_id)[None])[0]
         program = extract_program(text)
-        shown = printable(text, keep="\n\t")
+        shown = escape(text, keep="\n\t")
         if program is None:
             return f"{shown}\n\nno program"
         outcome = run_programs([program], n_workers=1)[0]

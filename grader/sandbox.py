@@ -62,6 +62,7 @@ from signal import SIGKILL
 from typing import Any, Literal
 
 from grader.sandbox_worker import CHILD_STATUSES, HEADER, MAX_INT_BITS, MAX_RESULT, MAX_TEXT, MAX_WAITING
+from grader.text import escape
 
 Status = Literal["ok", "syntax_error", "error", "timeout", "memory", "killed"]
 
@@ -291,7 +292,7 @@ def parse_result(raw: bytes, nonce: str) -> Outcome:
     )
     if not is_valid:
         return NO_VALID_RESULT
-    return Outcome(status, printable(value) if isinstance(value, str) else value, printable(message))
+    return Outcome(status, escape(value) if isinstance(value, str) else value, escape(message))
 
 
 def _is_plain(value: object) -> bool:
@@ -313,17 +314,6 @@ def _warn_of_missing(protections: frozenset[str]) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def printable(text: str, keep: str = "") -> str:
-    """The text with escapes, such as `\\x1b`, for unprintable characters, such as terminal control codes.
-
-    Args:
-        keep: unprintable characters to leave as they are.
-    """
-    return "".join(
-        character if character.isprintable() or character in keep else ascii(character)[1:-1] for character in text
-    )
 
 
 def _n_cores() -> int:

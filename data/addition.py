@@ -31,6 +31,7 @@ Shapes: n questions, N digits of an operand, L = 3 N + 3 positions. Arrays of di
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -39,7 +40,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import override
 
-from data.dataset import DataSet, DataSettings, Judged
+from data.dataset import AnswerVerdict, DataSet, DataSettings, Judged
 from data.hashes import hash_arrays
 from data.settings import Seed
 
@@ -190,19 +191,50 @@ class Addition(DataSet):
 
     @override
     def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
-        """The sum, the right one if it differs, and the order in which its digits were filled."""
+        """The sum, and the order in which its digits were filled."""
+        first, second, total = (format_number(digits) for digits in self._numbers(tokens))
+        *_, digits = self._numbers(tokens)
+        *_, steps = self._numbers(order)
+        return "\n".join(
+            [
+                f"{first} + {second} = {total}",
+                "digit          " + "".join(f"{SYMBOLS[token]:>4}" for token in digits),
+                "filled at step " + "".join(f"{step:>4}" for step in steps),
+            ]
+        )
+
+    @override
+    def verdicts(
+        self, prompts: np.ndarray, tokens: np.ndarray, golds: Sequence[str | None] | None = None
+    ) -> list[AnswerVerdict]:
+        """Facts: the right `sum`. Needs no gold answers."""
+        verdicts = []
+        for prompt, row in zip(prompts, tokens, strict=True):
+            operands = [int(format_number(digits)) for digits in self._numbers(prompt)[:2]]
+            expected, found = str(sum(operands)), format_number(self._numbers(row)[2])
+            digits = self._sum_digits(expected)
+            start = len(row) - len(digits)
+            wrong = {
+                start + i: f"must be {right}" for i, right in enumerate(digits) if SYMBOLS[row[start + i]] != right
+            }
+            reason = f"wrong: the sum is {expected}" if wrong else "right"
+            verdicts.append(AnswerVerdict(found, not wrong, reason, {"sum": expected}, wrong))
+        return verdicts
+
+    def _sum_digits(self, total: str) -> str:
+        """The digits of a sum as a row has them: N + 1, in the order of the settings."""
+        padded = total.zfill(self.settings.max_digits + 1)
+        return padded if self.settings.order == "most_first" else padded[::-1]
+
+    @override
+    def token_text(self, token: int) -> str:
+        return SYMBOLS[token]
+
+    def _numbers(self, row: np.ndarray) -> list[np.ndarray]:
+        """Values of a row (int64 [L]) at both operands and the sum, the most significant digit first."""
         n_digits = self.settings.max_digits
-        direction = 1 if self.settings.order == "most_first" else -1
         bounds = (slice(n_digits), slice(n_digits + 1, 2 * n_digits + 1), slice(2 * n_digits + 2, None))
-        first, second, total = (tokens[bound][::direction] for bound in bounds)
-        right = str(int(format_number(first)) + int(format_number(second)))
-        lines = [f"{format_number(first)} + {format_number(second)} = {format_number(total)}"]
-        if format_number(total) != right:
-            lines.append(f"wrong: the sum is {right}")
-        steps = order[bounds[2]][::direction]
-        lines.append("digit          " + "".join(f"{SYMBOLS[token]:>4}" for token in total))
-        lines.append("filled at step " + "".join(f"{step:>4}" for step in steps))
-        return "\n".join(lines)
+        return [row[bound][:: 1 if self.settings.order == "most_first" else -1] for bound in bounds]
 
     @override
     def example(self) -> str:

@@ -11,12 +11,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from data.hashes import hash_arrays
 from data.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 
 class SequenceData(Protocol):
@@ -84,6 +88,29 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class AnswerVerdict:
+    """What can be said of an answer to any question, not only to one of the test."""
+
+    answer: str  # on its own, as plain text: cells, a program, a number
+    right: bool | None = None  # None: unknown, for want of the right answer
+    reason: str = ""  # one line; empty if there is nothing to say
+    facts: dict[str, Any] = field(default_factory=dict)  # more for files; the same keys for all answers of a data set
+    wrong: dict[int, str] = field(default_factory=dict)  # what is wrong with a position of the row
+
+
+@dataclass(frozen=True)
+class Board:
+    """A square board whose cells are consecutive positions of a row, for pictures."""
+
+    size: int  # rows and columns
+    box_height: int
+    box_width: int
+    first: int  # position of the top left cell
+    puzzle_first: int  # position of the top left cell of the puzzle, which holds the clues
+    empty: int  # token of the puzzle's empty cells
+
+
+@dataclass(frozen=True)
 class Reference:
     """Which of the same questions a simple method solves, for comparison."""
 
@@ -115,6 +142,13 @@ class DataSettings(Settings, ABC):
     @abstractmethod
     def open(self, vocab_size: int) -> DataSet:
         """The data set for a model with `vocab_size` tokens. Reads no file yet."""
+
+    def in_folder(self, folder: Path) -> DataSettings:
+        """Settings that read what encoding a question needs, such as a tokenizer, from the folder of an exported model.
+
+        By default these settings: nothing is needed.
+        """
+        return self
 
 
 class DataSet(ABC):
@@ -156,14 +190,40 @@ class DataSet(ABC):
         """Encode a question as a row (int64 [L]), with mask tokens in place of the answer; ValueError if invalid."""
 
     @abstractmethod
-    def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
-        """Format a sampled row for a terminal.
+    def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str | Text:
+        """Format a sampled row for a terminal, with colours if it is a `rich.text.Text`.
 
         Args:
             prompt: int64 [L], from `encode`.
             tokens: int64 [L], sampled.
             order: int64 [L], step at which a position was filled, from 1; 0 for given positions.
         """
+
+    def verdicts(
+        self, prompts: np.ndarray, tokens: np.ndarray, golds: Sequence[str | None] | None = None
+    ) -> list[AnswerVerdict]:
+        """Judge answers to any questions; by default only as text, as `show` gives it.
+
+        Args:
+            prompts: int64 [n, L], from `encode`.
+            tokens: int64 [n, L], sampled.
+            golds: the right answers, from `check_gold`; None where one is not known.
+        """
+        order = np.zeros(tokens.shape[1], dtype=np.int64)
+        return [AnswerVerdict(str(self.show(*row, order))) for row in zip(prompts, tokens, strict=True)]
+
+    def check_gold(self, gold: str) -> str:
+        """A right answer in the form that `verdicts` takes; ValueError if it can be none."""
+        return gold
+
+    def token_text(self, token: int) -> str:
+        """What a token is called in pictures: by default its text, or its number without a tokenizer."""
+        return str(token) if self.tokenizer is None else str(self.tokenizer.decode([token]))
+
+    @property
+    def board(self) -> Board | None:
+        """Where a row has a board; None: rows are drawn as text, token after token."""
+        return None
 
     @abstractmethod
     def example(self) -> str:

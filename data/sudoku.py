@@ -9,15 +9,17 @@ Shapes: B boards, n questions, S size, C = S * S cells, L positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 from typing_extensions import override
 
-from data.dataset import DataSet, DataSettings, Judged, Reference
+from data.dataset import AnswerVerdict, Board, DataSet, DataSettings, Judged, Reference
 from data.foreign import CommandParser, ends_with_message, fail, shorten
 from data.settings import FREE_ON_RESUME, Seed
 from data.sudoku_boards import (
@@ -37,6 +39,9 @@ from data.sudoku_boards import (
     read_boards,
     sequence_length,
 )
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 Split = Literal["train", "test"]
 
@@ -179,19 +184,51 @@ class Sudoku(DataSet):
 
     @override
     def encode(self, question: str) -> np.ndarray:
-        """A puzzle of C characters, `.` or `0` for empty cells, as a row [L]."""
-        puzzle = np.array(parse_puzzle(question, self.settings.size))  # [C]
-        mask_id = mask_token(self.settings.size)
+        """A puzzle of C characters, `.` or `0` for empty cells, as a row [L]; ValueError if it cannot be solved."""
+        puzzle, mask_id = np.array(parse_puzzle(question, self.settings.size)), mask_token(self.settings.size)  # [C]
+        check_puzzle(puzzle, self.settings.size)
         if self.settings.layout == "in_place":
             return np.where(puzzle == 0, mask_id, puzzle)
         return np.concatenate([puzzle, np.full_like(puzzle, mask_id)])
 
     @override
-    def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
-        """The solved board and the order in which its cells were filled."""
-        n_cells, mask_id = self.settings.size**2, mask_token(self.settings.size)
-        puzzle = np.where(prompt[:n_cells] == mask_id, 0, prompt[:n_cells])  # in both layouts
-        return format_boards(puzzle, tokens[-n_cells:], order[-n_cells:], self.settings.size)
+    def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> Text:
+        """See `format_boards`."""
+        grid, puzzle = self._cells(tokens), self._puzzle(prompt)
+        return format_boards(puzzle, grid, self._cells(order), find_faults(grid, puzzle, self.settings.size))
+
+    @override
+    def verdicts(
+        self, prompts: np.ndarray, tokens: np.ndarray, golds: Sequence[str | None] | None = None
+    ) -> list[AnswerVerdict]:
+        """Facts: whether the board is `legal`, whether the clues are kept, and the number of wrong cells if known.
+
+        Needs no gold answers: any legal board that keeps all clues is right.
+        """
+        return [
+            describe_board(self._cells(row), self._puzzle(prompt), self.settings.size, self.board.first)
+            for prompt, row in zip(prompts, tokens, strict=True)
+        ]
+
+    @override
+    def token_text(self, token: int) -> str:
+        return str(token)
+
+    @property
+    @override
+    def board(self) -> Board:
+        size = self.settings.size
+        empty = mask_token(size) if self.settings.layout == "in_place" else 0
+        return Board(size, *BOX_SHAPE[size], first=self.settings.length - size**2, puzzle_first=0, empty=empty)
+
+    def _cells(self, row: np.ndarray) -> np.ndarray:
+        """The part of a row ([L]) that is the solved board, [C]."""
+        return row[-(self.settings.size**2) :]  # in both layouts
+
+    def _puzzle(self, prompt: np.ndarray) -> np.ndarray:
+        """The puzzle of a prompt ([L]), int64 [C], 0 for empty cells."""
+        cells = prompt[: self.settings.size**2]  # in both layouts
+        return np.where(cells == mask_token(self.settings.size), 0, cells)
 
     @override
     def example(self) -> str:
@@ -303,15 +340,171 @@ def parse_puzzle(text: str, size: int) -> list[int]:
     return [digits[character] for character in text]
 
 
-def format_boards(puzzle: np.ndarray, solution: np.ndarray, order: np.ndarray, size: int) -> str:
-    """The solved board, clues in brackets, beside the order in which its cells were filled; arguments are [C]."""
-    lines = [f"{'solution, [clues]':<{4 * size}}  filled at step (. = clue)"]
+def check_puzzle(puzzle: np.ndarray, size: int) -> None:
+    """Raise ValueError if a puzzle ([C], 0 for empty cells) has contradicting clues or no empty cell."""
+    text = shorten(repr("".join(str(digit) if digit else "." for digit in puzzle)), 100)
+    repeats = find_repeats(puzzle, size)
+    if repeats:
+        group, digit, cells = repeats[0]
+        places = " and ".join(f"row {cell // size + 1} column {cell % size + 1}" for cell in cells)
+        more = f"; {len(repeats) - 1} more such" if len(repeats) > 1 else ""
+        raise ValueError(
+            f"puzzle {text} has contradicting clues: {group} has more than one {digit}, at {places}{more}; correct them"
+        )
+    if (puzzle != 0).all():
+        raise ValueError(f"puzzle {text} is a finished, legal board: there is no empty cell (. or 0) to fill")
+
+
+def find_repeats(cells: np.ndarray, size: int) -> list[tuple[str, int, list[int]]]:
+    """Digits that a row, column or box has more than once: the group's name, the digit, and its cells.
+
+    Args:
+        cells: [C]; 0 and other values that are no digit are skipped.
+    """
+    height, width = BOX_SHAPE[size]
+    place = np.arange(size * size)
+    row, column = place // size, place % size
+    members = {"row": row, "column": column, "box": row // height * (size // width) + column // width}
+    found = []
+    for name, number in members.items():
+        for index in range(size):
+            group = place[number == index]
+            for digit in range(1, size + 1):
+                same = [int(cell) for cell in group if cells[cell] == digit]
+                if len(same) > 1:
+                    found.append((f"{name} {index + 1}", digit, same))
+    return found
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What is wrong with a board: the reason by cell, and what is known of the puzzle. All empty: it is solved."""
+
+    changed: dict[int, str]  # clues that were not kept
+    repeated: dict[int, str]  # cells that contradict others, or hold no digit
+    different: dict[int, str]  # other cells than the only solution has
+    n_solutions: int | None = None  # up to 2, of a puzzle that was not solved
+
+    @property
+    def all(self) -> dict[int, str]:
+        """One reason for each cell."""
+        return self.different | self.repeated | self.changed
+
+
+def find_faults(grid: np.ndarray, puzzle: np.ndarray, size: int) -> Faults:
+    """The faults of a filled board; `grid` and `puzzle` are [C]. Solves the puzzle only if the board does not."""
+    changed = {int(i): f"clue {puzzle[i]} changed" for i in np.flatnonzero((puzzle != 0) & (grid != puzzle))}
+    repeated = {int(i): "no digit" for i in np.flatnonzero((grid < 1) | (grid > size))}
+    for group, digit, cells in find_repeats(grid, size):
+        repeated |= {cell: f"another {digit} in {group}" for cell in cells if cell not in repeated}
+    if not changed and not repeated:
+        return Faults({}, {}, {})
+    from data.sudoku_solver import solve  # imports numba, which is slow
+
+    solutions, counts = solve(puzzle[None].astype(np.uint8), size)
+    different: dict[int, str] = {}
+    if counts[0] == 1:
+        other = np.flatnonzero((puzzle == 0) & (grid != solutions[0]))
+        different = {int(i): f"the only solution has {solutions[0, i]}" for i in other}
+    return Faults(changed, repeated, different, int(counts[0]))
+
+
+def describe_board(grid: np.ndarray, puzzle: np.ndarray, size: int, first: int) -> AnswerVerdict:
+    """Judge a filled board.
+
+    Args:
+        grid, puzzle: [C]; 0 for empty cells of the puzzle.
+        first: position of the board's first cell in its row.
+    """
+    faults = find_faults(grid, puzzle, size)
+    n_clues = int((puzzle != 0).sum())
+    parts = []
+    if faults.repeated:
+        parts.append(f"{len(faults.repeated)} cells contradict each other")
+    if faults.changed:
+        parts.append(f"{len(faults.changed)} of {n_clues} clues changed")
+    if faults.n_solutions == 0:
+        parts.append("the puzzle has no solution")
+    elif faults.n_solutions == 1:
+        n_empty = len(puzzle) - n_clues
+        parts.append(f"{len(faults.different)} of {n_empty} empty cells differ from the only solution")
+    facts = {
+        "legal": not faults.repeated,
+        "clues_kept": not faults.changed,
+        "n_wrong": len(faults.different) if faults.n_solutions in (None, 1) else None,
+    }
+    reason = "not solved: " + ", ".join(parts) if parts else f"solved: legal, and all {n_clues} clues kept"
+    answer = "".join(str(digit) for digit in grid)
+    return AnswerVerdict(answer, not parts, reason, facts, {first + cell: why for cell, why in faults.all.items()})
+
+
+EARLY, LATE = (222, 235, 247), (8, 69, 148)  # colours of cells by the order in which they were filled
+LEGEND = {
+    "5>3": "clue changed",
+    "3!": "contradicts another cell",
+    "3?": "differs from the only solution",
+}
+
+
+def format_boards(puzzle: np.ndarray, grid: np.ndarray, order: np.ndarray, faults: Faults) -> Text:
+    """The filled board beside the order in which its cells were filled; arrays are [C].
+
+    Clues are in brackets, and faults are marked, so that nothing depends on the colours.
+    """
+    from rich.text import Text
+
+    size = math.isqrt(len(grid))
+    height, width = BOX_SHAPE[size]
+    board_width = 3 * size + 2 * (size // width - 1)
+    text, last = Text(f"{'filled board':<{board_width}}    filled at step\n"), max(1, int(order.max()))
     for row in range(size):
-        cells = range(row * size, (row + 1) * size)
-        left = "".join(f"[{solution[i]}] " if puzzle[i] else f" {solution[i]}  " for i in cells)
-        right = "".join(f"{int(order[i]) or '.':>4}" for i in cells)
-        lines.append(f"{left:<{4 * size}}  {right}")
-    return "\n".join(lines)
+        if row and row % height == 0:
+            rule = "-+-".join(["---" * width] * (size // width))
+            text.append(f"{rule}    {rule}\n", style="dim")
+        for side in ("board", "order"):
+            for column in range(size):
+                cell = row * size + column
+                if column and column % width == 0:
+                    text.append(" | ", style="dim")
+                style = _cell_style(cell, puzzle, order, last, faults)
+                content = _mark(cell, puzzle, grid, faults) if side == "board" else f"{int(order[cell]) or '.':>2} "
+                text.append(content, style=style)
+            text.append("    " if side == "board" else "\n")
+    marks = [
+        (mark, meaning)
+        for (mark, meaning), cells in zip(
+            LEGEND.items(),
+            (faults.changed, faults.repeated, faults.different.keys() - faults.repeated.keys()),
+            strict=True,
+        )
+        if cells
+    ]
+    text.append(", ".join(f"{mark} {meaning}" for mark, meaning in [("[5]", "clue"), *marks]), style="dim")
+    return text
+
+
+def _mark(cell: int, puzzle: np.ndarray, grid: np.ndarray, faults: Faults) -> str:
+    """Three characters for a cell of a filled board."""
+    if cell in faults.changed:
+        return f"{puzzle[cell]}>{grid[cell]}"
+    if cell in faults.repeated:
+        return f"[{grid[cell]}!" if puzzle[cell] else f" {grid[cell]}!"
+    if cell in faults.different:
+        return f" {grid[cell]}?"
+    return f"[{grid[cell]}]" if puzzle[cell] else f" {grid[cell]} "
+
+
+def _cell_style(cell: int, puzzle: np.ndarray, order: np.ndarray, last: int, faults: Faults) -> str:
+    """The style of a cell as `rich` writes it."""
+    if cell in faults.changed or cell in faults.repeated:
+        return "bold white on rgb(176,0,32)"
+    if cell in faults.different:
+        return "black on rgb(255,176,64)"
+    if puzzle[cell]:
+        return "bold"
+    share = (int(order[cell]) - 1) / max(1, last - 1)
+    red, green, blue = (round(early + share * (late - early)) for early, late in zip(EARLY, LATE, strict=True))
+    return f"{'black' if share < 0.45 else 'white'} on rgb({red},{green},{blue})"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -258,22 +258,28 @@ def check_uniqueness(puzzles: np.ndarray, size: int, *, show_progress: bool = Tr
 
 
 def count_solutions(puzzles: np.ndarray, size: int) -> np.ndarray:
-    """Number of solutions of each puzzle, counted up to two.
+    """Number of solutions of each puzzle, see `solve`; uint8 [N]."""
+    return solve(puzzles, size)[1]
+
+
+def solve(puzzles: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Solve puzzles by search, and count their solutions up to two.
 
     Args:
         puzzles: uint8 [N, C], 0 for empty cells, digits up to `size`.
 
     Returns:
-        uint8 [N]: 0, 1, or 2 for two or more.
+        One solution of each puzzle that has any, uint8 [N, C]; and uint8 [N]: 0, 1, or 2 for two or more.
     """
     boards = puzzles.astype(np.int64)  # a copy
     height, width = BOX_SHAPE[size]
-    return _count_solutions(boards, _groups(size, height, width), size, POPCOUNT)
+    counts = _solve(boards, _groups(size, height, width), size, POPCOUNT)
+    return boards.astype(np.uint8), counts
 
 
 @njit(cache=True, nogil=True)
-def _count_solutions(boards: np.ndarray, groups: np.ndarray, size: int, popcount: np.ndarray) -> np.ndarray:
-    """`count_solutions` for int64 [N, C], which it overwrites.
+def _solve(boards: np.ndarray, groups: np.ndarray, size: int, popcount: np.ndarray) -> np.ndarray:
+    """`solve` for int64 [N, C], which it overwrites with the solutions.
 
     A second solution differs from the first in some empty cell. So for each empty cell in turn, search for a solution
     with another digit in it and the digits of the first solution in the empty cells before it.
@@ -298,6 +304,7 @@ def _count_solutions(boards: np.ndarray, groups: np.ndarray, size: int, popcount
                 if _is_needed(grid, used, groups, size, popcount, cell):
                     counts[i] = 2
                     break
+        grid[:] = solution
     return counts
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -24,16 +25,14 @@ from typing_extensions import override
 if __name__ == "__main__":  # `python data/tiny_gsm.py` puts data/ on the path instead of the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.dataset import DataSet, DataSettings, Judged
-from data.foreign import reading
-from data.gsm8k import HUB_NAME, Prompts, build_prompts, read_problems
+from data.dataset import AnswerVerdict, DataSet, DataSettings, Judged
+from data.foreign import escape, reading
+from data.gsm8k import HUB_NAME, Prompts, build_prompts, final_answer, read_problems
 from data.settings import FREE_ON_RESUME
 from data.text import check_tokens, decode_programs, encode_prompts, load_tokenizer, prompt_fits
-from data.token_files import TinyGsmData, open_tiny_gsm, read_meta, tokenizer_of
+from data.token_files import META_FILE, TinyGsmData, open_tiny_gsm, read_meta, tokenizer_of
 from data.word_problems import TEST_FILE, Difficulty, cached_word_problems, count_operations
-from grader.grade import extract_program, grade, reason_shares
-from grader.sandbox import run_programs
-from grader.text import escape
+from grader.grade import gold_number, grade, reason_shares
 
 MAX_LENGTH = 1 << 20  # tokens per sequence
 
@@ -118,6 +117,17 @@ class TinyGsmSettings(DataSettings):
     def open(self, vocab_size: int) -> TinyGsm:
         return TinyGsm(self, vocab_size)
 
+    @override
+    def in_folder(self, folder: Path) -> TinyGsmSettings:
+        """The tokenizer of the folder; no rows."""
+        return TinyGsmSettings(
+            dataset=self.dataset,
+            data_dir=str(folder),
+            max_len=self.max_len,
+            mask_id=self.mask_id,
+            tokenizer=str(folder),
+        )
+
 
 class TinyGsm(DataSet):
     """Questions with programs to train on, and questions to answer by a program, which is run."""
@@ -175,8 +185,9 @@ class TinyGsm(DataSet):
         """The tokenizer that wrote the rows; ValueError if it cannot be loaded or its EOS differs from the rows'."""
         name = self.settings.tokenizer or tokenizer_of(self.folder)
         tokenizer = load_tokenizer(name)
-        eos_id = read_meta(self.folder).get("eos_id", tokenizer.eos_token_id)
-        if eos_id != tokenizer.eos_token_id:
+        has_rows = self.settings.tokenizer is None or (self.folder / META_FILE).exists()  # not beside exported weights
+        eos_id = read_meta(self.folder).get("eos_id") if has_rows else None
+        if eos_id not in (None, tokenizer.eos_token_id):
             raise ValueError(
                 f"the rows in {self.folder} end in token {eos_id}, but EOS of tokenizer {name!r} is "
                 f"{tokenizer.eos_token_id}: set data.tokenizer to the tokenizer that wrote them"
@@ -248,15 +259,41 @@ class TinyGsm(DataSet):
 
     @override
     def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
-        """The program, with escapes for unprintable characters, and what it returns."""
-        text = decode_programs(self.tokenizer, tokens[None], (prompt != self.mask_id)[None])[0]
-        program = extract_program(text)
-        shown = escape(text, keep="\n\t")
-        if program is None:
-            return f"{shown}\n\nno program"
-        outcome = run_programs([program], n_workers=1)[0]
-        value = f"returns {outcome.value}" if outcome.status == "ok" else f"{outcome.status}: {outcome.message}"
-        return f"{shown}\n\n{value}"
+        """The program, with escapes for unprintable characters."""
+        return escape(self._program(prompt, tokens), keep="\n\t")
+
+    @override
+    def verdicts(
+        self, prompts: np.ndarray, tokens: np.ndarray, golds: Sequence[str | None] | None = None
+    ) -> list[AnswerVerdict]:
+        """Runs the programs in the sandbox; facts: `value` and, if it is known, the right `gold` answer."""
+        texts = [self._program(prompt, row) for prompt, row in zip(prompts, tokens, strict=True)]
+        # Without a gold answer, 0 stands for it, and what is said of a number that is returned is left out.
+        golds = [None] * len(texts) if golds is None else golds
+        graded = grade(texts, ["0" if gold is None else gold for gold in golds])
+        verdicts = []
+        for text, verdict, gold in zip(texts, graded, golds, strict=True):
+            returned = verdict.value is not None
+            right: bool | None = verdict.verdict
+            reason = f"{verdict.reason}: {verdict.message}" if verdict.message else verdict.reason
+            if gold is None and verdict.reason in ("right", "wrong value"):
+                right, reason = None, ""
+            reason = "; ".join(part for part in (f"returns {verdict.value}" if returned else "", reason) if part)
+            if gold is not None and not right:
+                reason = f"{reason}; the answer is {gold}"
+            verdicts.append(AnswerVerdict(text, right, reason, {"value": verdict.value, "gold": gold}))
+        return verdicts
+
+    @override
+    def check_gold(self, gold: str) -> str:
+        """A number, or text that ends in `#### 18`, as GSM8K's answers do."""
+        if "####" in gold:
+            return final_answer(gold)
+        gold_number(gold, "the gold answer")
+        return gold
+
+    def _program(self, prompt: np.ndarray, tokens: np.ndarray) -> str:
+        return decode_programs(self.tokenizer, tokens[None], (prompt != self.mask_id)[None])[0]
 
     @override
     def example(self) -> str:

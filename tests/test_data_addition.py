@@ -226,9 +226,12 @@ def test_a_shown_answer(order):
     tokens[8:], steps[8:] = [1, 0, 1, 2][::step], [4, 1, 2, 3][::step]
     lines = ["995 + 17 = 1012", "digit             1   0   1   2", "filled at step    4   1   2   3"]
     assert data.show(prompt, tokens, steps).splitlines() == lines
+    assert data.verdicts(prompt[None], tokens[None])[0].right
     tokens[8:] = [0, 0, 10, 2][::step]
-    shown = data.show(prompt, tokens, steps).splitlines()
-    assert shown[:2] == ["995 + 17 = +2", "wrong: the sum is 1012"]
+    assert data.show(prompt, tokens, steps).splitlines()[0] == "995 + 17 = +2"
+    (wrong,) = data.verdicts(prompt[None], tokens[None])
+    assert (wrong.right, wrong.reason, wrong.answer) == (False, "wrong: the sum is 1012", "+2")
+    assert wrong.wrong == ({8: "must be 1", 10: "must be 1"} if step > 0 else {9: "must be 1", 11: "must be 1"})
 
 
 def test_settings_fit_the_rows():

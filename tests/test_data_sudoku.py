@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data.sudoku import judge_boards
+from data.sudoku import Faults, describe_board, find_faults, format_boards, judge_boards
 from data.sudoku_boards import BOX_SHAPE
 
 
@@ -101,3 +101,59 @@ def test_rows_of_a_batch_are_judged_alone():
     puzzles[:, 0] = solution[0]
     figures = judge_boards(grids, puzzles, np.broadcast_to(solution, (50, 81)), 9)
     assert np.array_equal(figures["accuracy"], right)
+
+
+# The puzzle has one solution.
+PUZZLE, SOLUTION = (np.array([int(digit) for digit in text]) for text in ("1030040020000301", "1234341221434321"))
+
+
+def faulty(changes: dict[int, int]) -> tuple[np.ndarray, Faults]:
+    """The solution with other digits in some cells, and its faults."""
+    grid = SOLUTION.copy()
+    grid[list(changes)] = list(changes.values())
+    return grid, find_faults(grid, PUZZLE, 4)
+
+
+def test_faults_of_a_board_are_found_and_named():
+    """A digit that differs, one that also contradicts, and a changed clue; the solution has none."""
+    assert faulty({})[1] == Faults({}, {}, {})
+    _, faults = faulty({1: 4})
+    assert faults.changed == {}
+    assert faults.repeated.keys() == {1, 3, 5}, "a 4 in the row, and one in column and box"
+    assert faults.different == {1: "the only solution has 2"}
+    _, faults = faulty({0: 2})
+    assert faults.changed == {0: "clue 1 changed"}
+    assert faults.repeated.keys() == {0, 1, 8}
+    assert faults.different == {}
+
+
+def test_verdicts_of_boards():
+    grid, _ = faulty({})
+    solved = describe_board(grid, PUZZLE, 4, 16)
+    assert (solved.right, solved.reason) == (True, "solved: legal, and all 6 clues kept")
+    assert solved.facts == {"legal": True, "clues_kept": True, "n_wrong": 0}
+    grid, faults = faulty({1: 4})
+    wrong = describe_board(grid, PUZZLE, 4, 16)
+    assert wrong.right is False
+    assert wrong.answer == "14" + "34341221434321"
+    assert wrong.wrong.keys() == {16 + cell for cell in faults.all}
+    n_repeated = len(faults.repeated)
+    expected = (
+        f"not solved: {n_repeated} cells contradict each other, 1 of 10 empty cells differ from the only solution"
+    )
+    assert wrong.reason == expected
+    impossible = describe_board(SOLUTION, np.array([0, 1, 2, 3, 4] + [0] * 11), 4, 0)
+    assert "the puzzle has no solution" in impossible.reason
+
+
+def test_a_changed_clue_is_shown_as_such():
+    """Brackets hold the clue, not what the model wrote; faults are marked without colours too."""
+    grid, faults = faulty({0: 2, 1: 4})
+    lines = format_boards(PUZZLE, grid, np.arange(16), faults).plain.splitlines()
+    assert lines[1].startswith("1>2 4! | [3]")
+    assert lines[-1] == "[5] clue, 5>3 clue changed, 3! contradicts another cell"
+    assert lines[3] == "-------+-------    -------+-------"
+    grid, faults = faulty({})
+    lines = format_boards(PUZZLE, grid, np.arange(16), faults).plain.splitlines()
+    assert lines[1].split() == ["[1]", "2", "|", "[3]", "4", ".", "1", "|", "2", "3"]
+    assert lines[-1] == "[5] clue"

@@ -10,8 +10,8 @@ from conftest import SHARED
 from test_data_generate_sudoku import solutions, train_set
 from test_data_sudoku_boards import groups_of, solved_grid
 
-from data.sudoku_boards import read_boards
-from data.sudoku_solver import count_solutions, solve_singles
+from data.sudoku_boards import legal_solutions, read_boards
+from data.sudoku_solver import count_solutions, solve, solve_singles
 
 RATED = SHARED / "sudoku" / "sepb_rated.npz"
 EASY = SHARED / "sudoku" / "easy_medium_1000.csv"
@@ -61,6 +61,10 @@ def test_empty_full_and_impossible_boards(size):
     stuck[(size - 1) * size] = size
     boards = np.stack([np.zeros_like(full), full, repeated, stuck]).astype(np.uint8)
     assert count_solutions(boards, size).tolist() == [2, 1, 0, 0]
+    solutions, counts = solve(boards, size)
+    assert counts.tolist() == [2, 1, 0, 0]
+    assert legal_solutions(solutions, size).tolist()[:2] == [True, True]
+    assert ((boards == 0) | (boards == solutions))[:2].all(), "clues are kept"
 
 
 def slow_singles(puzzle: list[int], size: int) -> list[int]:

@@ -1,8 +1,10 @@
 """Weights in and out: `model.init_from`, models of checkpoints, and folders of Hugging Face's Qwen2.
 
-    python -m model.hub export runs/tinygsm_arm exported/tinygsm_arm
+    python -m model.hub export runs/tinygsm_arm exported/tinygsm_arm    # for Hugging Face transformers
+    python -m model.hub pack runs/sudoku_mini_puma packed/sudoku        # for sampling.py: settings, weights in bfloat16
 
-Parameter names are those of `Qwen2ForCausalLM`, so weights need no renaming.
+Both write the settings of the run, so that `load_model` reads both. Parameter names are those of `Qwen2ForCausalLM`,
+so weights need no renaming.
 
 Shapes: V vocabulary, D width.
 """
@@ -20,11 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config import Config, ModelSettings
+from data.files import reported, write_text
 from data.foreign import CommandParser, ends_with_message, read_json, reading
 from model.transformer import POSITIONS, Transformer, build_model, count_parameters
 from runtime.checkpoint import MANIFEST, Checkpoint, find_checkpoint
+from runtime.config_file import dump_config, read_config
 
 CONFIG_FILE = "config.json"
+SETTINGS_FILE = "config.yaml"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -62,7 +67,9 @@ class Pretrained:
 
 
 def load_model(path: str, overrides: Sequence[str] = ()) -> tuple[Transformer, Config]:
-    """The model of a run directory (its newest checkpoint) or checkpoint folder, with averaged weights if it has them.
+    """The model of a run directory (its newest checkpoint), a checkpoint folder or a folder written by this file.
+
+    With averaged weights if there are any. The data settings of a folder written by this file read only that folder.
 
     Args:
         overrides: `section.key=value` settings that replace the run's.
@@ -70,7 +77,14 @@ def load_model(path: str, overrides: Sequence[str] = ()) -> tuple[Transformer, C
     Raises:
         ValueError: no usable checkpoint, or a wrong setting.
     """
-    return _open_model(find_checkpoint(path), overrides)
+    folder = Path(path)
+    if not (folder / SETTINGS_FILE).exists() or not (folder / WEIGHTS_FILE).exists() or (folder / MANIFEST).exists():
+        return _open_model(find_checkpoint(path), overrides)
+    config = read_config(folder / SETTINGS_FILE, overrides)
+    with reading(f"{folder / WEIGHTS_FILE}", "write the folder again, or copy it again"):
+        weights = load_file(folder / WEIGHTS_FILE)
+    model = _model_with(weights, config, str(folder))
+    return model, config.model_copy(update={"data": config.data.in_folder(folder)})
 
 
 def _open_model(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> tuple[Transformer, Config]:
@@ -79,15 +93,20 @@ def _open_model(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> tuple[
     weights = checkpoint.weights("ema") or checkpoint.weights("model")
     if weights is None:
         raise ValueError(f"checkpoint {checkpoint.path} holds no weights")
-    source = f"checkpoint {checkpoint.path}: weights"
-    with reading(source, "the settings describe another model; leave out overrides of the model section"):
+    return _model_with(weights, config, f"checkpoint {checkpoint.path}"), config
+
+
+def _model_with(weights: dict[str, Tensor], config: Config, source: str) -> Transformer:
+    """The model of the settings with these weights; BadInput, which names the source, if they do not fit."""
+    remedy = "the settings describe another model; leave out overrides of the model section"
+    with reading(f"{source}: weights", remedy):
         n_found, n_needed = sum(map(Tensor.numel, weights.values())), count_parameters(config.model)
         if n_found != n_needed:  # before a model is built whose size only the settings give
             raise ValueError(f"they have {n_found:,} parameters, the model of the settings has {n_needed:,}")
     model = build_model(config)
-    with reading(source, "the settings describe another model; leave out overrides of the model section"):
+    with reading(f"{source}: weights", remedy):
         model.load_weights(weights)
-    return model.eval(), config
+    return model.eval()
 
 
 def check_init_from(source: str) -> None:
@@ -297,6 +316,36 @@ def _read_settings(raw: dict[str, Any]) -> ModelSettings:
     )
 
 
+def _check_out(out: Path) -> None:
+    """Raise ValueError unless `out` is a new or empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder: name another, or delete it")
+
+
+def pack_run(path: str, out: Path) -> str:
+    """Write what sampling needs of a run directory (its newest checkpoint) or checkpoint folder; returns a message.
+
+    That is the settings, the weights in bfloat16 (averaged ones if there are any), and the tokenizer if the data has
+    one. Unlike `export_run` it takes every model. `load_model` reads the folder.
+
+    Raises:
+        ValueError: no usable checkpoint, a missing tokenizer, or `out` is not empty.
+    """
+    _check_out(out)
+    model, config = load_model(path)
+    tokenizer = config.open_data().tokenizer
+    out.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        write_tokenizer(out, tokenizer)
+    weights = {name: tensor.bfloat16().contiguous() for name, tensor in model.weights().items()}
+    with reported(out / WEIGHTS_FILE):
+        save_file(weights, out / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_text(out / SETTINGS_FILE, dump_config(config))
+    n_bytes = sum(file.stat().st_size for file in out.iterdir())
+    files = ", ".join(sorted(file.name for file in out.iterdir()))
+    return f"wrote {out}: {files}, {n_bytes / 1e6:.1f} MB; sample from it with: python sampling.py --checkpoint {out}"
+
+
 def export_run(path: str, out: Path) -> str:
     """Export a run directory (its newest checkpoint) or checkpoint folder for transformers; returns a message.
 
@@ -306,8 +355,7 @@ def export_run(path: str, out: Path) -> str:
         ValueError: no usable checkpoint, a model that transformers does not implement, a missing tokenizer, or `out`
             is not empty.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder: name another, or delete it")
+    _check_out(out)
     model, config = load_model(path)
     if config.block_causal_size is not None:
         raise ValueError(
@@ -326,6 +374,7 @@ def export_run(path: str, out: Path) -> str:
         write_tokenizer(out, tokenizer)
     exported = Pretrained(path, config.model, config.shifted, model.weights())
     write_qwen2(out, exported, causal=config.causal, mask_id=config.mask_id, eos_id=eos_id, pad_id=pad_id)
+    write_text(out / SETTINGS_FILE, dump_config(config))
     lines = [f"wrote {out}: {', '.join(sorted(file.name for file in out.iterdir()))}"]
     if not config.causal:
         target = "the next token" if config.shifted else "the token at that position"
@@ -339,16 +388,20 @@ def export_run(path: str, out: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
-    parser = CommandParser(
-        prog="python -m model.hub", description="Export a trained model for Hugging Face transformers."
-    )
+    parser = CommandParser(prog="python -m model.hub", description="Write a trained model as a folder of its own.")
     commands = parser.add_subparsers(required=True)
     export = commands.add_parser("export", help="write a folder for Qwen2ForCausalLM.from_pretrained")
-    export.add_argument("checkpoint", metavar="RUN_DIR", help="run directory (its newest checkpoint) or checkpoint")
-    export.add_argument("out", metavar="OUT_DIR", type=Path, help="new or empty folder")
+    export.set_defaults(write=export_run)
+    pack = commands.add_parser("pack", help="write a small folder for sampling.py: settings and weights in bfloat16")
+    pack.set_defaults(write=pack_run)
+    for command in (export, pack):
+        command.add_argument(
+            "checkpoint", metavar="RUN_DIR", help="run directory (its newest checkpoint) or checkpoint"
+        )
+        command.add_argument("out", metavar="OUT_DIR", type=Path, help="new or empty folder")
     options = parser.parse_args(arguments)
     with ends_with_message():
-        print(export_run(options.checkpoint, options.out))
+        print(options.write(options.checkpoint, options.out))
 
 
 if __name__ == "__main__":

@@ -346,7 +346,7 @@ def test_train_evaluate_and_sample_by_command(config_file, tmp_path, capsys):
     assert final["nfe"] == 16, "a 4x4 board is written cell by cell"
     assert final["evaluation"]["loss"] > 0
     capsys.readouterr()
-    puzzle = ["--checkpoint", str(run_dir), "--puzzle", "1234341221434321"]
+    puzzle = ["--checkpoint", str(run_dir), "--puzzle", "123434122143432."]
     sampling.main(puzzle)
     assert "16 network forward evaluations" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:

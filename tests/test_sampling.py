@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
+import re
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 import torch
+from conftest import UNIFORM, tiny_settings
 from helpers import assert_distribution, model_settings, random_generator, random_model
 from torch import Tensor
 
 import sampling
 import train
 from config import Confidence, SamplingRule
-from data.sudoku import format_boards, parse_puzzle
+from data.sudoku import parse_puzzle
+from model.hub import pack_run
 from model.transformer import Transformer
 from samplers.full import sample_full
 from samplers.step import Samples
@@ -391,54 +397,145 @@ def test_a_wrong_puzzle_is_refused_with_the_reason(text: str, message: str) -> N
         parse_puzzle(text, 4)
 
 
-def test_boards_show_clues_in_brackets_and_the_order() -> None:
-    puzzle = torch.tensor([1, 0, 0, 0] + [0] * 12)
-    solution = torch.tensor([1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1])
-    order = torch.arange(16)
-    lines = format_boards(puzzle, solution, order, 4).splitlines()
-    assert len(lines) == 5
-    assert lines[1].split() == ["[1]", "2", "3", "4", ".", "1", "2", "3"]
-    assert lines[4].split() == ["4", "3", "2", "1", "12", "13", "14", "15"]
+PUZZLE, SOLUTION = "12.4............", "1234341221434321"
 
 
-PUZZLE = "12.40000.....004"
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
+    """A run on 4x4 boards in place, of one step."""
+    folder = tmp_path_factory.mktemp("sampling")
+    settings = tiny_settings(dict(UNIFORM), data_dir)
+    settings["data"]["layout"] = "in_place"
+    settings["training"]["max_steps"] = 1
+    (folder / "tiny.json").write_text(json.dumps(settings))
+    train.main(["--config", str(folder / "tiny.json"), "--run-dir", str(folder / "run")])
+    return folder / "run"
 
 
 @pytest.mark.parametrize("layout", ["two_halves", "in_place"])
-def test_the_command_prints_the_board_the_order_and_the_nfe(
+def test_the_command_prints_the_board_the_order_the_verdict_and_the_nfe(
     layout: str, config_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a model that has been trained for one step; a puzzle of another size is refused."""
     config = config_file(training__max_steps=1, data__layout=layout)
     train.main(["--config", str(config), "--run-dir", str(tmp_path / "run")])
-    result = json.loads((tmp_path / "run" / "final.json").read_text())
-    assert 0 < result["evaluation"]["samplers"][0]["details"]["cell_accuracy"] < 1
     capsys.readouterr()
     sampling.main(["--checkpoint", str(tmp_path / "run"), "--puzzle", PUZZLE, "--tokens-per-step", "3"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6
-    filled = [int(number) for line in lines[1:5] for number in line.split()[4:] if number != "."]
-    assert sorted(filled) == [1 + rank // 3 for rank in range(len(filled))]
-    assert lines[5] == f"{max(filled)} network forward evaluations"
-    assert " ".join(lines[1:5]).count("[") == 4
-    with pytest.raises(SystemExit) as stop:
-        sampling.main(["--checkpoint", str(tmp_path / "run"), "--puzzle", PUZZLE[:-1]])
-    assert stop.value.code == 2
-    assert "has 15 cells" in capsys.readouterr().err
+    head, *board, legend, verdict, nfe = capsys.readouterr().out.splitlines()
+    assert head.split() == ["filled", "board", "filled", "at", "step"]
+    steps = [int(number) for line in board for number in re.findall(r"\d+", line[14:])]
+    assert sorted(steps) == [1 + rank // 3 for rank in range(len(steps))]
+    assert legend.startswith("[5] clue")
+    assert verdict.startswith("not solved: "), "an untrained model"
+    assert nfe == f"{max(steps)} network forward evaluations"
 
 
-def test_answers_in_python(config_file: Callable[..., Path], tmp_path: Path) -> None:
-    train.main(["--config", str(config_file(training__max_steps=1)), "--run-dir", str(tmp_path / "run")])
-    trained = sampling.load(str(tmp_path / "run"), "cpu")
-    answers = sampling.sample(trained, [PUZZLE, "." * 16], SamplingRule(tokens_per_step=8))
+def test_many_questions_from_options_files_and_standard_input(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are answered in order, whatever the batches; a .jsonl and a .csv file hold the same."""
+    other = SOLUTION[:14] + ".."
+    (tmp_path / "in.csv").write_text(f"puzzle,solution\n{PUZZLE},{SOLUTION}\n{other},{SOLUTION}\n")
+    (tmp_path / "in.txt").write_text(f"{PUZZLE}\n\n{other}\n")
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"puzzle": text}) + "\n" for text in (PUZZLE, other)))
+    monkeypatch.setattr("sys.stdin", StringIO(f"{PUZZLE}\n{other}\n"))
+    found = []
+    for i, questions in enumerate(
+        [["--puzzle", PUZZLE, "--puzzle", other]]
+        + [["--input", str(tmp_path / f"in.{suffix}")] for suffix in ("csv", "txt", "jsonl")]
+        + [["--input", "-"]]
+    ):
+        out = tmp_path / f"{i}.jsonl"
+        sampling.main(["--checkpoint", str(run_dir), *questions, "--batch-size", str(1 + i % 2), "--out", str(out)])
+        found.append([json.loads(line) for line in out.read_text().splitlines()])
+    assert found[1:] == found[:1] * 4
+    assert [answer["puzzle"] for answer in found[0]] == [PUZZLE, other]
+    assert found[0][0].keys() == {"puzzle", "answer", "right", "verdict", "legal", "clues_kept", "n_wrong", "nfe"}
+    assert [answer["nfe"] for answer in found[0]] == [13, 2]
+    assert found[0][1]["right"] == (found[0][1]["answer"] == SOLUTION), "its only solution"
+    n_right = sum(answer["right"] for answer in found[0])
+    assert f"{n_right} of 2 right" in capsys.readouterr().out
+    sampling.main(["--checkpoint", str(run_dir), "--input", str(tmp_path / "in.txt"), "--out", str(tmp_path / "a.csv")])
+    with open(tmp_path / "a.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [
+        {key: str(value or "" if value is None else value) for key, value in row.items()} for row in found[0]
+    ]
+    sampling.main(["--checkpoint", str(run_dir), "--input", str(tmp_path / "in.txt")])
+    printed = capsys.readouterr().out
+    assert printed.index(PUZZLE) < printed.index("13 network") < printed.index(other) < printed.index("2 network")
+
+
+def test_colours_only_on_a_terminal_that_wants_them(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = []
+    for variable in ("", "FORCE_COLOR", "NO_COLOR"):
+        if variable:
+            monkeypatch.setenv(variable, "1")
+        sampling.main(["--checkpoint", str(run_dir), "--puzzle", PUZZLE])
+        shown.append(capsys.readouterr().out)
+    assert "\x1b" not in shown[0]
+    color = re.compile(r"\x1b\[[0-9;]*[34][0-8][;m]")
+    assert color.search(shown[1])
+    assert not color.search(shown[2])
+    assert [re.sub(r"\x1b\[[0-9;]*m", "", text) for text in shown] == [shown[0]] * 3
+
+
+def test_answers_in_python(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sampling.load(run_dir, "cpu")
+    answers = model.solve([PUZZLE, "." * 16], SamplingRule(tokens_per_step=8))
     assert [answer.nfe for answer in answers] == [2, 2]
-    assert len(answers[0].text.splitlines()) == 5
-    assert answers[0].tokens.shape == answers[0].order.shape == (32,)
-    assert sampling.sample(trained, []) == []
-    with pytest.raises(ValueError, match="list of texts"):
-        sampling.sample(trained, PUZZLE)
+    assert answers[0].tokens.shape == answers[0].order.shape == (16,)
+    assert answers[0].verdict.right == (answers[0].verdict.answer == SOLUTION)
+    assert model.solve([]) == []
+    single = model.solve(PUZZLE, SamplingRule(tokens_per_step=8))
+    assert np.array_equal(single.tokens, answers[0].tokens)
+    with pytest.raises(ValueError, match="trace=True"):
+        single.save_trace(tmp_path / "a.html")
+    with pytest.raises(ValueError, match="complete: this model was trained on sudoku; use solve"):
+        model.complete("1+1")
+    with pytest.raises(ValueError, match=r"2 of 3 puzzles are invalid\n  question 1: .*\n  question 3: "):
+        model.solve(["1", PUZZLE, "2"])
     with pytest.raises(ValueError, match="device 'gpu' must be one of auto, cpu, cuda"):
-        sampling.load(str(tmp_path / "run"), "gpu")
+        sampling.load(run_dir, "gpu")
+    pack_run(str(run_dir), tmp_path / "packed")
+    monkeypatch.setattr(sampling, "SHIPPED", tmp_path / "packed")
+    assert sampling.load().solve(PUZZLE).nfe == 13
+    monkeypatch.setattr(sampling, "SHIPPED", tmp_path / "none")
+    with pytest.raises(ValueError, match="name a run directory"):
+        sampling.load()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--puzzle", "11" + "." * 14], "contradicting clues: row 1 has more than one 1, at row 1 column 1 and row 1"),
+        (["--puzzle", SOLUTION], "is a finished, legal board"),
+        (["--puzzle", PUZZLE[:-1]], "has 15 cells"),
+        (["--prompt", "1+1"], "--prompt: this model was trained on sudoku; use --puzzle"),
+        (["--puzzle", PUZZLE, "--puzzle", "1"], "--puzzle 2: puzzle '1' has 1 cells"),
+        (["--input", "nowhere.txt"], "questions nowhere.txt cannot be read (No such file or directory)"),
+        (["--input", "a.png"], "questions a.png cannot be read (its suffix is '.png'): give .txt, .csv, .jsonl"),
+        (["--puzzle", PUZZLE, "--out", "a.txt"], "--out a.txt: the suffix must be .jsonl or .csv"),
+        (["--puzzle", PUZZLE, "--out", "none/a.csv"], "the folder none does not exist"),
+        (["--puzzle", PUZZLE, "--puzzle", PUZZLE, "--trace", "a.gif"], "2 questions, but it holds at most 1"),
+    ],
+)
+def test_questions_and_files_that_cannot_be_used_end_with_one_message(
+    arguments: list[str],
+    message: str,
+    run_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        sampling.main(["--checkpoint", str(run_dir), *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -448,6 +545,7 @@ def test_answers_in_python(config_file: Callable[..., Path], tmp_path: Path) -> 
         (["--tokens-per-step", "0"], "--tokens-per-step: must be an integer from 1 to 9223372036854775807, got 0"),
         (["--threshold", "1.5"], "--threshold 1.5: input should be less than 1"),
         (["--seed", "-1"], "--seed: must be an integer from 0 to 4294967295, got -1"),
+        (["--gold", "1"], "--gold: 1 for 0 of --prompt"),
         (["--temperature", "-1"], "--temperature -1.0: input should be greater than or equal to 0"),
     ],
 )

@@ -1,0 +1,415 @@
+"""How a sampled answer came about: an interactive page or page fragment (HTML), or a moving picture (GIF).
+
+    python sampling.py --puzzle 53..7.... --trace solved.html
+    python sampling.py --puzzle 53..7.... --trace solved.gif
+
+`html_fragment` is for pages and notebooks that show more than a trace. Pages need no network: style, code and data are
+in the file. A data set says with `board` and `token_text` how its rows are drawn.
+
+Shapes: L positions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape as escape_html
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data.dataset import AnswerVerdict, Board, DataSet
+from data.files import reported, write_text
+from data.foreign import escape
+from samplers.step import Pass
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageFont import FreeTypeFont
+
+# Candidates of every pass are kept up to this many position-passes, which is about 100 kB; above, only those of the
+# pass that writes a position.
+MAX_CANDIDATES = 3500
+MIN_PROBABILITY = 0.005  # of a candidate that is kept
+MAX_FRAMES = 120  # of a GIF
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward pass changed."""
+
+    written: dict[int, tuple[str, float | None]]  # text and confidence by position; None: written without a prediction
+    erased: list[int]  # positions that were masked again
+    candidates: dict[int, list[tuple[str, float]]]  # most probable tokens and probabilities by position, best first
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How an answer came about, pass by pass. Positions are those of the row; only those in `shown` are drawn."""
+
+    question: str
+    verdict: AnswerVerdict
+    board: Board | None  # None: positions are drawn as text
+    shown: list[int]  # in reading order
+    given: dict[int, str]  # text of given positions; those of a board may be written again, maybe wrongly
+    steps: list[Step]
+    final: dict[int, str]  # text of all drawn positions at the end
+    wrong: dict[int, str]  # what is wrong with drawn positions that the model wrote
+    n_hidden: int = 0  # EOS tokens after the first, which are not drawn
+
+
+def build_trace(
+    data: DataSet,
+    question: str,
+    prompt: np.ndarray,
+    tokens: np.ndarray,
+    passes: Sequence[Pass],
+    mask_id: int,
+    verdict: AnswerVerdict,
+) -> Trace:
+    """The trace of one sampled row.
+
+    Args:
+        prompt: int64 [L], `mask_id` at the positions that were filled.
+        tokens: int64 [L], sampled.
+        passes: of this row alone, in order, see `samplers.step.Samples.history`.
+    """
+    board = data.board
+    texts: dict[int, str] = {}
+
+    def text_of(token: int) -> str:
+        if token not in texts:
+            texts[token] = "EOS" if token == data.eos_id else escape(data.token_text(token), keep="\n\t")
+        return texts[token]
+
+    shown = list(range(len(prompt)))
+    if board is not None:
+        shown = shown[board.first : board.first + board.size**2]
+    elif data.eos_id is not None:
+        ends = np.flatnonzero((tokens == data.eos_id) & (prompt == mask_id))
+        if len(ends) and (tokens[ends[0] :] == data.eos_id).all():
+            shown = shown[: ends[0] + 1]
+    if board is None:
+        given = {i: text_of(int(prompt[i])) for i in shown if prompt[i] != mask_id}
+    else:
+        puzzle = prompt[board.puzzle_first :][: len(shown)]
+        given = {i: text_of(int(clue)) for i, clue in zip(shown, puzzle, strict=True) if clue != board.empty}
+    final = {i: text_of(int(tokens[i])) for i in shown}
+    n_predicted = sum(int((np.asarray(each.candidates)[0, shown, 0] >= 0).sum()) for each in passes)
+    steps, before = [], np.asarray(prompt)
+    for number, each in enumerate(passes, 1):
+        now = each.tokens[0].cpu().numpy().copy()
+        if number == len(passes):  # EOS tokens after the first of an answer are in no pass
+            now = np.where(now == mask_id, tokens, now)
+        confidence, candidates = each.confidence[0].numpy(), each.candidates[0].numpy()
+        probabilities = each.probabilities[0].numpy()
+        changed = [i for i in shown if now[i] != before[i]]
+        written = {
+            i: (text_of(int(now[i])), None if math.isnan(confidence[i]) else float(confidence[i]))
+            for i in changed
+            if now[i] != mask_id
+        }
+        kept = shown if n_predicted <= MAX_CANDIDATES else list(written)
+        found = {
+            i: [
+                (text_of(int(token)), float(probability))
+                for token, probability in zip(candidates[i], probabilities[i], strict=True)
+                if token >= 0 and probability >= MIN_PROBABILITY
+            ]
+            for i in kept
+            if candidates.shape[1] and candidates[i, 0] >= 0
+        }
+        steps.append(Step(written, [i for i in changed if now[i] == mask_id], found))
+        before = now
+    return Trace(
+        question,
+        verdict,
+        board,
+        shown,
+        given,
+        steps,
+        final,
+        {i: reason for i, reason in verdict.wrong.items() if i in final and given.get(i) != final[i]},
+        len(prompt) - len(shown) if board is None else 0,
+    )
+
+
+def html_fragment(trace: Trace) -> str:
+    """A self-contained HTML element with its style and code: it plays the trace, on any page and several times on one.
+
+    Without JavaScript it shows the answer.
+    """
+    cells = _board_cells(trace) if trace.board is not None else _text_tokens(trace)
+    kind = "" if trace.verdict.right is None else " pt-right" if trace.verdict.right else " pt-not-right"
+    folder, n_steps = Path(__file__).parent, len(trace.steps)
+    style, code = ((folder / f"trace.{suffix}").read_text(encoding="utf-8") for suffix in ("css", "js"))
+    wrong = '<span><span class="pt-wrong"><span>5</span></span> wrong</span>' if trace.wrong else ""
+    number = "small numbers: per cent" if trace.board is not None else "small numbers: pass"
+    hidden = f"<span>{trace.n_hidden} more EOS tokens are not shown</span>" if trace.n_hidden else ""
+    content = json.dumps(_content(trace), separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+    return f"""<div class="pt{" pt-has-board" * (trace.board is not None)}" tabindex="0">
+<style>{style}</style>
+<p class="pt-question">{escape_html(escape(trace.question, keep=chr(10)))}</p>
+<p class="pt-verdict{kind}">{escape_html(escape(trace.verdict.reason))}</p>
+<div class="pt-main">
+{cells}
+<div class="pt-side">
+<div class="pt-controls">
+<button type="button" class="pt-play" title="play or pause (space)">Play</button>
+<button type="button" class="pt-first" title="before the first pass (Home)" aria-label="first">«</button>
+<button type="button" class="pt-back" title="one pass back (left arrow)" aria-label="back">‹</button>
+<button type="button" class="pt-next" title="one pass on (right arrow)" aria-label="next">›</button>
+<button type="button" class="pt-end" title="to the end (End)" aria-label="end">»</button>
+</div>
+<input class="pt-slider" type="range" min="0" max="{n_steps}" value="{n_steps}" aria-label="pass">
+<p class="pt-status" role="status">{n_steps} passes</p>
+<p class="pt-legend"><span>confidence 0% <span class="pt-scale"></span> 100%</span>
+<span>{number}</span>{wrong}{hidden}</p>
+<div class="pt-candidates"></div>
+</div>
+</div>
+<script type="application/json" class="pt-data">{content}</script>
+<script>{code}</script>
+</div>
+"""
+
+
+def _content(trace: Trace) -> dict[str, Any]:
+    """The data of `report/trace.js`; cells are numbered in reading order, probabilities in thousandths."""
+    number = {position: i for i, position in enumerate(trace.shown)}
+    return {
+        "size": trace.board.size if trace.board is not None else 0,
+        "given": {number[i]: text for i, text in trace.given.items()},
+        "last": [trace.final[i] for i in trace.shown],
+        "wrong": {number[i]: reason for i, reason in trace.wrong.items()},
+        "steps": [
+            {
+                "w": {number[i]: [text, _thousandths(confidence)] for i, (text, confidence) in step.written.items()},
+                "e": [number[i] for i in step.erased],
+                "c": {
+                    number[i]: [part for text, probability in found for part in (text, _thousandths(probability))]
+                    for i, found in step.candidates.items()
+                },
+            }
+            for step in trace.steps
+        ],
+    }
+
+
+def _thousandths(probability: float | None) -> int | None:
+    return None if probability is None else round(1000 * probability)
+
+
+def _board_cells(trace: Trace) -> str:
+    """The board's element, filled."""
+    board = trace.board
+    assert board is not None
+    cells = []
+    for i, position in enumerate(trace.shown):
+        row, column = divmod(i, board.size)
+        edges = {
+            "pt-edge-right": (column + 1) % board.box_width == 0,
+            "pt-edge-bottom": (row + 1) % board.box_height == 0,
+            "pt-last-column": column + 1 == board.size,
+            "pt-last-row": row + 1 == board.size,
+            "pt-given": position in trace.given,
+        }
+        names = " ".join(["pt-cell", *(name for name, applies in edges.items() if applies)])
+        cells.append(
+            f'<div class="{names}" data-cell><span>{escape_html(trace.final[position])}</span><small></small></div>'
+        )
+    return f'<div class="pt-board" style="--size:{board.size}">\n' + "\n".join(cells) + "\n</div>"
+
+
+def _text_tokens(trace: Trace) -> str:
+    """The element of a text, filled; lines break where the final text does."""
+    tokens = []
+    for position in trace.shown:
+        text = trace.final[position]
+        _, newline, rest = text.rpartition("\n")
+        indent = rest if newline and not rest.strip() else ""
+        name = "pt-token pt-given" if position in trace.given else "pt-token"
+        visible = text[: len(text) - len(indent)].replace("\n", "↵") or "·"
+        token = f'<span class="{name}" data-cell><span>{escape_html(visible)}</span><small></small></span>'
+        tokens.append(token + (f'<br><span class="pt-indent">{indent}</span>' if newline else ""))
+    return f'<div class="pt-text">{"".join(tokens)}</div>'
+
+
+def write_page(traces: Sequence[Trace], out: Path) -> None:
+    """Write a page with one trace after another, which needs no network. Raises WriteError."""
+    fragments = '<hr style="border: 0; margin: 2rem 0">\n'.join(html_fragment(trace) for trace in traces)
+    title = escape_html(escape(traces[0].question)[:100])
+    page = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>How {title} was sampled</title>
+<style>
+body {{ margin: 1.5rem auto; max-width: 60rem; padding: 0 1rem; background: #ffffff; }}
+@media (prefers-color-scheme: dark) {{ body {{ background: #14161a; }} }}
+@media (max-width: 640px) {{ body {{ margin: .75rem auto; }} }}
+</style>
+</head>
+<body>
+{fragments}
+<script>document.querySelector(".pt").focus({{ preventScroll: true }});</script>
+</body>
+</html>
+"""
+    write_text(out, page)
+
+
+# Colours of the light page, see report/trace.css.
+INK, DIM, PAPER, LINE, GIVEN, MASK, WRONG = "#16181d", "#5b6270", "#ffffff", "#c9ced8", "#eceef2", "#dfe3ea", "#b00020"
+LOW, HIGH = (255, 217, 176), (166, 212, 247)
+CELL, MARGIN, FOOTER, LINE_HEIGHT, TEXT_WIDTH = 52, 16, 54, 40, 800  # pixels
+GIF_S, LAST_FRAME_S = 10.0, 3.0  # duration of all frames but the last, and of the last
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a position holds at some pass."""
+
+    text: str
+    confidence: float | None = None
+    step: int = 0  # 0: given
+
+
+def _states(trace: Trace) -> list[dict[int, _Held]]:
+    """What each position holds before the first pass and after each pass; masked positions are missing."""
+    states = [{i: _Held(text) for i, text in trace.given.items()}]
+    for number, step in enumerate(trace.steps, 1):
+        written = {i: _Held(text, confidence, number) for i, (text, confidence) in step.written.items()}
+        kept = {i: held for i, held in states[-1].items() if i not in step.erased}
+        unchanged = {i for i, held in written.items() if trace.given.get(i) == held.text}  # copied clues
+        states.append(kept | {i: held for i, held in written.items() if i not in unchanged})
+    return states
+
+
+def draw_gif(trace: Trace, out: Path) -> None:
+    """Write a moving picture of a trace, for slides; it has at most `MAX_FRAMES` frames. Raises WriteError."""
+    states = _states(trace)
+    n_frames = min(len(states), MAX_FRAMES)
+    numbers = [round(i * (len(states) - 1) / max(1, n_frames - 1)) for i in range(n_frames)]
+    draw = _draw_board if trace.board is not None else _draw_text
+    frames = [draw(trace, states[number], number) for number in numbers]
+    palette = frames[-1].quantize(64)  # one for all frames, so that each stores only what has changed
+    frames = [frame.quantize(palette=palette, dither=0) for frame in frames]
+    pause_ms = round(1000 * min(0.5, GIF_S / len(frames)))
+    with reported(out):
+        frames[0].save(
+            out,
+            save_all=True,
+            append_images=frames[1:],
+            duration=[pause_ms] * (len(frames) - 1) + [round(1000 * LAST_FRAME_S)],
+            loop=0,
+        )
+
+
+def _font(name: str, size: int) -> FreeTypeFont:
+    """A font that matplotlib brings along, so that pictures do not depend on the machine."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), size)
+
+
+def _color_of(confidence: float | None) -> tuple[int, int, int]:
+    share = 1.0 if confidence is None else confidence
+    red, green, blue = (round(low + share * (high - low)) for low, high in zip(LOW, HIGH, strict=True))
+    return red, green, blue
+
+
+def _footer(trace: Trace, number: int) -> tuple[str, str]:
+    """A text below each frame and its colour: the pass, and at the end the verdict."""
+    if number < len(trace.steps) or not trace.verdict.reason:
+        return f"pass {number} of {len(trace.steps)}", DIM
+    return trace.verdict.reason, WRONG if trace.verdict.right is False else INK
+
+
+def _draw_board(trace: Trace, state: dict[int, _Held], number: int) -> Image:
+    """A frame of a board."""
+    from PIL import Image, ImageDraw
+
+    board = trace.board
+    assert board is not None
+    side, font, bold = board.size * CELL, _font("DejaVuSans", 26), _font("DejaVuSans-Bold", 26)
+    small = _font("DejaVuSans", 11)
+    width = max(side, 6 * CELL) + 2 * MARGIN
+    image = Image.new("RGB", (width, side + 2 * MARGIN + FOOTER), PAPER)
+    draw = ImageDraw.Draw(image)
+    left = (width - side) // 2
+    for i, position in enumerate(trace.shown):
+        row, column = divmod(i, board.size)
+        x, y, held = left + column * CELL, MARGIN + row * CELL, state.get(position)
+        if held is not None:
+            fill = _color_of(held.confidence) if held.step else GIVEN
+            draw.rectangle((x, y, x + CELL, y + CELL), fill=fill)
+            is_wrong = position in trace.wrong and held.text == trace.final[position]
+            color = WRONG if is_wrong else INK
+            draw.text((x + CELL // 2, y + CELL // 2), held.text, color, font if held.step else bold, anchor="mm")
+            if is_wrong:
+                draw.line((x + 16, y + CELL - 11, x + CELL - 16, y + CELL - 11), fill=WRONG, width=2)
+            if held.step and held.confidence is not None:
+                text = str(round(100 * held.confidence))
+                draw.text((x + CELL - 3, y + CELL - 2), text, INK, small, anchor="rs")
+    for thick in (False, True):  # thick lines over thin ones
+        for i in range(board.size + 1):
+            at = left + i * CELL, MARGIN + i * CELL
+            if (i % board.box_height == 0) == thick:
+                draw.line((left, at[1], left + side, at[1]), fill=INK if thick else LINE, width=1 + thick)
+            if (i % board.box_width == 0) == thick:
+                draw.line((at[0], MARGIN, at[0], MARGIN + side), fill=INK if thick else LINE, width=1 + thick)
+    _write_footer(draw, trace, number, width, side + 2 * MARGIN)
+    return image
+
+
+def _draw_text(trace: Trace, state: dict[int, _Held], number: int) -> Image:
+    """A frame of a text: tokens in reading order, each with the pass that wrote it."""
+    from PIL import Image, ImageDraw
+
+    font, small = _font("DejaVuSansMono", 15), _font("DejaVuSansMono", 10)
+    space = font.getlength(" ")
+    places: list[tuple[int, float, int, float, str]] = []  # position, x, y, width, final text without its newline
+    x, y = float(MARGIN), MARGIN
+    for position in trace.shown:
+        text = trace.final[position]
+        _, newline, rest = text.rpartition("\n")
+        indent = rest if newline and not rest.strip() else ""
+        visible = text[: len(text) - len(indent)].replace("\n", "↵") or "·"
+        width = max(font.getlength(visible), 1.3 * space) + 2
+        if x + width > TEXT_WIDTH - MARGIN and x > MARGIN:
+            x, y = float(MARGIN), y + LINE_HEIGHT
+        places.append((position, x, y, width, visible))
+        x += width + 2
+        if newline:
+            x, y = MARGIN + len(indent) * space, y + LINE_HEIGHT
+    height = places[-1][2] + LINE_HEIGHT + MARGIN if places else 2 * MARGIN
+    image = Image.new("RGB", (TEXT_WIDTH, height + FOOTER), PAPER)
+    draw = ImageDraw.Draw(image)
+    for position, left, top, width, visible in places:
+        held = state.get(position)
+        fill = MASK if held is None else _color_of(held.confidence) if held.step else GIVEN
+        draw.rounded_rectangle((left, top, left + width, top + 22), 3, fill=fill)
+        if held is not None:
+            same = held.text == trace.final[position]
+            color = WRONG if same and position in trace.wrong else INK
+            draw.text((left + 1, top + 3), visible if same else held.text.replace("\n", "↵"), color, font)
+            if held.step:
+                draw.text((left + width / 2, top + 25), str(held.step), DIM, small, anchor="ma")
+    _write_footer(draw, trace, number, TEXT_WIDTH, height)
+    return image
+
+
+def _write_footer(draw: Any, trace: Trace, number: int, width: int, top: int) -> None:
+    """The footer, in as many lines as it needs, at most two."""
+    font, (text, color) = _font("DejaVuSans", 15), _footer(trace, number)
+    n_columns = int((width - 2 * MARGIN) / font.getlength("n"))
+    lines = textwrap.wrap(text, n_columns, max_lines=2, placeholder=" ...")
+    draw.multiline_text((MARGIN, top), "\n".join(lines), color, font, spacing=4)

@@ -299,8 +299,10 @@ def draw_gif(trace: Trace, out: Path) -> None:
     numbers = [round(i * (len(states) - 1) / max(1, n_frames - 1)) for i in range(n_frames)]
     draw = _draw_board if trace.board is not None else _draw_text
     frames = [draw(trace, states[number], number) for number in numbers]
+    from PIL.Image import Dither
+
     palette = frames[-1].quantize(64)  # one for all frames, so that each stores only what has changed
-    frames = [frame.quantize(palette=palette, dither=0) for frame in frames]
+    frames = [frame.quantize(palette=palette, dither=Dither.NONE) for frame in frames]
     pause_ms = round(1000 * min(0.5, GIF_S / len(frames)))
     with reported(out):
         frames[0].save(

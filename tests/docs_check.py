@@ -47,6 +47,7 @@ RUN = {
     "python data/tiny_gsm.py": "",
     "python train.py": "",
     "python -m runtime.launch": "",
+    "python -m model.hub pack": "",
     "python sampling.py": "",
     "python -m eval.evaluate": "validation.n_final_examples=8",
     "python -m eval.gsm8k_eval grade": "",

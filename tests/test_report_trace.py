@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from data.addition import AdditionSettings
 from data.dataset import AnswerVerdict
@@ -132,11 +132,11 @@ def test_a_text_cannot_leave_its_place_in_the_page():
 def test_a_moving_picture_has_a_frame_for_each_pass(trace: Trace, tmp_path: Path):
     draw_gif(trace, tmp_path / "a.gif")
     with Image.open(tmp_path / "a.gif") as image:
-        assert image.n_frames == len(trace.steps) + 1
-        first = np.asarray(image.convert("RGB")).astype(int)
-        image.seek(image.n_frames - 1)
-        assert image.info["duration"] == 3000
-        assert (np.abs(np.asarray(image.convert("RGB")) - first).max(2) > 30).mean() > 0.01
+        frames = [(frame.convert("RGB"), frame.info["duration"]) for frame in ImageSequence.Iterator(image)]
+    assert len(frames) == len(trace.steps) + 1
+    assert frames[-1][1] == 3000
+    first, last = (np.asarray(frames[i][0]).astype(int) for i in (0, -1))
+    assert (np.abs(last - first).max(2) > 30).mean() > 0.01
 
 
 PLAY = """
@@ -172,7 +172,7 @@ def test_a_browser_plays_the_page_to_the_last_board(width: int, tmp_path: Path):
     write_page([trace], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     (tmp_path / "page.html").write_text(page.replace("</body>", PLAY), encoding="utf-8")
-    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
+    command = [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
     options = [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=60000", "--dump-dom"]
     done = subprocess.run(
         [*command, *options, f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=120

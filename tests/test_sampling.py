@@ -15,8 +15,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import UNIFORM, tiny_settings
+from conftest import ROOT, UNIFORM, tiny_settings
 from helpers import assert_distribution, model_settings, random_generator, random_model
+from PIL import Image, ImageSequence
 from torch import Tensor
 
 import sampling
@@ -556,3 +557,29 @@ def test_the_command_refuses_bad_input_with_status_2(
         sampling.main(["--checkpoint", "nowhere", "--puzzle", PUZZLE, *arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_example_of_the_page_runs(
+    config_file: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With a model of one step in place of the repository's."""
+    sizes = {"data__size": 9, "data__min_clues": 30, "data__max_clues": 40, "data__layout": "in_place"}
+    model = tiny_settings(dict(UNIFORM), tmp_path)["model"] | {"vocab_size": 11, "learned_positions": 81}
+    changes: dict[str, Any] = {f"model__{key}": value for key, value in model.items()}
+    config = config_file(dict(UNIFORM), training__max_steps=1, **sizes, **changes)
+    train.main(["--config", str(config), "--run-dir", str(tmp_path / "run")])
+    pack_run(str(tmp_path / "run"), tmp_path / "packed")
+    monkeypatch.setattr(sampling, "SHIPPED", tmp_path / "packed")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    capsys.readouterr()
+    exec(code, {})
+    assert "not solved" in capsys.readouterr().out
+    with Image.open("sampling.gif") as made, Image.open(ROOT / "docs" / "sampling.gif") as shown:
+        assert made.size == shown.size
+        assert len(list(ImageSequence.Iterator(made))) == 18, "51 empty cells, three per pass"
+    assert sampling.load().solve("." * 81, SamplingRule(tokens_per_step=81), trace=True)._repr_html_() is not None

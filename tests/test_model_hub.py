@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import PUMA, ROOT, SHARED, UNIFORM, run_python, tiny_settings
@@ -391,6 +392,15 @@ def test_an_export_holds_the_tokenizer_of_the_data(tmp_path):
     train.main(["--config", str(tmp_path / "mini.json"), "--run-dir", str(tmp_path / "run")])
     message = hub.export_run(str(tmp_path / "run"), tmp_path / "out")
     assert "tokenizer.json" in message
+    hub.pack_run(str(tmp_path / "run"), tmp_path / "packed")
+    prompt = load_model(str(tmp_path / "run"))[1].open_data().encode("Anna has 5 books.")
+    (tmp_path / "data").rename(tmp_path / "elsewhere")  # both folders hold all that sampling needs
+    for folder, dtype in (("out", torch.float32), ("packed", torch.bfloat16)):
+        model, config = load_model(str(tmp_path / folder))
+        assert np.array_equal(config.open_data().encode("Anna has 5 books."), prompt)
+        weights = load_model(str(tmp_path / "run"))[0].weights()
+        assert all(torch.equal(tensor, weights[name].to(dtype).float()) for name, tensor in model.weights().items())
+    (tmp_path / "elsewhere").rename(tmp_path / "data")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     own = load_model(str(tmp_path / "run"))[1].open_data().tokenizer
     texts = [f"{problem.question}\n{problem.code}" for problem in generate_problems(50, seed=5)]

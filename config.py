@@ -20,9 +20,10 @@ from data.addition import AdditionSettings
 from data.dataset import DataSet
 from data.settings import FREE_ON_RESUME, Seed, Settings
 from data.sudoku import SudokuSettings
+from data.text_pairs import TextSettings
 from data.tiny_gsm import TinyGsmSettings
 
-AnyDataSettings = SudokuSettings | TinyGsmSettings | AdditionSettings  # all data sets
+AnyDataSettings = SudokuSettings | TinyGsmSettings | AdditionSettings | TextSettings  # all data sets
 
 NumberOfStages = Annotated[int, Field(gt=0, le=1 << 20)]  # the records hold a share for each stage
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

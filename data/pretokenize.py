@@ -1,4 +1,4 @@
-"""The command of `data/tiny_gsm.py`: tokenize questions and programs into flat files, which training memory-maps.
+"""Tokenize prompts and completions into flat files, which training memory-maps; the command of `data/tiny_gsm.py`.
 
 It writes the files of `data/token_files.py`. After an interruption the same command continues, and the result is the
 same, byte for byte.
@@ -35,13 +35,15 @@ from data.foreign import (
     fail,
     read_json,
     reading,
+    shorten,
     whole_number,
 )
 from data.text import encode_rows, load_tokenizer
 from data.token_files import LABELS_FILE, META_FILE, PROMPT_FILE, TOKENIZER_DIR, data_shape, read_meta, write_meta
 
 PROGRESS_FILE = ".progress.json"
-COLUMNS = ("question", "code")
+COLUMNS = ("question", "code")  # of TinyGSM
+KINDS = {".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}  # readers of `datasets`, by file name
 CHUNK_ROWS = 500  # rows per task of a worker process: 1 MiB of labels
 MAX_PENDING_CHUNKS = 4  # per worker
 SAVE_EVERY_S = 5.0
@@ -67,14 +69,22 @@ def pretokenize(
     max_len: int = 512,
     limit: int | None = None,
     n_workers: int | None = None,
+    *,
+    columns: tuple[str, str] = COLUMNS,
+    split: str = "train",
+    truncate: bool = True,
+    eos_token: str | None = None,
 ) -> Progress:
     """Tokenize `source` into `out`, continuing an earlier call; interruptions do not change the result.
 
     Args:
-        source: .jsonl or .parquet file, folder of such files, or name of a Hugging Face data set, with the columns
-            `question` and `code`.
+        source: see `read_rows`.
+        tokenizer_name, eos_token: see `data.text.load_tokenizer`.
         limit: rows of the source to read; None: all.
-        n_workers: processes; None: one per CPU core that this process may use.
+        n_workers: processes; None: one per CPU core that this process may use; 1: this one.
+        columns: of the prompt and of the completion.
+        split: of a data set on the Hub.
+        truncate: see `data.text.encode_rows`.
 
     Raises:
         ValueError: bad source or tokenizer, or `out` was written with other arguments.
@@ -84,10 +94,15 @@ def pretokenize(
             f"max_len {max_len} must be a positive multiple of 8: prompt_mask.bin has eight positions per byte"
         )
     job = {"dataset": source, "tokenizer": tokenizer_name, "max_len": max_len, "limit": limit} | WHITE_SPACE
+    if columns != COLUMNS:
+        job["columns"] = list(columns)
+    if not truncate:
+        job["too_long"] = "left out"
     done, finished = _read_progress(out, job)
     if finished:
         return done
-    tokenizer = load_tokenizer(tokenizer_name)
+    tokenizer = load_tokenizer(tokenizer_name, eos_token)
+    work = partial(encode_rows, tokenizer.backend_tokenizer, tokenizer.eos_token_id, max_len=max_len, truncate=truncate)
     tokenizer.save_pretrained(out / TOKENIZER_DIR)  # creates `out` too
     n_bytes = {LABELS_FILE: done.n_written * max_len * 4, PROMPT_FILE: done.n_written * max_len // 8}
     with (
@@ -102,7 +117,7 @@ def pretokenize(
             file.truncate(size)  # rows after the last save are written again
         saved_at = -SAVE_EVERY_S
         for labels, prompt_bits, n_left_out in _encode_chunks(
-            _read_chunks(source, done.n_read, limit), tokenizer, max_len, n_workers
+            read_rows(source, columns, split, done.n_read, limit), work, n_workers
         ):
             labels_file.write(labels.data)
             prompt_file.write(prompt_bits.data)
@@ -119,7 +134,7 @@ def pretokenize(
                 saved_at = time.monotonic()
         _sync(files)
     if done.n_written == 0:
-        raise ValueError(f"{source} has no row that fits {max_len} tokens: raise --max-len")
+        raise ValueError(f"{source} has no row that fits {max_len} tokens: raise max_len")
     facts = job | {"eos_id": tokenizer.eos_token_id, "num_left_out": done.n_left_out}
     write_meta(out, facts, done.n_written, done.max_token_id)
     (out / PROGRESS_FILE).unlink(missing_ok=True)
@@ -151,56 +166,86 @@ def _read_progress(out: Path, job: dict[str, Any]) -> tuple[Progress, bool]:
     return done, finished
 
 
-def _read_chunks(source: str, n_skipped: int, limit: int | None) -> Iterator[tuple[list[str], list[str]]]:
-    """Questions and programs of the source in order, `CHUNK_ROWS` at a time."""
-    from datasets import load_dataset  # slow to import, and only this command needs it
+def read_rows(
+    source: str, columns: tuple[str, str], split: str = "train", n_skipped: int = 0, limit: int | None = None
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Prompts and completions of a source in order, `CHUNK_ROWS` at a time.
+
+    Args:
+        source: .jsonl or .parquet file, folder of such files or one that `Dataset.save_to_disk` wrote, or name of a
+            Hugging Face data set.
+        columns, split: see `pretokenize`.
+        n_skipped: rows to leave out at the beginning.
+        limit: rows to read, including those left out; None: all.
+
+    Raises:
+        ValueError: the source is missing, damaged or has other columns; the message names the first bad row.
+    """
+    from datasets import load_dataset  # slow to import, and only rows that are not tokenized yet need it
 
     path = Path(source)
-    with reading(f"source {source!r}", "give .jsonl or .parquet files or a data set with question and code"):
+    remedy = f"give .jsonl or .parquet files or a data set with {shorten(' and '.join(columns), 40)}"
+    with reading(f"source {source!r}", remedy):
         if path.exists():
             files = find_files(path)
-            kind = "parquet" if files[0].endswith(".parquet") else "json"
+            kind = KINDS[Path(files[0]).suffix]
             rows = load_dataset(kind, data_files=files, split="train", streaming=True, trust_remote_code=False)
-        elif path.is_absolute() or path.suffix in (".jsonl", ".parquet") or source.count("/") != 1:
+        elif path.is_absolute() or path.suffix in KINDS or source.count("/") != 1:
             raise ValueError("it does not exist, and the name of a data set is OWNER/NAME")
         else:
-            rows = load_dataset(source, split="train", streaming=True, trust_remote_code=False)
+            rows = load_dataset(source, split=split, streaming=True, trust_remote_code=False)
         if limit is not None:
             rows = rows.take(limit)
         n_read = n_skipped
         for batch in rows.skip(n_skipped).iter(batch_size=CHUNK_ROWS):
-            missing = set(COLUMNS) - set(batch)
+            missing = set(columns) - set(batch)
             if missing:
                 raise ValueError(f"it has no column {sorted(missing)}; its columns are {sorted(batch)}")
-            for name in COLUMNS:
+            for name in columns:
                 wrong = next((i for i, value in enumerate(batch[name]) if not isinstance(value, str)), None)
                 if wrong is not None:
                     raise ValueError(f"{name} of row {n_read + wrong} (from 0) is not text: {batch[name][wrong]!r}")
-            yield batch["question"], batch["code"]
-            n_read += len(batch["question"])
+            prompts, completions = (batch[name] for name in columns)
+            yield prompts, completions
+            n_read += len(prompts)
 
 
 def find_files(path: Path) -> list[str]:
-    """The .jsonl or .parquet files in `path` (a file or folder), sorted; ValueError if there are none or both kinds."""
+    """The files of rows in `path` (a file or folder), sorted.
+
+    Raises:
+        ValueError: there are none or several kinds, or they are several splits of a data set.
+    """
+    splits = path / "dataset_dict.json"
+    if splits.exists():
+        names = read_json(splits).get("splits")
+        raise ValueError(f"it holds the splits {names}: give the folder of one, such as {path}/train")
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    found = [file for file in files if file.suffix in (".jsonl", ".parquet")]
+    found = [file for file in files if file.suffix in KINDS]
     if not found:
-        raise ValueError(f"{path}: no .jsonl or .parquet file found")
+        raise ValueError(f"{path}: no {' or '.join(KINDS)} file found")
     if len({file.suffix for file in found}) > 1:
-        raise ValueError(f"{path} has both .jsonl and .parquet files: give a folder with one kind")
+        raise ValueError(f"{path} has several kinds of files ({', '.join(KINDS)}): give a folder with one kind")
     for file in found:
         check_file(file)
     return [str(file) for file in found]
 
 
+Rows = tuple[np.ndarray, np.ndarray, int]  # what `encode_rows` returns
+
+
 def _encode_chunks(
-    chunks: Iterator[tuple[list[str], list[str]]], tokenizer: Any, max_len: int, n_workers: int | None
-) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """`encode_rows` of each chunk in worker processes, in order, with a bounded number of pending chunks."""
+    chunks: Iterator[tuple[list[str], list[str]]],
+    work: Callable[[list[str], list[str]], Rows],
+    n_workers: int | None,
+) -> Iterator[Rows]:
+    """`work` on each chunk in worker processes, in order, with a bounded number of pending chunks."""
     n_workers = n_workers or len(os.sched_getaffinity(0))
-    work = partial(encode_rows, tokenizer.backend_tokenizer, tokenizer.eos_token_id, max_len=max_len)
+    if n_workers == 1:
+        yield from (work(*chunk) for chunk in chunks)
+        return
     executor = ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), _start_worker, (work,))
-    pending: deque[Future[tuple[np.ndarray, np.ndarray, int]]] = deque()
+    pending: deque[Future[Rows]] = deque()
     try:
         for questions, codes in chunks:
             pending.append(executor.submit(_work, questions, codes))
@@ -212,10 +257,10 @@ def _encode_chunks(
         executor.shutdown(cancel_futures=True)
 
 
-_encode: Callable[[list[str], list[str]], tuple[np.ndarray, np.ndarray, int]]  # of a worker process
+_encode: Callable[[list[str], list[str]], Rows]  # of a worker process
 
 
-def _start_worker(encode: Callable[[list[str], list[str]], tuple[np.ndarray, np.ndarray, int]]) -> None:
+def _start_worker(encode: Callable[[list[str], list[str]], Rows]) -> None:
     global _encode
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
@@ -231,7 +276,7 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def _work(questions: list[str], codes: list[str]) -> tuple[np.ndarray, np.ndarray, int]:
+def _work(questions: list[str], codes: list[str]) -> Rows:
     return _encode(questions, codes)
 
 

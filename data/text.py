@@ -1,15 +1,15 @@
-"""Encode questions and programs as tokens, the same way for training data, prompts and answers.
+"""Encode prompts and completions as tokens, the same way for training data, prompts and answers.
 
-A sequence is the question, a newline and the program, padded with EOS. The three parts are encoded separately: in one
-text, "?" and the newline would merge into one token (they do in Qwen2), and the boundary between prompt and program
-would depend on the text. Outer white space of questions and programs is stripped first, as in the published code, so
-white space around a text in its source changes neither rows nor prompts. Text that spells a special token is encoded as
-text, so EOS is the only special token in a sequence.
+A sequence is the prompt, a newline and the completion, padded with EOS; in TinyGSM the prompt is a question and the
+completion a program. The three parts are encoded separately: in one text, "?" and the newline would merge into one
+token (they do in Qwen2), and the boundary between prompt and completion would depend on the text. Outer white space of
+both texts is stripped first, as in the published code, so white space around a text in its source changes neither rows
+nor prompts. Text that spells a special token is encoded as text, so EOS is the only special token in a sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,39 +25,89 @@ TOKENIZER_FILE = "tokenizer.json"
 # JSON files: what a tokenizer is read from.
 TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 MAX_TOKENIZER_BYTES = 1 << 28
+EOS, MASK = "<eos>", "<mask>"  # of the tokenizers that are trained here
+MIN_TRAINED_VOCAB = 256 + 2  # bytes, EOS and mask token
 
 
-def load_tokenizer(name: str) -> Any:
-    """Load a fast Hugging Face tokenizer by name or folder; the functions below take its `backend_tokenizer`.
+def load_tokenizer(name: str, eos_token: str | None = None) -> Any:
+    """Load a fast Hugging Face tokenizer by name, folder or tokenizer.json; the functions below take its
+    `backend_tokenizer`.
 
     tokenizer.json is read as it is, and the special tokens from the JSON files beside it. The class is fixed, so that
     no file can cause code to be executed. `AutoTokenizer` lets tokenizer_config.json name any class of transformers,
     and if that is `AutoModel`, it executes code of the folder even with `trust_remote_code=False`.
 
+    Args:
+        eos_token: text of the token that ends a sequence, e.g. "[SEP]"; None: as the files beside tokenizer.json say.
+
     Raises:
-        ValueError: it cannot be loaded, has no fast version or no EOS token.
+        ValueError: it cannot be loaded, has no fast version, or no EOS token or not this one.
     """
     from huggingface_hub import snapshot_download
     from transformers import PreTrainedTokenizerFast  # slow to import, and Sudoku runs do not need it
 
     with reading(f"tokenizer {name!r}", f"name a folder or Hugging Face name with {TOKENIZER_FILE}"):
         folder = Path(name)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
-        for file in folder.glob("*.json"):
-            check_file(file, MAX_TOKENIZER_BYTES)
-        if not (folder / TOKENIZER_FILE).is_file():
-            raise ValueError(f"it has no fast version ({TOKENIZER_FILE}); choose one that has")
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+        if folder.suffix == ".json":
+            check_file(folder, MAX_TOKENIZER_BYTES)
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder))
+        else:
+            if not folder.is_dir():
+                folder = Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
+            for file in folder.glob("*.json"):
+                check_file(file, MAX_TOKENIZER_BYTES)
+            if not (folder / TOKENIZER_FILE).is_file():
+                raise ValueError(f"it has no fast version ({TOKENIZER_FILE}); choose one that has")
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
         tokenizer.init_kwargs.pop("auto_map", None)  # a saved copy names no code either
         # Settings of tokenizer.json that would apply to every text.
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
+    if eos_token is not None:
+        if tokenizer.backend_tokenizer.token_to_id(eos_token) is None:
+            raise ValueError(f"data.eos_token {eos_token!r} is no token of tokenizer {name!r}")
+        tokenizer.eos_token = eos_token
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer {name!r} has no EOS token, which must end and pad every sequence: choose one that has"
         )
     return tokenizer
+
+
+def train_byte_pairs(texts: Iterable[str], pieces: str, vocab_size: int) -> Any:
+    """Train a byte-pair tokenizer, a Hugging Face tokenizer that can encode any text; the result is deterministic.
+
+    The first token is EOS, the last the mask token, as `data.mask_id: null` expects. If the texts have too few words to
+    fill the vocabulary, the tokens before the mask token are unused.
+
+    Args:
+        pieces: regular expression of what a token may span at most.
+        vocab_size: number of tokens, at least `MIN_TRAINED_VOCAB`.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast  # slow to import
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pieces), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # any text can be encoded
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    n_unused = vocab_size - 1 - tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens([f"<unused_{number}>" for number in range(n_unused)])
+    tokenizer.add_special_tokens([MASK])
+    assert tokenizer.get_vocab_size() == vocab_size
+    assert tokenizer.token_to_id(MASK) == vocab_size - 1
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, mask_token=MASK)
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
@@ -96,20 +146,29 @@ def prompt_fits(n_tokens: int, max_len: int) -> bool:
 
 
 def encode_rows(
-    tokenizer: Tokenizer, eos_id: int, questions: Sequence[str], codes: Sequence[str], max_len: int
+    tokenizer: Tokenizer,
+    eos_id: int,
+    questions: Sequence[str],
+    codes: Sequence[str],
+    max_len: int,
+    *,
+    truncate: bool = True,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Rows in the format of `data/token_files.py`: stripped texts, truncated to max_len - 1 tokens, padded with EOS.
+    """Rows in the format of `data/token_files.py`: stripped texts, at most max_len - 1 tokens, padded with EOS.
+
+    Args:
+        truncate: truncate longer rows; else they are left out.
 
     Returns:
-        labels uint32 [n, L], prompt bits uint8 [n, L / 8], and the number of rows left out because their question
-        leaves no room for a program.
+        labels uint32 [n, L], prompt bits uint8 [n, L / 8], and the number of rows left out because they are too long,
+        or because their question leaves no room for a program.
     """
     prompts = encode_prompts(tokenizer, questions)
     programs = encode_programs(tokenizer, codes)
     kept = [
         (prompt, prompt + program)
         for prompt, program in zip(prompts, programs, strict=True)
-        if prompt_fits(len(prompt), max_len)
+        if prompt_fits(len(prompt), max_len) and (truncate or len(prompt) + len(program) < max_len)
     ]
     labels = np.full((len(kept), max_len), eos_id, dtype=np.uint32)
     for row, (_, ids) in zip(labels, kept, strict=True):

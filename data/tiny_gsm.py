@@ -25,19 +25,18 @@ from typing_extensions import override
 if __name__ == "__main__":  # `python data/tiny_gsm.py` puts data/ on the path instead of the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.dataset import AnswerVerdict, DataSet, DataSettings, Judged
-from data.foreign import escape, reading
+from data.dataset import AnswerVerdict, Judged
+from data.foreign import escape
 from data.gsm8k import HUB_NAME, Prompts, build_prompts, final_answer, read_problems
 from data.settings import FREE_ON_RESUME
-from data.text import check_tokens, decode_programs, encode_prompts, load_tokenizer, prompt_fits
-from data.token_files import META_FILE, TinyGsmData, open_tiny_gsm, read_meta, tokenizer_of
+from data.text import decode_programs, load_tokenizer
+from data.text_pairs import PairSettings, TextPairs
+from data.token_files import read_meta, tokenizer_of
 from data.word_problems import TEST_FILE, Difficulty, cached_word_problems, count_operations
 from grader.grade import gold_number, grade, reason_shares
 
-MAX_LENGTH = 1 << 20  # tokens per sequence
 
-
-class TinyGsmSettings(DataSettings):
+class TinyGsmSettings(PairSettings):
     """Source of the questions and programs."""
 
     dataset: Literal["tiny_gsm"]
@@ -49,9 +48,6 @@ class TinyGsmSettings(DataSettings):
     source: Literal["files", "word_problems"] = Field(
         "files", description="files: written by data/tiny_gsm.py; word_problems: a small generated set"
     )
-    max_len: int = Field(512, ge=8, le=MAX_LENGTH, multiple_of=8, description="tokens per sequence")
-    mask_id: int | None = Field(None, ge=0, description="the mask token; null: the model's last")
-    n_held_out: int = Field(1000, gt=0, description="number of last rows that are used only for the validation loss")
     tokenizer: str | None = Field(
         None, description="files: Hugging Face name or folder; null: the one that wrote the files"
     )
@@ -89,23 +85,6 @@ class TinyGsmSettings(DataSettings):
             raise ValueError("; ".join(problems))
         return self
 
-    @property
-    @override
-    def length(self) -> int:
-        """Tokens per sequence."""
-        return self.max_len
-
-    @property
-    @override
-    def min_vocab_size(self) -> int:
-        """Smallest vocabulary with the mask token."""
-        return (self.mask_id or 0) + 1
-
-    @override
-    def mask_id_in(self, vocab_size: int) -> int:
-        """The mask token of a model with this vocabulary."""
-        return vocab_size - 1 if self.mask_id is None else self.mask_id
-
     @override
     def describe(self) -> str:
         if self.source == "word_problems":
@@ -129,16 +108,15 @@ class TinyGsmSettings(DataSettings):
         )
 
 
-class TinyGsm(DataSet):
+class TinyGsm(TextPairs):
     """Questions with programs to train on, and questions to answer by a program, which is run."""
 
     figures = ("accuracy", "fails_to_parse", "fails_to_run", "out_of_time")
     questions = "problems"
-
-    def __init__(self, settings: TinyGsmSettings, vocab_size: int) -> None:
-        self.settings, self.vocab_size, self.mask_id = settings, vocab_size, settings.mask_id_in(vocab_size)
+    settings: TinyGsmSettings
 
     @cached_property
+    @override
     def folder(self) -> Path:
         """The folder of the tokenized rows; word problems are written on first use."""
         settings = self.settings
@@ -157,29 +135,6 @@ class TinyGsm(DataSet):
         )
 
     @cached_property
-    def rows(self) -> TinyGsmData:
-        """All rows."""
-        settings = self.settings
-        data = open_tiny_gsm(self.folder, settings.max_len, self.mask_id, self.vocab_size)
-        if len(data) <= settings.n_held_out:
-            raise ValueError(
-                f"data.n_held_out {settings.n_held_out} must be less than the {len(data)} rows of {self.folder}"
-            )
-        return data
-
-    @property
-    @override
-    def train(self) -> TinyGsmData:
-        """All rows but the last `n_held_out`."""
-        return self.rows.part(slice(0, len(self.rows) - self.settings.n_held_out))
-
-    @property
-    @override
-    def validation(self) -> TinyGsmData:
-        """The last `n_held_out` rows."""
-        return self.rows.part(slice(len(self.rows) - self.settings.n_held_out, None))
-
-    @cached_property
     @override
     def tokenizer(self) -> Any:
         """The tokenizer that wrote the rows; ValueError if it cannot be loaded or its EOS differs from the rows'."""
@@ -193,11 +148,6 @@ class TinyGsm(DataSet):
                 f"{tokenizer.eos_token_id}: set data.tokenizer to the tokenizer that wrote them"
             )
         return tokenizer
-
-    @property
-    @override
-    def eos_id(self) -> int:
-        return int(self.tokenizer.eos_token_id)
 
     @cached_property
     def test(self) -> Prompts:
@@ -247,27 +197,16 @@ class TinyGsm(DataSet):
         return {"operations": count_operations(self.folder)[indices]}
 
     @override
-    def encode(self, question: str) -> np.ndarray:
-        """A question in words."""
-        max_len = self.settings.max_len
-        with reading("the prompt", "give text that the tokenizer of the model can encode"):
-            ids = encode_prompts(self.tokenizer.backend_tokenizer, [question])[0]
-        if not prompt_fits(len(ids), max_len):
-            raise ValueError(f"the prompt has {len(ids)} tokens: at most {max_len - 2} fit data.max_len {max_len}")
-        check_tokens(ids, self.mask_id, self.vocab_size, "the prompt")
-        return np.array(ids + [self.mask_id] * (max_len - len(ids)))
-
-    @override
     def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
         """The program, with escapes for unprintable characters."""
-        return escape(self._program(prompt, tokens), keep="\n\t")
+        return escape(self.completion(prompt, tokens), keep="\n\t")
 
     @override
     def verdicts(
         self, prompts: np.ndarray, tokens: np.ndarray, golds: Sequence[str | None] | None = None
     ) -> list[AnswerVerdict]:
         """Runs the programs in the sandbox; facts: `value` and, if it is known, the right `gold` answer."""
-        texts = [self._program(prompt, row) for prompt, row in zip(prompts, tokens, strict=True)]
+        texts = [self.completion(prompt, row) for prompt, row in zip(prompts, tokens, strict=True)]
         # Without a gold answer, 0 stands for it, and what is said of a number that is returned is left out.
         golds = [None] * len(texts) if golds is None else golds
         graded = grade(texts, ["0" if gold is None else gold for gold in golds])
@@ -291,9 +230,6 @@ class TinyGsm(DataSet):
             return final_answer(gold)
         gold_number(gold, "the gold answer")
         return gold
-
-    def _program(self, prompt: np.ndarray, tokens: np.ndarray) -> str:
-        return decode_programs(self.tokenizer, tokens[None], (prompt != self.mask_id)[None])[0]
 
     @override
     def example(self) -> str:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data.foreign import check_memory
-from data.text import encode_programs, encode_prompts, encode_rows
+from data.text import encode_programs, encode_prompts, encode_rows, train_byte_pairs
 from data.token_files import META_FILE, TOKENIZER_DIR, write_token_files
 
 Difficulty = Literal["easy", "hard"]
@@ -32,7 +32,6 @@ TEST_FILE = "test.jsonl"
 FOLDERS: dict[Difficulty, str] = {"easy": "word_problems_v3", "hard": "word_problems_hard_v1"}
 # Large enough that every number of the easy set and nearly every word is one token. First token EOS, last the mask.
 VOCAB_SIZE: dict[Difficulty, int] = {"easy": 512, "hard": 576}
-EOS, MASK = "<eos>", "<mask>"
 # A token spans at most: digits (below); a newline and an indent without its last space; a word or identifier with the
 # space before it (so that a word is the same token in the question and at the start of a line); signs; spaces.
 _PIECES = r"|\n {0,3}| ?[A-Za-z_]+| ?[^A-Za-z_0-9\s]+|\s+"
@@ -337,33 +336,9 @@ def _draw_number(generator: random.Random, low: int, high: int) -> int:
 
 def train_tokenizer(difficulty: Difficulty = "easy") -> Any:
     """Train a byte-pair tokenizer of `VOCAB_SIZE[difficulty]` tokens on such problems; the result is deterministic."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast  # slow to import
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES[difficulty]), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE[difficulty] - 1,
-        special_tokens=[EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # any text can be encoded
-        show_progress=False,
-    )
     problems = generate_problems(N_TOKENIZER_ROWS, 0, difficulty)
     texts = [text for problem in problems for text in (problem.question, problem.code)]
-    tokenizer.train_from_iterator(texts, trainer)
-    # The templates may have too few words to fill the vocabulary.
-    n_unused = VOCAB_SIZE[difficulty] - 1 - tokenizer.get_vocab_size()
-    tokenizer.add_special_tokens([f"<unused_{number}>" for number in range(n_unused)])
-    tokenizer.add_special_tokens([MASK])  # the last token, as `data.mask_id: null` expects
-    assert tokenizer.get_vocab_size() == VOCAB_SIZE[difficulty]
-    assert tokenizer.token_to_id(MASK) == VOCAB_SIZE[difficulty] - 1
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, mask_token=MASK)
+    return train_byte_pairs(texts, PIECES[difficulty], VOCAB_SIZE[difficulty])
 
 
 def cached_word_problems(

@@ -213,6 +213,8 @@ def small_settings(settings: dict[str, Any]) -> dict[str, Any]:
     data = small["data"]
     if data["dataset"] in ("sudoku", "addition"):
         data |= {"n_train": 64, "n_test": 8}
+    elif data["dataset"] == "text":
+        data["n_held_out"] = 20
     elif data["source"] == "word_problems":
         data |= {"n_train": 100, "n_held_out": 20, "n_test": 4}
     else:
@@ -227,6 +229,10 @@ def prepare(folder: Path) -> None:
 
     shutil.copytree(ROOT, folder, ignore=NOT_COPIED)
     (folder / ".venv").symlink_to(sys.prefix)
+    (write_pairs,) = re.findall(
+        r"```python\n(import json.*?)```", (ROOT / "docs" / "own_data.md").read_text(), re.DOTALL
+    )
+    subprocess.run([sys.executable, "-c", write_pairs.replace("20_000", "100")], cwd=folder, check=True)
     for path in (folder / "yaml_files").glob("*.yaml"):
         path.write_text(yaml.safe_dump(small_settings(yaml.safe_load(path.read_text()))))
     train_tokenizer().save_pretrained(folder / "Qwen" / "Qwen2-0.5B")

@@ -133,17 +133,17 @@ def test_an_interrupted_call_continues(tmp_path, tokenizer_dir, monkeypatch):
     arguments = (str(tmp_path / "rows.jsonl"), str(tokenizer_dir))
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     pretokenize(*arguments, straight, MAX_LEN, n_workers=1)
-    read = module._read_chunks
+    read = module.read_rows
     starts = []
 
-    def failing(source, n_skipped, limit):
+    def failing(source, columns, split, n_skipped, limit):
         starts.append(n_skipped)
-        for number, chunk in enumerate(read(source, n_skipped, limit)):
+        for number, chunk in enumerate(read(source, columns, split, n_skipped, limit)):
             if number == 2 and len(starts) < 3:
                 raise KeyboardInterrupt
             yield chunk
 
-    monkeypatch.setattr(module, "_read_chunks", failing)
+    monkeypatch.setattr(module, "read_rows", failing)
     monkeypatch.setattr(module, "SAVE_EVERY_S", 0.0)
     monkeypatch.setattr(module, "MAX_PENDING_CHUNKS", 1)
     for _ in range(2):

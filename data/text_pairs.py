@@ -1,0 +1,377 @@
+"""Text: pairs of a prompt and a completion from your own files, tokenized once and memory-mapped.
+
+`dataset: text` reads two columns of a .jsonl or .parquet file, of a folder of such files or one that
+`Dataset.save_to_disk` of Hugging Face wrote, or of a data set on the Hub. docs/own_data.md has an example.
+
+A row is a prompt, a newline and a completion, padded with EOS (`data/text.py`). An answer is right if it equals the
+completion; differences in white space do not count. Pairs that do not fit `max_len` tokens are left out.
+
+`PairSettings` and `TextPairs` are also the base of TinyGSM (`data/tiny_gsm.py`), which judges answers in another way.
+
+Shapes: B rows, L positions.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+from typing_extensions import override
+
+from data.dataset import AnswerVerdict, DataSet, DataSettings, Judged
+from data.foreign import check_file, escape, reading
+from data.hashes import cached_hash, hash_file
+from data.pretokenize import find_files, pretokenize, read_rows
+from data.settings import FREE_ON_RESUME
+from data.text import (
+    MAX_TOKENIZER_BYTES,
+    MIN_TRAINED_VOCAB,
+    TOKENIZER_FILE,
+    check_tokens,
+    decode_programs,
+    encode_prompts,
+    load_tokenizer,
+    prompt_fits,
+    train_byte_pairs,
+)
+from data.token_files import TinyGsmData, open_tiny_gsm, read_meta
+
+MAX_LENGTH = 1 << 20  # tokens per sequence
+VERSION = 1  # of the files that are written; a new one when the same settings give other files
+N_TOKENIZER_CHUNKS = 40  # of `data.pretokenize.CHUNK_ROWS` pairs, on which a tokenizer is trained
+# What a token of a trained tokenizer spans at most: a digit with the space before it; a newline and an indent; a word
+# with the space before it; signs; spaces. As of the hard word problems, but with the letters of all languages.
+PIECES = r" ?\p{N}|\n {0,3}| ?[\p{L}\p{M}_]+| ?[^\p{L}\p{M}\p{N}_\s]+|\s+"
+
+
+class PairSettings(DataSettings):
+    """Base of data sets of tokenized pairs."""
+
+    data_dir: str = Field(description="folder of the tokenized files", json_schema_extra=FREE_ON_RESUME)
+    max_len: int = Field(512, ge=8, le=MAX_LENGTH, multiple_of=8, description="tokens per sequence")
+    mask_id: int | None = Field(None, ge=0, description="the mask token; null: the model's last")
+    n_held_out: int = Field(1000, gt=0, description="number of last rows that are used only for the validation loss")
+
+    @property
+    @override
+    def length(self) -> int:
+        """Tokens per sequence."""
+        return self.max_len
+
+    @property
+    @override
+    def min_vocab_size(self) -> int:
+        """Smallest vocabulary with the mask token."""
+        return (self.mask_id or 0) + 1
+
+    @override
+    def mask_id_in(self, vocab_size: int) -> int:
+        """The mask token of a model with this vocabulary."""
+        return vocab_size - 1 if self.mask_id is None else self.mask_id
+
+
+class TextPairs(DataSet):
+    """Base of data sets of tokenized pairs: rows, tokenizer, prompts."""
+
+    settings: PairSettings
+
+    def __init__(self, settings: PairSettings, vocab_size: int) -> None:
+        self.settings, self.vocab_size, self.mask_id = settings, vocab_size, settings.mask_id_in(vocab_size)
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path:
+        """The folder of the tokenized rows, which may be written on first use."""
+
+    @cached_property
+    def rows(self) -> TinyGsmData:
+        """All rows."""
+        data, n_held_out = self.open_rows(self.folder), self.settings.n_held_out
+        if len(data) <= n_held_out:
+            raise ValueError(f"data.n_held_out {n_held_out} must be less than the {len(data)} rows of {self.folder}")
+        return data
+
+    def open_rows(self, folder: Path) -> TinyGsmData:
+        """The rows in a folder of token files; raises ValueError if they do not fit the settings or the model."""
+        return open_tiny_gsm(folder, self.settings.max_len, self.mask_id, self.vocab_size)
+
+    @property
+    @override
+    def train(self) -> TinyGsmData:
+        """All rows but the last `n_held_out`."""
+        return self.rows.part(slice(0, len(self.rows) - self.settings.n_held_out))
+
+    @property
+    @override
+    def validation(self) -> TinyGsmData:
+        """The last `n_held_out` rows."""
+        return self.rows.part(slice(len(self.rows) - self.settings.n_held_out, None))
+
+    @property
+    @override
+    def eos_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @override
+    def encode(self, question: str) -> np.ndarray:
+        """A prompt in words."""
+        max_len = self.settings.max_len
+        with reading("the prompt", "give text that the tokenizer of the model can encode"):
+            ids = encode_prompts(self.tokenizer.backend_tokenizer, [question])[0]
+        if not prompt_fits(len(ids), max_len):
+            raise ValueError(f"the prompt has {len(ids)} tokens: at most {max_len - 2} fit data.max_len {max_len}")
+        check_tokens(ids, self.mask_id, self.vocab_size, "the prompt")
+        return np.array(ids + [self.mask_id] * (max_len - len(ids)))
+
+    def completion(self, prompt: np.ndarray, tokens: np.ndarray) -> str:
+        """The text after the prompt of one row, up to EOS; both arguments are int64 [L]."""
+        return decode_programs(self.tokenizer, tokens[None], (prompt != self.mask_id)[None])[0]
+
+
+class TextSettings(PairSettings):
+    """Pairs of a prompt and a completion."""
+
+    dataset: Literal["text"]
+    data_dir: str = Field(
+        "data/generated",
+        description="folder in which the tokenized files are kept",
+        json_schema_extra=FREE_ON_RESUME,
+    )
+    source: str = Field(
+        min_length=1,
+        description="pairs to train on: a .jsonl or .parquet file, a folder of such files or of Dataset.save_to_disk, "
+        "or a Hugging Face data set (its split train)",
+    )
+    test_source: str | None = Field(
+        None,
+        min_length=1,
+        description="pairs to test on, the same kinds (of a Hugging Face data set its split test); null: the held-out "
+        "rows",
+    )
+    prompt_column: str = Field("prompt", max_length=40, description="column of what is given")
+    completion_column: str = Field("completion", max_length=40, description="column of what is to be written")
+    tokenizer: str | None = Field(
+        None,
+        description="folder, tokenizer.json or Hugging Face name; null: byte pairs, trained on the first 20,000 pairs, "
+        "model.vocab_size tokens (258: single bytes)",
+    )
+    eos_token: str | None = Field(
+        None, description='token of `tokenizer` that ends a row, for one without EOS, e.g. "[SEP]"; null: its EOS'
+    )
+
+    @model_validator(mode="after")
+    def _columns_and_eos_make_sense(self) -> TextSettings:
+        problems = []
+        if self.prompt_column == self.completion_column:
+            problems.append(f"prompt_column and completion_column are both {self.prompt_column!r}: name two columns")
+        if self.eos_token is not None and self.tokenizer is None:
+            problems.append("eos_token: a tokenizer that is trained here has its own; leave it out or set tokenizer")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    @override
+    def min_vocab_size(self) -> int:
+        """Smallest vocabulary with the mask token, and with all bytes if the tokenizer is trained."""
+        return max(super().min_vocab_size, MIN_TRAINED_VOCAB if self.tokenizer is None else 0)
+
+    @override
+    def describe(self) -> str:
+        test = self.test_source or f"the last {self.n_held_out:,} pairs"
+        return f"pairs of {self.prompt_column} and {self.completion_column} in {self.source}, tested on {test}"
+
+    @override
+    def in_folder(self, folder: Path) -> TextSettings:
+        """The tokenizer of the folder; no rows."""
+        return self.model_copy(update={"tokenizer": str(folder)})
+
+    @override
+    def open(self, vocab_size: int) -> Text:
+        return Text(self, vocab_size)
+
+
+class Text(TextPairs):
+    """Pairs to train on, and prompts whose completion must be met exactly, apart from white space."""
+
+    questions = "prompts"
+    settings: TextSettings
+
+    @cached_property
+    @override
+    def folder(self) -> Path:
+        return self._tokenized(self.settings.source, "train")
+
+    @cached_property
+    def test(self) -> TinyGsmData:
+        """The rows of the test."""
+        source = self.settings.test_source
+        return self.validation if source is None else self.open_rows(self._tokenized(source, "test"))
+
+    @cached_property
+    @override
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self._tokenizer_name, self.settings.eos_token)
+
+    @cached_property
+    def _tokenizer_name(self) -> str:
+        """The tokenizer of the settings, or the folder of one that is trained on first use."""
+        settings = self.settings
+        if settings.tokenizer is not None:
+            return settings.tokenizer
+        columns = (settings.prompt_column, settings.completion_column)
+        facts = [VERSION, _identity(settings.source), columns, self.vocab_size]
+        folder = Path(settings.data_dir) / f"tokenizer_{_digest(facts)}"
+        with _alone(folder):
+            if not folder.exists():
+                print(f"training a tokenizer of {self.vocab_size} tokens in {folder}", flush=True)
+                chunks = islice(read_rows(settings.source, columns), N_TOKENIZER_CHUNKS)
+                texts = (text for chunk in chunks for column in chunk for text in column)
+                scratch = folder.with_name(f".{folder.name}.incomplete")
+                shutil.rmtree(scratch, ignore_errors=True)
+                train_byte_pairs(texts, PIECES, self.vocab_size).save_pretrained(scratch)
+                scratch.rename(folder)
+        return str(folder)
+
+    def _tokenized(self, source: str, split: str) -> Path:
+        """The folder of the rows of a source, which are tokenized on first use."""
+        settings, name = self.settings, self._tokenizer_name
+        columns = (settings.prompt_column, settings.completion_column)
+        facts = [VERSION, _identity(source), split, columns, _tokenizer_identity(name), settings.eos_token]
+        folder = Path(settings.data_dir) / f"{split}_{settings.max_len}_{_digest(facts)}"
+        with _alone(folder):
+            pretokenize(
+                source,
+                name,
+                folder,
+                settings.max_len,
+                n_workers=1,
+                columns=columns,
+                split=split,
+                truncate=False,
+                eos_token=settings.eos_token,
+            )
+        return folder
+
+    @property
+    @override
+    def n_questions(self) -> int:
+        return len(self.test)
+
+    @override
+    def prompts(self, indices: np.ndarray) -> np.ndarray:
+        tokens, prompt_mask = self.test.rows(indices)
+        return np.where(prompt_mask, tokens, self.mask_id)
+
+    @override
+    def judge(self, tokens: np.ndarray, indices: np.ndarray) -> Judged:
+        """Whether the text equals that of the test row; both are decoded, since a tokenizer may not keep a text."""
+        expected, prompt_mask = self.test.rows(indices)
+        answers, completions = (decode_programs(self.tokenizer, rows, prompt_mask) for rows in (tokens, expected))
+        right = [_words(answer) == _words(wanted) for answer, wanted in zip(answers, completions, strict=True)]
+        samples = [
+            {
+                "prompt": self._prompt(row[given]),
+                "completion": wanted,
+                "answer": answer,
+                "verdict": "right" if is_right else "wrong",
+            }
+            for row, given, wanted, answer, is_right in zip(
+                expected, prompt_mask, completions, answers, right, strict=True
+            )
+        ]
+        return Judged({"accuracy": np.array(right, dtype=np.float32)}, samples)
+
+    @override
+    def difficulty(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Tokens of the completion: the power of two below."""
+        tokens, prompt_mask = self.test.rows(indices)
+        n_tokens = ((tokens != self.test.eos_id) & ~prompt_mask).sum(1)
+        return {"tokens": 2 ** np.log2(np.maximum(n_tokens, 1)).astype(np.int64)}
+
+    @override
+    def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
+        """The completion, with escapes for unprintable characters."""
+        return escape(self.completion(prompt, tokens), keep="\n\t")
+
+    @override
+    def verdicts(
+        self, prompts: np.ndarray, tokens: np.ndarray, golds: Sequence[str | None] | None = None
+    ) -> list[AnswerVerdict]:
+        """Right if the completion equals the gold one, apart from white space."""
+        verdicts = []
+        for prompt, row, gold in zip(prompts, tokens, golds or [None] * len(tokens), strict=True):
+            text = self.completion(prompt, row)
+            right = None if gold is None else _words(text) == _words(gold)
+            reason = {True: "right", False: f"wrong; right is {gold}", None: ""}[right]
+            verdicts.append(AnswerVerdict(text, right, reason, {"gold": gold}))
+        return verdicts
+
+    @override
+    def example(self) -> str:
+        """The first prompt of the test, on one line."""
+        tokens, prompt_mask = self.test.rows(np.array([0]))
+        return " ".join(self._prompt(tokens[0][prompt_mask[0]]).split())
+
+    @override
+    def warnings(self) -> Sequence[str]:
+        """Warn about pairs that are left out because they are too long."""
+        folders = {self.folder, self.test.folder}
+        counts = {folder: read_meta(folder).get("num_left_out") or 0 for folder in folders if folder is not None}
+        return [
+            f"{n:,} pairs are left out of {folder}: they do not fit data.max_len {self.settings.max_len}"
+            for folder, n in sorted(counts.items())
+            if n
+        ]
+
+    def _prompt(self, tokens: np.ndarray) -> str:
+        """The text of the tokens of a prompt."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=False).strip()
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+def _identity(source: str) -> list[str]:
+    """A source and its content: the hashes of its files; of a data set on the Hub only its name."""
+    path = Path(source)
+    if not path.exists():
+        return [source]
+    with reading(f"source {source!r}", "give .jsonl or .parquet files or a folder of them"):
+        return [source, *(cached_hash(Path(file)) for file in find_files(path))]
+
+
+def _tokenizer_identity(name: str) -> str:
+    """The content of a tokenizer; of one on the Hub only its name."""
+    path = Path(name) if name.endswith(".json") else Path(name) / TOKENIZER_FILE
+    if not path.exists():
+        return name
+    with reading(f"tokenizer {name!r}", f"name a folder or Hugging Face name with {TOKENIZER_FILE}"):
+        check_file(path, MAX_TOKENIZER_BYTES)
+        return hash_file(path)
+
+
+def _digest(facts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process at a time write `folder`: two runs on new data may start at once."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,163 @@
+"""Own text: from files of pairs to rows, answers and verdicts."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, tiny_settings
+
+import train
+from data.text import load_tokenizer
+from data.text_pairs import Text, TextSettings
+
+VOCAB = 300
+LENGTH = 32
+
+
+def write_pairs(path: Path, n: int, columns: tuple[str, str] = ("prompt", "completion")) -> list[dict[str, str]]:
+    """Words and the same words sorted; every tenth pair does not fit `LENGTH` tokens."""
+    rng = random.Random(0)
+    rows = []
+    for number in range(n):
+        words = ["".join(rng.choices("abc", k=2)) for _ in range(40 if number % 10 == 9 else 3)]
+        rows.append(dict(zip(columns, (" ".join(words), " ".join(sorted(words))), strict=True)))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def open_text(folder: Path, **changes: Any) -> Text:
+    settings = {"source": str(folder / "pairs.jsonl"), "data_dir": str(folder / "kept"), "max_len": LENGTH}
+    return TextSettings(dataset="text", **{"n_held_out": 10} | settings | changes).open(VOCAB)
+
+
+def test_rows_are_the_pairs_that_fit(tmp_path):
+    rows = write_pairs(tmp_path / "pairs.jsonl", 60)
+    data = open_text(tmp_path)
+    fitting = [row for number, row in enumerate(rows) if number % 10 != 9]
+    assert (len(data.train), len(data.validation), data.n_questions) == (44, 10, 10)
+    assert [re.sub(r" of .*:", ":", line) for line in data.warnings()] == [
+        "6 pairs are left out: they do not fit data.max_len 32"
+    ]
+    tokens, prompt_mask = data.train.rows(np.arange(44))
+    for row, given, expected in zip(tokens, prompt_mask, fitting, strict=False):
+        prompt, completion = (
+            data.tokenizer(text, add_special_tokens=False).input_ids
+            for text in (expected["prompt"], expected["completion"])
+        )
+        (newline,) = data.tokenizer("\n", add_special_tokens=False).input_ids
+        ids = [*prompt, newline, *completion]
+        assert row.tolist() == ids + [data.eos_id] * (LENGTH - len(ids))
+        assert given.tolist() == [position <= len(prompt) for position in range(LENGTH)]
+    assert np.array_equal(data.encode(fitting[0]["prompt"]) != data.mask_id, prompt_mask[0])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder", "on disk"])
+def test_every_kind_of_source_gives_the_same_rows(kind, tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = write_pairs(tmp_path / "pairs.jsonl", 40, ("text", "target"))
+    (tmp_path / "parts").mkdir()
+    write_pairs(tmp_path / "parts" / "all.jsonl", 40, ("text", "target"))
+    other = Dataset.from_list(rows)
+    other.to_parquet(str(tmp_path / "pairs.parquet"))
+    DatasetDict({"train": other}).save_to_disk(str(tmp_path / "saved"))
+    source = {"parquet": "pairs.parquet", "folder": "parts", "on disk": "saved/train"}[kind]
+    columns = {"prompt_column": "text", "completion_column": "target", "n_held_out": 5}
+    first, second = open_text(tmp_path, **columns), open_text(tmp_path, **columns, source=str(tmp_path / source))
+    assert np.array_equal(first.rows.labels, second.rows.labels)
+    assert np.array_equal(first.rows.prompt_bits, second.rows.prompt_bits)
+    with pytest.raises(ValueError, match=r"holds the splits \['train'\]: give the folder of one"):
+        _ = open_text(tmp_path, **columns, source=str(tmp_path / "saved")).rows
+
+
+def test_an_answer_must_be_the_completion_but_for_white_space(tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    data = open_text(tmp_path)
+    tokens, prompt_mask = data.test.rows(np.arange(3))
+    answer = tokens.copy()
+    completion = data.tokenizer.decode(tokens[1][~prompt_mask[1]], skip_special_tokens=True)
+    spaced = data.tokenizer("  " + completion.replace(" ", "\n") + " \n", add_special_tokens=False).input_ids
+    free = np.flatnonzero(~prompt_mask[1])
+    answer[1][free] = data.eos_id
+    answer[1][free[: len(spaced)]] = spaced
+    wrong = np.flatnonzero(~prompt_mask[2])[0]
+    answer[2][wrong] = data.tokenizer("c" if completion[:1] != "c" else "a", add_special_tokens=False).input_ids[0]
+    judged = data.judge(answer, np.arange(3))
+    assert judged.figures["accuracy"].tolist() == [1, 1, 0]
+    assert [sample["verdict"] for sample in judged.samples] == ["right", "right", "wrong"]
+    assert judged.samples[0]["prompt"] == data.example()
+
+
+def test_a_test_source_of_its_own(tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": "b\na", "completion": "a b"}) + "\n")
+    data = open_text(tmp_path, test_source=str(tmp_path / "test.jsonl"))
+    assert data.n_questions == 1
+    assert data.example() == "b a"
+    assert data.prompts(np.array([0]))[0].tolist() == data.encode("b\na").tolist()
+    assert data.difficulty(np.array([0]))["tokens"].tolist() == [2]
+
+
+def test_changed_pairs_are_tokenized_again(tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    first = open_text(tmp_path).folder
+    assert open_text(tmp_path).folder == first
+    write_pairs(tmp_path / "pairs.jsonl", 50)
+    assert open_text(tmp_path).folder != first
+
+
+def test_a_bare_tokenizer_file_needs_the_name_of_its_eos(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    words = ["[SEP]", "\n", " ", *"abc", *(first + second for first in "abc" for second in "abc")]
+    bare = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[SEP]"))
+    bare.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    bare.save(str(tmp_path / "any.json"))
+    chosen = {"tokenizer": str(tmp_path / "any.json"), "max_len": 16}
+    with pytest.raises(ValueError, match="has no EOS token"):
+        _ = open_text(tmp_path, **chosen).rows
+    with pytest.raises(ValueError, match=r"eos_token '\[EOS\]' is no token"):
+        _ = open_text(tmp_path, **chosen, eos_token="[EOS]").rows
+    data = open_text(tmp_path, **chosen, eos_token="[SEP]")
+    assert data.eos_id == 0
+    assert len(data.rows) == 54
+    assert load_tokenizer(str(data.folder / "tokenizer")).eos_token == "[SEP]", "the copy knows it"
+
+
+@pytest.mark.parametrize(
+    ("content", "changes", "message"),
+    [
+        ("", {"source": "nowhere.jsonl"}, "source 'nowhere.jsonl' cannot be read"),
+        ('{"prompt": "a"}', {}, r"no column \['completion'\]"),
+        ('{"prompt": "a", "completion": 5}', {}, "completion of row 0 .* is not text: 5"),
+        ('{"prompt": "a", "completion": "b"}', {}, "n_held_out 10 must be less than the 1 rows"),
+        ('{"prompt": "a", "completion": "%s"}' % ("a b c " * 40), {}, "has no row that fits 32 tokens"),
+    ],
+)
+def test_bad_sources(content, changes, message, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        _ = open_text(tmp_path, **changes).rows
+
+
+def test_the_page_trains(tmp_path, monkeypatch, capsys):
+    """The lines of Python in docs/own_data.md write what the YAML file reads; the run is small."""
+    (code,) = re.findall(r"```python\n(import json.*?)```", (ROOT / "docs" / "own_data.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("20_000", "300"), {})
+    settings = yaml.safe_load((ROOT / "yaml_files" / "text_sorting_puma.yaml").read_text())
+    small = tiny_settings(settings["objective"], tmp_path)
+    small["data"] = settings["data"] | {"n_held_out": 20}
+    small["model"] = settings["model"] | {"num_hidden_layers": 1}
+    small["training"]["max_steps"] = 1
+    Path("run.yaml").write_text(yaml.safe_dump(small))
+    train.main(["--config", "run.yaml", "--run-dir", "run"])
+    assert re.search(r"solved [\d.]+% of 10 unseen prompts", capsys.readouterr().out)

@@ -14,7 +14,8 @@ import os
 import sys
 import time
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from signal import SIGINT, Signals
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from config import Config
 from data.dataset import DataSet
 from data.files import WriteError, reported, write_text
-from data.foreign import BadInput, CommandParser, escape, read_json, reading
+from data.foreign import BadInput, CommandParser, escape, read_json, reading, shorten
 from eval.evaluate import Evaluation, as_json, check_n_examples, evaluate
 from model.hub import check_init_from
 from report.curves import AXES, draw_curves
@@ -43,6 +44,7 @@ from runtime.checkpoint import REMEDY, Checkpoint, resumable_checkpoint, step_fo
 from runtime.command import shell_command
 from runtime.config_file import changed_settings, dump_config, flatten, read_config
 from runtime.distributed import fail_once, is_reporting, main_first, on_main, start_world, stop_world
+from runtime.history import Session
 from runtime.lock import lock_run
 from runtime.metrics import METRICS_FILE, Recorder
 from runtime.signals import INTERRUPTED, StopRequested, StopVote, raise_at_interrupt
@@ -69,6 +71,7 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
         ValueError: bad data, settings that do not fit the machine or the checkpoint, or the run is in use.
         OSError: the run directory is not writable.
     """
+    session = Session()
     world = start_world(config.training.device)
     ignored = check_graph(config, world)
 
@@ -84,11 +87,13 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
         check_init_from(config.model.init_from)  # before work on the data
     if world.is_main:
         say(f"data: {escape(config.data.describe())}")
-    data = main_first(world, lambda: config.open_data().load(train=True))
+    with session.phase("data"):
+        data = main_first(world, lambda: config.open_data().load(train=True))
     for key in ("n_examples", "n_final_examples"):
         if not config.validation.is_default(key):  # the default is for large tests
             check_n_examples(getattr(config.validation, key), data, f"validation.{key}")
     run = build_run(config, world, run_dir, data.train, resuming=checkpoint is not None)
+    run.session = session
     if checkpoint is not None:
         with reading(f"checkpoint {checkpoint.path}", REMEDY):
             restore_run(run, checkpoint)
@@ -105,6 +110,7 @@ def open_records(run: Run) -> Recorder | None:
     recorders = []
 
     def open_recorder() -> None:
+        run.session.open(run.run_dir, run.world, run.step, run.n_steps)
         # The row of a step whose evaluation is still due is written with it.
         from_step = run.step if run.unrecorded is None else run.step - 1
         recorders.append(Recorder(run.run_dir, run.config.wandb, flatten(run.config), from_step))
@@ -129,15 +135,22 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
         TrainingDiverged: the loss or the gradient is not finite; the run is not saved then.
         WriteError: a checkpoint cannot be written; all ranks raise.
     """
-    training, validation = run.config.training, run.config.validation
+    training, validation, session = run.config.training, run.config.validation, run.session
     updater = Updater(run)
     evaluation: Evaluation | None = None
-    evaluated_step, saved_step = -1, run.step
+    evaluated_step, saved_step, seconds_before = -1, run.step, run.seconds
 
     def measure() -> Evaluation:
         last = run.step == run.n_steps
         n_examples = (last and validation.n_final_examples) or validation.n_examples
-        return evaluate(run.evaluated_model(), run.config, data, run.world, n_examples, vote)
+        with session.phase("evaluation"):
+            return evaluate(run.evaluated_model(), run.config, data, run.world, n_examples, vote)
+
+    def save(score: float | None) -> None:
+        session.seconds["training"] = run.seconds - seconds_before
+        with session.phase("checkpoints"):
+            save_run(run, score)
+        session.write("running", run.step)
 
     # None: no bar where standard error is no terminal
     with tqdm(total=run.n_steps, initial=run.step, unit="step", disable=None if recorder else True) as bar:
@@ -155,8 +168,8 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
                     last = run.step == run.n_steps
                     log = last or run.step % training.log_every == 0
                     evaluate_now = last or run.step % training.eval_every == 0
-                    save = last or run.step % training.save_every == 0
-                    if not (log or evaluate_now or save):
+                    save_now = last or run.step % training.save_every == 0
+                    if not (log or evaluate_now or save_now):
                         continue
 
                     check_finite(run)  # a host sync, so the time below includes all work on the device
@@ -171,8 +184,8 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
                         run.unrecorded = metrics
                     elif log and recorder:
                         recorder.write(metrics)
-                    if save:
-                        save_run(run, None)
+                    if save_now:
+                        save(None)
                         saved_step = run.step
 
                 if run.unrecorded is not None:
@@ -187,7 +200,7 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
             return evaluation or measure()
         except StopRequested as stop:
             if run.step > saved_step:
-                save_run(run, evaluation.accuracy if evaluation and evaluated_step == run.step else None)
+                save(evaluation.accuracy if evaluation and evaluated_step == run.step else None)
             return stop.number
 
 
@@ -235,6 +248,7 @@ def finish(run: Run, data: DataSet, evaluation: Evaluation, recorder: Recorder) 
         "example": data.example(),
     }
     write_text(run.run_dir / FINAL_FILE, json.dumps(final, indent=1) + "\n")
+    run.session.write("complete", run.step)
     try:
         for axis in AXES:
             picture = run.run_dir / f"curves_{axis}.png"
@@ -260,6 +274,16 @@ def read_final(run_dir: Path) -> dict[str, Any] | None:
         if is_reporting():
             warnings.warn(str(error), RuntimeWarning, stacklevel=2)
     return None
+
+
+@contextmanager
+def ended_in_history(run: Run) -> Iterator[None]:
+    """Note in the history of the run why training failed, if it does."""
+    try:
+        yield
+    except BaseException as error:
+        run.session.write("failed", run.step, shorten(f"{type(error).__name__}: {error}", 200))
+        raise
 
 
 def stop_early(run: Run, stopped: Signals, recorder: Recorder | None) -> None:
@@ -327,9 +351,10 @@ def main(arguments: list[str] | None = None) -> None:
             recorder = open_records(run)
         except (ValueError, OSError) as error:
             fail_once(error)
-        with StopVote(run.world) as vote:
+        with ended_in_history(run), StopVote(run.world) as vote:
             outcome = train(run, data, recorder, vote)
         if isinstance(outcome, Signals):
+            run.session.write("stopped", run.step, outcome.name)
             stop_early(run, outcome, recorder)
         elif recorder is not None:
             final = finish(run, data, outcome, recorder)

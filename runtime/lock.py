@@ -48,3 +48,19 @@ def lock_run(run_dir: Path) -> None:
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     _held = descriptor
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether another process holds the lock of `run_dir`, so that a run is in progress there.
+
+    Not for the process that holds it: closing the file here would release its lock.
+    """
+    path = run_dir / ".lock"
+    if not path.exists():
+        return False
+    try:
+        with open(path, "rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once, with the file
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
+    return False

@@ -52,6 +52,7 @@ RUN = {
     "python -m eval.evaluate": "validation.n_final_examples=8",
     "python -m eval.gsm8k_eval grade": "",
     "python -m report.curves": "",
+    "python -m report.runs": "",
     "python -m model.hub export": "",
     "python -m bench step": "--batch 2 --iterations 1 --seconds 0 --no-memory",
     "python -m bench head": "--positions 32 --width 32 --vocab 1000 --iterations 1 --seconds 0 --no-memory",

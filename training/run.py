@@ -27,6 +27,7 @@ from progressive import PumaObjective
 from progressive_block import block_layout
 from runtime.checkpoint import Checkpoint, save_checkpoint, score_checkpoint
 from runtime.distributed import World, autocast_dtype, main_first, sum_over_ranks
+from runtime.history import Session
 from runtime.metrics import peak_memory_gib, reduce_metrics
 from runtime.optim import build_ema, build_optimizer, learning_rate
 from runtime.sharding import copy_full, gather_moments, gather_weights, is_sharded, load_moments, shard, shard_weights
@@ -61,6 +62,7 @@ class Run:
     # run stopped during the evaluation repeats it when it resumes.
     unrecorded: dict[str, Any] | None = None
     batch: list[Microbatch] = field(default_factory=list)  # of the last step, written to disk if training diverges
+    session: Session = field(default_factory=Session)  # what the history of the run holds of this process
 
     @property
     def averaged_model(self) -> Transformer | None:

@@ -1,0 +1,158 @@
+"""List the runs in a folder: objective, data, steps, best accuracy, and whether each is complete.
+
+    python -m report.runs runs
+    python -m report.runs runs --json
+
+A run is a folder with a config.yaml, at any depth. Its state is one of
+
+- complete: it has a final.json;
+- running: a process holds its lock (on this machine, or on a file system that shares locks);
+- stopped: neither; the same command continues it;
+- damaged: its settings, records or result cannot be read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data.foreign import BadInput, CommandParser, ends_with_message, escape, read_json, reading
+from report.curves import accuracy_points, rules_of
+from runtime.config_file import parse_config, read_sections
+from runtime.history import read_history
+from runtime.lock import is_locked
+from runtime.metrics import METRICS_FILE, read_metrics
+
+NOT_SEARCHED = ("checkpoints", "wandb", "tensorboard")  # of a run directory
+MAX_DATA = 40  # characters of the data in the table
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One line of the list."""
+
+    run: str  # path of its folder
+    state: str
+    objective: str | None = None
+    data: str | None = None
+    step: int = 0  # last step in the records
+    n_steps: int | None = None  # length in steps; None if it is not known
+    accuracy: float | None = None  # best of the first sampling rule
+    accuracy_step: int | None = None  # when it was measured
+    started: str | None = None  # of the first session, UTC
+    ended: str | None = None  # of the last session, or its last checkpoint
+    commit: str | None = None  # of the last session
+    problem: str | None = None  # what is damaged
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Folders of runs in `folder`, or itself, sorted; ValueError if there are none."""
+    found = []
+    for path, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in NOT_SEARCHED and not name.startswith("."))
+        if "config.yaml" in files:
+            found.append(Path(path))
+            folders.clear()
+    if not found:
+        raise ValueError(f"{folder} has no runs: a run is a folder with a config.yaml")
+    return found
+
+
+def summarize(run_dir: Path) -> RunSummary:
+    """Read what a run directory says of its run; what cannot be read makes the run `damaged`."""
+    facts: dict[str, Any] = {}
+    problems = list(_read(run_dir, facts))
+    final = facts.pop("final")
+    state = "damaged" if problems else "complete" if final else "running" if is_locked(run_dir) else "stopped"
+    return RunSummary(str(run_dir), state, **facts, problem="; ".join(problems) or None)
+
+
+def _read(run_dir: Path, facts: dict[str, Any]) -> Iterator[str]:
+    """Add the facts of a run to `facts`; yields what cannot be read."""
+    facts["final"] = False
+    try:
+        raw = read_sections(run_dir / "config.yaml")
+        facts |= {"objective": _name(raw, "objective", "name"), "data": _name(raw, "data", "dataset")}
+        with suppress(ValueError):  # settings of another version
+            facts["data"] = parse_config(raw, "").data.describe()
+        facts["n_steps"] = _number(raw, "training", "max_steps")
+    except BadInput as error:
+        yield str(error)
+    if sessions := read_history(run_dir):
+        last = sessions[-1]
+        facts |= {
+            "started": sessions[0].get("started"),
+            "ended": last.get("ended", last.get("updated")),
+            "commit": last.get("commit"),
+            "n_steps": last.get("n_steps", facts.get("n_steps")),
+        }
+    try:
+        rows = list(read_metrics(run_dir))
+        facts["step"] = max((row["step"] for row in rows), default=0)
+        points = accuracy_points(rows, next(iter(rules_of(rows)), ""))
+        if points:
+            best = max(points, key=lambda point: point["accuracy"])
+            facts |= {"accuracy": best["accuracy"], "accuracy_step": int(best["step"])}
+        if not rows and (run_dir / METRICS_FILE).exists() and (run_dir / METRICS_FILE).stat().st_size:
+            yield f"{run_dir / METRICS_FILE} holds no row that can be read"
+    except BadInput as error:
+        yield str(error)
+    path = run_dir / "final.json"
+    if path.exists():
+        facts["final"] = True
+        try:
+            with reading(f"{path}", "the command of the run writes it again"):
+                if not isinstance(read_json(path)["accuracy"], float):
+                    raise ValueError("it is not the result of a run")
+        except BadInput as error:
+            yield str(error)
+
+
+def _name(raw: dict[str, Any], section: str, key: str) -> str | None:
+    values = raw.get(section)
+    return str(values[key]) if isinstance(values, dict) and key in values else None
+
+
+def _number(raw: dict[str, Any], section: str, key: str) -> int | None:
+    values = raw.get(section)
+    value = values.get(key) if isinstance(values, dict) else None
+    return value if type(value) is int else None
+
+
+def table(runs: list[RunSummary], folder: Path) -> str:
+    """The list as text, paths relative to `folder`."""
+    rows = [("run", "state", "objective", "data", "steps", "best accuracy")]
+    for run in runs:
+        steps = f"{run.step:,}" + (f" of {run.n_steps:,}" if run.n_steps and run.n_steps != run.step else "")
+        best = "" if run.accuracy is None else f"{100 * run.accuracy:.1f}% at {run.accuracy_step:,}"
+        name = os.path.relpath(run.run, folder) if Path(run.run) != folder else run.run
+        data = run.data or ""
+        data = data if len(data) <= MAX_DATA else f"{data[: MAX_DATA - 3]}..."
+        rows.append((name, run.state, run.objective or "", data, steps, best))
+    shown = [[escape(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
+    lines += [f"damaged: {run.problem}" for run in runs if run.problem]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; bad input ends with one message and exit status 2."""
+    parser = CommandParser(description="List the runs in a folder.")
+    parser.add_argument("folder", type=Path, help="folder of runs, or one run")
+    parser.add_argument("--json", action="store_true", help="print a JSON list with more facts instead of a table")
+    options = parser.parse_args(arguments)
+    with ends_with_message():
+        if not options.folder.is_dir():
+            raise ValueError(f"{options.folder} is not a folder: give one with runs")
+        runs = [summarize(run_dir) for run_dir in find_runs(options.folder)]
+    print(json.dumps([asdict(run) for run in runs], indent=1) if options.json else table(runs, options.folder))
+
+
+if __name__ == "__main__":
+    main()

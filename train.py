@@ -40,6 +40,7 @@ from data.foreign import BadInput, CommandParser, escape, read_json, reading, sh
 from eval.evaluate import Evaluation, as_json, check_n_examples, evaluate
 from model.hub import check_init_from
 from report.curves import AXES, draw_curves
+from report.page import PAGE_FILE, write_page
 from runtime.checkpoint import REMEDY, Checkpoint, resumable_checkpoint, step_folders
 from runtime.command import shell_command
 from runtime.config_file import changed_settings, dump_config, flatten, read_config
@@ -232,10 +233,13 @@ def say(line: str) -> None:
 
 
 def finish(run: Run, data: DataSet, evaluation: Evaluation, recorder: Recorder) -> dict[str, Any]:
-    """Write final.json, which marks the run as complete, and plot the curves; returns what is in final.json.
+    """Write final.json, which marks the run as complete, plot the curves and write the run's page.
+
+    Returns:
+        What is in final.json.
 
     Raises:
-        WriteError: final.json cannot be written. What fails with the curves gives a warning.
+        WriteError: final.json cannot be written. What fails with the curves or the page gives a warning.
     """
     headline = evaluation.samplers[0]
     final = {
@@ -256,6 +260,10 @@ def finish(run: Run, data: DataSet, evaluation: Evaluation, recorder: Recorder) 
             recorder.picture(f"curves/{axis}", picture)
     except Exception as error:  # the run is complete, with or without pictures
         warnings.warn(f"{picture} cannot be drawn ({error})", RuntimeWarning, stacklevel=2)
+    try:
+        recorder.page(write_page(run.run_dir))
+    except Exception as error:
+        warnings.warn(f"{run.run_dir / PAGE_FILE} cannot be written ({error})", RuntimeWarning, stacklevel=2)
     return final
 
 
@@ -302,7 +310,7 @@ def print_result(config: Config, run_dir: Path, final: dict[str, Any]) -> None:
     if "example" in final:  # not in older runs
         question = (f"--{data.question_option}", escape(str(final["example"])))
         command = shell_command("sampling.py", "--checkpoint", run_dir, *question)
-        say(f"wrote {run_dir} ({FINAL_FILE}, {METRICS_FILE}, curves_*.png, checkpoints/), next: {command}")
+        say(f"wrote {run_dir} ({PAGE_FILE}, {FINAL_FILE}, {METRICS_FILE}, curves_*.png, checkpoints/), next: {command}")
 
 
 def check_unchanged(config: Config, run_dir: Path, options: argparse.Namespace) -> None:

@@ -169,11 +169,20 @@ class Addition(DataSet):
         expected, prompt_mask = self.test.rows(indices)
         right = ((tokens == expected) & ~prompt_mask).sum(1)  # [n]
         n_digits = self.settings.max_digits + 1
+        samples = []
+        for index, row, wanted in zip(indices, tokens[:, -n_digits:], expected[:, -n_digits:], strict=True):
+            answer, total = (format_number(self._from_highest(digits)) for digits in (row, wanted))
+            is_right = bool((row == wanted).all())
+            question = self._question(index)
+            samples.append(
+                {"question": question, "answer": answer, "sum": total, "verdict": "right" if is_right else "wrong"}
+            )
         return Judged(
             {
                 "accuracy": (right == n_digits).astype(np.float32),
                 "digit_accuracy": (right / n_digits).astype(np.float32),
-            }
+            },
+            samples,
         )
 
     @override
@@ -239,7 +248,14 @@ class Addition(DataSet):
     @override
     def example(self) -> str:
         """The first question of the test."""
-        return "+".join(format_number(digits[::-1]) for digits in self.test.operands[0])
+        return self._question(0)
+
+    def _question(self, index: int) -> str:
+        return "+".join(format_number(digits[::-1]) for digits in self.test.operands[index])
+
+    def _from_highest(self, digits: np.ndarray) -> np.ndarray:
+        """Digits of a row, the most significant one first."""
+        return digits if self.settings.order == "most_first" else digits[::-1]
 
     @override
     def difficulty(self, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -325,5 +341,5 @@ def draw_chains(rng: np.random.Generator, lengths: np.ndarray, max_digits: int) 
 
 
 def format_number(tokens: np.ndarray) -> str:
-    """Tokens, most significant digit first, as text without padding."""
-    return "".join(SYMBOLS[token] for token in tokens).lstrip("0") or "0"
+    """Tokens, most significant digit first, as text without padding; tokens without a symbol as `?`."""
+    return "".join(SYMBOLS[token] if token < len(SYMBOLS) else "?" for token in tokens).lstrip("0") or "0"

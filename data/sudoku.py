@@ -177,10 +177,20 @@ class Sudoku(DataSet):
 
     @override
     def judge(self, tokens: np.ndarray, indices: np.ndarray) -> Judged:
-        """See `judge_boards`. Returns no samples, since sampled grids are hard to read."""
+        """See `judge_boards`; samples are the boards as lines of cells."""
         data = self.validation
-        grid = tokens[:, -data.n_cells :]  # in both layouts
-        return Judged(judge_boards(grid, data.puzzles[indices], data.solutions[indices], data.size))
+        grid, puzzles = tokens[:, -data.n_cells :], data.puzzles[indices]  # in both layouts
+        figures = judge_boards(grid, puzzles, data.solutions[indices], data.size)
+        changed = ((puzzles != 0) & (grid != puzzles)).any(1)
+        samples = [
+            {
+                "puzzle": format_cells(puzzle),
+                "answer": format_cells(cells),
+                "verdict": "solved" if solved else "changes a clue" if is_changed else "repeats a digit",
+            }
+            for puzzle, cells, solved, is_changed in zip(puzzles, grid, figures["accuracy"], changed, strict=True)
+        ]
+        return Judged(figures, samples)
 
     @override
     def encode(self, question: str) -> np.ndarray:
@@ -233,7 +243,7 @@ class Sudoku(DataSet):
     @override
     def example(self) -> str:
         """The first puzzle of the test split."""
-        return "".join(str(digit) if digit else "." for digit in self.validation.puzzles[0])
+        return format_cells(self.validation.puzzles[0])
 
     @override
     def difficulty(self, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -338,6 +348,11 @@ def parse_puzzle(text: str, size: int) -> list[int]:
             f"each . or 0 to {size}"
         )
     return [digits[character] for character in text]
+
+
+def format_cells(cells: np.ndarray) -> str:
+    """Cells [C] on one line, `.` for empty ones, `?` for tokens that are no digit."""
+    return "".join(".123456789"[digit] if digit < 10 else "?" for digit in cells)
 
 
 def check_puzzle(puzzle: np.ndarray, size: int) -> None:

@@ -31,7 +31,7 @@ from data.gsm8k import HUB_NAME, Prompts, build_prompts, final_answer, read_prob
 from data.settings import FREE_ON_RESUME
 from data.text import decode_programs, load_tokenizer
 from data.text_pairs import PairSettings, TextPairs
-from data.token_files import read_meta, tokenizer_of
+from data.token_files import META_FILE, read_meta, tokenizer_of
 from data.word_problems import TEST_FILE, Difficulty, cached_word_problems, count_operations
 from grader.grade import gold_number, grade, reason_shares
 

@@ -91,6 +91,18 @@ class Recorder:
             except Exception as error:
                 self._give_up(error)
 
+    def page(self, path: Path) -> None:
+        """Keep the run's page as an artefact in wandb."""
+        if self._wandb is not None:
+            try:
+                import wandb
+
+                artefact = wandb.Artifact(f"report-{self._wandb.id}", type="report")
+                artefact.add_file(str(path))
+                self._wandb.log_artifact(artefact)
+            except Exception as error:
+                self._give_up(error)
+
     def close(self) -> None:
         """Finish the wandb run."""
         if self._wandb is not None:

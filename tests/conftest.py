@@ -114,10 +114,11 @@ def config_file(tmp_path: Path, data_dir: Path):
 
 @pytest.fixture(autouse=True)
 def quick_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs in this process end without the pictures of their curves, which take longer than the rest of a tiny run."""
+    """Runs in this process end without pictures and page, which take longer than the rest of a tiny run."""
     train = sys.modules.get("train")
     if train is not None and request.node.get_closest_marker("pictures") is None:
         monkeypatch.setattr(train, "draw_curves", lambda *_: None)
+        monkeypatch.setattr(train, "write_page", lambda run_dir: run_dir / "report.html")
 
 
 # Files whose tests signal, kill, wait and fill disks: one worker runs them, one after the other, so that they do not

@@ -53,6 +53,7 @@ RUN = {
     "python -m eval.gsm8k_eval grade": "",
     "python -m report.curves": "",
     "python -m report.runs": "",
+    "python -m report.page": "",
     "python -m model.hub export": "",
     "python -m bench step": "--batch 2 --iterations 1 --seconds 0 --no-memory",
     "python -m bench head": "--positions 32 --width 32 --vocab 1000 --iterations 1 --seconds 0 --no-memory",

@@ -135,6 +135,7 @@ def no_pictures() -> Iterator[None]:
     """Pictures take longer than everything else."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "draw_curves", lambda *_: None)
+        patch.setattr(train, "write_page", lambda run_dir: run_dir / "report.html")
         patch.setattr(results.run, "draw", lambda *_: None)
         yield
 

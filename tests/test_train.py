@@ -164,6 +164,7 @@ def test_records_and_final_result(config_file, tmp_path, capsys):
     assert rows[-1]["validation/nfe/top_prob_2"] == 8
     for axis in ("step", "seconds", "sequences_distinct"):
         assert (tmp_path / "run" / f"curves_{axis}.png").stat().st_size > 1000
+    assert f"of {final['n']}" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_finished_run_says_so_and_does_nothing(config_file, tmp_path, capsys):
@@ -182,7 +183,7 @@ def test_the_last_line_is_a_command_that_samples(config_file, tmp_path, capsys):
     run_dir = tmp_path / "a run"
     train.main(["--config", str(config_file(PUMA)), "--run-dir", str(run_dir)])
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith(f"wrote {run_dir} (final.json, ")
+    assert line.startswith(f"wrote {run_dir} (report.html, final.json, ")
     result = subprocess.run(line.split(", next: ")[1], shell=True, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "network forward evaluations" in result.stdout

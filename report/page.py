@@ -1,0 +1,393 @@
+"""A run's page: one HTML file with settings, curves, results, samples and history, which needs no other file.
+
+    python -m report.page runs/sudoku_mini_puma                 # writes report.html into the run directory
+    python -m report.page runs/sudoku_mini_puma --out page.html
+
+`train.py` writes it when a run ends. The page is for a browser window of any width, and for a light or dark theme.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape as html
+from pathlib import Path
+from typing import Any
+
+from config import Config
+from data.files import write_text
+from data.foreign import CommandParser, ends_with_message, escape, parse_object, read_json, read_lines, reading, shorten
+from report.curves import AXES, COLORS, accuracy_points, plot_accuracy, read_curves, rules_of, set_grid
+from report.runs import RunSummary, summarize
+from runtime.config_file import parse_config, read_sections
+from runtime.history import read_history
+from runtime.metrics import read_metrics
+
+PAGE_FILE = "report.html"
+MAX_SAMPLES = 12  # shown, the wrong ones first
+MAX_POINTS = 400  # of the training loss, means of neighbouring records
+MAX_TEXT = 2000  # characters of a sampled text
+INK = "#010203"  # stands for the colour of the theme in the figures
+GRID_SIZES = {16: 4, 36: 6, 81: 9}  # rows of boards, by number of cells
+BOX_SHAPES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --faint: #5b6570; --line: #d8dee4; --paper: #fff; --tint: #f4f6f8;
+  --good: #116329; --bad: #b42318; --curve: #0072b2; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e3e8ee; --faint: #98a4b0; --line: #343c45; --paper: #12161b;
+  --tint: #1b2128; --good: #56d364; --bad: #ff8a80; --curve: #56b4e9; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 68rem; padding: 1rem; color: var(--ink); background: var(--paper);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; margin: .5rem 0 0; line-height: 1.2; }
+h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
+p { margin: .4rem 0; } .faint { color: var(--faint); } .good { color: var(--good); } .bad { color: var(--bad); }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.4rem, 1fr)); gap: .6rem;
+  margin: 1rem 0; padding: 0; }
+.facts div { background: var(--tint); border-radius: .4rem; padding: .5rem .7rem; }
+.facts dt { color: var(--faint); font-size: .85rem; } .facts dd { margin: 0; font-size: 1.15rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--faint); font-weight: normal; font-size: .85rem; }
+th, td.n, td:first-child { white-space: nowrap; } td.n, th.n { text-align: right; }
+code, pre { font: .85rem/1.45 ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; }
+pre { background: var(--tint); border-radius: .4rem; padding: .6rem; margin: .3rem 0; white-space: pre-wrap; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1rem; }
+.figures svg { width: 100%; height: auto; display: block; }
+.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); gap: 1rem; }
+.samples article { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem; min-width: 0; }
+.samples dl { margin: 0; } .samples dt { color: var(--faint); font-size: .85rem; } .samples dd { margin: 0 0 .3rem; }
+.board { border: 2px solid var(--ink); margin: .4rem 0; } .board td { width: 1.75rem; height: 1.75rem; padding: 0;
+  text-align: center; vertical-align: middle; border: 1px solid var(--line); }
+.board td.right { border-right: 2px solid var(--ink); } .board tr.below td { border-bottom: 2px solid var(--ink); }
+.board td.clue { background: var(--tint); font-weight: 600; }
+.board td.bad { outline: 2px solid var(--bad); outline-offset: -3px; }
+"""
+
+
+def write_page(run_dir: Path, out: Path | None = None) -> Path:
+    """Write the page of a run, into its directory or to `out`; returns the file.
+
+    Raises:
+        ValueError: the settings or the records of the run cannot be read.
+        WriteError: the page cannot be written.
+    """
+    out = out or run_dir / PAGE_FILE
+    write_text(out, build_page(run_dir))
+    return out
+
+
+def build_page(run_dir: Path) -> str:
+    """The HTML of a run's page; ValueError if its settings or records cannot be read."""
+    raw = read_sections(run_dir / "config.yaml")
+    summary = summarize(run_dir)
+    rows = list(read_metrics(run_dir))
+    final = None
+    if (run_dir / "final.json").exists():
+        with reading(f"{run_dir / 'final.json'}", "the command of the run writes it again"):
+            final = read_json(run_dir / "final.json")
+    name = run_dir.resolve().name
+    parts = [
+        f"<h1>{text(name)}</h1>",
+        f"<p class=faint>{text(summary.data or '')}</p>",
+        _facts(summary, rows, final),
+        "<h2>Curves</h2>",
+        _figures(run_dir, rows),
+        *_results(final),
+        *_samples(run_dir),
+        "<h2>Settings that differ from the defaults</h2>",
+        _settings(raw),
+        *_history(run_dir),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{text(name)}</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def text(value: object) -> str:
+    """A value as HTML text, control characters but line breaks and tabs as escapes."""
+    return html("".join(part if part in "\n\t" else escape(part) for part in str(value)))
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[object]], n_left: int = 1) -> str:
+    """An HTML table; columns after the first `n_left` hold numbers. Cells are text, not HTML."""
+
+    def line(kind: str, cells: Sequence[object]) -> str:
+        shown = (
+            f"<{kind}{' class=n' if number >= n_left else ''}>{text(cell)}</{kind}>"
+            for number, cell in enumerate(cells)
+        )
+        return f"<tr>{''.join(shown)}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f"<div class=wide><table><thead>{line('th', titles)}</thead><tbody>{body}</tbody></table></div>"
+
+
+def _facts(summary: RunSummary, rows: list[dict[str, Any]], final: dict[str, Any] | None) -> str:
+    """The figures at the top."""
+    last = rows[-1] if rows else {}
+    facts = {
+        "state": summary.state,
+        "objective": summary.objective or "",
+        "updates": f"{summary.step:,}"
+        + (f" of {summary.n_steps:,}" if summary.n_steps not in (None, summary.step) else ""),
+        "distinct sequences": f"{last.get('sequences_distinct', 0):,}",
+        "training": duration(last.get("seconds", 0.0)),
+    }
+    if final is not None:
+        facts["final accuracy"] = f"{100 * final['accuracy']:.1f}% of {final['n']:,}"
+    if summary.accuracy is not None:
+        facts["best accuracy"] = f"{100 * summary.accuracy:.1f}% at {summary.accuracy_step:,}"
+    cells = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts.items())
+    return f"<dl class=facts>{cells}</dl>"
+
+
+def duration(seconds: float) -> str:
+    """A time in the two largest units, e.g. 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.0f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _figures(run_dir: Path, rows: list[dict[str, Any]]) -> str:
+    """Loss against updates, and accuracy against each axis, as inline SVG in the colours of the theme."""
+    if not rows:
+        return "<p class=faint>No records yet.</p>"
+    figures = [_draw(lambda plot: _plot_loss(plot, rows))]
+    if accuracy_points(rows, next(iter(rules_of(rows)), "")):
+        curves = read_curves([run_dir])
+        figures += [_draw(lambda plot, axis=axis: plot_accuracy(plot, curves, axis), legend=True) for axis in AXES]
+    return f"<div class=figures>{''.join(figures)}</div>"
+
+
+def _plot_loss(plot: Any, rows: list[dict[str, Any]]) -> None:
+    for key, label, style in (
+        ("train/loss", "training", {"color": COLORS[0], "linewidth": 1.2}),
+        ("validation/loss", "validation", {"color": COLORS[1], "marker": "o", "markersize": 3.5, "linewidth": 1.6}),
+    ):
+        found = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), float) and row[key] > 0]
+        found = list(_thinned(found, MAX_POINTS))
+        plot.plot([x for x, _ in found], [y for _, y in found], label=label, **style)
+    plot.set(xlabel=AXES["step"], ylabel="loss", yscale="log")
+    plot.legend(frameon=False, fontsize="small")
+    set_grid(plot)
+
+
+def _thinned(points: list[tuple[float, float]], n: int) -> Iterator[tuple[float, float]]:
+    """At most about `n` points: the last step and the mean of each group of neighbours."""
+    size = -(-len(points) // n) or 1
+    for start in range(0, len(points), size):
+        group = points[start : start + size]
+        yield group[-1][0], sum(y for _, y in group) / len(group)
+
+
+def _draw(plot_into: Any, *, legend: bool = False) -> str:
+    """A small figure as an SVG element whose ink has the colour of the page's text."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    keys = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+    options = dict.fromkeys(keys, INK) | {"svg.fonttype": "none", "font.family": "sans-serif"}
+    with rc_context(options), io.StringIO() as file:
+        figure = Figure(figsize=(5, 3.4), layout="constrained")
+        plot = figure.subplots()
+        plot_into(plot)
+        if legend and len(plot.get_legend_handles_labels()[1]) > 1:
+            plot.legend(frameon=False, fontsize="small", loc="best")
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(COLORS[0].lower(), "var(--curve)")
+    return re.sub(r'<svg ([^>]*?)width="[^"]*pt" height="[^"]*pt"', r'<svg role="img" \1', svg, count=1)
+
+
+def _results(final: dict[str, Any] | None) -> Iterator[str]:
+    """Tables of the last evaluation: by sampling rule, and by difficulty for the first rule."""
+    evaluation = (final or {}).get("evaluation", {})
+    samplers, reference = evaluation.get("samplers", []), evaluation.get("reference")
+    if not samplers:
+        return
+    yield "<h2>Final evaluation</h2>"
+    yield f"<p>{samplers[0]['n']:,} unseen questions, validation loss {evaluation['loss']:.4f}</p>"
+    names = list(samplers[0]["details"])
+    titles = ["sampling rule", "accuracy", "95% interval", *(name.replace("_", " ") for name in names), "passes"]
+    yield table(
+        titles,
+        (
+            [
+                f"{each['confidence']}, {each['tokens_per_step']} per step",
+                percent(each["accuracy"]),
+                f"{percent(each['accuracy_low'])} to {percent(each['accuracy_high'])}",
+                *(percent(each["details"].get(name)) for name in names),
+                f"{each['nfe']:.1f}",
+            ]
+            for each in samplers
+        ),
+    )
+    if reference:
+        yield f"<p class=faint>For comparison, {text(reference['name'])}: {percent(reference['accuracy'])}.</p>"
+    groups = samplers[0]["groups"]
+    for measure in dict.fromkeys(group["by"] for group in groups):
+        yield f"<h3>By {text(measure.replace('_', ' '))}</h3>"
+        chosen = [group for group in groups if group["by"] == measure]
+        others = [reference["name"]] if reference and chosen[0]["reference"] is not None else []
+        yield table(
+            [measure.replace("_", " "), "questions", "accuracy", "95% interval", *others],
+            (
+                [
+                    f"{group['value']:g}",
+                    f"{group['n']:,}",
+                    percent(group["accuracy"]),
+                    f"{percent(group['accuracy_low'])} to {percent(group['accuracy_high'])}",
+                    *([percent(group["reference"])] if others else []),
+                ]
+                for group in chosen
+            ),
+        )
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage; - if it is unknown."""
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
+def _samples(run_dir: Path) -> Iterator[str]:
+    """Some answers of the last evaluation, wrong ones first."""
+    paths = sorted(run_dir.glob("samples_*.jsonl"))
+    if not paths:
+        return
+    with reading(f"{paths[-1]}", "delete it; only the samples are lost"):
+        samples = [parse_object(line) for _, line in read_lines(paths[-1])]
+    if not samples:
+        return
+    rule = [samples[0].get("confidence"), samples[0].get("tokens_per_step")]
+    samples = [each for each in samples if [each.get("confidence"), each.get("tokens_per_step")] == rule]
+    wrong = [each for each in samples if each.get("verdict") not in ("right", "solved")]
+    right = [each for each in samples if each not in wrong]
+    shown = (wrong[: max(MAX_SAMPLES // 2, MAX_SAMPLES - len(right))] + right)[:MAX_SAMPLES]
+    step = int(paths[-1].stem.rpartition("_")[2])
+    yield (
+        f"<h2>Samples</h2><p>{len(samples) - len(wrong)} of the first {len(samples)} answers at update {step:,} are "
+        f"right ({text(rule[0])}, {text(rule[1])} per step); {'wrong ones first' if wrong else 'the first ones'}.</p>"
+    )
+    yield f"<div class=samples>{''.join(_sample(each) for each in shown)}</div>"
+
+
+def _sample(sample: dict[str, Any]) -> str:
+    """One answer: a board if it is one, else its texts by name."""
+    verdict = str(sample.get("verdict", ""))
+    parts = [f"<p class={'good' if verdict in ('right', 'solved') else 'bad'}>{text(verdict)}</p>"]
+    puzzle, answer = sample.get("puzzle"), sample.get("answer")
+    if isinstance(puzzle, str) and isinstance(answer, str) and len(puzzle) == len(answer) in GRID_SIZES:
+        parts.append(_board(puzzle, answer))
+    else:
+        hidden = ("verdict", "confidence", "tokens_per_step", "row")
+        for key, value in sample.items():
+            if key not in hidden:
+                shown = text(shorten(str(value), MAX_TEXT))
+                is_block = "\n" in str(value)
+                shown = f"<pre>{shown}</pre>" if is_block else f"<dd>{shown}</dd>"
+                parts.append(
+                    f"<dt>{text(key)}</dt>{shown}" if not is_block else f"<dt>{text(key)}</dt><dd>{shown}</dd>"
+                )
+        parts = [parts[0], f"<dl>{''.join(parts[1:])}</dl>"]
+    return f"<article>{''.join(parts)}</article>"
+
+
+def _board(puzzle: str, answer: str) -> str:
+    """A filled board as a table: clues shaded, cells that repeat a digit or change a clue outlined."""
+    size = GRID_SIZES[len(puzzle)]
+    box_rows, box_columns = BOX_SHAPES[size]
+
+    def units(cell: int) -> tuple[tuple[str, int], ...]:
+        row, column = divmod(cell, size)
+        return ("row", row), ("column", column), ("box", row // box_rows * size + column // box_columns)
+
+    seen: dict[tuple[str, int, str], list[int]] = {}
+    for cell, digit in enumerate(answer):
+        for kind, number in units(cell):
+            seen.setdefault((kind, number, digit), []).append(cell)
+    bad = {cell for cells in seen.values() if len(cells) > 1 for cell in cells}
+    bad |= {cell for cell, clue in enumerate(puzzle) if clue not in (".", answer[cell])}
+    lines = []
+    for row in range(size):
+        cells = []
+        for column in range(size):
+            cell = row * size + column
+            classes = [
+                *(["clue"] if puzzle[cell] != "." else []),
+                *(["bad"] if cell in bad else []),
+                *(["right"] if (column + 1) % box_columns == 0 and column + 1 < size else []),
+            ]
+            cells.append(f'<td class="{" ".join(classes)}">{text(answer[cell])}</td>')
+        below = " class=below" if (row + 1) % box_rows == 0 and row + 1 < size else ""
+        lines.append(f"<tr{below}>{''.join(cells)}</tr>")
+    return f"<table class=board>{''.join(lines)}</table>"
+
+
+def _settings(raw: dict[str, Any]) -> str:
+    """Settings with another value than the default; all of them if the file is of another version."""
+    try:
+        config = parse_config(raw, "config.yaml")
+    except ValueError:
+        return f"<pre>{text(json.dumps(raw, indent=1, default=str))}</pre>"
+    rows = []
+    for section in Config.model_fields:
+        settings = getattr(config, section)
+        for key, field in type(settings).model_fields.items():
+            if field.is_required() or not settings.is_default(key):
+                value = json.dumps(settings.model_dump(mode="json")[key])
+                default = "" if field.is_required() else json.dumps(field.default)
+                rows.append((f"{section}.{key}", value, default))
+    return table(("setting", "value", "default"), rows, n_left=3)
+
+
+def _history(run_dir: Path) -> Iterator[str]:
+    """Commit, machine and time of each session."""
+    sessions = read_history(run_dir)
+    if not sessions:
+        return
+    last = sessions[-1]
+    commit = str(last.get("commit") or "unknown")
+    yield "<h2>Environment</h2>"
+    yield f"<p>Commit <code>{text(commit)}</code>{', with changes' if last.get('modified') else ''}</p>"
+    yield f"<pre>{text(last.get('command', ''))}</pre>"
+    facts = (last.get("hardware") or {}) | (last.get("packages") or {})
+    yield table(("", ""), facts.items(), n_left=2)
+    phases = list(dict.fromkeys(name for session in sessions for name in session.get("seconds", {})))
+    yield "<h3>Sessions</h3>"
+    yield table(
+        ("started (UTC)", "ended because", "updates", *phases),
+        (
+            (
+                str(session.get("started", ""))[:19].replace("T", " "),
+                session.get("reason") or session.get("state", ""),
+                f"{session.get('from_step', 0):,} to {session.get('to_step', 0):,}",
+                *(duration(session.get("seconds", {}).get(name, 0)) for name in phases),
+            )
+            for session in sessions
+        ),
+        n_left=2,
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; bad input ends with one message and exit status 2."""
+    parser = CommandParser(description="Write the page of a run.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--out", type=Path, help=f"file to write; by default {PAGE_FILE} in the run directory")
+    options = parser.parse_args(arguments)
+    with ends_with_message():
+        print(f"wrote {write_page(options.run_dir, options.out)}")
+
+
+if __name__ == "__main__":
+    main()

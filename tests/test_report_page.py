@@ -1,0 +1,131 @@
+"""A run's page: complete, of one file, and never the reason why a run fails."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from typing_extensions import override
+
+import train
+from report.page import build_page, main
+from runtime.config_file import read_config
+
+VOID = {"meta", "br", "link", "use", "path", "image", "img"}
+
+
+class Structure(HTMLParser):
+    """Every element is closed, and nothing is loaded from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+
+    @override
+    def handle_starttag(self, tag, attrs):
+        for name, value in attrs:
+            assert name not in ("src", "srcset"), value
+            assert name not in ("href", "xlink:href") or value.startswith("#"), value
+        if tag not in VOID:
+            self.open.append(tag)
+
+    @override
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    @override
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    @override
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words += data.split()
+
+
+def parsed(page: str) -> str:
+    """The words of a page whose structure is checked."""
+    structure = Structure()
+    structure.feed(page)
+    assert structure.open == []
+    assert "url(http" not in page
+    return " ".join(structure.words)
+
+
+@pytest.fixture
+def run_dir(config_file, tmp_path) -> Path:
+    train.main(["--config", str(config_file()), "--run-dir", str(tmp_path / "run")])
+    return tmp_path / "run"
+
+
+def test_the_page_holds_what_the_files_do(run_dir, tmp_path, capsys):
+    main([str(run_dir), "--out", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    words = parsed(page)
+    final = json.loads((run_dir / "final.json").read_text())
+    (rule,) = final["evaluation"]["samplers"]
+    assert f"final accuracy {100 * final['accuracy']:.1f}% of 10" in words
+    for group in rule["groups"]:
+        assert f"{group['value']:g} {group['n']} {100 * group['accuracy']:.1f}%" in words
+    config = read_config(run_dir / "config.yaml")
+    assert f"training.learning_rate {config.training.learning_rate} " in words
+    assert "training.adam_betas" not in words, "a default"
+    history = json.loads((run_dir / "history.json").read_text())["sessions"][0]
+    assert history["hardware"]["processor"] in words
+    assert page.count("<svg") == 4
+    assert "#010203" not in page
+    samples = [json.loads(line) for line in (run_dir / "samples_00000006.jsonl").read_text().splitlines()]
+    assert page.count("<table class=board>") == len(samples) == 10
+    assert words.count("solved") - words.count("solved, %") == sum(each["verdict"] == "solved" for each in samples)
+
+
+def test_texts_of_a_model_are_shown_and_not_obeyed(run_dir):
+    sample = {"verdict": "wrong", "program": "<script>alert(1)</script>\n\x1b[31m", "value": None}
+    (run_dir / "samples_00000009.jsonl").write_text(json.dumps(sample) + "\n")
+    page = build_page(run_dir)
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;\n\\x1b[31m" in page
+    assert "0 of the first 1 answers at update 9 are right" in parsed(page)
+
+
+def test_a_run_that_has_just_begun_has_a_page(run_dir):
+    for name in ("final.json", "history.json", "metrics.jsonl", "samples_00000003.jsonl", "samples_00000006.jsonl"):
+        (run_dir / name).unlink()
+    words = parsed(build_page(run_dir))
+    assert "stopped" in words
+    assert "No records yet." in words
+
+
+@pytest.mark.pictures
+def test_a_page_that_fails_is_a_warning(config_file, tmp_path, monkeypatch):
+    def fail(_):
+        raise ZeroDivisionError("of a test")
+
+    monkeypatch.setattr(train, "write_page", fail)
+    monkeypatch.setattr(train, "draw_curves", lambda *_: None)
+    with pytest.warns(RuntimeWarning, match=r"report\.html cannot be written \(of a test\)"):
+        train.main(["--config", str(config_file()), "--run-dir", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "final.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "config.yaml").unlink(), "config .*config.yaml cannot be read"),
+        (lambda path: (path / "final.json").write_text("[]"), "final.json cannot be read"),
+        (lambda path: (path / "samples_00000006.jsonl").write_text("{"), "only the samples are lost"),
+    ],
+)
+def test_damaged_runs_end_with_one_message(damage, message, run_dir, capsys):
+    damage(run_dir)
+    with pytest.raises(SystemExit) as stop:
+        main([str(run_dir)])
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err)

@@ -196,7 +196,7 @@ def _draw(plot_into: Any, *, legend: bool = False) -> str:
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     keys = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
-    options = dict.fromkeys(keys, INK) | {"svg.fonttype": "none", "font.family": "sans-serif"}
+    options: Any = dict.fromkeys(keys, INK) | {"svg.fonttype": "none", "font.family": "sans-serif"}
     with rc_context(options), io.StringIO() as file:
         figure = Figure(figsize=(5, 3.4), layout="constrained")
         plot = figure.subplots()

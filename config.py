@@ -390,6 +390,13 @@ class ValidationSettings(_RuleOptions):
         None, gt=0, description="number of test sequences sampled after the last step; null: n_examples"
     )
     n_loss_rows: int = Field(1000, gt=0, description="number of rows for the validation loss (fixed masks)")
+    n_likelihood_draws: int = Field(
+        0,
+        ge=0,
+        multiple_of=2,
+        description="masks per row for the bound of the likelihood of these rows, in nats per token, an even number; "
+        "an autoregressive model's value is exact with any; 0: off",
+    )
     batch_size: int = Field(256, gt=0, description="rows per forward on one rank")
     n_table_rows: int = Field(
         50,

@@ -12,11 +12,7 @@ Shapes: B rows, L positions.
 from __future__ import annotations
 
 import json
-import math
-import time
 from argparse import Namespace
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +22,12 @@ import torch
 from tqdm import tqdm
 
 from baselines import next_token_targets, target_weights
-from config import Confidence, Config, SamplingRule
-from data.dataset import DataSet, Reference, SequenceData
+from config import Config
+from data.dataset import DataSet, SequenceData
 from data.files import write_text
 from data.foreign import CommandParser
+from eval.accuracy import Questions, SamplerResult, asking, measure_rule, rank_batches
+from eval.likelihood import NORMAL_95, Likelihood, likelihood
 from model.hub import load_model
 from model.transformer import Transformer
 from progressive_block import block_layout
@@ -38,54 +36,15 @@ from runtime.distributed import (
     autocast,
     autocast_dtype,
     fail_once,
-    gather,
     main_first,
     start_world,
     stop_world,
     sum_over_ranks,
 )
 from runtime.signals import StopVote
-from samplers.build import build_sampler
-from samplers.step import nothing
 
 # Seed of the masks of the validation loss: the same in all runs, so that their losses can be compared.
 MASK_SEED = 20_260_210
-NORMAL_95 = 1.959964
-
-
-@dataclass(frozen=True)
-class GroupResult:
-    """Accuracy on a group of questions of similar difficulty."""
-
-    by: str  # measure of difficulty, e.g. clues
-    value: float  # lowest value of the group
-    n: int
-    accuracy: float
-    accuracy_low: float  # 95% interval
-    accuracy_high: float
-    reference: float | None  # share solved by the simple method of the data set
-
-
-@dataclass(frozen=True)
-class SamplerResult:
-    """Results of one sampling rule."""
-
-    confidence: Confidence
-    tokens_per_step: int
-    n: int  # sequences sampled
-    accuracy: float
-    accuracy_low: float  # 95% interval
-    accuracy_high: float
-    nfe: float  # mean network forward evaluations per sequence
-    details: dict[str, float]  # means of the other figures of the data set
-    groups: list[GroupResult] = field(default_factory=list)  # in ascending order for each measure of difficulty
-    options: dict[str, str | float] = field(default_factory=dict)  # what else the rule sets, see `SamplingRule.options`
-
-    @property
-    def label(self) -> str:
-        """Short name used in records: confidence rule, tokens per step, and what else the rule sets."""
-        others = (f"{key}_{value}" for key, value in self.options.items())
-        return "_".join([self.confidence, f"{self.tokens_per_step}", *others])
 
 
 @dataclass(frozen=True)
@@ -96,6 +55,7 @@ class Evaluation:
     samplers: list[SamplerResult]
     reference: tuple[str, float] | None = None  # name of a simple method, and the share of the questions that it solves
     samples: list[dict[str, Any]] = field(default_factory=list)  # some of the sampled answers, judged
+    likelihood: Likelihood | None = None  # of the rows of the validation loss
 
     @property
     def accuracy(self) -> float:
@@ -105,6 +65,9 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """Flat dictionary for the records."""
         values = {"validation/loss": self.loss}
+        if self.likelihood is not None:
+            values["validation/nats_per_token"] = self.likelihood.nats_per_token
+            values["validation/nats_per_token_error"] = self.likelihood.standard_error
         for result in self.samplers:
             for name in ("accuracy", "accuracy_low", "accuracy_high", "nfe"):
                 values[f"validation/{name}/{result.label}"] = getattr(result, name)
@@ -119,6 +82,10 @@ class Evaluation:
     def table(self) -> str:
         """Formatted for a terminal."""
         lines = [f"validation loss {self.loss:.4f}"]
+        if self.likelihood is not None:
+            bound = "" if self.likelihood.exact else "at most "
+            error = NORMAL_95 * self.likelihood.standard_error
+            lines.append(f"{bound}{self.likelihood.nats_per_token:.4g} nats per token (+- {error:.2g})")
         for result in self.samplers:
             options = "".join(f", {key} {value}" for key, value in result.options.items())
             details = "".join(
@@ -149,38 +116,14 @@ def _group_lines(evaluation: Evaluation) -> list[str]:
     return lines
 
 
-def group_results(
-    difficulty: dict[str, np.ndarray], solved: np.ndarray, reference: np.ndarray | None
-) -> list[GroupResult]:
-    """Accuracy by difficulty.
-
-    Args:
-        difficulty: see `DataSet.difficulty`.
-        solved: bool [n].
-        reference: bool [n], questions that a simple method solves; None if there is no such method.
-    """
-    groups = []
-    for by, values in difficulty.items():
-        for value in np.unique(values[~np.isnan(values)]):
-            members = values == value  # [n]
-            n, n_solved = int(members.sum()), int(solved[members].sum())
-            low, high = wilson_interval(n_solved, n)
-            share = None if reference is None else float(reference[members].mean())
-            groups.append(GroupResult(by, float(value), n, n_solved / n, low, high, share))
-    return groups
-
-
-def wilson_interval(n_right: float, n: int) -> tuple[float, float]:
-    """95% Wilson score interval of a proportion of n trials; valid at 0 and 1 too."""
-    share, z2 = n_right / n, NORMAL_95**2
-    center = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = NORMAL_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, center - half), min(1.0, center + half)
-
-
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
     """The results as content of a JSON file."""
     values: dict[str, Any] = {"loss": evaluation.loss, "samplers": [asdict(each) for each in evaluation.samplers]}
+    if evaluation.likelihood is not None:
+        found = evaluation.likelihood
+        values["likelihood"] = {
+            key: getattr(found, key) for key in ("exact", "nats_per_token", "standard_error", "mask_error")
+        }
     if evaluation.reference is not None:
         name, accuracy = evaluation.reference
         values["reference"] = {"name": name, "accuracy": accuracy}
@@ -215,6 +158,7 @@ def evaluate(
             _bar(world, len(rules) * n_examples) as bar,
         ):
             loss = validation_loss(model, config, data.validation, world, vote)
+            found = _likelihood(model, config, data.validation, world, vote)
             questions = np.arange(n_examples)
             test = Questions(data, data.reference(questions), data.difficulty(questions), n_examples)
             results = [measure_rule(model, config, test, world, rule, bar, vote) for rule in rules]
@@ -226,17 +170,21 @@ def evaluate(
         [result for result, _, _ in results],
         None if reference is None else (reference.name, float(reference.solved.mean())),
         [sample for _, samples, _ in results for sample in samples],
+        found,
     )
 
 
-@dataclass(frozen=True)
-class Questions:
-    """The first questions of the test, with their difficulty and reference results."""
-
-    data: DataSet
-    reference: Reference | None
-    difficulty: dict[str, np.ndarray]
-    n_examples: int
+def _likelihood(
+    model: Transformer, config: Config, data: SequenceData, world: World, vote: StopVote | None
+) -> Likelihood | None:
+    """Likelihood of the rows of the validation loss; None if the settings do not ask for it."""
+    n_draws = config.validation.n_likelihood_draws
+    if not n_draws:
+        return None
+    check, interruptible = asking(vote)
+    with interruptible:
+        n_rows = config.validation.n_loss_rows
+        return likelihood(model, config, data, world, n_rows=n_rows, n_draws=n_draws, before_pass=check)
 
 
 @torch.no_grad()
@@ -257,9 +205,9 @@ def validation_loss(
         masked = layout.mask_uniformly(~prompt_mask, torch.Generator().manual_seed(MASK_SEED))  # [B, L]
         xt, weight = x0.masked_fill(masked, data.mask_id), layout.weights(masked)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    check, interruptible = _asking(vote)
+    check, interruptible = asking(vote)
     with interruptible:
-        for rows in _rank_batches(n_rows, world, config.validation.batch_size):
+        for rows in rank_batches(n_rows, world, config.validation.batch_size):
             check()
             batch_xt, batch_x0, batch_weight = (part[rows].to(world.device) for part in (xt, x0, weight))
             for microbatch in layout.microbatches(batch_xt, batch_x0, batch_weight, len(rows)):
@@ -267,96 +215,10 @@ def validation_loss(
     return float(sum_over_ranks(total))
 
 
-def measure_rule(
-    model: Transformer,
-    config: Config,
-    test: Questions,
-    world: World,
-    rule: SamplingRule,
-    bar: tqdm,
-    vote: StopVote | None,
-) -> tuple[SamplerResult, list[dict[str, Any]], float]:
-    """Sample by one rule and judge the answers.
-
-    Returns:
-        The result, the first judged rows as samples, in order, and the seconds of sampling, summed over ranks.
-    """
-    data, n_examples = test.data, test.n_examples
-    sampler = build_sampler(config, data.validation.eos_id)
-    names = (*data.figures, "nfe")
-    sums = torch.zeros(len(names), dtype=torch.float64, device=world.device)
-    samples: dict[int, dict[str, Any]] = {}
-    solved = torch.zeros(n_examples, dtype=torch.float64, device=world.device)
-    seconds = torch.zeros((), dtype=torch.float64, device=world.device)
-    check, interruptible = _asking(vote)
-    with interruptible:
-        for rows in _rank_batches(n_examples, world, config.validation.batch_size):
-            began = time.perf_counter()
-            result = sampler(
-                model,
-                torch.from_numpy(data.prompts(rows)).to(world.device),
-                config.mask_id,
-                rule,
-                seed=config.training.seed,
-                row_ids=torch.from_numpy(rows),
-                before_pass=check,
-            )
-            tokens = result.tokens.cpu().numpy()
-            seconds += time.perf_counter() - began
-            judged = data.judge(tokens, rows)
-            figures = [*(judged.figures[name] for name in data.figures), result.nfe.cpu().numpy()]
-            sums += torch.tensor([each.sum(dtype=np.float64) for each in figures], device=world.device)
-            solved[rows] = torch.from_numpy(judged.figures["accuracy"]).to(solved)
-            samples |= {
-                int(row): {"confidence": rule.confidence, "tokens_per_step": rule.tokens_per_step, "row": int(row)}
-                | facts
-                for row, facts in zip(rows, judged.samples, strict=False)
-                if row < config.validation.n_table_rows
-            }
-            bar.update(len(rows) * world.n_ranks)
-    totals = dict(zip(names, sum_over_ranks(sums).tolist(), strict=True))
-    low, high = wilson_interval(totals["accuracy"], n_examples)
-    means = {name: total / n_examples for name, total in totals.items()}
-    accuracy, nfe = means.pop("accuracy"), means.pop("nfe")
-    gathered = {row: facts for part in gather(samples) for row, facts in part.items()}
-    groups = group_results(
-        test.difficulty,
-        sum_over_ranks(solved).cpu().numpy() == 1,
-        None if test.reference is None else test.reference.solved,
-    )
-    return (
-        SamplerResult(
-            confidence=rule.confidence,
-            tokens_per_step=rule.tokens_per_step,
-            n=n_examples,
-            accuracy=accuracy,
-            accuracy_low=low,
-            accuracy_high=high,
-            nfe=nfe,
-            details=means,
-            groups=groups,
-            options=rule.options,
-        ),
-        [gathered[row] for row in sorted(gathered)],
-        float(sum_over_ranks(seconds)),
-    )
-
-
 def check_n_examples(n_examples: int, data: DataSet, setting: str) -> None:
     """Raise ValueError if `n_examples`, given by `setting`, exceeds the number of questions in the test."""
     if n_examples > data.n_questions:
         raise ValueError(f"{setting} {n_examples}: the test has {data.n_questions} {data.questions}; set at most that")
-
-
-def _rank_batches(n_rows: int, world: World, batch_size: int) -> list[np.ndarray]:
-    """The rows of this rank out of 0..n_rows-1, in batches; every row belongs to exactly one rank."""
-    rows = np.arange(world.rank, n_rows, world.n_ranks)
-    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-
-
-def _asking(vote: StopVote | None) -> tuple[Callable[[], None], AbstractContextManager[None]]:
-    """What to call between forward passes, and the context to call it in."""
-    return (nothing, nullcontext()) if vote is None else (vote.check, vote.interruptible())
 
 
 def _bar(world: World, total: int) -> tqdm:

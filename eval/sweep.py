@@ -24,12 +24,12 @@ from tqdm import tqdm
 from config import Config, SamplingRule
 from data.files import write_text
 from data.foreign import escape, shorten
-from eval.evaluate import Questions, measure_rule
+from eval.accuracy import Questions, measure_rule
 from model.hub import load_model
 from model.transformer import Transformer
-from report.curves import COLORS, LINES, MARKERS, set_grid
 from runtime.checkpoint import find_checkpoint
 from runtime.distributed import World, autocast, autocast_dtype, main_first
+from runtime.figures import COLORS, LINES, MARKERS, set_grid
 from runtime.machine import processor_facts
 
 KL_BOUND = 0.01  # of `stable`, whose dial is the threshold

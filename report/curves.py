@@ -22,6 +22,7 @@ from typing import Any
 
 from data.foreign import CommandParser, ends_with_message, escape, shorten
 from runtime.config_file import read_sections
+from runtime.figures import COLORS, LINES, MARKERS, set_grid
 from runtime.metrics import METRICS_FILE, read_metrics
 
 MAX_RULES = 20  # of one run; a legend has no room for more
@@ -31,10 +32,6 @@ AXES = {
     "sequences_distinct": "distinct sequences seen",
     "seconds": "seconds of training",
 }
-# Okabe and Ito's colours, distinguishable with colour blindness; line styles and markers distinguish them in print.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LINES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v")
 ACCURACY = "validation/accuracy/"
 
 
@@ -112,16 +109,6 @@ def plot_accuracy(plot: Any, curves: Sequence[Curve], axis: str, targets: Sequen
         plot.axhline(100 * target, color="0.6", linewidth=0.8)
     plot.set(xlabel=AXES[axis], ylabel="solved, %", ylim=(-2, 102))
     set_grid(plot)
-
-
-def set_grid(plot: Any) -> None:
-    """A light grid, no frame at the top and right, and numbers with thousands separators."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    plot.grid(alpha=0.25)
-    plot.spines[["top", "right"]].set_visible(False)
-    plot.xaxis.set_major_locator(MaxNLocator(5))
-    plot.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
 
 
 def target_table(curves: Sequence[Curve], target: float, baseline: str) -> list[str]:

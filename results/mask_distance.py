@@ -60,10 +60,10 @@ from data.foreign import CommandParser, ends_with_message
 from model.transformer import Transformer
 from objective import Objective
 from progressive import PumaObjective, stage_of
-from report.curves import COLORS
 from results.run import ROOT, commit, machine
 from runtime.checkpoint import Checkpoint, open_checkpoint, step_folders
 from runtime.distributed import World, autocast, autocast_dtype, start_world
+from runtime.figures import COLORS
 from samplers.build import build_sampler
 from samplers.step import choose
 from training.run import build_run, restore_run

@@ -16,7 +16,8 @@ import train
 from data.sudoku_boards import SudokuData, make_data
 from data.sudoku_solver import solve_singles
 from eval import evaluate as evaluation
-from eval.evaluate import group_results, validation_loss, wilson_interval
+from eval.accuracy import group_results, wilson_interval
+from eval.evaluate import validation_loss
 from model.transformer import Transformer
 from runtime.checkpoint import find_checkpoint
 from runtime.config_file import parse_config

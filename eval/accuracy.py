@@ -1,0 +1,186 @@
+"""Accuracy of a sampling rule on the test: sample in batches, judge, and sum over ranks.
+
+Shapes: L positions, n questions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from config import Confidence, Config, SamplingRule
+from data.dataset import DataSet, Reference
+from eval.likelihood import NORMAL_95
+from model.transformer import Transformer
+from runtime.distributed import World, gather, sum_over_ranks
+from runtime.signals import StopVote
+from samplers.build import build_sampler
+from samplers.step import nothing
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """Accuracy on a group of questions of similar difficulty."""
+
+    by: str  # measure of difficulty, e.g. clues
+    value: float  # lowest value of the group
+    n: int
+    accuracy: float
+    accuracy_low: float  # 95% interval
+    accuracy_high: float
+    reference: float | None  # share solved by the simple method of the data set
+
+
+@dataclass(frozen=True)
+class SamplerResult:
+    """Results of one sampling rule."""
+
+    confidence: Confidence
+    tokens_per_step: int
+    n: int  # sequences sampled
+    accuracy: float
+    accuracy_low: float  # 95% interval
+    accuracy_high: float
+    nfe: float  # mean network forward evaluations per sequence
+    details: dict[str, float]  # means of the other figures of the data set
+    groups: list[GroupResult] = field(default_factory=list)  # in ascending order for each measure of difficulty
+    options: dict[str, str | float] = field(default_factory=dict)  # what else the rule sets, see `SamplingRule.options`
+
+    @property
+    def label(self) -> str:
+        """Short name used in records: confidence rule, tokens per step, and what else the rule sets."""
+        others = (f"{key}_{value}" for key, value in self.options.items())
+        return "_".join([self.confidence, f"{self.tokens_per_step}", *others])
+
+
+def group_results(
+    difficulty: dict[str, np.ndarray], solved: np.ndarray, reference: np.ndarray | None
+) -> list[GroupResult]:
+    """Accuracy by difficulty.
+
+    Args:
+        difficulty: see `DataSet.difficulty`.
+        solved: bool [n].
+        reference: bool [n], questions that a simple method solves; None if there is no such method.
+    """
+    groups = []
+    for by, values in difficulty.items():
+        for value in np.unique(values[~np.isnan(values)]):
+            members = values == value  # [n]
+            n, n_solved = int(members.sum()), int(solved[members].sum())
+            low, high = wilson_interval(n_solved, n)
+            share = None if reference is None else float(reference[members].mean())
+            groups.append(GroupResult(by, float(value), n, n_solved / n, low, high, share))
+    return groups
+
+
+def wilson_interval(n_right: float, n: int) -> tuple[float, float]:
+    """95% Wilson score interval of a proportion of n trials; valid at 0 and 1 too."""
+    share, z2 = n_right / n, NORMAL_95**2
+    center = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = NORMAL_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The first questions of the test, with their difficulty and reference results."""
+
+    data: DataSet
+    reference: Reference | None
+    difficulty: dict[str, np.ndarray]
+    n_examples: int
+
+
+def measure_rule(
+    model: Transformer,
+    config: Config,
+    test: Questions,
+    world: World,
+    rule: SamplingRule,
+    bar: tqdm,
+    vote: StopVote | None,
+) -> tuple[SamplerResult, list[dict[str, Any]], float]:
+    """Sample by one rule and judge the answers.
+
+    Returns:
+        The result, the first judged rows as samples, in order, and the seconds of sampling, summed over ranks.
+    """
+    data, n_examples = test.data, test.n_examples
+    sampler = build_sampler(config, data.validation.eos_id)
+    names = (*data.figures, "nfe")
+    sums = torch.zeros(len(names), dtype=torch.float64, device=world.device)
+    samples: dict[int, dict[str, Any]] = {}
+    solved = torch.zeros(n_examples, dtype=torch.float64, device=world.device)
+    seconds = torch.zeros((), dtype=torch.float64, device=world.device)
+    check, interruptible = asking(vote)
+    with interruptible:
+        for rows in rank_batches(n_examples, world, config.validation.batch_size):
+            began = time.perf_counter()
+            result = sampler(
+                model,
+                torch.from_numpy(data.prompts(rows)).to(world.device),
+                config.mask_id,
+                rule,
+                seed=config.training.seed,
+                row_ids=torch.from_numpy(rows),
+                before_pass=check,
+            )
+            tokens = result.tokens.cpu().numpy()
+            seconds += time.perf_counter() - began
+            judged = data.judge(tokens, rows)
+            figures = [*(judged.figures[name] for name in data.figures), result.nfe.cpu().numpy()]
+            sums += torch.tensor([each.sum(dtype=np.float64) for each in figures], device=world.device)
+            solved[rows] = torch.from_numpy(judged.figures["accuracy"]).to(solved)
+            samples |= {
+                int(row): {"confidence": rule.confidence, "tokens_per_step": rule.tokens_per_step, "row": int(row)}
+                | facts
+                for row, facts in zip(rows, judged.samples, strict=False)
+                if row < config.validation.n_table_rows
+            }
+            bar.update(len(rows) * world.n_ranks)
+    totals = dict(zip(names, sum_over_ranks(sums).tolist(), strict=True))
+    low, high = wilson_interval(totals["accuracy"], n_examples)
+    means = {name: total / n_examples for name, total in totals.items()}
+    accuracy, nfe = means.pop("accuracy"), means.pop("nfe")
+    gathered = {row: facts for part in gather(samples) for row, facts in part.items()}
+    groups = group_results(
+        test.difficulty,
+        sum_over_ranks(solved).cpu().numpy() == 1,
+        None if test.reference is None else test.reference.solved,
+    )
+    return (
+        SamplerResult(
+            confidence=rule.confidence,
+            tokens_per_step=rule.tokens_per_step,
+            n=n_examples,
+            accuracy=accuracy,
+            accuracy_low=low,
+            accuracy_high=high,
+            nfe=nfe,
+            details=means,
+            groups=groups,
+            options=rule.options,
+        ),
+        [gathered[row] for row in sorted(gathered)],
+        float(sum_over_ranks(seconds)),
+    )
+
+
+def rank_batches(n_rows: int, world: World, batch_size: int) -> list[np.ndarray]:
+    """The rows of this rank out of 0..n_rows-1, in batches; every row belongs to exactly one rank."""
+    rows = np.arange(world.rank, n_rows, world.n_ranks)
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+
+def asking(vote: StopVote | None) -> tuple[Callable[[], None], AbstractContextManager[None]]:
+    """What to call between forward passes, and the context to call it in."""
+    return (nothing, nullcontext()) if vote is None else (vote.check, vote.interruptible())

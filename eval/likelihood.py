@@ -1,0 +1,305 @@
+"""How probable models find held-out sequences: a bound for masked diffusion models, the value for autoregressive ones.
+
+    python -m eval.likelihood runs/puma runs/uniform --rows 500 --draws 16
+
+A masked diffusion model (absorbing state) that fills n_maskable positions in uniformly random order, one at a time, has
+
+    -log p(x0) <= sum over n = 1..n_maskable of the mean over random sets of n masked positions
+                  of the mean of -log p(x0_i | rest) over these positions,
+
+with equality if the order of filling does not matter to it. The sum is estimated by drawing n: all numbers equally
+often, by systematic draws (a random start, then equal steps), twice independently, from which the error due to the
+masks is known. With blocks the same holds within each block, given the clean tokens before it, and the bounds of blocks
+add up (the chain rule); with blocks of one token, and for an autoregressive model, the value is exact.
+
+The masks depend on the number of the row, the draw and the block size alone: models on the same data get the same
+masks, and differences between them are known better than each bound.
+
+Shapes: B rows, L positions, S positions of a block (L without blocks).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from baselines import next_token_targets
+from config import Config
+from data.dataset import DataSet, SequenceData
+from data.files import write_text
+from data.foreign import CommandParser, whole_number
+from data.text import decode_programs
+from model.hub import load_model
+from model.token_predictions import hash_uniform, mix_keys
+from model.transformer import Transformer
+from progressive_block import BlockLayout, block_layout
+from runtime.distributed import (
+    World,
+    autocast,
+    autocast_dtype,
+    fail_once,
+    main_first,
+    start_world,
+    stop_world,
+    sum_over_ranks,
+)
+from samplers.step import nothing
+from unmasking import reveal_top
+
+SEED = 20_260_211  # of the masks: the same in all runs
+NORMAL_95 = 1.959964
+REPLICATES = 2  # independent halves of the draws of a row, whose difference gives the error due to the masks
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Negative log-likelihood of rows, or an upper bound of it, in nats; a token is one up to and including the EOS."""
+
+    exact: bool  # False: an upper bound
+    per_row: np.ndarray  # float64 [n], nats of all maskable positions of a row
+    n_tokens: np.ndarray  # int64 [n]; padding after the first EOS is predicted, but not counted
+    mask_variance: float  # of the sum of `per_row`, due to the draws of masks; 0 if exact
+
+    @property
+    def nats_per_token(self) -> float:
+        """Mean over all tokens."""
+        return float(self.per_row.sum() / self.n_tokens.sum())
+
+    @property
+    def standard_error(self) -> float:
+        """Of `nats_per_token` as an estimate for the distribution that the rows come from; masks included."""
+        return ratio_error(self.per_row, self.n_tokens)
+
+    @property
+    def mask_error(self) -> float:
+        """Of `nats_per_token` as an estimate for these rows, which only the masks cause; 0 if exact."""
+        return math.sqrt(self.mask_variance) / float(self.n_tokens.sum())
+
+
+def ratio_error(nats: np.ndarray, n_tokens: np.ndarray) -> float:
+    """Standard error of sum(nats) / sum(n_tokens) over independent rows, both [n]; nan for a single row."""
+    n = len(nats)
+    if n < 2:
+        return math.nan
+    rest = nats - nats.sum() / n_tokens.sum() * n_tokens
+    return math.sqrt(float((rest**2).sum()) / (n - 1) / n) / float(n_tokens.mean())
+
+
+@torch.no_grad()
+def likelihood(
+    model: Transformer,
+    config: Config,
+    data: SequenceData,
+    world: World,
+    *,
+    n_rows: int,
+    n_draws: int,
+    before_pass: Callable[[], None] = nothing,
+    bar: tqdm | None = None,
+) -> Likelihood:
+    """Likelihood of the first `n_rows` rows (all, if there are fewer); in eval mode, under the caller's autocast.
+
+    Every rank calls this with its part of the work, and gets the full result. No generator is used.
+
+    Args:
+        n_draws: masks per row, an even number; an autoregressive model needs none.
+        before_pass: called before each batch; an exception that it raises ends the measurement.
+    """
+    n_rows, device = min(n_rows, len(data)), world.device
+    layout = block_layout(config.objective, data.length)
+    per_row, n_tokens = np.zeros((REPLICATES, n_rows)), np.zeros(n_rows, dtype=np.int64)
+    mine = np.arange(world.rank, n_rows, world.n_ranks)
+    for start in range(0, len(mine), config.validation.batch_size):
+        part = mine[start : start + config.validation.batch_size]
+        x0, prompt_mask = (torch.from_numpy(each) for each in data.rows(part))
+        maskable = ~prompt_mask  # [B, L]
+        n_tokens[part] = _answer(x0, maskable, data.eos_id).sum(1).numpy()
+        if config.causal:
+            before_pass()
+            target = next_token_targets(x0, maskable, data.eos_id).float().to(device)
+            per_row[:, part] = (model(x0.to(device), x0.to(device), target).nll * target).double().sum(1).cpu().numpy()
+        else:
+            for replicate, masked, weight in draw_masks(maskable, layout, torch.from_numpy(part), n_draws):
+                before_pass()
+                xt = x0.masked_fill(masked, data.mask_id)
+                for each in layout.microbatches(xt.to(device), x0.to(device), weight.to(device), len(part)):
+                    nats = (each.weight * model(each.xt, each.x0, each.weight).nll).double().sum(1)  # [B]
+                    per_row[replicate, part[each.rows]] += nats.cpu().numpy() / (n_draws // REPLICATES)
+        if bar is not None:
+            bar.update(len(part) * world.n_ranks)
+    # Every row belongs to one rank, so the sum over ranks is the whole.
+    sums = torch.from_numpy(np.concatenate([per_row, n_tokens[None]])).to(device)  # float64 [3, n]
+    *halves, counts = sum_over_ranks(sums).cpu().numpy()
+    per_row, n_tokens = np.stack(halves), counts.astype(np.int64)
+    exact = config.causal or layout.size == 1
+    # The variance of a mean of two is a quarter of their squared difference.
+    mask_variance = 0.0 if exact else float(((per_row[0] - per_row[1]) ** 2).sum() / 4)
+    return Likelihood(exact, per_row.mean(0), n_tokens, mask_variance)
+
+
+def draw_masks(
+    maskable: Tensor, layout: BlockLayout, row_ids: Tensor, n_draws: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Masks of rows, with weights such that the weighted sum of NLLs has the bound of the row as its expectation.
+
+    Args:
+        maskable: bool [B, L].
+        row_ids: int64 [B], which with the draw alone decide the masks.
+        n_draws: even.
+
+    Yields:
+        The replicate (0 or 1), masks bool [B, L], and weights float32 [B, L]: n_maskable / n_masked of the block.
+    """
+    segments = layout.segments(maskable)  # [N, S]
+    n_maskable = segments.sum(1)  # [N]
+    blocks = torch.arange(layout.n_blocks).repeat(len(maskable))  # [N]
+    keys = mix_keys(mix_keys(row_ids.repeat_interleave(layout.n_blocks), SEED), blocks)
+    n_steps = n_draws // REPLICATES
+    for replicate in range(REPLICATES):
+        start = hash_uniform(mix_keys(keys, -1 - replicate))  # [N]
+        for step in range(n_steps):
+            n_masked = 1 + ((step + start) / n_steps * n_maskable).floor().long()
+            own = mix_keys(keys, replicate * n_steps + step)
+            order = hash_uniform(mix_keys(own[:, None], torch.arange(layout.size)))  # [N, S]
+            masked = reveal_top(order, segments, torch.minimum(n_masked, n_maskable))
+            weight = masked * (n_maskable / n_masked)[:, None].float()
+            yield replicate, masked.view_as(maskable), weight.view_as(maskable)
+
+
+def _answer(x0: Tensor, maskable: Tensor, eos_id: int | None) -> Tensor:
+    """The maskable positions up to and including the first EOS among them; all bool [B, L]."""
+    if eos_id is None:
+        return maskable
+    ends = maskable & (x0 == eos_id)
+    return maskable & (ends.cumsum(1) - ends.long() == 0)
+
+
+def n_bytes(data: DataSet, n_rows: int) -> int | None:
+    """Bytes of the answers of the first rows as UTF-8; None if tokens are not text."""
+    if data.tokenizer is None:
+        return None
+    tokens, prompt_mask = data.validation.rows(np.arange(min(n_rows, len(data.validation))))
+    return sum(len(text.encode()) for text in decode_programs(data.tokenizer, tokens, prompt_mask))
+
+
+@dataclass(frozen=True)
+class Row:
+    """The result of one checkpoint, as it is printed and written."""
+
+    checkpoint: str
+    exact: bool
+    n_rows: int
+    n_tokens: int
+    n_draws: int  # masks per row; 0 if exact
+    nats_per_token: float
+    standard_error: float
+    mask_error: float
+    bits_per_byte: float | None
+    # Nats per token less those of the first checkpoint, on the same rows and masks; None if the rows differ.
+    difference: float | None
+    difference_error: float | None
+
+
+def compare(checkpoints: list[str], overrides: list[str], n_rows: int, n_draws: int) -> list[Row]:
+    """Measure checkpoints one after the other, on one process. Raises ValueError as `load_model` and the data sets."""
+    loaded = [(name, *load_model(name, overrides=overrides)) for name in checkpoints]
+    world = start_world(loaded[0][2].training.device)
+    rows: list[Row] = []
+    first: tuple[Likelihood, np.ndarray] | None = None
+    with tqdm(total=n_rows * len(loaded), desc="likelihood", unit="row", disable=None) as bar:
+        for name, model, config in loaded:
+            data = main_first(world, config.open_data)
+            found = _measure(model, config, data, world, n_rows, n_draws, bar)
+            tokens = data.validation.rows(np.arange(len(found.per_row)))[0]
+            first = first or (found, tokens)
+            same = np.array_equal(first[1], tokens)
+            gap = found.per_row - first[0].per_row if same else None
+            size = n_bytes(data, n_rows)
+            rows.append(
+                Row(
+                    checkpoint=name,
+                    exact=found.exact,
+                    n_rows=len(found.per_row),
+                    n_tokens=int(found.n_tokens.sum()),
+                    n_draws=0 if found.exact else n_draws,
+                    nats_per_token=found.nats_per_token,
+                    standard_error=found.standard_error,
+                    mask_error=found.mask_error,
+                    bits_per_byte=float(found.per_row.sum()) / math.log(2) / size if size else None,
+                    difference=None if gap is None else float(gap.sum() / found.n_tokens.sum()),
+                    difference_error=None if gap is None else ratio_error(gap, found.n_tokens),
+                )
+            )
+    return rows
+
+
+def _measure(
+    model: Transformer, config: Config, data: DataSet, world: World, n_rows: int, n_draws: int, bar: tqdm
+) -> Likelihood:
+    model.to(world.device).eval()
+    with autocast(world.device, autocast_dtype(config.training.precision, world.device)):
+        return likelihood(model, config, data.validation, world, n_rows=n_rows, n_draws=n_draws, bar=bar)
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Lines of a Markdown table, with 95% intervals."""
+    lines = [
+        f"The first {rows[0].n_rows} held-out rows, {rows[0].n_tokens:,} tokens. In brackets half of the 95% interval.",
+        "",
+        "| checkpoint | nats per token | masks alone | less the first | bits per byte | masks per row |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        sign = "" if row.exact else "<= "
+        gap = "-"
+        if row.difference is not None and row is not rows[0]:
+            gap = f"{row.difference:+.3g} ({_half(row.difference_error)})"
+        bits = "-" if row.bits_per_byte is None else f"{sign}{row.bits_per_byte:.4g}"
+        lines.append(
+            f"| {row.checkpoint} | {sign}{row.nats_per_token:.4g} ({_half(row.standard_error)}) | "
+            f"{_half(row.mask_error)} | {gap} | {bits} | {'exact' if row.exact else row.n_draws} |"
+        )
+    return lines
+
+
+def _half(error: float | None) -> str:
+    return "-" if error is None else f"{NORMAL_95 * error:.2g}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; bad input ends with one message and exit status 2."""
+    parser = CommandParser(description="Likelihood of held-out rows, or a bound of it, in nats per token.")
+    parser.add_argument("checkpoints", nargs="+", metavar="RUN", help="run directories, checkpoints, and key=value")
+    parser.add_argument("--rows", type=whole_number(2, 1 << 24), default=500, help="held-out rows")
+    parser.add_argument("--draws", type=whole_number(2, 1 << 16), default=16, help="masks per row, an even number")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
+    options = parser.parse_args(arguments)
+    try:
+        if options.draws % REPLICATES:
+            raise ValueError(f"--draws {options.draws}: give an even number, since the error comes from two halves")
+        names = [each for each in options.checkpoints if "=" not in each]
+        overrides = [each for each in options.checkpoints if "=" in each]
+        if not names:
+            raise ValueError("name a run directory or a checkpoint folder")
+        rows = compare(names, overrides, options.rows, options.draws)
+        print("\n".join(table(rows)))
+        if options.json:
+            content: list[dict[str, Any]] = [vars(row) for row in rows]
+            write_text(options.json, json.dumps(content, indent=1) + "\n")
+    except (ValueError, OSError) as error:
+        fail_once(error)
+    finally:
+        stop_world()
+
+
+if __name__ == "__main__":
+    main()

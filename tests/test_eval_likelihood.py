@@ -1,0 +1,156 @@
+"""The likelihood bound against full enumeration, its error, and the exact value of autoregressive models."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import UNIFORM, tiny_settings
+from helpers import random_model
+from torch import Tensor
+
+from config import Config
+from data.dataset import ArrayData
+from eval.likelihood import Likelihood, likelihood, ratio_error
+from model.token_scores import TokenScores
+from runtime.config_file import parse_config
+from runtime.distributed import World
+
+MASK_ID, LENGTH = 22, 6
+CPU = torch.device("cpu")
+BLOCK = {"name": "block_uniform", "block_size": 3, "block_attention": "prefix"}
+
+
+def config_of(objective: dict[str, Any], batch_size: int = 5) -> Config:
+    settings = tiny_settings(objective, Path())
+    settings["data"]["size"], settings["validation"]["batch_size"] = 9, batch_size
+    settings["model"] |= {"vocab_size": 23, "learned_positions": None}
+    return parse_config(settings, "test")
+
+
+def rows(n_rows: int, seed: int = 0) -> ArrayData:
+    """Rows with a given token at the start and perhaps others; EOS is token 0."""
+    rng = np.random.default_rng(seed)
+    prompt_mask = rng.random((n_rows, LENGTH)) < 0.2
+    prompt_mask[:, 0], prompt_mask[:, -1] = True, False
+    return ArrayData(rng.integers(0, 6, (n_rows, LENGTH)), prompt_mask, MASK_ID, eos_id=0)
+
+
+def measure(model: Any, data: ArrayData, objective: dict[str, Any], n_draws: int, batch_size: int = 5) -> Likelihood:
+    config = config_of(objective, batch_size)
+    return likelihood(model, config, data, World(0, 1, CPU), n_rows=len(data), n_draws=n_draws)
+
+
+@torch.no_grad()
+def enumerated(model: Any, data: ArrayData, block_size: int) -> list[float]:
+    """The bound of each row: for each block all sets of masked positions, the tokens before the block clean."""
+    bounds = []
+    for tokens, prompt_mask in zip(torch.from_numpy(data.tokens), data.prompt_mask, strict=True):
+        bound = 0.0
+        for start in range(0, LENGTH, block_size):
+            end = start + block_size
+            places = [place for place in range(start, end) if not prompt_mask[place]]
+            for n in range(1, len(places) + 1):
+                sets = list(itertools.combinations(places, n))
+                for masked in sets:
+                    xt = tokens[:end].clone()
+                    xt[list(masked)] = MASK_ID
+                    logits = model.logits(xt[None])[0]
+                    nll = [-float(oracle.log_softmax(logits[place])[tokens[place]]) for place in masked]
+                    bound += sum(nll) / n / len(sets)
+        bounds.append(bound)
+    return bounds
+
+
+@pytest.mark.parametrize(("objective", "block_size"), [(UNIFORM, LENGTH), (BLOCK, 3)], ids=["full", "blocks"])
+def test_the_bound_is_the_sum_over_all_masks(objective: dict[str, Any], block_size: int) -> None:
+    model, data = random_model(), rows(4)
+    found = measure(model, data, objective, n_draws=160)
+    expected = sum(enumerated(model, data, block_size)) / found.n_tokens.sum()
+    assert 0 < found.mask_error < 0.03 * expected
+    assert abs(found.nats_per_token - expected) < 4 * found.mask_error
+
+
+def test_more_draws_shrink_the_error_as_the_square_root_of_their_number() -> None:
+    """Systematic draws of n make it a little better than that. The stated error is that of the estimate."""
+    model, data = random_model(), rows(40)
+    expected = sum(enumerated(model, data, LENGTH)) / measure(model, data, UNIFORM, 2).n_tokens.sum()
+    few, many = (measure(model, data, UNIFORM, n_draws, batch_size=40) for n_draws in (8, 128))
+    assert 3 < few.mask_error / many.mask_error < 7
+    for found in (few, many):
+        assert abs(found.nats_per_token - expected) < 4 * found.mask_error
+
+
+class Exact:
+    """Stands for a model that knows the distribution of its data, a table of probabilities of all bit strings."""
+
+    def __init__(self, probabilities: Tensor) -> None:
+        self.table = probabilities  # float64 [2, ..., 2], one axis per position
+
+    def __call__(self, xt: Tensor, x0: Tensor, weight: Tensor) -> TokenScores:
+        nll = torch.zeros(weight.shape)
+        for row, place in weight.nonzero().tolist():
+            known = tuple(slice(None) if token == MASK_ID else int(token) for token in xt[row])
+            n_before = sum(token == MASK_ID for token in xt[row, :place].tolist())
+            likely = self.table[known].movedim(n_before, 0).reshape(2, -1).sum(1)
+            nll[row, place] = -math.log(likely[x0[row, place]] / likely.sum())
+        return TokenScores((weight * nll).sum(), nll, nll)
+
+
+def test_the_bound_of_a_model_that_knows_its_data_is_their_entropy() -> None:
+    """Every order of filling then gives the same probability."""
+    generator = torch.Generator().manual_seed(3)
+    counts = torch.randint(0, 9, (2,) * 4, generator=generator)
+    tokens = [list(string) for string in itertools.product((0, 1), repeat=4) for _ in range(int(counts[string]))]
+    data = ArrayData(np.array(tokens), np.zeros((len(tokens), 4), dtype=bool), MASK_ID)
+    table = counts.double() / counts.sum()
+    entropy = -sum(float(p) * math.log(p) for p in table.flatten() if p > 0)
+    found = measure(Exact(table), data, UNIFORM, n_draws=64)
+    assert not found.exact
+    assert found.mask_error < 0.02
+    assert abs(found.nats_per_token - entropy / 4) < 4 * found.mask_error
+
+
+@torch.no_grad()
+def test_an_autoregressive_model_gets_the_chain_rule_up_to_the_first_end() -> None:
+    model, data = random_model(causal=True), rows(7)
+    model.shifted = True
+    found = measure(model, data, {"name": "autoregressive"}, n_draws=2)
+    assert found.exact
+    assert found.mask_error == 0
+    for row in range(7):
+        tokens, expected, n = torch.from_numpy(data.tokens[row]), 0.0, 0
+        for place in (place for place in range(1, LENGTH) if not data.prompt_mask[row, place]):
+            expected -= float(oracle.log_softmax(model.logits(tokens[None, :place])[0, -1])[tokens[place]])
+            n += 1
+            if tokens[place] == 0:
+                break
+        assert found.per_row[row] == pytest.approx(expected, rel=1e-5)
+        assert found.n_tokens[row] == n
+
+
+@pytest.mark.parametrize("objective", [UNIFORM, BLOCK], ids=["full", "blocks"])
+def test_a_row_has_the_same_masks_in_every_batch_and_draws_nothing_from_generators(objective: dict[str, Any]) -> None:
+    model, data = random_model(), rows(9)
+    state = torch.get_rng_state()
+    whole = measure(model, data, objective, n_draws=4, batch_size=9)
+    assert torch.equal(torch.get_rng_state(), state)
+    part = ArrayData(data.tokens[:4], data.prompt_mask[:4], MASK_ID, eos_id=0)
+    np.testing.assert_allclose(measure(model, part, objective, 4, 3).per_row, whole.per_row[:4], rtol=1e-5)
+
+
+def test_the_error_of_a_ratio_is_that_of_drawn_rows() -> None:
+    """Rows with more tokens have more nats: the error of the ratio is smaller than that of the sum."""
+    rng = np.random.default_rng(0)
+    n_tokens = rng.integers(5, 50, (2000, 40))
+    nats = n_tokens * 2.0 + rng.normal(size=n_tokens.shape) * n_tokens
+    ratios = nats.sum(1) / n_tokens.sum(1)
+    stated = np.mean([ratio_error(nats[i], n_tokens[i]) for i in range(2000)])
+    assert stated == pytest.approx(ratios.std(), rel=0.06)
+    assert math.isnan(ratio_error(nats[0, :1], n_tokens[0, :1]))

@@ -68,7 +68,9 @@ def measure(options: Namespace, benchmark: Benchmark) -> None:
     times = time_in_turn(calls, device, options.iterations, options.seconds, options.n_warmup)
     gflop_per_ms = 2e-9 * size**3 / float(np.median(times["product"]))
     rows = [build_row(case, times, peaks, gflop_per_ms) for case in benchmark.cases]
-    notes = [f"{key}: {text}" for key, text in LEGEND.items() if key in rows[-1]] + benchmark.remarks(times)
+    notes = [f"{key}: {text}" for key, text in LEGEND.items() if any(key in row for row in rows)] + benchmark.remarks(
+        times
+    )
     notes.append(f"medians of {len(times['product'])} rounds; matrix product: {1000 * gflop_per_ms:,.0f} GFLOP/s")
     about = {"machine": machine(device, benchmark.dtype), "command": f"python -m bench {' '.join(options.arguments)}"}
     notes += [f"{key}: {text}" for key, text in about.items()]

@@ -1,14 +1,18 @@
-"""The sampler beside a loop over rows: boards at one token per step, or TinyGSM's shape.
+"""The sampler beside a loop over rows, and its other rules: boards at one token per step, or TinyGSM's shape.
 
 All steps of a run cost much the same, so every row takes a few (`--steps`). A board has that many cells left. A program
 is masked so far, and filled in equal parts, that on average half of it is masked, as over a whole run. The samplers may
 choose differently at near ties: products of one and of many rows round differently.
+
+The other rules are set so that with random weights they take about as many evaluations: what differs is their cost in
+a pass.
 """
 
 from __future__ import annotations
 
 import math
 from argparse import Namespace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +21,7 @@ from torch import Tensor
 
 from bench import dense
 from bench.inputs import read_inputs
-from bench.measure import Benchmark, Case
+from bench.measure import Benchmark, Call, Case
 from config import SamplingRule
 from data.sudoku import SudokuSettings
 from model.transformer import build_model
@@ -47,6 +51,22 @@ def build(options: Namespace) -> Benchmark:
         with autocast(device, dtype):
             results["ours"] = sample_full(model, xt, mask_id, SamplingRule(tokens_per_step=per_step)).tokens
 
+    bound = (per_step - 1) * math.log(config.model.vocab_size - 1)  # random weights: entropies just below log V
+    rules = {
+        "threshold": SamplingRule(tokens_per_step=per_step, threshold=0.99),
+        "stable": SamplingRule(tokens_per_step=per_step, threshold=0.99, kl_bound=0.01),
+        "entropy_bound": SamplingRule(confidence="neg_entropy", entropy_bound=bound),
+        "remask": SamplingRule(revise="remask", n_passes=n_steps),
+        "plan": SamplingRule(revise="plan", n_passes=n_steps),
+        "running_confidence": SamplingRule(revise="running_confidence", n_passes=n_steps),
+    }
+    evaluations: dict[str, float] = {}
+
+    def by_rule(name: str) -> None:
+        with autocast(device, dtype):
+            found = sample_full(model, xt, mask_id, rules[name])
+        evaluations[name] = float(found.nfe.double().mean())
+
     def row_loop() -> None:
         with autocast(device, dtype):
             results["dense"] = dense.sample(model, xt, mask_id, per_step)
@@ -55,6 +75,12 @@ def build(options: Namespace) -> Benchmark:
         agree = (results["ours"] == results["dense"])[xt == mask_id].double().mean()
         return {"nfe": n_steps, "tokens_per_step": per_step, "agreement": f"{agree:.1%}"}
 
-    case = Case(config.data.dataset, "ours", "dense", int((xt == mask_id).sum()), "tokens", facts)
+    n_tokens = int((xt == mask_id).sum())
+    cases = [Case(config.data.dataset, "ours", "dense", n_tokens, "tokens", facts)]
+    cases += [
+        Case(name, name, None, n_tokens, "tokens", partial(lambda name: {"nfe": evaluations[name]}, name))
+        for name in rules
+    ]
+    paths: dict[str, Call] = {name: partial(by_rule, name) for name in rules}
     title = f"Sampling with random weights, {n_rows} rows of {data.length} tokens"
-    return Benchmark(title, {"ours": ours, "dense": row_loop}, [case], device, dtype)
+    return Benchmark(title, {"ours": ours, "dense": row_loop} | paths, cases, device, dtype)

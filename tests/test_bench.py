@@ -107,9 +107,12 @@ def test_profile(config_file, capsys):
 
 @pytest.mark.parametrize("options", [["--batch", 3], ["--config", TINYGSM, "--length", 32, "--vocab", 64]])
 def test_sample(tmp_path, options):
-    (row,) = bench("sample", *options, "--steps", 2, "--no-memory", *SMALL, json_file=tmp_path / "rows.json")
+    row, *rules = bench("sample", *options, "--steps", 2, "--no-memory", *SMALL, json_file=tmp_path / "rows.json")
     assert row["agreement"] == "100.0%"
     assert row["nfe"] == 2
+    names = ["threshold", "stable", "entropy_bound", "remask", "plan", "running_confidence"]
+    assert [rule["name"] for rule in rules] == names
+    assert all(1 <= rule["nfe"] <= 2 for rule in rules)
 
 
 def test_data(tmp_path):

@@ -37,6 +37,8 @@ from config import DEFAULT_RULE, Config, SamplingRule
 from data.dataset import AnswerVerdict, DataSet
 from data.foreign import CommandParser, ends_with_message, escape, whole_number
 from data.questions import STANDARD_INPUT, Question, read_questions
+from data.text import decode_programs
+from samplers.infill import check_infills, encode_template
 from samplers.options import add_rule_options, rule_of
 
 if TYPE_CHECKING:
@@ -182,6 +184,25 @@ class Trained:
         self.check_option("prompt", "complete")
         return self._ask(prompts, gold, rule, seed, batch_size, trace)
 
+    def fill(
+        self,
+        templates: list[str] | tuple[str, ...],
+        rule: SamplingRule = DEFAULT_RULE,
+        *,
+        seed: int = 0,
+        batch_size: int = BATCH_SIZE,
+        trace: bool = False,
+    ) -> list[Answer]:
+        """Fill the holes of texts, such as `def f(): <3> return x` with a hole of three tokens; otherwise as `solve`.
+
+        An answer is the whole text; nothing is said of whether it is right.
+
+        Raises:
+            ValueError: see `samplers.infill.encode_template`.
+        """
+        asked = [Question(text, source=f"template {number}") for number, text in enumerate(templates, 1)]
+        return list(self.answers(asked, rule, seed=seed, batch_size=batch_size, trace=trace, holes=True))
+
     def check_option(self, option: str, name: str) -> None:
         """Raise ValueError, which names the call or option `name`, unless the model answers a `puzzle` or `prompt`."""
         wanted = self.data.question_option
@@ -219,23 +240,30 @@ class Trained:
         seed: int = 0,
         batch_size: int = BATCH_SIZE,
         trace: bool = False,
+        holes: bool = False,
     ) -> Iterator[Answer]:
         """Answers in order, as each batch is finished; a progress bar on a terminal. For arguments see `solve`.
+
+        Args:
+            holes: the questions are texts with holes, see `fill`.
 
         Raises:
             ValueError: questions are invalid (all are checked first, and named), or the rule does not work with this
                 model.
         """
         rule.check(causal=self.config.causal)
-        prompts, golds = self._encode(questions)
-        return self._sample(questions, prompts, golds, rule, seed, batch_size, trace)
+        prompts, golds = self._encode(questions, holes)
+        return self._sample(questions, prompts, golds, rule, seed, batch_size, trace, holes)
 
-    def _encode(self, questions: Sequence[Question]) -> tuple[np.ndarray, list[str | None]]:
+    def _encode(self, questions: Sequence[Question], holes: bool) -> tuple[np.ndarray, list[str | None]]:
         """Prompts (int64 [n, L]) and right answers; ValueError names all invalid questions."""
+        if holes:
+            check_infills(self.config)
         rows, golds, problems = [], [], []
         for question in questions:
             try:
-                rows.append(self.data.encode(question.text))
+                text = question.text
+                rows.append(encode_template(text, self.data, self.config) if holes else self.data.encode(text))
                 golds.append(None if question.gold is None else self.data.check_gold(question.gold))
             except ValueError as error:
                 problems.append(f"{question.source}: {error}" if question.source else str(error))
@@ -255,6 +283,7 @@ class Trained:
         seed: int,
         batch_size: int,
         trace: bool,
+        holes: bool,
     ) -> Iterator[Answer]:
         import torch
 
@@ -281,13 +310,17 @@ class Trained:
                         **record,
                     )
                 tokens, order = result.tokens.cpu().numpy(), result.order.cpu().numpy()
-                verdicts = data.verdicts(prompts[rows], tokens, golds[rows])
+                if holes:
+                    texts = decode_programs(data.tokenizer, tokens, np.zeros(tokens.shape, dtype=bool))
+                    verdicts = [AnswerVerdict(text) for text in texts]
+                else:
+                    verdicts = data.verdicts(prompts[rows], tokens, golds[rows])
                 for i, verdict in enumerate(verdicts):
                     question, prompt = questions[start + i].text, prompts[start + i]
                     passes = result.history(i) if trace else []
                     yield Answer(
                         question,
-                        data.show(prompt, tokens[i], order[i]),
+                        escape(verdict.answer, keep="\n\t") if holes else data.show(prompt, tokens[i], order[i]),
                         verdict,
                         tokens[i],
                         order[i],
@@ -346,7 +379,7 @@ def record_of(answer: Answer, option: str) -> dict[str, Any]:
     """An answer as a line of a file; the same keys for all answers of a model.
 
     Args:
-        option: what the model's data set calls a question, `puzzle` or `prompt`.
+        option: what a question is called: `puzzle`, `prompt` or `template`.
     """
     verdict = answer.verdict
     return {
@@ -428,6 +461,12 @@ def _parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, S
         help="a question in words, to which TinyGSM writes a program; or 123+456; repeatable",
     )
     parser.add_argument(
+        "--template",
+        action="append",
+        default=[],
+        help="a text with holes for a model of text: `def f(): <3> return x` has a hole of three tokens; repeatable",
+    )
+    parser.add_argument(
         "--gold", action="append", default=[], help="the right answer to a --prompt, one for each, in their order"
     )
     parser.add_argument(
@@ -442,8 +481,10 @@ def _parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, S
     parser.add_argument("--batch-size", type=whole_number(1, 1 << 20), default=BATCH_SIZE, help="questions per pass")
     parser.add_argument("--device", default="auto", choices=DEVICES)
     options = parser.parse_args(arguments)
-    if not (options.puzzle or options.prompt or options.input):
-        parser.error("give a question: --puzzle, --prompt or --input")
+    if not (options.puzzle or options.prompt or options.input or options.template):
+        parser.error("give a question: --puzzle, --prompt, --template or --input")
+    if options.template and (options.puzzle or options.prompt or options.input):
+        parser.error("--template goes with no other question: leave out --puzzle, --prompt and --input")
     if options.gold and len(options.gold) != len(options.prompt):
         parser.error(f"--gold: {len(options.gold)} for {len(options.prompt)} of --prompt; give one each, or none")
     return options, rule_of(parser, options)
@@ -452,9 +493,9 @@ def _parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, S
 def _questions(options: argparse.Namespace, trained: Trained) -> list[Question]:
     """All questions of the command line: those of the options, then those of the file."""
     questions = []
-    for option in ("puzzle", "prompt"):
+    for option in ("puzzle", "prompt", "template"):
         texts = getattr(options, option)
-        if texts:
+        if texts and option != "template":
             trained.check_option(option, f"--{option}")
         golds = options.gold if option == "prompt" and options.gold else [None] * len(texts)
         sources = [f"--{option} {number}" if len(texts) > 1 else "" for number in range(1, len(texts) + 1)]
@@ -504,11 +545,13 @@ def main(arguments: list[str] | None = None) -> None:
         questions = _questions(options, trained)
         if options.trace is not None:
             _check_trace_file(options.trace, len(questions))
+        holes, traces = bool(options.template), options.trace is not None
         answers = trained.answers(
-            questions, rule, seed=options.seed, batch_size=options.batch_size, trace=options.trace is not None
+            questions, rule, seed=options.seed, batch_size=options.batch_size, trace=traces, holes=holes
         )
         verdicts, traced = [], []
-        with _output(options.out, trained.data.question_option, several=len(questions) > 1) as put:
+        name = "template" if holes else trained.data.question_option
+        with _output(options.out, name, several=len(questions) > 1) as put:
             for answer in answers:
                 put(answer)
                 verdicts.append(answer.verdict.right)

@@ -15,7 +15,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import ROOT, UNIFORM, tiny_settings
+from conftest import ROOT, UNIFORM, tiny_gsm_settings, tiny_settings
 from helpers import assert_distribution, model_settings, random_generator, random_model
 from PIL import Image, ImageSequence
 from torch import Tensor
@@ -25,7 +25,8 @@ import train
 from config import Confidence, SamplingRule
 from data.sudoku import parse_puzzle
 from model.hub import pack_run
-from model.transformer import Transformer
+from model.transformer import Transformer, build_model
+from runtime.config_file import parse_config
 from samplers.full import sample_full
 from samplers.step import Samples
 
@@ -583,3 +584,25 @@ def test_the_example_of_the_page_runs(
         assert made.size == shown.size
         assert len(list(ImageSequence.Iterator(made))) == 18, "51 empty cells, three per pass"
     assert sampling.load().solve("." * 81, SamplingRule(tokens_per_step=81), trace=True)._repr_html_() is not None
+
+
+def test_holes_of_texts_are_filled_and_the_rest_is_kept(tmp_path: Path) -> None:
+    config = parse_config(tiny_gsm_settings(tmp_path), "test")
+    model = build_model(config)
+    model.reset_parameters(torch.Generator().manual_seed(0))
+    trained = sampling.Trained(model.eval(), config, config.open_data(), torch.device("cpu"))
+    first, second = trained.fill(["return <3>+ x", "return<1>"], trace=True)
+    assert first.text.startswith("return ")
+    assert first.text.endswith("+ x")
+    assert (first.nfe, second.nfe) == (3, 1)
+    assert first.verdict.right is None
+    assert first.trace is not None
+    with pytest.raises(ValueError, match="2 of 2 .* are invalid\n  template 1: .* has no hole"):
+        trained.fill(["return x", "return <0>"])
+
+
+def test_templates_go_with_no_other_question(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        sampling.main(["--template", "return <3>", "--puzzle", PUZZLE])
+    assert stop.value.code == 2
+    assert "--template goes with no other question" in capsys.readouterr().err

@@ -597,7 +597,7 @@ def test_holes_of_texts_are_filled_and_the_rest_is_kept(tmp_path: Path) -> None:
     assert (first.nfe, second.nfe) == (3, 1)
     assert first.verdict.right is None
     assert first.trace is not None
-    with pytest.raises(ValueError, match="2 of 2 .* are invalid\n  template 1: .* has no hole"):
+    with pytest.raises(ValueError, match=r"2 of 2 .* are invalid\n  template 1: .* has no hole"):
         trained.fill(["return x", "return <0>"])
 
 

@@ -131,7 +131,7 @@ def _predict_chunk(
         if previous is not None:
             other = torch.empty_like(logits)
             _write_allowed_logits(previous, rows, banned - start, vocab_size - start, other)
-            cross.append(torch.linalg.vecdot(logits.exp(), other))  # logits are relative to the tile's largest now
+            cross.append(_dot(logits.exp(), other))  # logits are relative to the tile's largest now
             other_totals.append(other.logsumexp(dim=1))
     every = _TileSummary(*(torch.stack(part) for part in zip(*tiles, strict=True)))  # [M, n]
     largest, total, scale = combine_tiles(every.largest, every.total)
@@ -193,8 +193,14 @@ def _summarize_tile(
         logit = logits.gather(1, column[:, None]).squeeze(1)
     logits.sub_(largest[:, None])
     exponentials = logits.exp()
-    moment = torch.linalg.vecdot(exponentials, logits)
+    moment = _dot(exponentials, logits)
     return _TileSummary(column + first, logit, score, largest, second, exponentials.sum(dim=1), moment), top
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Dot products of the rows of two float32 [n, v]; [n]. Autocast would round them to bfloat16."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.linalg.vecdot(a, b)
 
 
 def hash_uniform(key: Tensor) -> Tensor:

@@ -279,6 +279,32 @@ def test_predictions_equal_the_oracle(
         assert float(predicted.neg_entropy[place]) == pytest.approx(confidence["neg_entropy"], abs=1e-5)
 
 
+@pytest.mark.parametrize("tile_tokens", [4, 1000])
+def test_current_tokens_and_divergence_equal_the_oracle_under_autocast_too(
+    monkeypatch: pytest.MonkeyPatch, tile_tokens: int
+) -> None:
+    """Where logits are large, sums of products in bfloat16 would make a divergence of 0 look like 0.05."""
+    monkeypatch.setattr(sizes, "TILE_TOKENS", tile_tokens)
+    generator = torch.Generator().manual_seed(0)
+    head, states = (torch.randn(shape, generator=generator) for shape in ((11, 8), (6, 8)))
+    states = 8 * states
+    previous = states.clone()
+    previous[:3] += torch.randn(3, 8, generator=generator)
+    current = torch.tensor([0, 1, 2, 3, 9, 10])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = predict_tokens(states, head, banned=4, current=current, previous=previous)
+    logits, others = (each.double() @ head.double().T for each in (states, previous))  # a small head stays float32
+    logits[:, 4] = others[:, 4] = -1e30
+    assert found.current_log_prob is not None
+    assert found.kl is not None
+    for place in range(6):
+        log_p, log_q = oracle.log_softmax(logits[place]), oracle.log_softmax(others[place])
+        divergence = float((log_p.exp() * (log_p - log_q)).sum())
+        assert float(found.kl[place]) == pytest.approx(divergence, rel=1e-4, abs=1e-4)
+        assert float(found.current_log_prob[place]) == pytest.approx(float(log_p[current[place]]), abs=1e-4)
+        assert float(found.neg_entropy[place]) == pytest.approx(float((log_p.exp() * log_p).sum()), abs=1e-4)
+
+
 def test_no_position_gives_no_prediction() -> None:
     predicted = predict_tokens(torch.empty(0, WIDTH), torch.randn(11, WIDTH), 0)
     assert [len(part) for part in predicted[:4]] == [0] * 4

@@ -50,6 +50,7 @@ RUN = {
     "python -m model.hub pack": "",
     "python sampling.py": "",
     "python -m eval.evaluate": "validation.n_final_examples=8",
+    "python -m eval.likelihood": "--rows 8 --draws 2",
     "python -m eval.gsm8k_eval grade": "",
     "python -m report.curves": "",
     "python -m report.runs": "",

@@ -29,6 +29,7 @@ NumberOfStages = Annotated[int, Field(gt=0, le=1 << 20)]  # the records hold a s
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Confidence = Literal["top_prob", "top_prob_margin", "neg_entropy", "random"]
 Revision = Literal["remask", "plan", "running_confidence"]
+WandbMode = Literal["auto", "online", "offline", "disabled"]
 BlockAttention = Literal["prefix", "block_causal"]
 
 
@@ -239,6 +240,9 @@ class TrainingSettings(Settings):
     log_every: int = Field(50, gt=0, description="steps between records", json_schema_extra=FREE_ON_RESUME)
     eval_every: int = Field(1000, gt=0, description="steps between evaluations", json_schema_extra=FREE_ON_RESUME)
     save_every: int = Field(1000, gt=0, description="steps between checkpoints", json_schema_extra=FREE_ON_RESUME)
+    tensorboard: bool = Field(
+        False, description="also write the records as files of TensorBoard", json_schema_extra=FREE_ON_RESUME
+    )
     keep_checkpoints: int = Field(
         2, gt=0, description="number of newest checkpoints to keep, besides the best", json_schema_extra=FREE_ON_RESUME
     )
@@ -435,12 +439,17 @@ class WandbSettings(Settings):
 
     free_on_resume: ClassVar[bool] = True
 
-    mode: Literal["online", "offline", "disabled"] = Field(
-        "disabled", description="where wandb records; a missing network never stops a run"
+    mode: WandbMode = Field(
+        "disabled",
+        description="where wandb records; auto: online if a key is configured, else disabled; a missing network never "
+        "stops a run",
     )
     project: str = Field("puma", description="wandb project")
     name: str | None = Field(None, description="name of the run; null: the run directory's name")
     entity: str | None = Field(None, description="wandb user or team")
+    group: str | None = Field(None, description="group of the run; null: the same for all seeds of these settings")
+    job_type: str = Field("train", description="what kind of run it is, to filter by")
+    tags: tuple[str, ...] = Field((), description="labels of the run")
 
 
 class Config(Settings):

@@ -43,7 +43,7 @@ from report.curves import AXES, draw_curves
 from report.page import PAGE_FILE, write_page
 from runtime.checkpoint import REMEDY, Checkpoint, resumable_checkpoint, step_folders
 from runtime.command import shell_command
-from runtime.config_file import changed_settings, dump_config, flatten, read_config
+from runtime.config_file import changed_settings, dump_config, read_config
 from runtime.distributed import fail_once, is_reporting, main_first, on_main, start_world, stop_world
 from runtime.history import Session
 from runtime.lock import lock_run
@@ -114,7 +114,7 @@ def open_records(run: Run) -> Recorder | None:
         run.session.open(run.run_dir, run.world, run.step, run.n_steps)
         # The row of a step whose evaluation is still due is written with it.
         from_step = run.step if run.unrecorded is None else run.step - 1
-        recorders.append(Recorder(run.run_dir, run.config.wandb, flatten(run.config), from_step))
+        recorders.append(Recorder(run.run_dir, run.config, from_step))
 
     on_main(open_recorder)
     return recorders[0] if recorders else None
@@ -192,8 +192,8 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
                 if run.unrecorded is not None:
                     evaluation = measure()
                     if recorder:
-                        recorder.write(run.unrecorded | evaluation.metrics())
-                        show_evaluation(run, evaluation, recorder, bar)
+                        recorder.write(run.unrecorded | evaluation.metrics(), evaluation.samples)
+                        show_evaluation(run, evaluation, bar)
                     run.unrecorded, evaluated_step = None, run.step
                     if saved_step == run.step:
                         score_run(run, evaluation.accuracy)
@@ -215,15 +215,13 @@ def show_progress(run: Run, metrics: dict[str, Any], bar: tqdm) -> None:
         say(f"step {run.step:,} of {run.n_steps:,}: {status}, {1 / step_s:.3g} steps/s, {left} left")
 
 
-def show_evaluation(run: Run, evaluation: Evaluation, recorder: Recorder, bar: tqdm) -> None:
-    """Show the accuracy as a line, and keep the sampled answers."""
+def show_evaluation(run: Run, evaluation: Evaluation, bar: tqdm) -> None:
+    """Show the accuracy as a line."""
     line = f"step {run.step:,}: {evaluation.table().splitlines()[1]}"
     if bar.disable:
         say(line)
     else:
         bar.write(line)
-    if evaluation.samples:
-        recorder.table("samples", evaluation.samples, run.step)
 
 
 def say(line: str) -> None:
@@ -253,17 +251,20 @@ def finish(run: Run, data: DataSet, evaluation: Evaluation, recorder: Recorder) 
     }
     write_text(run.run_dir / FINAL_FILE, json.dumps(final, indent=1) + "\n")
     run.session.write("complete", run.step)
+    pictures, page = {}, None
     try:
         for axis in AXES:
             picture = run.run_dir / f"curves_{axis}.png"
             draw_curves([run.run_dir], axis, picture)
-            recorder.picture(f"curves/{axis}", picture)
+            pictures[f"curves/{axis}"] = picture
     except Exception as error:  # the run is complete, with or without pictures
         warnings.warn(f"{picture} cannot be drawn ({error})", RuntimeWarning, stacklevel=2)
     try:
-        recorder.page(write_page(run.run_dir))
+        page = write_page(run.run_dir)
     except Exception as error:
         warnings.warn(f"{run.run_dir / PAGE_FILE} cannot be written ({error})", RuntimeWarning, stacklevel=2)
+    figures = ("accuracy", "n", "nfe", "train_seconds", "steps")
+    recorder.final({name: final[name] for name in figures} | {"loss": evaluation.loss}, pictures, page)
     return final
 
 

@@ -6,6 +6,7 @@ python -m runtime.config_file docs/settings.md     # updates the table of all se
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
 import sys
@@ -120,6 +121,14 @@ def flatten(config: Config) -> dict[str, Any]:
         for section, settings in config.model_dump(mode="json").items()
         for key, value in settings.items()
     }
+
+
+def setting_name(config: Config) -> str:
+    """A name that runs share if their settings differ only in the seed or in what does not change the result."""
+    free = {*_free_settings(config), "training.seed"}
+    facts = {key: value for key, value in flatten(config).items() if key not in free}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return f"{config.data.dataset}_{config.objective.name}_{digest[:6]}"
 
 
 def changed_settings(old: Config, new: Config) -> list[str]:

@@ -1,8 +1,8 @@
-"""Records of a run: `metrics.jsonl`, and wandb if the settings enable it.
+"""Records of a run: `metrics.jsonl`, and wandb and TensorBoard if the settings enable them.
 
 Each row of metrics.jsonl is one JSON object with `step`, `seconds` (of training, without evaluation) and
-`sequences_distinct`, the three x-axes of the curves. wandb gets the same rows; an error of wandb gives one warning and
-does not stop the run.
+`sequences_distinct`, the three x-axes of the curves. wandb and TensorBoard get the same rows, and when a run resumes
+those that they lack; an error of theirs gives one warning and does not stop the run.
 """
 
 from __future__ import annotations
@@ -14,44 +14,69 @@ import resource
 import secrets
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from config import WandbSettings
+from config import Config, WandbMode
 from data.files import write_text
-from data.foreign import parse_object, read_lines, reading
+from data.foreign import BadInput, parse_object, read_lines, reading
+from runtime.config_file import setting_name
 from runtime.distributed import World, sum_over_ranks
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_INIT_TIMEOUT_S = 60
+PlainMode = Literal["online", "offline", "disabled"]
+WANDB_MODES: tuple[PlainMode, ...] = ("online", "offline", "disabled")
+WANDB_HOST = "api.wandb.ai"
+HEADLINE = "validation/accuracy/"  # the first such key of a row is the headline figure
 
 
 class Recorder:
     """Writes the records; only the main process has one."""
 
-    def __init__(self, run_dir: Path, settings: WandbSettings, config: dict[str, Any], from_step: int) -> None:
+    def __init__(self, run_dir: Path, config: Config, from_step: int) -> None:
         """Open the records of a run that continues at `from_step`; rows of later steps are deleted.
 
         Raises:
             WriteError: the records cannot be written.
         """
         self.path = run_dir / METRICS_FILE
+        self._best = -1.0  # accuracy so far, for the summary of wandb
         kept = [row for row in read_metrics(run_dir) if row["step"] <= from_step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._wandb = _start_wandb(run_dir, settings, config)
+        self._wandb = _start_wandb(run_dir, config)
+        # The steps of wandb are those of training, so its next step tells which rows it has: a process that is killed
+        # may leave some unsent, and may have sent later ones, which training is about to repeat. Offline it has none.
+        self._wandb_step = 0 if self._wandb is None else self._wandb.step
+        self._tensorboard = _start_tensorboard(run_dir) if config.training.tensorboard else None
+        for row in kept if self._wandb is not None or self._tensorboard is not None else ():
+            self._send(row, _read_samples(run_dir, row["step"]))
 
-    def write(self, values: dict[str, Any]) -> None:
-        """Append one row; values that are not finite are left out."""
+    def write(self, values: dict[str, Any], samples: Sequence[dict[str, Any]] = ()) -> None:
+        """Append one row, without values that are not finite, and write sampled answers to `samples_<step>.jsonl`.
+
+        Args:
+            samples: all with the same keys.
+        """
         row = {
             key: value for key, value in values.items() if not (isinstance(value, float) and not math.isfinite(value))
         }
+        if samples:
+            path = _samples_file(self.path.parent, row["step"])
+            try:
+                path.write_text("".join(json.dumps(each) + "\n" for each in samples), encoding="utf-8")
+            except OSError as error:
+                _warn_unwritten(path, error)
         self._append(json.dumps(row) + "\n")
-        self._send(row)
+        self._send(row, samples)
 
     def _append(self, line: str) -> None:
         """Append a whole line, or nothing if the disk is full; training continues."""
@@ -67,69 +92,98 @@ class Recorder:
         except OSError as error:
             _warn_unwritten(self.path, error)
 
-    def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
-        """Write rows (all with the same keys) to `<name>_<step>.jsonl` and show them in wandb."""
-        path = self.path.with_name(f"{name}_{step:08d}.jsonl")
-        try:
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        except OSError as error:
-            _warn_unwritten(path, error)
-        if self._wandb is not None:
+    def final(self, figures: dict[str, Any], pictures: dict[str, Path], page: Path | None) -> None:
+        """Show the result of a complete run in wandb.
+
+        Args:
+            figures: for its summary, as `final/<name>`.
+            pictures: files by name.
+            page: the run's page, kept as an artefact; None if there is none.
+        """
+        with self._talking_to_wandb() as run:
+            if run is None:
+                return
             import wandb
 
-            # As text: a column of a wandb table holds one type, and programs return values of any type.
-            cells = [[str(value) for value in row.values()] for row in rows]
-            self._send({name: wandb.Table(columns=list(rows[0]), data=cells), "step": step})
-
-    def picture(self, name: str, path: Path) -> None:
-        """Show a picture file in wandb."""
-        if self._wandb is not None:
-            try:
-                import wandb
-
-                self._wandb.log({name: wandb.Image(str(path))})
-            except Exception as error:
-                self._give_up(error)
-
-    def page(self, path: Path) -> None:
-        """Keep the run's page as an artefact in wandb."""
-        if self._wandb is not None:
-            try:
-                import wandb
-
-                artefact = wandb.Artifact(f"report-{self._wandb.id}", type="report")
-                artefact.add_file(str(path))
-                self._wandb.log_artifact(artefact)
-            except Exception as error:
-                self._give_up(error)
+            run.summary.update({f"final/{name}": value for name, value in figures.items()})
+            if pictures:
+                run.log({name: wandb.Image(str(path)) for name, path in pictures.items()})
+            if page is not None:
+                artefact = wandb.Artifact(f"report-{run.id}", type="report")
+                artefact.add_file(str(page))
+                run.log_artifact(artefact)
 
     def close(self) -> None:
-        """Finish the wandb run."""
-        if self._wandb is not None:
+        """Finish the wandb run and the files of TensorBoard."""
+        with self._talking_to_wandb() as run:
+            if run is not None:
+                run.finish()
+        self._wandb = None
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+
+    def _send(self, row: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
+        """Pass a row on to wandb and TensorBoard."""
+        accuracy: Any = next(
+            (value for key, value in row.items() if key.startswith(HEADLINE)), None
+        )  # of the first rule
+        is_best = isinstance(accuracy, (int, float)) and accuracy > self._best
+        if is_best:
+            self._best = float(accuracy)
+        with self._talking_to_wandb() as run:
+            if run is not None:
+                if row["step"] >= self._wandb_step:
+                    run.log(row | _wandb_media(row, samples), step=row["step"], commit=True)
+                if is_best:
+                    run.summary.update({"best/accuracy": accuracy, "best/step": row["step"]})
+        if self._tensorboard is not None:
             try:
-                self._wandb.finish()
+                for key, value in row.items():
+                    if key != "step" and isinstance(value, (int, float)):
+                        self._tensorboard.add_scalar(key, value, row["step"])
+                self._tensorboard.flush()
             except Exception as error:
-                _warn(error)
+                warnings.warn(f"TensorBoard is off for the rest of this run: {error}", RuntimeWarning, stacklevel=3)
+                self._tensorboard = None
+
+    @contextmanager
+    def _talking_to_wandb(self) -> Iterator[Any]:
+        """The wandb run, None if it is off. No failure of network or service stops training: it is off from then on."""
+        try:
+            yield self._wandb
+        except Exception as error:
+            _warn(error)
             self._wandb = None
 
-    def _send(self, row: dict[str, Any]) -> None:
-        if self._wandb is None:
-            return
-        try:
-            import wandb
 
-            histograms = {
-                key: wandb.Histogram(np_histogram=(np.array(value), np.arange(len(value) + 1)))
-                for key, value in row.items()
-                if isinstance(value, list)
-            }
-            self._wandb.log(row | histograms)
-        except Exception as error:  # no failure of network or service stops training
-            self._give_up(error)
+def _samples_file(run_dir: Path, step: int) -> Path:
+    return run_dir / f"samples_{step:08d}.jsonl"
 
-    def _give_up(self, error: Exception) -> None:
-        _warn(error)
-        self._wandb = None
+
+def _read_samples(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    """The answers sampled at a step; none if they cannot be read."""
+    path = _samples_file(run_dir, step)
+    if path.exists():
+        with suppress(BadInput), reading(f"{path}", "delete it"):
+            return [parse_object(line) for _, line in read_lines(path)]
+    return []
+
+
+def _wandb_media(row: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Lists of a row as histograms, and samples as a table."""
+    import wandb
+
+    media: dict[str, Any] = {
+        key: wandb.Histogram(np_histogram=(np.array(value), np.arange(len(value) + 1)))
+        for key, value in row.items()
+        if isinstance(value, list)
+    }
+    if samples:
+        # As text: a column of a wandb table holds one type, and programs return values of any type.
+        cells = [[str(value) for value in each.values()] for each in samples]
+        media["samples"] = wandb.Table(columns=list(samples[0]), data=cells)
+    return media
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
@@ -172,9 +226,35 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, KiB elsewhere
 
 
-def _start_wandb(run_dir: Path, settings: WandbSettings, config: dict[str, Any]) -> Any:
+def wandb_mode(mode: WandbMode) -> PlainMode:
+    """The mode of wandb on this machine: `auto` is $WANDB_MODE, else online if there is a key, else disabled."""
+    if mode != "auto":
+        return mode
+    for wanted in WANDB_MODES:
+        if os.environ.get("WANDB_MODE") == wanted:
+            return wanted
+    if _has_wandb_key():
+        return "online"
+    print("wandb is off: no key is configured; `wandb login` switches it on, or wandb.mode=offline", flush=True)
+    return "disabled"
+
+
+def _has_wandb_key() -> bool:
+    """Whether wandb would find a key: in the environment, or in the file that `wandb login` writes."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname or WANDB_HOST
+    try:
+        return netrc(os.environ.get("NETRC") or Path.home() / ".netrc").authenticators(host) is not None
+    except (OSError, NetrcParseError, RuntimeError):  # no file, a damaged one, no home
+        return False
+
+
+def _start_wandb(run_dir: Path, config: Config) -> Any:
     """A wandb run with the id kept in the run directory, offline if the network fails; None if it is off or fails."""
-    if settings.mode == "disabled":
+    settings = config.wandb
+    mode = wandb_mode(settings.mode)
+    if mode == "disabled":
         return None
     try:
         import wandb
@@ -186,16 +266,19 @@ def _start_wandb(run_dir: Path, settings: WandbSettings, config: dict[str, Any])
             "project": settings.project,
             "entity": settings.entity,
             "name": settings.name or run_dir.name,
+            "group": settings.group or setting_name(config),
+            "job_type": settings.job_type,
+            "tags": list(settings.tags),
             "id": id_file.read_text(encoding="utf-8").strip(),
             "resume": "allow",
             "dir": str(run_dir),
-            "config": config,
+            "config": config.model_dump(mode="json"),
             "settings": wandb.Settings(init_timeout=WANDB_INIT_TIMEOUT_S),
         }
         try:
-            run = wandb.init(mode=settings.mode, **options)
+            run = wandb.init(mode=mode, **options)
         except Exception as error:
-            if settings.mode == "offline":
+            if mode == "offline":
                 raise
             warnings.warn(
                 f"wandb cannot go online ({error}); records go to {run_dir}/wandb: upload them later with `wandb sync`",
@@ -211,6 +294,27 @@ def _start_wandb(run_dir: Path, settings: WandbSettings, config: dict[str, Any])
     except Exception as error:
         _warn(error)
         return None
+
+
+def _start_tensorboard(run_dir: Path) -> Any:
+    """A writer of event files, which are written anew from the records; None without the package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = run_dir / "tensorboard"
+        for file in folder.glob("events.out.tfevents.*"):
+            file.unlink()
+        return SummaryWriter(str(folder))
+    except ImportError:
+        warnings.warn(
+            "training.tensorboard: the package is not installed, so nothing is written for TensorBoard: "
+            "`pip install tensorboard`, then resume the run",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    except Exception as error:
+        warnings.warn(f"TensorBoard is off for this run: {error}", RuntimeWarning, stacklevel=3)
+    return None
 
 
 def _warn_unwritten(path: Path, error: OSError) -> None:

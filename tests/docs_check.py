@@ -213,6 +213,7 @@ def small_settings(settings: dict[str, Any]) -> dict[str, Any]:
     small["training"] |= {"batch_size": 8, "max_steps": 4, "warmup_steps": 1, "device": "cpu"}
     small["training"] |= {"log_every": 1, "eval_every": 2, "save_every": 2}
     small["validation"] |= {"n_examples": 2, "n_final_examples": 2, "n_loss_rows": 4, "batch_size": 2}
+    small["wandb"] = {"mode": "disabled"}
     data = small["data"]
     if data["dataset"] in ("sudoku", "addition"):
         data |= {"n_train": 64, "n_test": 8}

@@ -163,13 +163,12 @@ def test_samples_say_what_is_wrong_with_a_board(tmp_path):
     sizes = {"n_train": 4, "n_test": 3, "min_clues": 8, "max_clues": 8}
     settings = SudokuSettings(dataset="sudoku", data_dir=str(tmp_path), source="generated", size=4, **sizes)
     data = settings.open(6)
-    boards = data.validation
-    grids = boards.solutions[:3].astype(np.int64)
-    empty = int(np.flatnonzero(boards.puzzles[1] == 0)[0])
+    grids = data.validation.solutions[:3].astype(np.int64)
+    empty = int(np.flatnonzero(data.validation.puzzles[1] == 0)[0])
     grids[1, empty] = 5  # the mask token is never sampled, but a larger vocabulary has other tokens
     grids[2] = swap_digits(grids[2], 1, 2)
     judged = data.judge(np.concatenate([grids, grids], axis=1), np.arange(3))
     assert [sample["verdict"] for sample in judged.samples] == ["solved", "repeats a digit", "changes a clue"]
     assert judged.samples[0]["answer"] == "".join(map(str, grids[0]))
-    assert judged.samples[1]["puzzle"] == "".join(str(d) if d else "." for d in boards.puzzles[1])
+    assert judged.samples[1]["puzzle"] == "".join(str(d) if d else "." for d in data.validation.puzzles[1])
     assert all(len(sample[key]) == 16 for sample in judged.samples for key in ("puzzle", "answer"))

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, run_python, run_ranks, started, started_ranks
+from conftest import ENVIRONMENT, PUMA, run_python, run_ranks, started, started_ranks, tiny_settings
 from forked import Forked
 from safetensors.torch import load_file
 from test_runtime_checkpoint import Malicious, replace_file
@@ -31,9 +31,9 @@ from test_runtime_signals import wait_for_step
 from test_train import assert_same_checkpoint
 
 import train
-from config import WandbSettings
 from runtime import checkpoint as checkpoint_module
 from runtime.checkpoint import find_checkpoint, latest_checkpoint, open_checkpoint
+from runtime.config_file import parse_config
 from runtime.metrics import Recorder, read_metrics
 from training.update import Updater
 
@@ -245,7 +245,7 @@ def test_a_full_disk_while_logging_costs_records_and_nothing_else(small_disk, co
 
 
 def test_a_disk_that_takes_half_a_line_keeps_none_of_it(tmp_path, monkeypatch):
-    recorder = Recorder(tmp_path, WandbSettings(), {}, 0)
+    recorder = Recorder(tmp_path, parse_config(tiny_settings(PUMA, tmp_path), "test"), 0)
     recorder.write({"step": 1})
     path = recorder.path
     real_open = open

@@ -25,8 +25,8 @@ def resumed(config_file, tmp_path, monkeypatch) -> Path:
     config, run_dir = str(config_file()), tmp_path / "runs" / "resumed"
     write = train.Recorder.write
 
-    def write_and_stop(recorder, values):
-        write(recorder, values)
+    def write_and_stop(recorder, values, samples=()):
+        write(recorder, values, samples)
         if values["step"] == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 

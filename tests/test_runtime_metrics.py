@@ -11,16 +11,25 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PUMA, tiny_settings
 
-from config import WandbSettings
+from config import Config
+from runtime.config_file import parse_config, setting_name
 from runtime.distributed import World
 from runtime.metrics import METRICS_FILE, Recorder, peak_memory_gib, read_metrics, reduce_metrics
 
 CPU = torch.device("cpu")
+HEADLINE = "validation/accuracy/top_prob_1"
+
+
+def config_of(seed: int = 0, tensorboard: bool = False, **wandb: Any) -> Config:
+    settings = tiny_settings(PUMA, Path("boards"))
+    settings["training"] |= {"seed": seed, "tensorboard": tensorboard}
+    return parse_config(settings | {"wandb": wandb}, "test")
 
 
 def record(run_dir: Path, from_step: int = 0, **settings: Any) -> Recorder:
-    return Recorder(run_dir, WandbSettings(**settings), {"training.seed": 0}, from_step)
+    return Recorder(run_dir, config_of(**settings), from_step)
 
 
 def row(step: int, **values: Any) -> dict[str, Any]:
@@ -90,7 +99,7 @@ def test_disabled_wandb_is_not_even_imported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import would raise
     recorder = record(tmp_path, mode="disabled")
     recorder.write(row(1))
-    recorder.picture("curves", tmp_path / "curves.png")
+    recorder.final({}, {"curves": tmp_path / "curves.png"}, None)
     recorder.close()
     assert list(read_metrics(tmp_path)) == [row(1)]
 
@@ -106,6 +115,9 @@ class FakeWandb(types.ModuleType):
         self.failing = failing
         self.inits: list[dict[str, Any]] = []
         self.logged: list[dict[str, Any]] = []
+        self.step = 0  # the next one, of a server that remembers
+        self.summary: dict[str, Any] = {}
+        self.artifacts: list[Any] = []
         self.n_finished = 0
         self.held: str | None = None
         self.axes: list[tuple[str, dict[str, Any]]] = []
@@ -116,6 +128,7 @@ class FakeWandb(types.ModuleType):
             raise OSError(f"no {call}")
 
     def init(self, mode: str, **options: Any) -> FakeWandb:
+        self.id = options["id"]
         assert options["id"] != self.held, "the real wandb refuses an id that a failed run holds"
         self.held = options["id"]
         self.inits.append({"mode": mode} | options)
@@ -130,9 +143,22 @@ class FakeWandb(types.ModuleType):
     def define_metric(self, name: str, **options: Any) -> None:
         self.axes.append((name, options))
 
-    def log(self, values: dict[str, Any]) -> None:
+    def log(self, values: dict[str, Any], step: int | None = None, commit: bool = True) -> None:
         self._may_fail("log")
+        step = self.step if step is None else step
+        assert commit
+        assert step >= self.step, "the real wandb drops such rows with a warning"
+        self.step = step + 1
         self.logged.append(values)
+
+    def Table(self, columns: list[str], data: list[list[str]]) -> Any:
+        return ("table", columns, data)
+
+    def Artifact(self, name: str, type: str) -> Any:
+        return types.SimpleNamespace(name=name, type=type, add_file=lambda path: self.artifacts.append(path))
+
+    def log_artifact(self, artifact: Any) -> None:
+        self.artifacts.append(artifact.name)
 
     def Histogram(self, np_histogram: Any) -> Any:
         return ("histogram", np_histogram[0].tolist(), np_histogram[1].tolist())
@@ -154,21 +180,31 @@ def use(monkeypatch: pytest.MonkeyPatch, *failing: str) -> FakeWandb:
 
 def test_wandb_gets_the_same_rows(tmp_path, monkeypatch):
     fake = use(monkeypatch)
-    recorder = record(tmp_path, mode="online", project="p", entity="e")
+    recorder = record(tmp_path, mode="online", project="p", entity="e", tags=["t"])
     recorder.write(row(1, histogram=[0.25, 0.75], bad=float("nan")))
-    recorder.picture("curves", tmp_path / "curves.png")
+    boards = [{"puzzle": "1...", "value": 3}, {"puzzle": ".2..", "value": None}]
+    recorder.write(row(2, **{HEADLINE: 0.5}), boards)
+    recorder.write(row(3, **{HEADLINE: 0.25}))
+    recorder.final({"accuracy": 0.25}, {"curves": tmp_path / "curves.png"}, tmp_path / "report.html")
     recorder.close()
     recorder.close()
+    table = ("table", ["puzzle", "value"], [["1...", "3"], [".2..", "None"]])
     assert fake.logged == [
         row(1, histogram=("histogram", [0.25, 0.75], [0, 1, 2])),
+        row(2, **{HEADLINE: 0.5}, samples=table),
+        row(3, **{HEADLINE: 0.25}),
         {"curves": ("image", str(tmp_path / "curves.png"))},
     ]
+    assert fake.summary == {"best/accuracy": 0.5, "best/step": 2, "final/accuracy": 0.25}
+    assert fake.artifacts == [str(tmp_path / "report.html"), f"report-{fake.id}"]
     assert fake.n_finished == 1
     (options,) = fake.inits
     assert (options["mode"], options["project"], options["entity"]) == ("online", "p", "e")
+    assert (options["job_type"], options["tags"]) == ("train", ["t"])
     assert options["name"] == tmp_path.name
-    assert options["config"] == {"training.seed": 0}
+    assert options["config"]["objective"]["name"] == "puma", "nested"
     assert {name for name, _ in fake.axes} >= {"step", "seconds", "sequences_distinct"}
+    assert [json.loads(line) for line in (tmp_path / "samples_00000002.jsonl").read_text().splitlines()] == boards
 
 
 def test_a_resumed_run_is_the_same_wandb_run(tmp_path, monkeypatch):
@@ -179,6 +215,62 @@ def test_a_resumed_run_is_the_same_wandb_run(tmp_path, monkeypatch):
     assert first["id"] == second["id"]
     assert second["resume"] == "allow"
     assert first["name"] == "mine"
+
+
+@pytest.mark.parametrize("n_sent", [0, 1, 4, 6])
+def test_a_resumed_run_leaves_no_hole_in_wandb(n_sent, tmp_path, monkeypatch):
+    """Killed at step 6, of which a checkpoint of step 4 is left; of the rows `n_sent` have reached the server."""
+    recorder = record(tmp_path)
+    for step in range(1, 7):
+        recorder.write(row(step, **{HEADLINE: step / 10}), [{"step": step}] if step == 3 else [])
+    fake = use(monkeypatch)
+    fake.step = n_sent + 1
+    recorder = record(tmp_path, from_step=4, mode="online")
+    for step in range(5, 9):
+        recorder.write(row(step, **{HEADLINE: 0.1}))
+    assert [values["step"] for values in fake.logged] == list(range(n_sent + 1, 9))
+    assert all("samples" in values for values in fake.logged if values["step"] == 3)
+    assert fake.summary["best/accuracy"] == 0.4
+
+
+def test_seeds_of_a_setting_form_a_group(tmp_path, monkeypatch):
+    fake = use(monkeypatch)
+    for seed, changes in ((0, {}), (1, {"tags": ["other"]}), (0, {"group": "mine"})):
+        record(tmp_path, mode="offline", seed=seed, **changes)
+    first, second, named = (options["group"] for options in fake.inits)
+    assert first == second
+    assert first.startswith("sudoku_puma_")
+    assert named == "mine"
+    assert setting_name(config_of().model_copy(update={"training": config_of(seed=3).training})) == first
+    changed = config_of().training.model_copy(update={"learning_rate": 0.5})
+    assert setting_name(config_of().model_copy(update={"training": changed})) != first
+
+
+@pytest.mark.parametrize(
+    ("environment", "file", "mode"),
+    [
+        ({}, None, None),
+        ({"WANDB_API_KEY": "k"}, None, "online"),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, None, "offline"),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}, None, None),
+        ({}, "machine api.wandb.ai\n  login user\n  password k\n", "online"),
+        ({"WANDB_BASE_URL": "https://wandb.example.org"}, "machine api.wandb.ai login user password k\n", None),
+        ({}, "machine", None),
+    ],
+)
+def test_auto_is_online_where_a_key_is_configured(environment, file, mode, tmp_path, monkeypatch, capsys):
+    fake = use(monkeypatch)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    if file is not None:
+        (tmp_path / "netrc").write_text(file)
+    record(tmp_path, mode="auto")
+    assert [options["mode"] for options in fake.inits] == ([] if mode is None else [mode])
+    hint = "wandb is off: no key is configured; `wandb login` switches it on, or wandb.mode=offline\n"
+    assert capsys.readouterr().out == (hint if mode is None and "WANDB_MODE" not in environment else "")
 
 
 def test_without_a_network_wandb_keeps_its_records_on_disk(tmp_path, monkeypatch):
@@ -197,12 +289,12 @@ def test_whatever_fails_in_wandb_is_said_once_and_the_run_goes_on(failing, tmp_p
         warnings.simplefilter("always")
         recorder = record(tmp_path, mode="offline")
         recorder.write(row(1))
-        recorder.picture("curves", tmp_path / "curves.png")
-        recorder.write(row(2))
+        recorder.final({}, {"curves": tmp_path / "curves.png"}, None)
+        recorder.write(row(9))
         recorder.close()
         recorder.close()
     assert [f"no {failing}" in str(warning.message) for warning in warned] == [True]
-    assert list(read_metrics(tmp_path)) == [row(1), row(2)]
+    assert list(read_metrics(tmp_path)) == [row(1), row(9)]
 
 
 def test_a_machine_without_wandb(tmp_path, monkeypatch):
@@ -221,9 +313,55 @@ def test_real_wandb_offline(tmp_path, monkeypatch):
         warnings.simplefilter("error", RuntimeWarning)
         recorder = record(tmp_path, mode="offline")
         recorder.write(row(1, **{"train/loss": 0.5, "train/stage_histogram": [0.5, 0.5]}))
+        recorder.write(row(2, **{HEADLINE: 0.5}), [{"puzzle": "1...", "answer": "1234"}])
+        (tmp_path / "report.html").write_text("page")
+        recorder.final({"accuracy": 0.5}, {}, tmp_path / "report.html")
         recorder.close()
     (stored,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    assert stored.stat().st_size > 0
+    content = stored.read_bytes()
+    for part in (b"train/loss", b"sudoku_puma_", b"best/accuracy", b"final/accuracy", b"report-"):
+        assert part in content, part
+
+
+# TensorBoard, by a stand-in
+
+
+class FakeWriter:
+    def __init__(self, folder: str) -> None:
+        self.path = Path(folder) / "events.out.tfevents.0"
+        self.path.parent.mkdir(exist_ok=True)
+
+    def add_scalar(self, key: str, value: float, step: int) -> None:
+        with open(self.path, "a") as file:
+            file.write(f"{key} {value} {step}\n")
+
+    def flush(self) -> None:
+        """Written already."""
+
+    close = flush
+
+
+def test_tensorboard_gets_the_numbers_and_after_a_resume_each_once(tmp_path, monkeypatch):
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = FakeWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    recorder = record(tmp_path, tensorboard=True)
+    for step in (1, 2, 3):
+        recorder.write(row(step, histogram=[1, 2]))
+    recorder = record(tmp_path, from_step=2, tensorboard=True)
+    recorder.write(row(3))
+    recorder.close()
+    lines = (tmp_path / "tensorboard" / "events.out.tfevents.0").read_text().splitlines()
+    expected = [(key, row(step)[key], step) for step in (1, 2, 3) for key in ("seconds", "sequences_distinct")]
+    assert lines == [f"{key} {value} {step}" for key, value, step in expected]
+
+
+def test_a_machine_without_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.warns(RuntimeWarning, match=r"training\.tensorboard: the package is not installed"):
+        recorder = record(tmp_path, tensorboard=True)
+    recorder.write(row(1))
+    assert list(read_metrics(tmp_path)) == [row(1)]
 
 
 # Figures

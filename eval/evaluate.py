@@ -25,7 +25,7 @@ from baselines import next_token_targets, target_weights
 from config import Config
 from data.dataset import DataSet, SequenceData
 from data.files import write_text
-from data.foreign import CommandParser
+from data.foreign import CommandParser, whole_number
 from eval.accuracy import Questions, SamplerResult, asking, measure_rule, rank_batches
 from eval.likelihood import NORMAL_95, Likelihood, likelihood
 from model.hub import load_model
@@ -250,6 +250,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sweep", action="store_true", help="measure all sampling rules, each over its dial")
     parser.add_argument("--rules", nargs="+", metavar="RULE", help="with --sweep: only these rules")
     parser.add_argument(
+        "--max-passes",
+        type=whole_number(1),
+        metavar="N",
+        help="with --sweep: leave out rules with more passes by design",
+    )
+    parser.add_argument(
         "--out", type=Path, default=Path("sweep"), metavar="NAME", help="with --sweep: write NAME.json, .csv, .md, .png"
     )
     options = parser.parse_intermixed_args(arguments)
@@ -283,7 +289,7 @@ def _sweep(options: Namespace) -> None:
     try:
         checkpoints = [load_swept(each, overrides) for each in (options.checkpoint, *more)]
         world = start_world(checkpoints[0].config.training.device)
-        points = sweep(checkpoints, world, options.out, options.rules)
+        points = sweep(checkpoints, world, options.out, options.rules, options.max_passes)
         if world.is_main:
             print("\n".join(sweep_table(points)))
     except (ValueError, OSError) as error:

@@ -3,7 +3,8 @@
     python -m eval.evaluate runs/puma runs/uniform --sweep --out sweep validation.n_final_examples=300
 
 Each rule has one dial; the sweep goes through its values and writes `sweep.json`, `sweep.csv`, `sweep.md` (a table) and
-`sweep.png`. All but the picture are written anew after every measurement, so that a sweep can be stopped at any time.
+`sweep.png`. All but the picture are written anew after every measurement, and what `sweep.json` has is not measured
+again: a sweep can be stopped at any time, and the same command goes on with it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from config import Config, SamplingRule
 from data.files import write_text
-from data.foreign import escape, shorten
+from data.foreign import escape, read_text, reading, shorten
 from eval.accuracy import Questions, measure_rule
 from model.hub import load_model
 from model.transformer import Transformer
@@ -54,7 +57,7 @@ class Point:
 
     checkpoint: str
     step: int  # updates
-    rule: str  # key of `RULES`, or `causal`
+    rule: str  # key of `RULES`
     dial: str  # setting of `SamplingRule`
     value: float  # of the dial
     settings: dict[str, Any]  # the whole rule, as given to `SamplingRule`
@@ -70,8 +73,15 @@ class Point:
     device: str
 
 
-def rules_of(config: Config, names: Sequence[str] | None, temperature: float) -> list[tuple[str, str, SamplingRule]]:
-    """The rules to measure, each with its name in `RULES` and its dial; only those of `names`, if given.
+def rules_of(
+    config: Config, names: Sequence[str] | None, n_masked: int, max_passes: int | None
+) -> list[tuple[str, str, SamplingRule]]:
+    """The rules to measure, each with its name in `RULES` and its dial.
+
+    Args:
+        names: keys of `RULES`; None: all.
+        n_masked: most masked positions of a question.
+        max_passes: leave out rules that fix a number of passes, if it is larger than this; None: leave out none.
 
     Raises:
         ValueError: a name is unknown, or the model is causal, so that there is no choice.
@@ -81,12 +91,20 @@ def rules_of(config: Config, names: Sequence[str] | None, temperature: float) ->
         raise ValueError(f"--rules {unknown[0]}: choose from {', '.join(RULES)}")
     if config.causal:
         raise ValueError("--sweep: a causal model is sampled left to right, token by token; there is no rule to choose")
-    return [
-        (name, dial, SamplingRule(**{**rest, dial: value, "temperature": temperature}))
+    found = [
+        (name, dial, SamplingRule(**{**rest, dial: value, "temperature": config.validation.temperature}))
         for name, (dial, values, rest) in RULES.items()
         if names is None or name in names
         for value in values
     ]
+    return [each for each in found if max_passes is None or _n_fixed_passes(each[1], each[2], n_masked) <= max_passes]
+
+
+def _n_fixed_passes(dial: str, rule: SamplingRule, n_masked: int) -> int:
+    """Passes that a rule takes on `n_masked` positions, whatever the model predicts; 0 if that decides."""
+    if dial == "tokens_per_step":
+        return -(-n_masked // rule.tokens_per_step)
+    return rule.n_passes or 0
 
 
 @dataclass(frozen=True)
@@ -105,42 +123,73 @@ def load_swept(checkpoint: str, overrides: list[str]) -> Swept:
     return Swept(checkpoint, find_checkpoint(checkpoint).step, model.eval(), config)
 
 
-def sweep(checkpoints: Sequence[Swept], world: World, out: Path, names: Sequence[str] | None = None) -> list[Point]:
+def sweep(
+    checkpoints: Sequence[Swept],
+    world: World,
+    out: Path,
+    names: Sequence[str] | None = None,
+    max_passes: int | None = None,
+) -> list[Point]:
     """Measure all rules of all checkpoints and write the files `out` with the endings .json, .csv, .md and .png.
 
     Of the settings `validation.temperature`, `n_final_examples` (or `n_examples`) and `batch_size` apply.
 
     Args:
-        names: keys of `RULES`; None: all.
+        names, max_passes: see `rules_of`.
+
+    Returns:
+        All points, with those that `out` had before.
 
     Raises:
-        ValueError: see `rules_of`.
+        ValueError: see `rules_of`; or the file `out` with the ending .json is none of a sweep.
     """
-    rules = [rules_of(each.config, names, each.config.validation.temperature) for each in checkpoints]
-    loaded = []  # all of them, before work begins
+    points = read_sweep(out)
+    rules, loaded = [], []  # all of them, before work begins
     for each in checkpoints:
         data = main_first(world, partial(each.config.open_data().load, train=False))
         n = min(each.config.validation.n_final_examples or each.config.validation.n_examples, data.n_questions)
         each.model.to(world.device)
         loaded.append(Questions(data, None, {}, n))
+        n_masked = int((data.prompts(np.arange(n)) == each.config.mask_id).sum(1).max())
+        rules.append(rules_of(each.config, names, n_masked, max_passes))
     # One rule after the other, so that a sweep that is stopped has compared the checkpoints.
     tasks = [
         (each, questions, own[number])
         for number in range(len(rules[0]))
         for each, questions, own in zip(checkpoints, loaded, rules, strict=True)
     ]
-    points: list[Point] = []
     # None: no bar where standard error is no terminal
     with tqdm(total=len(tasks), desc="sweep", unit="setting", disable=None if world.is_main else True) as bar:
         for each, questions, (name, dial, rule) in tasks:
             bar.set_postfix_str(f"{each.name} {name} {dial} {getattr(rule, dial)}")
-            points.append(_measure(each, questions, name, dial, rule, world))
+            if not any(_is_same(point, each, rule, questions.n_examples) for point in points):
+                points.append(_measure(each, questions, name, dial, rule, world))
             bar.update()
             if world.is_main:
                 write_sweep(points, out)
     if world.is_main:
         draw_sweep(points, out.with_suffix(".png"))
     return points
+
+
+def _is_same(point: Point, each: Swept, rule: SamplingRule, n: int) -> bool:
+    """Whether a point tells what a rule gives on the first n questions."""
+    return (point.checkpoint, point.step, point.settings, point.seed, point.n) == (
+        each.name,
+        each.step,
+        rule.model_dump(),
+        each.config.training.seed,
+        n,
+    )
+
+
+def read_sweep(out: Path) -> list[Point]:
+    """The points that a sweep wrote; none, if there is no file. Raises ValueError if the file is none of a sweep."""
+    path = out.with_suffix(".json")
+    if not path.exists():
+        return []
+    with reading(f"{path}", "name another file with --out, or delete it"):
+        return TypeAdapter(list[Point]).validate_json(read_text(path), strict=True)
 
 
 def _measure(each: Swept, questions: Questions, name: str, dial: str, rule: SamplingRule, world: World) -> Point:
@@ -206,6 +255,7 @@ def sweep_table(points: Sequence[Point]) -> list[str]:
     lines = []
     for checkpoint in dict.fromkeys(point.checkpoint for point in points):
         mine = [point for point in points if point.checkpoint == checkpoint]
+        mine.sort(key=lambda point: (list(RULES).index(point.rule), point.value))
         by_nfe, by_seconds = best(mine, "nfe"), best(mine, "seconds")
         first = mine[0]
         lines += [

@@ -14,7 +14,8 @@ import pytest
 import train
 from config import SamplingRule
 from eval import evaluate as evaluation
-from eval.sweep import RULES, Point, best, sweep_table
+from eval.sweep import RULES, Point, best, rules_of, sweep_table
+from runtime.config_file import read_config
 
 POINT = Point(
     checkpoint="run",
@@ -52,6 +53,17 @@ def test_the_table_marks_the_best_of_each_checkpoint() -> None:
     assert ["**" in line for line in lines] == [True, False, True]
 
 
+def test_rules_of_too_many_passes_are_left_out(config_file: Callable[..., Path]) -> None:
+    config = read_config(config_file())
+    found = rules_of(config, ["top_prob", "threshold", "plan"], n_masked=16, max_passes=4)
+    values = {
+        name: [rule.options | {"n": rule.tokens_per_step} for each, _, rule in found if each == name] for name in RULES
+    }
+    assert [each["n"] for each in values["top_prob"]] == [4, 8, 16, 32]
+    assert [each["n_passes"] for each in values["plan"]] == [4]
+    assert len(values["threshold"]) == len(RULES["threshold"][1]), "the model decides"
+
+
 def test_a_sweep_writes_what_it_measured(
     config_file: Callable[..., Path],
     tmp_path: Path,
@@ -86,6 +98,23 @@ def test_a_sweep_writes_what_it_measured(
     assert table.strip() == (tmp_path / "out.md").read_text().strip()
     assert table.count("| plan |") == 2 * len(RULES["plan"][1])
     assert (tmp_path / "out.png").stat().st_size > 10_000
+    # The same command goes on: what is there is kept, what is missing is measured.
+    (tmp_path / "out.json").write_text(json.dumps(rows[2:]))
+    evaluation.main([runs[0], runs[1], "--sweep", *words])
+    again = json.loads((tmp_path / "out.json").read_text())
+    assert again[: len(rows) - 2] == rows[2:]
+    assert [row["accuracy"] for row in again[len(rows) - 2 :]] == [row["accuracy"] for row in rows[:2]]
+
+
+def test_a_file_that_no_sweep_wrote_is_refused(
+    config_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main(["--config", str(config_file(training__max_steps=1)), "--run-dir", str(tmp_path / "run")])
+    (tmp_path / "out.json").write_text('[{"rule": "best"}]')
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(tmp_path / "run"), "--sweep", "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert "out.json cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,7 @@ class TrainingSettings(Settings):
         "auto",
         description="capture an update once and replay it, for models bound by kernel launches; auto: with one process "
         "on a GPU and a small vocabulary",
+        json_schema_extra=FREE_ON_RESUME,  # it changes no number
     )
     log_every: int = Field(50, gt=0, description="steps between records", json_schema_extra=FREE_ON_RESUME)
     eval_every: int = Field(1000, gt=0, description="steps between evaluations", json_schema_extra=FREE_ON_RESUME)

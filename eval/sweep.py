@@ -286,7 +286,7 @@ def draw_sweep(points: Sequence[Point], out: Path) -> None:
     several = len(checkpoints) > 1
     n_rows = len(checkpoints) + several
     figure = Figure(figsize=(10, 0.8 + 3.4 * n_rows), layout="constrained")
-    grid = figure.subplots(n_rows, 2, squeeze=False, sharey=True)
+    grid = figure.subplots(n_rows, 2, squeeze=False, sharex="col", sharey=True)
     costs = {"nfe": "network forward evaluations per question", "seconds": "seconds per question"}
     names = list(RULES)
     for row, checkpoint in enumerate(checkpoints):
@@ -315,12 +315,13 @@ def draw_sweep(points: Sequence[Point], out: Path) -> None:
                 _draw_curve(plot, front, cost, number, _plain(checkpoint))
             plot.set_title("the best of each", fontsize="medium", loc="left")
             plot.legend(frameon=False, fontsize="small", loc="lower right")
-    for row in grid:
+    for number, row in enumerate(grid, 1):
         for plot, (cost, label) in zip(row, costs.items(), strict=True):
             plot.set_xscale("log")
             set_grid(plot)
             _label_log_axis(plot, whole=cost == "nfe")
-            plot.set(xlabel=label)
+            if number == n_rows:
+                plot.set(xlabel=label)
         row[0].set(ylabel="solved, %", ylim=(-2, 102))
     figure.savefig(out, dpi=120)
 
@@ -334,7 +335,7 @@ def _draw_curve(plot: Any, points: Sequence[Point], cost: str, number: int, labe
         x,
         y,
         yerr=[[max(0.0, each) for each in side] for side in (below, above)],
-        linestyle=LINES[number // len(COLORS) % len(LINES)],
+        linestyle=LINES[number // len(MARKERS) % len(LINES)],
         marker=MARKERS[number % len(MARKERS)],
         color=COLORS[number % len(COLORS)],
         markersize=4,

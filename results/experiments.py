@@ -268,9 +268,9 @@ EXPERIMENTS = {
         baseline="uniform, units first",
         note=(
             "The pool decides again. With the paper's pool of one batch PUMA ends below uniform masks and lags on the "
-            "long carry chains. With a pool of 16 batches and tau = 0.9 it ends above them, and solves half again as "
-            "many sums with chains of 5 to 8; without the threshold the pool of 16 lies between. So the masks do not "
-            "hide the hard tail: repeated rows do. With the highest digit first, PUMA has been run with one batch "
+            "long carry chains. With a pool of 16 batches and tau = 0.9 it ends above them, also on chains of 5 to 8; "
+            "without the threshold the pool of 16 lies between. So the masks do not hide the hard tail: repeated rows "
+            "do. With the highest digit first, PUMA has been run with one batch "
             "only. Variants differ in the number of complete seeds; the same command runs the rest. Seconds are not "
             "comparable: runs were paused and shared the machine."
         ),

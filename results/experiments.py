@@ -274,6 +274,13 @@ EXPERIMENTS = {
             "only. Variants differ in the number of complete seeds; the same command runs the rest. Seconds are not "
             "comparable: runs were paused and shared the machine."
         ),
+        shown=(
+            "uniform, units first",
+            "puma, units first",
+            "mixture, units first",
+            "puma, units first, pool of 16",
+            "puma, units first, pool of 16, tau 0.9",
+        ),
         overrides=("training.max_steps=1500",),
         targets=(0.5, 0.9),
     ),

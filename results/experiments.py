@@ -234,9 +234,9 @@ EXPERIMENTS = {
         ),
         baseline="uniform from AR",
         note=(
-            "PUMA is no faster: from the autoregressive model both objectives reach 90% after about 750 "
-            "updates, and uniform masks end 2 to 3 points higher. PUMA has drawn a third of the distinct problems by then. "
-            "From random weights neither has been run to its end. Seconds are not comparable: the machine was shared."
+            "PUMA is no faster: from the autoregressive model both objectives reach 90% after about 750 updates, and "
+            "uniform masks end 2 to 3 points higher. PUMA has drawn a third of the distinct problems by then. From "
+            "random weights neither has been run to its end. Seconds are not comparable: the machine was shared."
         ),
         targets=(0.5, 0.9),
         shown=("autoregressive", "puma from AR", "uniform from AR"),

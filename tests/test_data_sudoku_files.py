@@ -307,7 +307,7 @@ def test_hub_sets_that_do_not_fit_are_refused(hub, tmp_path):
         ("train", "number", "answer", r"column 'number' cannot be read \(row 0 \(from 0\) is 1.5"),
         ("train", "words", "answer", r"column 'words'.*a list of integers"),
         ("train", "holes", "answer", "row 0: the puzzle has a cell"),
-        ("train", "puzzle", "answer", r"no column \['puzzle'\]; its columns are \['ques"),
+        ("train", "puzzle", "answer", r"no column \['puzzle'\]; its columns are \['que"),
         ("dev", "question", "answer", r"split 'dev' cannot be read"),
     ):
         with pytest.raises(ValueError, match=rf"(?s)data set '{name}'.*{expected}"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 
 import pytest
@@ -166,5 +167,7 @@ def test_evaluation_and_the_command_line_sample_a_trained_block_model_by_blocks(
     sampling.main(["--checkpoint", str(run_dir), "--puzzle", "1...............", "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "16 network forward evaluations"
-    steps = [int(number) for line in lines[1:5] for number in line[16:].split()]
+    assert len([line for line in lines[1:6] if "|" in line]) == 4
+    steps = [int(number) for line in lines[1:6] for number in re.findall(r"[0-9]+", line[18:])]
+    assert len(steps) == 16
     assert max(steps[:8]) < min(steps[8:]), "the first two board rows are one block, the last two the next"

@@ -303,8 +303,8 @@ def main(arguments: list[str] | None = None) -> None:
         kills = kill_at_each_stage(config, folder / "killed")
     else:
         # Short lives, so that the run does not end before the last kill on a machine that is less busy by then; a life
-        # whose checkpoint is damaged must be long enough to get beyond it.
-        share = (1 / 2 + 3 * save_every / options.steps * options.damaged) / options.kills
+        # whose checkpoint is damaged must be long enough to get beyond it, also through an evaluation.
+        share = (1 / 2 + 4.5 * save_every / options.steps * options.damaged) / options.kills
         moments = {"start_s": start_s, "work_s": work_s * share, "seed": options.seed}
         kills = kill_at_random(config, folder / "killed", options.kills, options.damaged, **moments)
     differences = compare(folder / "alone", folder / "killed")

@@ -6,7 +6,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import platform
 import sys
 import time
 from argparse import Namespace
@@ -21,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from data.files import write_text
-from runtime.machine import processor_facts
+from runtime.machine import processor_name
 from runtime.metrics import peak_memory_gib
 
 LEGEND = {
@@ -68,9 +67,8 @@ def measure(options: Namespace, benchmark: Benchmark) -> None:
     times = time_in_turn(calls, device, options.iterations, options.seconds, options.n_warmup)
     gflop_per_ms = 2e-9 * size**3 / float(np.median(times["product"]))
     rows = [build_row(case, times, peaks, gflop_per_ms) for case in benchmark.cases]
-    notes = [f"{key}: {text}" for key, text in LEGEND.items() if any(key in row for row in rows)] + benchmark.remarks(
-        times
-    )
+    notes = [f"{key}: {text}" for key, text in LEGEND.items() if any(key in row for row in rows)]
+    notes += benchmark.remarks(times)
     notes.append(f"medians of {len(times['product'])} rounds; matrix product: {1000 * gflop_per_ms:,.0f} GFLOP/s")
     about = {"machine": machine(device, benchmark.dtype), "command": f"python -m bench {' '.join(options.arguments)}"}
     notes += [f"{key}: {text}" for key, text in about.items()]
@@ -176,8 +174,7 @@ def profile(options: Namespace, benchmark: Benchmark) -> None:
 
 def machine(device: torch.device, dtype: torch.dtype | None) -> str:
     """What a figure depends on besides the code."""
-    model = processor_facts().get("model name", platform.machine())
-    name = f"{model}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    name = f"{processor_name()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     precision = str(dtype or torch.float32).removeprefix("torch.")

@@ -138,6 +138,11 @@ class TextPairs(DataSet):
         """The text after the prompt of one row, up to EOS; both arguments are int64 [L]."""
         return decode_programs(self.tokenizer, tokens[None], (prompt != self.mask_id)[None])[0]
 
+    @override
+    def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
+        """The completion, with escapes for unprintable characters."""
+        return escape(self.completion(prompt, tokens), keep="\n\t")
+
 
 class TextSettings(PairSettings):
     """Pairs of a prompt and a completion."""
@@ -299,11 +304,6 @@ class Text(TextPairs):
         tokens, prompt_mask = self.test.rows(indices)
         n_tokens = ((tokens != self.test.eos_id) & ~prompt_mask).sum(1)
         return {"tokens": 2 ** np.log2(np.maximum(n_tokens, 1)).astype(np.int64)}
-
-    @override
-    def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
-        """The completion, with escapes for unprintable characters."""
-        return escape(self.completion(prompt, tokens), keep="\n\t")
 
     @override
     def verdicts(

@@ -26,7 +26,6 @@ if __name__ == "__main__":  # `python data/tiny_gsm.py` puts data/ on the path i
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.dataset import AnswerVerdict, Judged
-from data.foreign import escape
 from data.gsm8k import HUB_NAME, Prompts, build_prompts, final_answer, read_problems
 from data.settings import FREE_ON_RESUME
 from data.text import decode_programs, load_tokenizer
@@ -195,11 +194,6 @@ class TinyGsm(TextPairs):
         if self.settings.source == "files":
             return {}
         return {"operations": count_operations(self.folder)[indices]}
-
-    @override
-    def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
-        """The program, with escapes for unprintable characters."""
-        return escape(self.completion(prompt, tokens), keep="\n\t")
 
     @override
     def verdicts(

@@ -31,6 +31,7 @@ from eval.likelihood import NORMAL_95, Likelihood, likelihood
 from model.hub import load_model
 from model.transformer import Transformer
 from progressive_block import block_layout
+from runtime.config_file import split_overrides
 from runtime.distributed import (
     World,
     autocast,
@@ -284,8 +285,7 @@ def _sweep(options: Namespace) -> None:
     """The command with --sweep."""
     from eval.sweep import load_swept, sweep, sweep_table
 
-    more = [each for each in options.overrides if "=" not in each]
-    overrides = [each for each in options.overrides if "=" in each]
+    more, overrides = split_overrides(options.overrides)
     try:
         checkpoints = [load_swept(each, overrides) for each in (options.checkpoint, *more)]
         world = start_world(checkpoints[0].config.training.device)

@@ -42,6 +42,7 @@ from model.hub import load_model
 from model.token_predictions import hash_uniform, mix_keys
 from model.transformer import Transformer
 from progressive_block import BlockLayout, block_layout
+from runtime.config_file import split_overrides
 from runtime.distributed import (
     World,
     autocast,
@@ -286,8 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if options.draws % REPLICATES:
             raise ValueError(f"--draws {options.draws}: give an even number, since the error comes from two halves")
-        names = [each for each in options.checkpoints if "=" not in each]
-        overrides = [each for each in options.checkpoints if "=" in each]
+        names, overrides = split_overrides(options.checkpoints)
         if not names:
             raise ValueError("name a run directory or a checkpoint folder")
         rows = compare(names, overrides, options.rows, options.draws)

@@ -4,7 +4,7 @@
 
 Each rule has one dial; the sweep goes through its values and writes `sweep.json`, `sweep.csv`, `sweep.md` (a table) and
 `sweep.png`. All but the picture are written anew after every measurement, and what `sweep.json` has is not measured
-again: a sweep can be stopped at any time, and the same command goes on with it.
+again: a sweep can be stopped at any time, and the same command resumes it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -33,7 +32,7 @@ from model.transformer import Transformer
 from runtime.checkpoint import find_checkpoint
 from runtime.distributed import World, autocast, autocast_dtype, main_first
 from runtime.figures import COLORS, LINES, MARKERS, set_grid
-from runtime.machine import processor_facts
+from runtime.machine import processor_name
 
 KL_BOUND = 0.01  # of `stable`, whose dial is the threshold
 PROBABILITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -222,8 +221,7 @@ def _measure(each: Swept, questions: Questions, name: str, dial: str, rule: Samp
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = processor_facts().get("model name", platform.machine())
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
 def best(points: Sequence[Point], cost: str) -> list[Point]:

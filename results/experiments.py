@@ -32,6 +32,11 @@ class Experiment:
 
 MINUTES = ("training.compile=true", "validation.n_examples=100", "validation.n_final_examples=500")
 PAPER = ("objective.collapse_threshold=null", "objective.pool_batches=1")  # K = 8 as in the paper's Sudoku
+SUDOKU_MINI = (
+    Arm("puma, pool of 16, tau 0.9", "sudoku_mini_puma.yaml"),
+    Arm("puma as in the paper", "sudoku_mini_puma.yaml", PAPER),
+    Arm("uniform", "sudoku_mini_baseline.yaml"),
+)
 
 
 def from_autoregressive(stem: str) -> tuple[Arm, ...]:
@@ -73,11 +78,7 @@ EXPERIMENTS = {
     ),
     "sudoku_mini": Experiment(
         "9x9 Sudoku on a CPU, 30 to 40 clues: PUMA and uniform masks, the same model, batch, schedule and updates",
-        (
-            Arm("puma, pool of 16, tau 0.9", "sudoku_mini_puma.yaml"),
-            Arm("puma as in the paper", "sudoku_mini_puma.yaml", PAPER),
-            Arm("uniform", "sudoku_mini_baseline.yaml"),
-        ),
+        SUDOKU_MINI,
         baseline="uniform",
         note=(
             "PUMA with a pool of 16 batches and tau = 0.9 is the most reliable of the three. Pool and threshold were "
@@ -90,11 +91,7 @@ EXPERIMENTS = {
     ),
     "sudoku_few_clues": Experiment(
         "9x9 Sudoku, 22 to 28 clues: PUMA and uniform masks, each at the rate and batch that the sweep found best",
-        (
-            Arm("puma, pool of 16, tau 0.9", "sudoku_mini_puma.yaml"),
-            Arm("puma as in the paper", "sudoku_mini_puma.yaml", PAPER),
-            Arm("uniform", "sudoku_mini_baseline.yaml"),
-        ),
+        SUDOKU_MINI,
         baseline="uniform",
         overrides=(
             *MINUTES,

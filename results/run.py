@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -43,7 +42,8 @@ from data.foreign import (
 from report.curves import AXES, Curve, accuracy_points, mean_and_range, plot_accuracy, rules_of, target_table
 from results.experiments import EXPERIMENTS, Arm, Experiment
 from runtime.config_file import changed_settings, read_config
-from runtime.machine import processor_facts
+from runtime.history import git
+from runtime.machine import processor_facts, processor_name
 from runtime.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -302,18 +302,13 @@ def machine() -> str:
     fast = [
         name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16"), ("avx2", "AVX2")) if flag in flags
     ]
-    name = f"{facts.get('model name', platform.machine())}, {os.cpu_count()} cores, {fast[0] if fast else 'no AVX2'}"
+    name = f"{processor_name()}, {os.cpu_count()} cores, {fast[0] if fast else 'no AVX2'}"
     return f"{torch.cuda.get_device_name()}, {name}" if torch.cuda.is_available() else name
 
 
 def commit() -> str:
     """The commit of the checkout, with `-dirty` if files are modified."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    except OSError:
-        return "unknown"
-    return result.stdout.strip() or "unknown"
+    return git("describe", "--always", "--dirty", "--exclude=*") or "unknown"
 
 
 def runs_by_arm(records: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

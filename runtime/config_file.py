@@ -83,6 +83,11 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return parse_config(raw, str(path))
 
 
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words of a command line as names (of runs) and overrides (`section.key=value`)."""
+    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+
+
 def read_sections(path: str | Path) -> dict[str, Any]:
     """The content of a YAML file of settings, unchecked.
 

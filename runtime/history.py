@@ -29,7 +29,7 @@ import torch
 from data.files import WriteError, write_text
 from data.foreign import BadInput, parse_object, read_text, reading
 from runtime.distributed import World
-from runtime.machine import processor_facts
+from runtime.machine import processor_name
 
 HISTORY_FILE = "history.json"
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,11 +115,12 @@ def _as_text(seconds: float) -> str:
 
 def _code() -> dict[str, Any]:
     """Commit of the checkout, and whether tracked files differ from it; None without a repository or without git."""
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     return {"commit": commit or None, "modified": None if changes is None or not commit else bool(changes)}
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
+    """Output of a git command on the checkout; None if it fails."""
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=GIT_TIMEOUT_S
@@ -145,7 +146,7 @@ def _hardware(world: World) -> dict[str, Any]:
     facts = {
         "host": socket.gethostname(),
         "system": platform.platform(),
-        "processor": processor_facts().get("model name", platform.machine()),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "processes": world.n_ranks,

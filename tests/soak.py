@@ -40,7 +40,7 @@ from conftest import tiny_settings  # the tests' own settings
 import train
 from results.run import commit
 from runtime.checkpoint import latest_checkpoint, step_folders
-from runtime.machine import processor_facts
+from runtime.machine import processor_name
 from training.update import Updater
 
 WORK = ("starting", "training", "evaluating", "saving", "finishing")
@@ -255,7 +255,7 @@ def compare(ours: Path, theirs: Path) -> list[str]:
 def table(kills: list[Kill], n_steps: int, differences: list[str], version: str) -> str:
     """The report as Markdown."""
     n_damaged = sum(kill["damage"] is not None for kill in kills)
-    processor = processor_facts().get("model name", platform.machine())
+    processor = processor_name()
     result = "differs in " + ", ".join(differences) if differences else "equals that of a run left alone, bit for bit"
     lines = [
         "# A run killed again and again",

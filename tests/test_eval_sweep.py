@@ -98,7 +98,7 @@ def test_a_sweep_writes_what_it_measured(
     assert table.strip() == (tmp_path / "out.md").read_text().strip()
     assert table.count("| plan |") == 2 * len(RULES["plan"][1])
     assert (tmp_path / "out.png").stat().st_size > 10_000
-    # The same command goes on: what is there is kept, what is missing is measured.
+    # The same command resumes: existing points are kept and missing ones are measured.
     (tmp_path / "out.json").write_text(json.dumps(rows[2:]))
     evaluation.main([runs[0], runs[1], "--sweep", *words])
     again = json.loads((tmp_path / "out.json").read_text())

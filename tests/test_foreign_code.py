@@ -41,7 +41,7 @@ class Malicious:
 
 
 def poison(folder: Path, executed: Path, **tokenizer_config: object) -> None:
-    """Add a Python file, a config.json whose auto_map points to it for every class, and a tokenizer_config.json."""
+    """Add a Python file, a config.json whose auto_map maps every class to it, and a tokenizer_config.json."""
     code = f"open({str(executed)!r}, 'w').close()\nfrom transformers import PreTrainedTokenizerFast\n"
     (folder / "hostile.py").write_text(code + "class Hostile(PreTrainedTokenizerFast):\n    pass\n")
     auto_map = dict.fromkeys(AUTO_CLASSES, "hostile.Hostile")

@@ -18,7 +18,7 @@ VOID = {"meta", "br", "link", "use", "path", "image", "img"}
 
 
 class Structure(HTMLParser):
-    """Every element is closed, and nothing is loaded from elsewhere."""
+    """Checks that all elements are closed and that the page loads no other file."""
 
     def __init__(self) -> None:
         super().__init__()

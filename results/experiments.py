@@ -201,6 +201,7 @@ EXPERIMENTS = {
         (
             Arm("puma", "tinygsm_mini_puma.yaml"),
             Arm("uniform", "tinygsm_mini_baseline.yaml"),
+            Arm("puma, pool of 16", "tinygsm_mini_puma.yaml", ("objective.pool_batches=16",), seeds=(0,)),
             *(
                 Arm(
                     f"{name}, rate {rate}", f"tinygsm_mini_{file}.yaml", (f"training.learning_rate={rate}",), seeds=(0,)
@@ -256,10 +257,15 @@ EXPERIMENTS = {
                 ("data.order=least_first", "objective.pool_batches=16", "objective.collapse_threshold=0.9"),
             ),
             Arm(
+                "puma, highest first, pool of 16, tau 0.9",
+                "addition_puma.yaml",
+                ("data.order=most_first", "objective.pool_batches=16", "objective.collapse_threshold=0.9"),
+                seeds=(0,),
+            ),
+            Arm(
                 "puma, units first, pool of 16",
                 "addition_puma.yaml",
                 ("data.order=least_first", "objective.pool_batches=16"),
-                seeds=(0,),
             ),
         ),
         baseline="uniform, units first",

@@ -39,8 +39,10 @@ from data.files import WriteError, reported, write_text
 from data.foreign import BadInput, CommandParser, escape, read_json, reading, shorten
 from eval.evaluate import Evaluation, as_json, check_n_examples, evaluate
 from model.hub import check_init_from
-from report.curves import AXES, draw_curves
-from report.page import PAGE_FILE, write_page
+from model.transformer import Transformer
+from report.curves import RUN_AXES, draw_curves
+from report.page import PAGE_FILE, TRACES_FILE, write_page
+from report.trace import Trace, write_traces
 from runtime.checkpoint import REMEDY, Checkpoint, resumable_checkpoint, step_folders
 from runtime.command import shell_command
 from runtime.config_file import changed_settings, dump_config, read_config
@@ -49,6 +51,7 @@ from runtime.history import Session
 from runtime.lock import lock_run
 from runtime.metrics import METRICS_FILE, Recorder
 from runtime.signals import INTERRUPTED, StopRequested, StopVote, raise_at_interrupt
+from sampling import Trained
 from training.run import (
     Run,
     build_run,
@@ -63,6 +66,7 @@ from training.run import (
 from training.update import TrainingDiverged, Updater, check_finite, check_graph
 
 FINAL_FILE = "final.json"
+N_TRACES = 3  # answers whose course is recorded when a run ends
 
 
 def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
@@ -230,14 +234,17 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def finish(run: Run, data: DataSet, evaluation: Evaluation, recorder: Recorder) -> dict[str, Any]:
-    """Write final.json, which marks the run as complete, plot the curves and write the run's page.
+def finish(run: Run, model: Transformer, data: DataSet, evaluation: Evaluation, recorder: Recorder) -> dict[str, Any]:
+    """Write final.json, which marks the run as complete, some traces, the curves and the run's page.
+
+    Args:
+        model: the one that was evaluated.
 
     Returns:
         What is in final.json.
 
     Raises:
-        WriteError: final.json cannot be written. What fails with the curves or the page gives a warning.
+        WriteError: final.json cannot be written. What fails with traces, curves or the page gives a warning.
     """
     headline = evaluation.samplers[0]
     final = {
@@ -247,17 +254,21 @@ def finish(run: Run, data: DataSet, evaluation: Evaluation, recorder: Recorder) 
         "train_seconds": round(run.seconds, 3),
         "steps": run.step,
         "evaluation": as_json(evaluation),
-        "example": data.example(),
+        "example": " ".join(data.question(0).text.split()),  # on one line
     }
     write_text(run.run_dir / FINAL_FILE, json.dumps(final, indent=1) + "\n")
     run.session.write("complete", run.step)
     pictures, page = {}, None
     try:
-        for axis in AXES:
+        write_traces(trace_answers(run, model, data, evaluation), run.run_dir / TRACES_FILE)
+    except Exception as error:  # the run is complete, with or without them
+        warnings.warn(f"{run.run_dir / TRACES_FILE} cannot be written ({error})", RuntimeWarning, stacklevel=2)
+    try:
+        for axis in RUN_AXES:
             picture = run.run_dir / f"curves_{axis}.png"
             draw_curves([run.run_dir], axis, picture)
             pictures[f"curves/{axis}"] = picture
-    except Exception as error:  # the run is complete, with or without pictures
+    except Exception as error:
         warnings.warn(f"{picture} cannot be drawn ({error})", RuntimeWarning, stacklevel=2)
     try:
         page = write_page(run.run_dir)
@@ -266,6 +277,18 @@ def finish(run: Run, data: DataSet, evaluation: Evaluation, recorder: Recorder) 
     figures = ("accuracy", "n", "nfe", "train_seconds", "steps")
     recorder.final({name: final[name] for name in figures} | {"loss": evaluation.loss}, pictures, page)
     return final
+
+
+def trace_answers(run: Run, model: Transformer, data: DataSet, evaluation: Evaluation) -> list[Trace]:
+    """How some answers of the evaluation came about, by its first rule: one wrong answer, if any, and right ones."""
+    config, rule = run.config, run.config.validation.rules()[0]
+    by = (rule.confidence, rule.tokens_per_step)
+    samples = [each for each in evaluation.samples if (each["confidence"], each["tokens_per_step"]) == by]
+    wrong, right = ([each["row"] for each in samples if each["right"] is is_right] for is_right in (False, True))
+    rows = ([*wrong[:1], *right, *wrong[1:]] or list(range(evaluation.samplers[0].n)))[:N_TRACES]
+    trained = Trained(model, config, data, run.world.device)
+    answers = trained.answers([data.question(row) for row in rows], rule, seed=config.training.seed, trace=True)
+    return [answer.trace for answer in answers if answer.trace is not None]
 
 
 def read_final(run_dir: Path) -> dict[str, Any] | None:
@@ -365,8 +388,10 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(outcome, Signals):
             run.session.write("stopped", run.step, outcome.name)
             stop_early(run, outcome, recorder)
-        elif recorder is not None:
-            final = finish(run, data, outcome, recorder)
+            return
+        model = run.evaluated_model()  # needs all ranks
+        if recorder is not None:
+            final = finish(run, model, data, outcome, recorder)
             say(outcome.table())
             print_result(config, run_dir, final)
             recorder.close()  # last, since wandb may wait for the network

@@ -42,6 +42,7 @@ from typing_extensions import override
 
 from data.dataset import AnswerVerdict, DataSet, DataSettings, Judged
 from data.hashes import hash_arrays
+from data.questions import Question
 from data.settings import Seed
 
 SYMBOLS = "0123456789+="  # by token; the mask token is the last of the vocabulary
@@ -173,7 +174,7 @@ class Addition(DataSet):
         for index, row, wanted in zip(indices, tokens[:, -n_digits:], expected[:, -n_digits:], strict=True):
             answer, total = (format_number(self._from_highest(digits)) for digits in (row, wanted))
             is_right = bool((row == wanted).all())
-            question = self._question(index)
+            question = self.question(index).text
             samples.append(
                 {"question": question, "answer": answer, "sum": total, "verdict": "right" if is_right else "wrong"}
             )
@@ -246,12 +247,9 @@ class Addition(DataSet):
         return [row[bound][:: 1 if self.settings.order == "most_first" else -1] for bound in bounds]
 
     @override
-    def example(self) -> str:
-        """The first question of the test."""
-        return self._question(0)
-
-    def _question(self, index: int) -> str:
-        return "+".join(format_number(digits[::-1]) for digits in self.test.operands[index])
+    def question(self, index: int) -> Question:
+        """Two numbers of the test."""
+        return Question("+".join(format_number(digits[::-1]) for digits in self.test.operands[index]))
 
     def _from_highest(self, digits: np.ndarray) -> np.ndarray:
         """Digits of a row, the most significant one first."""

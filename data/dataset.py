@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from data.hashes import hash_arrays
+from data.questions import Question
 from data.settings import Settings
 
 if TYPE_CHECKING:
@@ -226,8 +227,8 @@ class DataSet(ABC):
         return None
 
     @abstractmethod
-    def example(self) -> str:
-        """A question of the test, in the form that `encode` takes."""
+    def question(self, index: int) -> Question:
+        """A question of the test in the form that `encode` takes, with the right answer if `verdicts` needs it."""
 
     @property
     def eos_id(self) -> int | None:

@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from data.dataset import AnswerVerdict, Board, DataSet, DataSettings, Judged, Reference
 from data.foreign import CommandParser, ends_with_message, fail, shorten
+from data.questions import Question
 from data.settings import FREE_ON_RESUME, Seed
 from data.sudoku_boards import (
     BOX_SHAPE,
@@ -241,9 +242,9 @@ class Sudoku(DataSet):
         return np.where(cells == mask_token(self.settings.size), 0, cells)
 
     @override
-    def example(self) -> str:
-        """The first puzzle of the test split."""
-        return format_cells(self.validation.puzzles[0])
+    def question(self, index: int) -> Question:
+        """A puzzle of the test split."""
+        return Question(format_cells(self.validation.puzzles[index]))
 
     @override
     def difficulty(self, indices: np.ndarray) -> dict[str, np.ndarray]:

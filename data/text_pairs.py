@@ -33,6 +33,7 @@ from data.dataset import AnswerVerdict, DataSet, DataSettings, Judged
 from data.foreign import check_file, escape, reading
 from data.hashes import cached_hash, hash_file
 from data.pretokenize import find_files, pretokenize, read_rows
+from data.questions import Question
 from data.settings import FREE_ON_RESUME
 from data.text import (
     MAX_TOKENIZER_BYTES,
@@ -319,10 +320,12 @@ class Text(TextPairs):
         return verdicts
 
     @override
-    def example(self) -> str:
-        """The first prompt of the test, on one line."""
-        tokens, prompt_mask = self.test.rows(np.array([0]))
-        return " ".join(self._prompt(tokens[0][prompt_mask[0]]).split())
+    def question(self, index: int) -> Question:
+        """A prompt of the test and its completion."""
+        tokens, prompt_mask = self.test.rows(np.array([index]))
+        return Question(
+            self._prompt(tokens[0][prompt_mask[0]]), decode_programs(self.tokenizer, tokens, prompt_mask)[0]
+        )
 
     @override
     def warnings(self) -> Sequence[str]:

@@ -27,6 +27,7 @@ if __name__ == "__main__":  # `python data/tiny_gsm.py` puts data/ on the path i
 
 from data.dataset import AnswerVerdict, Judged
 from data.gsm8k import HUB_NAME, Prompts, build_prompts, final_answer, read_problems
+from data.questions import Question
 from data.settings import FREE_ON_RESUME
 from data.text import decode_programs, load_tokenizer
 from data.text_pairs import PairSettings, TextPairs
@@ -226,9 +227,10 @@ class TinyGsm(TextPairs):
         return gold
 
     @override
-    def example(self) -> str:
-        """The first test problem, on one line."""
-        return " ".join(self.test.problems[0].question.split())
+    def question(self, index: int) -> Question:
+        """A problem and its number."""
+        problem = self.test.problems[index]
+        return Question(problem.question, problem.answer)
 
 
 def main(arguments: list[str] | None = None) -> None:

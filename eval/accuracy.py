@@ -139,11 +139,12 @@ def measure_rule(
             judged = data.judge(tokens, rows)
             figures = [*(judged.figures[name] for name in data.figures), result.nfe.cpu().numpy()]
             sums += torch.tensor([each.sum(dtype=np.float64) for each in figures], device=world.device)
-            solved[rows] = torch.from_numpy(judged.figures["accuracy"]).to(solved)
+            right = judged.figures["accuracy"] == 1  # [n]
+            solved[rows] = torch.from_numpy(right).to(solved)
+            by = {"confidence": rule.confidence, "tokens_per_step": rule.tokens_per_step}
             samples |= {
-                int(row): {"confidence": rule.confidence, "tokens_per_step": rule.tokens_per_step, "row": int(row)}
-                | facts
-                for row, facts in zip(rows, judged.samples, strict=False)
+                int(row): by | {"row": int(row), "right": bool(is_right)} | facts
+                for row, is_right, facts in zip(rows, right, judged.samples, strict=False)
                 if row < config.validation.n_table_rows
             }
             bar.update(len(rows) * world.n_ranks)

@@ -31,7 +31,9 @@ AXES = {
     "step": "updates",
     "sequences_distinct": "distinct sequences seen",
     "seconds": "seconds of training",
+    "tokens": "tokens trained on",
 }
+RUN_AXES = ("step", "sequences_distinct", "seconds")  # of figures of one run, whose tokens are proportional to updates
 ACCURACY = "validation/accuracy/"
 
 
@@ -41,7 +43,8 @@ class Curve:
 
     setting: str  # the same for all seeds of a setting
     rule: str  # label of the sampling rule
-    points: list[dict[str, float]]  # one per evaluation: a value for each of `AXES`, accuracy, and its 95% interval
+    # One per evaluation: a value for each of `AXES`, accuracy, and its 95% interval. Older records have no tokens.
+    points: list[dict[str, float]]
 
     def first_reaching(self, target: float, axis: str) -> float | None:
         """The value on `axis` at which accuracy `target` is first reached; None if it never is."""
@@ -62,9 +65,10 @@ def accuracy_points(rows: Iterable[dict[str, Any]], rule: str) -> list[dict[str,
     key = ACCURACY + rule
     points = []
     for row in rows:
-        if all(_can_be_drawn(row.get(name)) for name in (*AXES, key)):
+        if all(_can_be_drawn(row.get(name)) for name in (*RUN_AXES, key)):
             low, high = (row.get(f"validation/accuracy_{end}/{rule}", row[key]) for end in ("low", "high"))
-            points.append({axis: row[axis] for axis in AXES} | {"accuracy": row[key], "low": low, "high": high})
+            at = {axis: row[axis] for axis in AXES if _can_be_drawn(row.get(axis))}
+            points.append(at | {"accuracy": row[key], "low": low, "high": high})
     return points
 
 
@@ -210,6 +214,9 @@ def draw_curves(
     names = _setting_names(run_dirs)
     settings = list(dict.fromkeys(names.values()))
     records = {run_dir: _records(run_dir) for run_dir in run_dirs}
+    for run_dir, rows in records.items():
+        if not all(axis in row for row in rows):
+            raise ValueError(f"--x {axis}: {run_dir / METRICS_FILE} does not record it; choose another axis")
     for run_dir, setting in names.items():
         rows, color = records[run_dir], COLORS[settings.index(setting) % len(COLORS)]
         for key, style in (("train/loss", {"alpha": 0.3}), ("validation/loss", {"marker": "."})):

@@ -19,15 +19,18 @@ from typing import Any
 from config import Config
 from data.files import write_text
 from data.foreign import CommandParser, ends_with_message, escape, parse_object, read_json, read_lines, reading, shorten
-from report.curves import AXES, COLORS, accuracy_points, plot_accuracy, read_curves, rules_of, set_grid
+from report.curves import AXES, COLORS, RUN_AXES, accuracy_points, plot_accuracy, read_curves, rules_of, set_grid
 from report.runs import RunSummary, summarize
+from report.trace import html_fragment, read_traces
 from runtime.config_file import parse_config, read_sections
 from runtime.history import read_history
 from runtime.metrics import read_metrics
 
 PAGE_FILE = "report.html"
+TRACES_FILE = "traces.json"
 MAX_SAMPLES = 12  # shown, the wrong ones first
 MAX_POINTS = 400  # of the training loss, means of neighbouring records
+MAX_TITLE = 80  # characters of a trace's title
 MAX_TEXT = 2000  # characters of a sampled text
 INK = "#010203"  # stands for the colour of the theme in the figures
 GRID_SIZES = {16: 4, 36: 6, 81: 9}  # rows of boards, by number of cells
@@ -65,6 +68,9 @@ pre { background: var(--tint); border-radius: .4rem; padding: .6rem; margin: .3r
   text-align: center; vertical-align: middle; border: 1px solid var(--line); }
 .board td.right { border-right: 2px solid var(--ink); } .board tr.below td { border-bottom: 2px solid var(--ink); }
 .board td.clue { background: var(--tint); font-weight: 600; }
+.trace summary { cursor: pointer; padding: .3rem 0; font-weight: 600; } .trace .pt { --paper: inherit; }
+@media (min-width: 641px) { .trace .pt-has-board .pt-main {
+  grid-template-columns: minmax(0, 22rem) minmax(15rem, 1fr); } }
 .board td.bad { outline: 2px solid var(--bad); outline-offset: -3px; }
 """
 
@@ -98,6 +104,7 @@ def build_page(run_dir: Path) -> str:
         "<h2>Curves</h2>",
         _figures(run_dir, rows),
         *_results(final),
+        *_traces(run_dir),
         *_samples(run_dir),
         "<h2>Settings that differ from the defaults</h2>",
         _settings(raw),
@@ -165,7 +172,7 @@ def _figures(run_dir: Path, rows: list[dict[str, Any]]) -> str:
     figures = [_draw(lambda plot: _plot_loss(plot, rows))]
     if accuracy_points(rows, next(iter(rules_of(rows)), "")):
         curves = read_curves([run_dir])
-        figures += [_draw(lambda plot, axis=axis: plot_accuracy(plot, curves, axis), legend=True) for axis in AXES]
+        figures += [_draw(lambda plot, axis=axis: plot_accuracy(plot, curves, axis), legend=True) for axis in RUN_AXES]
     return f"<div class=figures>{''.join(figures)}</div>"
 
 
@@ -259,6 +266,18 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}%"
 
 
+def _traces(run_dir: Path) -> Iterator[str]:
+    """How the first answers of the samples came about."""
+    traces = read_traces(run_dir / TRACES_FILE)
+    if traces:
+        yield "<h2>How answers came about</h2>"
+        yield "<p class=faint>Play, or press the arrow keys. Point at a position to see what was likely there.</p>"
+    for number, trace in enumerate(traces):
+        title = text(shorten(trace.verdict.reason or trace.verdict.answer, MAX_TITLE))
+        is_open = "" if number else " open"
+        yield f"<details class=trace{is_open}><summary>{title}</summary>{html_fragment(trace)}</details>"
+
+
 def _samples(run_dir: Path) -> Iterator[str]:
     """Some answers of the last evaluation, wrong ones first."""
     paths = sorted(run_dir.glob("samples_*.jsonl"))
@@ -270,8 +289,7 @@ def _samples(run_dir: Path) -> Iterator[str]:
         return
     rule = [samples[0].get("confidence"), samples[0].get("tokens_per_step")]
     samples = [each for each in samples if [each.get("confidence"), each.get("tokens_per_step")] == rule]
-    wrong = [each for each in samples if each.get("verdict") not in ("right", "solved")]
-    right = [each for each in samples if each not in wrong]
+    wrong, right = ([each for each in samples if bool(each.get("right")) is is_right] for is_right in (False, True))
     shown = (wrong[: max(MAX_SAMPLES // 2, MAX_SAMPLES - len(right))] + right)[:MAX_SAMPLES]
     step = int(paths[-1].stem.rpartition("_")[2])
     yield (
@@ -284,12 +302,12 @@ def _samples(run_dir: Path) -> Iterator[str]:
 def _sample(sample: dict[str, Any]) -> str:
     """One answer: a board if it is one, else its texts by name."""
     verdict = str(sample.get("verdict", ""))
-    parts = [f"<p class={'good' if verdict in ('right', 'solved') else 'bad'}>{text(verdict)}</p>"]
+    parts = [f"<p class={'good' if sample.get('right') else 'bad'}>{text(verdict)}</p>"]
     puzzle, answer = sample.get("puzzle"), sample.get("answer")
     if isinstance(puzzle, str) and isinstance(answer, str) and len(puzzle) == len(answer) in GRID_SIZES:
         parts.append(_board(puzzle, answer))
     else:
-        hidden = ("verdict", "confidence", "tokens_per_step", "row")
+        hidden = ("verdict", "confidence", "tokens_per_step", "row", "right")
         for key, value in sample.items():
             if key not in hidden:
                 shown = text(shorten(str(value), MAX_TEXT))

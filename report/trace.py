@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from data.dataset import AnswerVerdict, Board, DataSet
 from data.files import reported, write_text
-from data.foreign import escape
+from data.foreign import escape, read_text, reading
 from samplers.step import Pass
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ class Trace:
     final: dict[int, str]  # text of all drawn positions at the end
     wrong: dict[int, str]  # what is wrong with drawn positions that the model wrote
     n_hidden: int = 0  # EOS tokens after the first, which are not drawn
+
+
+_TRACES = TypeAdapter(list[Trace])
 
 
 def build_trace(
@@ -237,6 +241,19 @@ def _text_tokens(trace: Trace) -> str:
         token = f'<span class="{name}" data-cell><span>{escape_html(visible)}</span><small></small></span>'
         tokens.append(token + (f'<br><span class="pt-indent">{indent}</span>' if newline else ""))
     return f'<div class="pt-text">{"".join(tokens)}</div>'
+
+
+def write_traces(traces: Sequence[Trace], path: Path) -> None:
+    """Write traces to a JSON file, for `read_traces`. Raises WriteError."""
+    write_text(path, _TRACES.dump_json(list(traces)).decode())
+
+
+def read_traces(path: Path) -> list[Trace]:
+    """The traces in a file of `write_traces`; none if there is no file. Raises ValueError if it is damaged."""
+    if not path.exists():
+        return []
+    with reading(f"{path}", "delete it; only the traces are lost"):
+        return _TRACES.validate_json(read_text(path))
 
 
 def write_page(traces: Sequence[Trace], out: Path) -> None:

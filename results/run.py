@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, TypeAdapter
 from tqdm import tqdm
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from data.files import write_text
 from data.foreign import (
@@ -61,6 +61,7 @@ class Point(TypedDict):
     step: Number
     sequences_distinct: Number
     seconds: Number
+    tokens: NotRequired[Number]
     accuracy: Share
     low: Share  # 95% interval
     high: Share

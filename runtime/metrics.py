@@ -1,7 +1,7 @@
 """Records of a run: `metrics.jsonl`, and wandb and TensorBoard if the settings enable them.
 
-Each row of metrics.jsonl is one JSON object with `step`, `seconds` (of training, without evaluation) and
-`sequences_distinct`, the three x-axes of the curves. wandb and TensorBoard get the same rows, and when a run resumes
+Each row of metrics.jsonl is one JSON object with `step`, `seconds` (of training, without evaluation),
+`sequences_distinct` and `tokens` (trained on, prompts and padding included), the x-axes of the curves. wandb and TensorBoard get the same rows, and when a run resumes
 those that they lack; an error of theirs gives one warning and does not stop the run.
 """
 
@@ -287,7 +287,7 @@ def _start_wandb(run_dir: Path, config: Config) -> Any:
             )
             wandb.teardown()  # the failed run still holds the id, so wandb would refuse it
             run = wandb.init(mode="offline", **options)
-        for axis in ("step", "seconds", "sequences_distinct"):
+        for axis in ("step", "seconds", "sequences_distinct", "tokens"):
             run.define_metric(axis)
         run.define_metric("*", step_metric="step")
         return run

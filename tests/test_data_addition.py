@@ -203,7 +203,7 @@ def test_questions_in_text(order):
         expected = data.prompts(np.array([index]))[0]
         for question in (f"{first}+{second}", f" {first} + {second} = ", f"00{first}+000{second}"):
             assert np.array_equal(data.encode(question), expected)
-    assert np.array_equal(data.encode(data.example()), data.prompts(np.array([0]))[0])
+    assert np.array_equal(data.encode(data.question(0).text), data.prompts(np.array([0]))[0])
     assert (data.encode("0+" + "9" * 20) == MASK_ID).sum() == 21
     assert np.array_equal(data.encode("0" * 30 + "+1"), data.encode("0+1"))
 

@@ -14,6 +14,7 @@ import yaml
 from conftest import ROOT, tiny_settings
 
 import train
+from data.questions import Question
 from data.text import load_tokenizer
 from data.text_pairs import Text, TextSettings
 
@@ -92,7 +93,7 @@ def test_an_answer_must_be_the_completion_but_for_white_space(tmp_path):
     judged = data.judge(answer, np.arange(3))
     assert judged.figures["accuracy"].tolist() == [1, 1, 0]
     assert [sample["verdict"] for sample in judged.samples] == ["right", "right", "wrong"]
-    assert judged.samples[0]["prompt"] == data.example()
+    assert judged.samples[0]["prompt"] == data.question(0).text
 
 
 def test_a_test_source_of_its_own(tmp_path):
@@ -100,7 +101,7 @@ def test_a_test_source_of_its_own(tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": "b\na", "completion": "a b"}) + "\n")
     data = open_text(tmp_path, test_source=str(tmp_path / "test.jsonl"))
     assert data.n_questions == 1
-    assert data.example() == "b a"
+    assert data.question(0) == Question("b\na", "a b")
     assert data.prompts(np.array([0]))[0].tolist() == data.encode("b\na").tolist()
     assert data.difficulty(np.array([0]))["tokens"].tolist() == [2]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ def write_run(run_dir: Path, speed: float = 1.0, share: float = 1.0) -> Path:
     run_dir.mkdir()
     rows = []
     for step in range(10, 101, 10):
-        row = {"step": step, "seconds": step / speed, "sequences_distinct": 8 * step, "train/loss": 100 / step}
+        row = {"step": step, "seconds": step / speed, "sequences_distinct": 8 * step, "tokens": 99 * step, "train/loss": 100 / step}
         if step % 50 == 0:
             row |= {
                 "validation/loss": 120 / step,
@@ -46,7 +47,8 @@ def points(figure: Figure, plot: int, line: int) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize(
-    ("axis", "at_50", "at_100"), [("step", 50, 100), ("seconds", 25, 50), ("sequences_distinct", 400, 800)]
+    ("axis", "at_50", "at_100"),
+    [("step", 50, 100), ("seconds", 25, 50), ("sequences_distinct", 400, 800), ("tokens", 4950, 9900)],
 )
 def test_each_axis(axis, at_50, at_100, tmp_path, drawn):
     draw_curves([write_run(tmp_path / "run", speed=2.0)], axis, tmp_path / "out.png")
@@ -171,14 +173,17 @@ def test_the_command_writes_a_picture(suffix, tmp_path, capsys):
         (["RUN", "--out", "/nonexistent/out.png"], "/nonexistent"),
         (["RUN", "--out", "curves.docx"], "docx"),
         (["RUN", "--x", "hours"], "--x"),
+        (["OLD", "--x", "tokens"], "old/metrics.jsonl does not record it; choose another axis"),
         (["RUN", "--rule", "entropy_1"], "the runs were evaluated by top_prob_1, top_prob_2"),
         (["RUN", "--target", "90"], "--target 90.0: give an accuracy above 0 and at most 1"),
     ],
 )
 def test_bad_input_ends_with_one_message(words, expected, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_dir = write_run(tmp_path / "run")
+    run_dir, old = write_run(tmp_path / "run"), write_run(tmp_path / "old")
+    records = old / METRICS_FILE
+    records.write_text(re.sub(r'"tokens": \d+, ', "", records.read_text()))
     with pytest.raises(SystemExit) as stop:
-        curves.main([word.replace("RUN", str(run_dir)) for word in words])
+        curves.main([word.replace("RUN", str(run_dir)).replace("OLD", str(old)) for word in words])
     assert stop.value.code == 2
     assert expected in capsys.readouterr().err

@@ -12,9 +12,10 @@ from typing_extensions import override
 
 import train
 from report.page import build_page, main
+from report.trace import html_fragment, read_traces
 from runtime.config_file import read_config
 
-VOID = {"meta", "br", "link", "use", "path", "image", "img"}
+VOID = {"meta", "br", "link", "use", "path", "image", "img", "input"}
 
 
 class Structure(HTMLParser):
@@ -46,7 +47,7 @@ class Structure(HTMLParser):
 
     @override
     def handle_data(self, data):
-        if "style" not in self.open:
+        if not {"style", "script"} & set(self.open):
             self.words += data.split()
 
 
@@ -80,27 +81,41 @@ def test_the_page_holds_what_the_files_do(run_dir, tmp_path, capsys):
     history = json.loads((run_dir / "history.json").read_text())["sessions"][0]
     assert history["hardware"]["processor"] in words
     assert page.count("<svg") == 4
+    traces = read_traces(run_dir / "traces.json")
+    assert page.count('class="pt pt-has-board"') == len(traces) == 3
+    assert html_fragment(traces[0]) in page
     assert "#010203" not in page
     samples = [json.loads(line) for line in (run_dir / "samples_00000006.jsonl").read_text().splitlines()]
     assert page.count("<table class=board>") == len(samples) == 10
-    assert words.count("solved") - words.count("solved, %") == sum(each["verdict"] == "solved" for each in samples)
+    assert page.count("<p class=good>solved") == sum(each["verdict"] == "solved" for each in samples)
+
+
+def test_traces_are_answers_of_the_evaluation_a_wrong_one_first(run_dir):
+    samples = [json.loads(line) for line in (run_dir / "samples_00000006.jsonl").read_text().splitlines()]
+    answers = {each["puzzle"]: each for each in samples}
+    traces = read_traces(run_dir / "traces.json")
+    assert [trace.verdict.answer for trace in traces] == [answers[trace.question]["answer"] for trace in traces]
+    right = [each["right"] for each in samples]
+    assert [answers[trace.question]["right"] for trace in traces] == sorted(right)[:1] + sorted(right, reverse=True)[:2]
+    assert all(len(trace.steps) > 1 for trace in traces)
 
 
 def test_texts_of_a_model_are_shown_and_not_obeyed(run_dir):
     sample = {"verdict": "wrong", "program": "<script>alert(1)</script>\n\x1b[31m", "value": None}
     (run_dir / "samples_00000009.jsonl").write_text(json.dumps(sample) + "\n")
     page = build_page(run_dir)
-    assert "<script" not in page
+    assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;\n\\x1b[31m" in page
     assert "0 of the first 1 answers at update 9 are right" in parsed(page)
 
 
 def test_a_run_that_has_just_begun_has_a_page(run_dir):
-    for name in ("final.json", "history.json", "metrics.jsonl", "samples_00000003.jsonl", "samples_00000006.jsonl"):
+    for name in ("final.json", "traces.json", "history.json", "metrics.jsonl", "samples_00000003.jsonl", "samples_00000006.jsonl"):
         (run_dir / name).unlink()
     words = parsed(build_page(run_dir))
     assert "stopped" in words
     assert "No records yet." in words
+    assert "How answers came about" not in words
 
 
 @pytest.mark.pictures
@@ -120,6 +135,7 @@ def test_a_page_that_fails_is_a_warning(config_file, tmp_path, monkeypatch):
     [
         (lambda path: (path / "config.yaml").unlink(), "config .*config.yaml cannot be read"),
         (lambda path: (path / "final.json").write_text("[]"), "final.json cannot be read"),
+        (lambda path: (path / "traces.json").write_text("[{}]"), "only the traces are lost"),
         (lambda path: (path / "samples_00000006.jsonl").write_text("{"), "only the samples are lost"),
     ],
 )

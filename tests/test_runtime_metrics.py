@@ -203,7 +203,7 @@ def test_wandb_gets_the_same_rows(tmp_path, monkeypatch):
     assert (options["job_type"], options["tags"]) == ("train", ["t"])
     assert options["name"] == tmp_path.name
     assert options["config"]["objective"]["name"] == "puma", "nested"
-    assert {name for name, _ in fake.axes} >= {"step", "seconds", "sequences_distinct"}
+    assert {name for name, _ in fake.axes} >= {"step", "seconds", "sequences_distinct", "tokens"}
     assert [json.loads(line) for line in (tmp_path / "samples_00000002.jsonl").read_text().splitlines()] == boards
 
 

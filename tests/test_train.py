@@ -159,6 +159,7 @@ def test_records_and_final_result(config_file, tmp_path, capsys):
     assert distinct[0] >= 8
     assert distinct == sorted(distinct)
     assert distinct[-1] <= 40
+    assert [row["tokens"] for row in rows] == [step * 8 * 32 for step in range(1, 7)]
     assert {"validation/loss", "validation/accuracy/top_prob_margin_2", "validation/nfe/top_prob_1"} <= rows[-1].keys()
     assert rows[-1]["validation/nfe/top_prob_1"] == 16
     assert rows[-1]["validation/nfe/top_prob_2"] == 8

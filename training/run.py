@@ -272,7 +272,8 @@ def progress_metrics(run: Run) -> dict[str, Any]:
     """The x-axes of the curves, and the objective's metrics over all ranks; every rank calls this."""
     metrics = reduce_metrics(run.objective.metrics(), run.world)
     distinct = int(min(metrics.pop("sequences_drawn"), run.n_train))
-    axes = {"step": run.step, "seconds": run.seconds, "sequences_distinct": distinct}
+    n_tokens = run.step * run.config.training.batch_size * run.length  # prompts and padding included
+    axes = {"step": run.step, "seconds": run.seconds, "sequences_distinct": distinct, "tokens": n_tokens}
     return axes | {f"train/{name}": value for name, value in metrics.items()}
 
 

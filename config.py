@@ -409,7 +409,7 @@ class ValidationSettings(_RuleOptions):
     n_table_rows: int = Field(
         50,
         ge=0,
-        description="tiny_gsm: number of sampled programs recorded with their verdicts, for each sampling rule",
+        description="number of sampled answers recorded with their verdicts, for each sampling rule",
     )
 
     @model_validator(mode="after")

@@ -27,9 +27,8 @@ from config import Config, SamplingRule
 from data.files import write_text
 from data.foreign import escape, read_text, reading, shorten
 from eval.accuracy import Questions, measure_rule
-from model.hub import load_model
+from model.hub import load_model, n_updates
 from model.transformer import Transformer
-from runtime.checkpoint import find_checkpoint
 from runtime.distributed import World, autocast, autocast_dtype, main_first
 from runtime.figures import COLORS, LINES, MARKERS, set_grid
 from runtime.machine import processor_name
@@ -55,7 +54,7 @@ class Point:
     """One measurement, and all that it depends on."""
 
     checkpoint: str
-    step: int  # updates
+    step: int | None  # updates; None for a folder of `model.hub`, which does not tell
     rule: str  # key of `RULES`
     dial: str  # setting of `SamplingRule`
     value: float  # of the dial
@@ -111,7 +110,7 @@ class Swept:
     """A checkpoint whose rules are measured."""
 
     name: str  # the checkpoint as given
-    step: int
+    step: int | None
     model: Transformer
     config: Config
 
@@ -119,7 +118,7 @@ class Swept:
 def load_swept(checkpoint: str, overrides: list[str]) -> Swept:
     """Load a checkpoint; `overrides` are settings that replace the run's. Raises ValueError as `load_model`."""
     model, config = load_model(checkpoint, overrides=overrides)
-    return Swept(checkpoint, find_checkpoint(checkpoint).step, model.eval(), config)
+    return Swept(checkpoint, n_updates(checkpoint), model.eval(), config)
 
 
 def sweep(
@@ -256,9 +255,10 @@ def sweep_table(points: Sequence[Point]) -> list[str]:
         mine.sort(key=lambda point: (list(RULES).index(point.rule), point.value))
         by_nfe, by_seconds = best(mine, "nfe"), best(mine, "seconds")
         first = mine[0]
+        step = "" if first.step is None else f", step {first.step:,}"
         lines += [
-            f"{checkpoint}, step {first.step:,}: the first {first.n} questions of the test, temperature "
-            f"{first.temperature:g}, seed {first.seed}, batches of {first.batch_size}, {first.device}. Bold: no other "
+            f"{checkpoint}{step}: the first {first.n} questions of the test, temperature {first.temperature:g}, seed "
+            f"{first.seed}, batches of {first.batch_size}, {first.device}. Bold: no other "
             "setting is as accurate with fewer evaluations, or in less time.",
             "",
             "| rule | dial | solved | 95% interval | evaluations | seconds |",

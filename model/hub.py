@@ -78,13 +78,23 @@ def load_model(path: str, overrides: Sequence[str] = ()) -> tuple[Transformer, C
         ValueError: no usable checkpoint, or a wrong setting.
     """
     folder = Path(path)
-    if not (folder / SETTINGS_FILE).exists() or not (folder / WEIGHTS_FILE).exists() or (folder / MANIFEST).exists():
+    if not _is_written_here(folder):
         return _open_model(find_checkpoint(path), overrides)
     config = read_config(folder / SETTINGS_FILE, overrides)
     with reading(f"{folder / WEIGHTS_FILE}", "write the folder again, or copy it again"):
         weights = load_file(folder / WEIGHTS_FILE)
     model = _model_with(weights, config, str(folder))
     return model, config.model_copy(update={"data": config.data.in_folder(folder)})
+
+
+def n_updates(path: str) -> int | None:
+    """Updates of the checkpoint that `load_model` opens; None for a folder written by this file. Raises ValueError."""
+    return None if _is_written_here(Path(path)) else find_checkpoint(path).step
+
+
+def _is_written_here(folder: Path) -> bool:
+    """Whether this file wrote the folder: settings and weights, no checkpoint."""
+    return (folder / SETTINGS_FILE).exists() and (folder / WEIGHTS_FILE).exists() and not (folder / MANIFEST).exists()
 
 
 def _open_model(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> tuple[Transformer, Config]:
@@ -140,12 +150,15 @@ def load_initial_weights(model: Transformer, config: Config) -> None:
 
 
 def _read(source: str) -> Pretrained:
-    """Read a run directory or checkpoint folder, a Qwen2 folder, or a model of the Hugging Face hub."""
+    """Read what `load_model` reads, a Qwen2 folder, or a model of the Hugging Face hub."""
     folder = Path(source)
     if (folder / MANIFEST).exists() or (folder / "checkpoints").is_dir():
         checkpoint = find_checkpoint(folder)
         model, config = _open_model(checkpoint)
         return Pretrained(str(checkpoint.path), config.model, config.shifted, model.weights())
+    if _is_written_here(folder) and not (folder / CONFIG_FILE).exists():
+        model, config = load_model(source)
+        return Pretrained(source, config.model, config.shifted, model.weights())
     if folder.is_dir() and not (folder / CONFIG_FILE).exists():
         raise ValueError(f"model.init_from: {source} holds neither a checkpoint nor a config.json")
     return read_qwen2(folder if folder.is_dir() else _download(source), source)

@@ -1,8 +1,9 @@
 """Records of a run: `metrics.jsonl`, and wandb and TensorBoard if the settings enable them.
 
 Each row of metrics.jsonl is one JSON object with `step`, `seconds` (of training, without evaluation),
-`sequences_distinct` and `tokens` (trained on, prompts and padding included), the x-axes of the curves. wandb and TensorBoard get the same rows, and when a run resumes
-those that they lack; an error of theirs gives one warning and does not stop the run.
+`sequences_distinct` and `tokens` (trained on, prompts and padding included), the x-axes of the curves. wandb and
+TensorBoard get the same rows, and when a run resumes those that they lack; an error of theirs gives one warning and
+does not stop the run.
 """
 
 from __future__ import annotations

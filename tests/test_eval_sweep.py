@@ -15,6 +15,7 @@ import train
 from config import SamplingRule
 from eval import evaluate as evaluation
 from eval.sweep import RULES, Point, best, rules_of, sweep_table
+from model.hub import pack_run
 from runtime.config_file import read_config
 
 POINT = Point(
@@ -104,6 +105,18 @@ def test_a_sweep_writes_what_it_measured(
     again = json.loads((tmp_path / "out.json").read_text())
     assert again[: len(rows) - 2] == rows[2:]
     assert [row["accuracy"] for row in again[len(rows) - 2 :]] == [row["accuracy"] for row in rows[:2]]
+
+
+def test_a_packed_model_is_swept(
+    config_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main(["--config", str(config_file(training__max_steps=1)), "--run-dir", str(tmp_path / "run")])
+    pack_run(str(tmp_path / "run"), tmp_path / "packed")
+    words = ["--sweep", "--rules", "plan", "--max-passes", "4", "--out", str(tmp_path / "out")]
+    evaluation.main([str(tmp_path / "packed"), *words, "validation.n_final_examples=2"])
+    assert f"{tmp_path / 'packed'}: the first 2 questions" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert row["step"] is None
 
 
 def test_a_file_that_no_sweep_wrote_is_refused(

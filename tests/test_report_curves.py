@@ -21,7 +21,13 @@ def write_run(run_dir: Path, speed: float = 1.0, share: float = 1.0) -> Path:
     run_dir.mkdir()
     rows = []
     for step in range(10, 101, 10):
-        row = {"step": step, "seconds": step / speed, "sequences_distinct": 8 * step, "tokens": 99 * step, "train/loss": 100 / step}
+        row = {
+            "step": step,
+            "seconds": step / speed,
+            "sequences_distinct": 8 * step,
+            "tokens": 99 * step,
+            "train/loss": 100 / step,
+        }
         if step % 50 == 0:
             row |= {
                 "validation/loss": 120 / step,

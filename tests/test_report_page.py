@@ -110,7 +110,14 @@ def test_texts_of_a_model_are_shown_and_not_obeyed(run_dir):
 
 
 def test_a_run_that_has_just_begun_has_a_page(run_dir):
-    for name in ("final.json", "traces.json", "history.json", "metrics.jsonl", "samples_00000003.jsonl", "samples_00000006.jsonl"):
+    for name in (
+        "final.json",
+        "traces.json",
+        "history.json",
+        "metrics.jsonl",
+        "samples_00000003.jsonl",
+        "samples_00000006.jsonl",
+    ):
         (run_dir / name).unlink()
     words = parsed(build_page(run_dir))
     assert "stopped" in words

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from data.files import write_text
-from runtime.machine import processor_name
+from runtime.machine import device_name
 from runtime.metrics import peak_memory_gib
 
 LEGEND = {
@@ -174,8 +174,7 @@ def profile(options: Namespace, benchmark: Benchmark) -> None:
 
 def machine(device: torch.device, dtype: torch.dtype | None) -> str:
     """What a figure depends on besides the code."""
-    name = f"{processor_name()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
     precision = str(dtype or torch.float32).removeprefix("torch.")
-    return f"{name}, {precision}, torch {torch.__version__}, {date.today()}, load {os.getloadavg()[0]:.1f}"
+    return (
+        f"{device_name(device)}, {precision}, torch {torch.__version__}, {date.today()}, load {os.getloadavg()[0]:.1f}"
+    )

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
@@ -31,7 +30,7 @@ from model.hub import load_model, n_updates
 from model.transformer import Transformer
 from runtime.distributed import World, autocast, autocast_dtype, main_first
 from runtime.figures import COLORS, LINES, MARKERS, set_grid
-from runtime.machine import processor_name
+from runtime.machine import device_name
 
 KL_BOUND = 0.01  # of `stable`, whose dial is the threshold
 PROBABILITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -213,14 +212,8 @@ def _measure(each: Swept, questions: Questions, name: str, dial: str, rule: Samp
         nfe=result.nfe,
         seconds=seconds / result.n,
         batch_size=config.validation.batch_size,
-        device=_device_name(world.device),
+        device=device_name(world.device),
     )
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
 def best(points: Sequence[Point], cost: str) -> list[Point]:

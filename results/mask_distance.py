@@ -60,10 +60,11 @@ from data.foreign import CommandParser, ends_with_message
 from model.transformer import Transformer
 from objective import Objective
 from progressive import PumaObjective, stage_of
-from results.run import ROOT, commit, machine
+from results.run import ROOT, commit
 from runtime.checkpoint import Checkpoint, open_checkpoint, step_folders
 from runtime.distributed import World, autocast, autocast_dtype, start_world
 from runtime.figures import COLORS
+from runtime.machine import device_name
 from samplers.build import build_sampler
 from samplers.step import choose
 from training.run import build_run, restore_run
@@ -249,7 +250,7 @@ def collect(run_dirs: Sequence[Path], n_rows: int, seed: int, records_file: Path
         "command": f"python -m results.mask_distance {shlex.join(map(str, run_dirs))} --rows {n_rows} --seed {seed}",
         "rows": n_rows,
         "seed": seed,
-        "machine": machine(),
+        "machine": device_name(start_world("auto").device),
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "runs": [],

@@ -19,11 +19,9 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field, TypeAdapter
 from tqdm import tqdm
 from typing_extensions import NotRequired, TypedDict
@@ -39,11 +37,10 @@ from data.foreign import (
     reading,
     whole_number,
 )
-from report.curves import AXES, Curve, accuracy_points, mean_and_range, plot_accuracy, rules_of, target_table
+from report.curves import RUN_AXES, Curve, accuracy_points, mean_and_range, plot_accuracy, rules_of, target_table
 from results.experiments import EXPERIMENTS, Arm, Experiment
 from runtime.config_file import changed_settings, read_config
-from runtime.history import git
-from runtime.machine import processor_facts, processor_name
+from runtime.history import git, read_history
 from runtime.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -275,10 +272,20 @@ def collect(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, Any]]) 
         if old and (not points or (old["final"] and not final) or (old["points"], old["final"]) == (points, final)):
             runs.append(old)
         elif points:
-            facts = {"arm": task.arm.label, "seed": task.seed, "settings": task.settings, "commit": commit()}
-            facts |= {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "machine": machine()}
-            runs.append(facts | {"final": final, "points": points})
+            facts = {"arm": task.arm.label, "seed": task.seed, "settings": task.settings}
+            runs.append(facts | _provenance(task.run_dir) | {"final": final, "points": points})
     return runs
+
+
+def _provenance(run_dir: Path) -> dict[str, str]:
+    """Commit, date and machine of the last process that worked on a run."""
+    last = (read_history(run_dir) or [{}])[-1]
+    hardware = last.get("hardware") or {}
+    return {
+        "commit": (last.get("commit") or "unknown")[:7] + ("-dirty" if last.get("modified") else ""),
+        "date": str(last.get("ended") or last.get("updated") or "unknown")[:10],
+        "machine": f"{hardware.get('gpu') or hardware.get('processor', 'unknown')}, {hardware.get('cores', '?')} cores",
+    }
 
 
 def _final(run_dir: Path) -> dict[str, Any]:
@@ -294,17 +301,6 @@ def read_records(path: Path) -> dict[str, Any]:
     """The records in a file; ValueError if they cannot be drawn."""
     with reading(f"{path}", "run the experiment without --draw"):
         return dict(TypeAdapter(Records).validate_json(read_text(path)))
-
-
-def machine() -> str:
-    """The processor, its number of cores and its fastest instruction set for matrix products; first the GPU, if any."""
-    facts = processor_facts()
-    flags = facts.get("flags", "").split()
-    fast = [
-        name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16"), ("avx2", "AVX2")) if flag in flags
-    ]
-    name = f"{processor_name()}, {os.cpu_count()} cores, {fast[0] if fast else 'no AVX2'}"
-    return f"{torch.cuda.get_device_name()}, {name}" if torch.cuda.is_available() else name
 
 
 def commit() -> str:
@@ -433,9 +429,9 @@ def draw(experiment: Experiment, records: dict[str, Any], out: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.2), layout="constrained")
-    plots = figure.subplots(1, len(AXES), sharey=True)
+    plots = figure.subplots(1, len(RUN_AXES), sharey=True)
     shown = [curve for curve in curves_of(records) if curve.setting in (experiment.shown or runs_by_arm(records))]
-    for plot, axis in zip(plots, AXES, strict=True):
+    for plot, axis in zip(plots, RUN_AXES, strict=True):
         plot_accuracy(plot, shown, axis, experiment.targets[-1:])
         plot.label_outer()
     figure.legend(*plots[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)

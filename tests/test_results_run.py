@@ -18,6 +18,7 @@ from forked import Forked
 from results import run
 from results.experiments import EXPERIMENTS, Arm, Experiment
 from runtime.config_file import read_config
+from runtime.history import read_history
 
 QUESTION = Experiment("Which?", (), baseline="b", targets=(0.1, 0.45), note="Seeds differ.")
 
@@ -149,6 +150,10 @@ def test_an_experiment_runs_once_and_continues(
         ("from PUMA", 1),
     ]
     assert all([point["step"] for point in each["points"]] == [3, 6] for each in kept["runs"])
+    (last,) = read_history(tmp_path / "runs/tiny/from_puma_seed1")
+    assert kept["runs"][-1]["commit"].startswith(last["commit"][:7] if last["commit"] else "unknown")
+    assert kept["runs"][-1]["date"] == last["ended"][:10]
+    assert last["hardware"]["processor"] in kept["runs"][-1]["machine"]
     started = read_config(tmp_path / "runs/tiny/from_puma_seed1/config.yaml").model.init_from
     assert started == str(tmp_path / "runs/tiny/with_puma_seed1")
     page = (tmp_path / "out/tiny/README.md").read_text()

@@ -4,10 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 .DELETE_ON_ERROR:
-.PHONY: train test test-all check docs-check format settings lock clean
+.PHONY: train compare test test-all check docs-check format settings lock clean
 
 train: $(READY)
 	$(BIN)/python train.py --config yaml_files/sudoku_mini_puma.yaml
+
+# The comparison in README.md: PUMA and uniform masks on word problems, three seeds, two runs at a time. Takes one to two
+# hours and writes runs/results/word_problems/; the same command continues.
+compare: $(READY)
+	$(BIN)/python -m results.run word_problems --out runs/results
 
 # Files are shared out over two processes of one thread each. `make test WORKERS=8` takes eight.
 WORKERS ?= 2

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data.foreign import CommandParser, ends_with_message, escape, shorten
-from runtime.config_file import read_sections
+from runtime.config_file import read_config, setting_name
 from runtime.figures import COLORS, LINES, MARKERS, set_grid
 from runtime.metrics import METRICS_FILE, read_metrics
 
@@ -267,14 +267,11 @@ def _setting_names(run_dirs: Sequence[Path]) -> dict[Path, str]:
 
 
 def _setting(run_dir: Path) -> str:
-    """All settings of a run that can change its result, except the seed; the folder if the run has no settings file."""
-    path = run_dir / "config.yaml"
-    if not path.exists():
+    """What seeds of a setting have in common; the folder if the run has no settings file, or one of other code."""
+    try:
+        return setting_name(read_config(run_dir / "config.yaml"))
+    except ValueError:
         return str(run_dir)
-    sections = {name: values for name, values in read_sections(path).items() if name not in ("validation", "wandb")}
-    if isinstance(sections.get("training"), dict):
-        sections["training"].pop("seed", None)
-    return repr(sections)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -292,7 +289,9 @@ def main(arguments: list[str] | None = None) -> None:
         if options.target is not None and not 0 < options.target <= 1:
             raise ValueError(f"--target {options.target}: give an accuracy above 0 and at most 1")
         targets = [] if options.target is None else [options.target]
-        curves = draw_curves(options.run_dirs, options.x, options.out, rule=options.rule, targets=targets)
+        # `runs/puma*` also names the logs beside the run directories
+        run_dirs = [path for path in options.run_dirs if not path.is_file()] or options.run_dirs
+        curves = draw_curves(run_dirs, options.x, options.out, rule=options.rule, targets=targets)
         if targets:
             if not curves:
                 raise ValueError("no run has been evaluated yet")

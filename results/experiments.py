@@ -201,22 +201,27 @@ EXPERIMENTS = {
         (
             Arm("puma", "tinygsm_mini_puma.yaml"),
             Arm("uniform", "tinygsm_mini_baseline.yaml"),
-            Arm("puma, pool of 16", "tinygsm_mini_puma.yaml", ("objective.pool_batches=16",), seeds=(0,)),
-            *(
-                Arm(
-                    f"{name}, rate {rate}", f"tinygsm_mini_{file}.yaml", (f"training.learning_rate={rate}",), seeds=(0,)
-                )
-                for rate in ("1.0e-3", "4.0e-3")
-                for name, file in (("puma", "puma"), ("uniform", "baseline"))
-            ),
         ),
         baseline="uniform",
         overrides=("training.max_steps=3000", "training.eval_every=125"),
-        note=(
-            "Seconds are not comparable: the machine was shared with other work in changing amounts. The sweep of "
-            "learning rates has not been run."
-        ),
+        note="Seconds are not comparable: the machine was shared with other work in changing amounts.",
         shown=("puma", "uniform"),
+    ),
+    "word_problems_variants": Experiment(
+        "Word problems from random weights: learning rates, and what the pool and the threshold of PUMA change",
+        (
+            *(
+                Arm(f"{name}, rate {rate}", f"tinygsm_mini_{file}.yaml", (f"training.learning_rate={rate}",))
+                for rate in ("2.0e-3", "4.0e-3", "1.0e-3")
+                for name, file in (("puma", "puma"), ("uniform", "baseline"))
+            ),
+            Arm("puma, rate 2.0e-3, pool of 16", "tinygsm_mini_puma.yaml", ("objective.pool_batches=16",)),
+            Arm("puma, rate 2.0e-3, no threshold", "tinygsm_mini_puma.yaml", ("objective.collapse_threshold=null",)),
+        ),
+        baseline="uniform, rate 2.0e-3",
+        overrides=("training.max_steps=1500", "training.eval_every=125"),
+        targets=(0.5, 0.9),
+        seeds=(0,),
     ),
     "word_problems_from_ar": Experiment(
         "Word problems from an autoregressive model: PUMA and uniform masks",

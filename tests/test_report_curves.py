@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from conftest import tiny_settings
 from matplotlib.figure import Figure
 
 from report import curves
@@ -85,14 +86,16 @@ def test_several_runs_are_told_apart(tmp_path, drawn):
 
 def configured(run_dir: Path, seed: int, **objective: object) -> Path:
     """Add the settings to a run directory."""
-    config = {"objective": objective, "training": {"seed": seed, "max_steps": 100}, "wandb": {"name": f"run {seed}"}}
+    config = tiny_settings(objective, run_dir)
+    config["training"] |= {"seed": seed, "log_every": 1 + seed}  # may differ, as all that does not change the result
+    config["wandb"] = {"name": f"run {seed}"}
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
     return run_dir
 
 
 def test_seeds_of_a_setting_are_one_line_with_a_band(tmp_path, drawn):
     runs = [
-        configured(write_run(tmp_path / f"puma_seed{seed}", share=share), seed, name="puma")
+        configured(write_run(tmp_path / f"puma_seed{seed}", share=share), seed, name="puma", n_stages=2)
         for seed, share in ((0, 1.0), (1, 0.5), (2, 0.9))
     ]
     runs.append(configured(write_run(tmp_path / "uniform"), 0, name="uniform"))
@@ -109,7 +112,7 @@ def test_runs_of_one_folder_name_are_named_with_their_parents(tmp_path):
     runs = []
     for number, parent in enumerate(("monday", "tuesday")):
         (tmp_path / parent).mkdir()
-        runs.append(configured(write_run(tmp_path / parent / "run"), 0, name="puma", n_stages=number))
+        runs.append(configured(write_run(tmp_path / parent / "run"), 0, name="puma", n_stages=2 + number))
     assert [curve.setting for curve in read_curves(runs, "top_prob_1")] == ["monday/run", "tuesday/run"]
 
 
@@ -167,7 +170,8 @@ def test_a_run_that_has_not_been_evaluated_yet(tmp_path, drawn):
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_the_command_writes_a_picture(suffix, tmp_path, capsys):
     out = tmp_path / f"curves.{suffix}"
-    curves.main([str(write_run(tmp_path / "run")), "--x", "seconds", "--out", str(out)])
+    (tmp_path / "run.log").touch()
+    curves.main([str(write_run(tmp_path / "run")), str(tmp_path / "run.log"), "--x", "seconds", "--out", str(out)])
     assert out.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml", b"%PDF-")
     assert str(out) in capsys.readouterr().out
 

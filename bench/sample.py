@@ -4,8 +4,8 @@ All steps of a run cost much the same, so every row takes a few (`--steps`). A b
 is masked so far, and filled in equal parts, that on average half of it is masked, as over a whole run. The samplers may
 choose differently at near ties: products of one and of many rows round differently.
 
-The other rules are set so that with random weights they take about as many evaluations: what differs is their cost in
-a pass.
+The other rules, each beside the first, are set so that with random weights they take about as many evaluations: what
+differs is their cost in a pass.
 """
 
 from __future__ import annotations
@@ -78,7 +78,14 @@ def build(options: Namespace) -> Benchmark:
     n_tokens = int((xt == mask_id).sum())
     cases = [Case(config.data.dataset, "ours", "dense", n_tokens, "tokens", facts)]
     cases += [
-        Case(name, name, None, n_tokens, "tokens", partial(lambda name: {"nfe": evaluations[name]}, name))
+        Case(
+            f"{name} beside top_prob",
+            name,
+            "ours",
+            n_tokens,
+            "tokens",
+            partial(lambda name: {"nfe": evaluations[name]}, name),
+        )
         for name in rules
     ]
     paths: dict[str, Call] = {name: partial(by_rule, name) for name in rules}

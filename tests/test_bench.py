@@ -111,7 +111,8 @@ def test_sample(tmp_path, options):
     assert row["agreement"] == "100.0%"
     assert row["nfe"] == 2
     names = ["threshold", "stable", "entropy_bound", "remask", "plan", "running_confidence"]
-    assert [rule["name"] for rule in rules] == names
+    assert [rule["name"] for rule in rules] == [f"{name} beside top_prob" for name in names]
+    assert all(rule["dense_ms"] == row["ours_ms"] for rule in rules)
     assert all(1 <= rule["nfe"] <= 2 for rule in rules)
 
 

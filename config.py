@@ -220,7 +220,9 @@ class TrainingSettings(Settings):
         description="decay of the weight average used by validation and sampling; null: no average",
     )
     seed: Seed = Field(0, description="seed of weights, data order and masks")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: a GPU if there is one", json_schema_extra=FREE_ON_RESUME
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="bfloat16: autocast; auto: bfloat16 if the machine has fast bfloat16 matrix products"
     )

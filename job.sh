@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on a SLURM cluster, on all nodes and GPUs of the job:
 #
-#     sbatch job.sh --config yaml_files/tinygsm_puma.yaml [key=value ...] [--run-dir DIR]
+#     sbatch job.sh --config yaml_files/sudoku_puma.yaml [key=value ...] [--run-dir DIR]
 #     sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 job.sh --config yaml_files/tinygsm_puma.yaml
 #     sbatch --array=0-1 job.sh --config yaml_files/sudoku_puma.yaml --config yaml_files/sudoku_baseline.yaml
 #     sbatch --array=1-5 job.sh --config yaml_files/sudoku_puma.yaml training.seed=%a

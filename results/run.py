@@ -421,7 +421,7 @@ def _run_table(records: dict[str, Any]) -> list[str]:
             f"| {run['arm']} | {run['seed']} | {solved} | {run['points'][-1]['seconds']:,.0f} | `{run['settings']}` | "
             f"{run['commit']} | {run['date']} | {run['machine']} |"
         )
-    return [*lines, "", "Each run on one thread while other work was running, so seconds vary more than updates."]
+    return lines
 
 
 def draw(experiment: Experiment, records: dict[str, Any], out: Path) -> None:

@@ -57,14 +57,15 @@ RUN = {
     "python -m report.page": "",
     "python -m model.hub export": "",
     "python -m bench step": "--batch 2 --iterations 1 --seconds 0 --no-memory",
-    "python -m bench head": "--positions 32 --width 32 --vocab 1000 --iterations 1 --seconds 0 --no-memory",
-    "python -m bench sample": "--small --iterations 1 --seconds 0 --no-memory",
+    "python -m bench head": "--batch 1 --length 32 --vocab 1000 --iterations 1 --seconds 0 --no-memory",
+    "python -m bench sample": "--batch 2 --steps 2 --iterations 1 --seconds 0 --no-memory",
     "python -m bench data": "--iterations 1 --seconds 0",
     "python -m bench block": "",
 }
 # How a command that is not run begins, and why it is not.
 LEFT_OUT = {
     "source .venv/bin/activate": "it changes the shell; all commands run in the environment of this program",
+    "make compare": "it trains for an hour or two; the tests of results/run.py run a small experiment",
     "make test": "it would run the tests, which include the fast part of this check",
     "sbatch": "it needs SLURM; tests/test_job_script.py and tests/test_slurm.py run job.sh",
     "bash job.sh": "it needs SLURM; tests/test_job_script.py and tests/test_slurm.py run job.sh",

@@ -37,7 +37,7 @@ from config import DEFAULT_RULE, Config, SamplingRule
 from data.dataset import AnswerVerdict, DataSet
 from data.foreign import CommandParser, ends_with_message, escape, whole_number
 from data.questions import STANDARD_INPUT, Question, read_questions
-from data.text import decode_programs
+from data.text import decode_whole
 from samplers.infill import check_infills, encode_template
 from samplers.options import add_rule_options, rule_of
 
@@ -54,6 +54,7 @@ SHIPPED = Path(__file__).resolve().parent / "model" / "sudoku"
 BATCH_SIZE = 64
 N_CANDIDATES = 5  # of a position in a trace
 MAX_TRACES = 20  # on one page
+Gold = str | int | float  # a right answer
 OUT_SUFFIXES, TRACE_SUFFIXES = (".jsonl", ".csv"), (".html", ".gif")
 
 # torch takes seconds to import, so functions import it when they need it: `--help` and wrong options answer at once.
@@ -147,7 +148,7 @@ class Trained:
         prompts: str,
         rule: SamplingRule = ...,
         *,
-        gold: str | None = ...,
+        gold: Gold | None = ...,
         seed: int = ...,
         batch_size: int = ...,
         trace: bool = ...,
@@ -159,7 +160,7 @@ class Trained:
         prompts: list[str] | tuple[str, ...],
         rule: SamplingRule = ...,
         *,
-        gold: Sequence[str | None] | None = ...,
+        gold: Sequence[Gold | None] | None = ...,
         seed: int = ...,
         batch_size: int = ...,
         trace: bool = ...,
@@ -170,7 +171,7 @@ class Trained:
         prompts: str | list[str] | tuple[str, ...],
         rule: SamplingRule = DEFAULT_RULE,
         *,
-        gold: str | Sequence[str | None] | None = None,
+        gold: Gold | Sequence[Gold | None] | None = None,
         seed: int = 0,
         batch_size: int = BATCH_SIZE,
         trace: bool = False,
@@ -184,15 +185,31 @@ class Trained:
         self.check_option("prompt", "complete")
         return self._ask(prompts, gold, rule, seed, batch_size, trace)
 
+    @overload
+    def fill(
+        self, templates: str, rule: SamplingRule = ..., *, seed: int = ..., batch_size: int = ..., trace: bool = ...
+    ) -> Answer: ...
+
+    @overload
     def fill(
         self,
         templates: list[str] | tuple[str, ...],
+        rule: SamplingRule = ...,
+        *,
+        seed: int = ...,
+        batch_size: int = ...,
+        trace: bool = ...,
+    ) -> list[Answer]: ...
+
+    def fill(
+        self,
+        templates: str | list[str] | tuple[str, ...],
         rule: SamplingRule = DEFAULT_RULE,
         *,
         seed: int = 0,
         batch_size: int = BATCH_SIZE,
         trace: bool = False,
-    ) -> list[Answer]:
+    ) -> Answer | list[Answer]:
         """Fill the holes of texts, such as `def f(): <3> return x` with a hole of three tokens; otherwise as `solve`.
 
         An answer is the whole text; nothing is said of whether it is right.
@@ -200,11 +217,17 @@ class Trained:
         Raises:
             ValueError: see `samplers.infill.encode_template`.
         """
-        asked = [Question(text, source=f"template {number}") for number, text in enumerate(templates, 1)]
-        return list(self.answers(asked, rule, seed=seed, batch_size=batch_size, trace=trace, holes=True))
+        texts = [templates] if isinstance(templates, str) else list(templates)
+        asked = [Question(text, source=f"template {number}") for number, text in enumerate(texts, 1)]
+        answers = list(self.answers(asked, rule, seed=seed, batch_size=batch_size, trace=trace, holes=True))
+        return answers[0] if isinstance(templates, str) else answers
 
     def check_option(self, option: str, name: str) -> None:
-        """Raise ValueError, which names the call or option `name`, unless the model answers a `puzzle` or `prompt`."""
+        """Raise ValueError if the model's questions are not of kind `option` (`puzzle` or `prompt`).
+
+        Args:
+            name: the call or option, for the message.
+        """
         wanted = self.data.question_option
         if option != wanted:
             other = {"solve": "complete", "complete": "solve"}.get(name, f"--{wanted}")
@@ -213,7 +236,7 @@ class Trained:
     def _ask(
         self,
         questions: str | list[str] | tuple[str, ...],
-        golds: str | Sequence[str | None] | None,
+        golds: Gold | Sequence[Gold | None] | None,
         rule: SamplingRule,
         seed: int,
         batch_size: int,
@@ -221,12 +244,14 @@ class Trained:
     ) -> Answer | list[Answer]:
         """The answer to one question, or a list of answers to a list."""
         texts = [questions] if isinstance(questions, str) else list(questions)
-        right: list[str | None] = [golds] if isinstance(golds, str) else list(golds or [None] * len(texts))
+        right: list[Gold | None] = (
+            [golds] if isinstance(golds, str | int | float) else list(golds or [None] * len(texts))
+        )
         if len(right) != len(texts):
             raise ValueError(f"{len(right)} gold answers for {len(texts)} prompts: give one each, or none")
         several = len(texts) > 1
         asked = [
-            Question(text, gold, f"question {number}" if several else "")
+            Question(text, None if gold is None else str(gold), f"question {number}" if several else "")
             for number, (text, gold) in enumerate(zip(texts, right, strict=True), 1)
         ]
         answers = list(self.answers(asked, rule, seed=seed, batch_size=batch_size, trace=trace))
@@ -254,6 +279,15 @@ class Trained:
         rule.check(causal=self.config.causal)
         prompts, golds = self._encode(questions, holes)
         return self._sample(questions, prompts, golds, rule, seed, batch_size, trace, holes)
+
+    def answer_test(
+        self, rows: Sequence[int], rule: SamplingRule = DEFAULT_RULE, *, seed: int = 0, trace: bool = False
+    ) -> Iterator[Answer]:
+        """Answers to the questions of the test with these numbers, the same as in an evaluation with this seed."""
+        questions = [self.data.question(row) for row in rows]
+        golds = [None if each.gold is None else self.data.check_gold(each.gold) for each in questions]
+        prompts = self.data.prompts(np.array(rows))
+        return self._sample(questions, prompts, golds, rule, seed, BATCH_SIZE, trace, row_ids=rows)
 
     def _encode(self, questions: Sequence[Question], holes: bool) -> tuple[np.ndarray, list[str | None]]:
         """Prompts (int64 [n, L]) and right answers; ValueError names all invalid questions."""
@@ -283,8 +317,14 @@ class Trained:
         seed: int,
         batch_size: int,
         trace: bool,
-        holes: bool,
+        holes: bool = False,
+        row_ids: Sequence[int] | None = None,
     ) -> Iterator[Answer]:
+        """Answers to encoded questions.
+
+        Args:
+            row_ids: numbers of the questions, on which with `seed` the random numbers depend; by default 0, 1, ...
+        """
         import torch
 
         from report.trace import build_trace
@@ -294,6 +334,7 @@ class Trained:
         config, data = self.config, self.data
         sampler = build_sampler(config, data.eos_id)
         precision = autocast_dtype(config.training.precision, self.device)
+        ids = torch.arange(len(questions)) if row_ids is None else torch.tensor(row_ids)
         record: dict[str, Any] = {"record": N_CANDIDATES} if trace else {}
         with _bar(len(questions), data.questions) as (advance, before_pass):
             for start in range(0, len(questions), batch_size):
@@ -305,14 +346,13 @@ class Trained:
                         config.mask_id,
                         rule,
                         seed=seed,
-                        row_ids=torch.arange(rows.start, rows.stop),
+                        row_ids=ids[rows],
                         before_pass=before_pass,
                         **record,
                     )
                 tokens, order = result.tokens.cpu().numpy(), result.order.cpu().numpy()
                 if holes:
-                    texts = decode_programs(data.tokenizer, tokens, np.zeros(tokens.shape, dtype=bool))
-                    verdicts = [AnswerVerdict(text) for text in texts]
+                    verdicts = [AnswerVerdict(decode_whole(data.tokenizer, row)) for row in tokens]
                 else:
                     verdicts = data.verdicts(prompts[rows], tokens, golds[rows])
                 for i, verdict in enumerate(verdicts):
@@ -530,7 +570,7 @@ def _print_answer(answer: Answer, heading: str) -> None:
             console.print(heading, style="bold")
         console.print(answer.shown)
         if verdict.reason:
-            console.print(verdict.reason, style={True: "green", False: "red", None: ""}[verdict.right])
+            console.print(escape(verdict.reason), style={True: "green", False: "red", None: ""}[verdict.right])
         console.print(f"{answer.nfe} network forward evaluations")
         if heading:
             console.print()

@@ -115,10 +115,10 @@ def open_records(run: Run) -> Recorder | None:
     recorders = []
 
     def open_recorder() -> None:
-        run.session.open(run.run_dir, run.world, run.step, run.n_steps)
         # The row of a step whose evaluation is still due is written with it.
         from_step = run.step if run.unrecorded is None else run.step - 1
         recorders.append(Recorder(run.run_dir, run.config, from_step))
+        run.session.open(run.run_dir, run.world, run.step, run.n_steps)
 
     on_main(open_recorder)
     return recorders[0] if recorders else None
@@ -286,8 +286,9 @@ def trace_answers(run: Run, model: Transformer, data: DataSet, evaluation: Evalu
     samples = [each for each in evaluation.samples if (each["confidence"], each["tokens_per_step"]) == by]
     wrong, right = ([each["row"] for each in samples if each["right"] is is_right] for is_right in (False, True))
     rows = ([*wrong[:1], *right, *wrong[1:]] or list(range(evaluation.samplers[0].n)))[:N_TRACES]
-    trained = Trained(model, config, data, run.world.device)
-    answers = trained.answers([data.question(row) for row in rows], rule, seed=config.training.seed, trace=True)
+    answers = Trained(model, config, data, run.world.device).answer_test(
+        rows, rule, seed=config.training.seed, trace=True
+    )
     return [answer.trace for answer in answers if answer.trace is not None]
 
 
@@ -310,7 +311,7 @@ def read_final(run_dir: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def ended_in_history(run: Run) -> Iterator[None]:
-    """Note in the history of the run why training failed, if it does."""
+    """Note in the history of the run why it failed, if it does."""
     try:
         yield
     except BaseException as error:
@@ -339,7 +340,8 @@ def print_result(config: Config, run_dir: Path, final: dict[str, Any]) -> None:
 
 def check_unchanged(config: Config, run_dir: Path, options: argparse.Namespace) -> None:
     """Refuse to continue a run with settings that change its result (ValueError with the differences)."""
-    if not (run_dir / "config.yaml").exists() or not step_folders(run_dir):
+    begun = step_folders(run_dir) or (run_dir / FINAL_FILE).exists()
+    if not begun or not (run_dir / "config.yaml").exists():
         return
     before = read_config(run_dir / "config.yaml")
     differences = changed_settings(before, config)
@@ -391,7 +393,8 @@ def main(arguments: list[str] | None = None) -> None:
             return
         model = run.evaluated_model()  # needs all ranks
         if recorder is not None:
-            final = finish(run, model, data, outcome, recorder)
+            with ended_in_history(run):
+                final = finish(run, model, data, outcome, recorder)
             say(outcome.table())
             print_result(config, run_dir, final)
             recorder.close()  # last, since wandb may wait for the network

@@ -52,6 +52,8 @@ def reading(what: str, remedy: str) -> Iterator[None]:
     except (BadInput, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a panic of a library written in Rust is no Exception
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU: what is read is in order
+            raise
         name, end = shorten(escape(what), MAX_NAME), f": {remedy}"
         reason = escape(" ".join(_reason(error).split()))
         room = MAX_MESSAGE - len(name) - len(" cannot be read ()") - len(end)

@@ -74,6 +74,7 @@ def pretokenize(
     split: str = "train",
     truncate: bool = True,
     eos_token: str | None = None,
+    tokenizer_path_may_differ: bool = False,
 ) -> Progress:
     """Tokenize `source` into `out`, continuing an earlier call; interruptions do not change the result.
 
@@ -85,6 +86,7 @@ def pretokenize(
         columns: of the prompt and of the completion.
         split: of a data set on the Hub.
         truncate: see `data.text.encode_rows`.
+        tokenizer_path_may_differ: from that of an earlier call; the name of `out` tells tokenizers apart.
 
     Raises:
         ValueError: bad source or tokenizer, or `out` was written with other arguments.
@@ -98,7 +100,7 @@ def pretokenize(
         job["columns"] = list(columns)
     if not truncate:
         job["too_long"] = "left out"
-    done, finished = _read_progress(out, job)
+    done, finished = _read_progress(out, job, {"tokenizer"} if tokenizer_path_may_differ else set())
     if finished:
         return done
     tokenizer = load_tokenizer(tokenizer_name, eos_token)
@@ -141,8 +143,8 @@ def pretokenize(
     return done
 
 
-def _read_progress(out: Path, job: dict[str, Any]) -> tuple[Progress, bool]:
-    """Progress of earlier calls with the same arguments, and whether they finished."""
+def _read_progress(out: Path, job: dict[str, Any], free: set[str]) -> tuple[Progress, bool]:
+    """Progress of earlier calls with the same arguments, except `free` ones, and whether they finished."""
     finished = (out / META_FILE).exists()
     if finished:
         meta = read_meta(out)
@@ -160,7 +162,9 @@ def _read_progress(out: Path, job: dict[str, Any]) -> tuple[Progress, bool]:
                 raise ValueError(f"it has other values than counts: {content['done']}")
     else:
         return Progress(), False
-    differences = [f"{key} {begun[key]!r}, now {job[key]!r}" for key in job if begun[key] != job[key]]
+    differences = [
+        f"{key} {begun[key]!r}, now {job[key]!r}" for key in job if key not in free and begun[key] != job[key]
+    ]
     if differences:
         raise ValueError(f"{out} was written with {'; '.join(differences)}: choose another --out or delete it")
     return done, finished

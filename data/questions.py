@@ -1,8 +1,9 @@
 """Questions in files: puzzles or prompts, with right answers if they are known.
 
 .txt: one question per line. .csv: a column named like the option of sampling.py (`puzzle` or `prompt`), or `question`,
-and if the right answers are known `gold` or `answer`. .jsonl: objects with the same keys, such as GSM8K's files.
-Standard input is read like .txt, or like .jsonl if it begins with `{`.
+and if the right answers are known `gold`, `answer` or `completion`; rows without a question are skipped. .jsonl:
+objects with the same keys, such as GSM8K's files. Standard input is read like .txt, or like .jsonl if it begins with
+`{`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 from data.foreign import MAX_TEXT_BYTES, parse_object, read_text, reading
 
 STANDARD_INPUT = "-"
-GOLD_KEYS = ("gold", "answer")
+# Of several the first decides, also if it is empty: files that sampling.py wrote have the model's own `answer`.
+GOLD_KEYS = ("gold", "answer", "completion")
 SUFFIXES = (".txt", ".csv", ".jsonl")
 
 
@@ -84,7 +86,7 @@ def _read_jsonl(text: str, name: str, shown: str) -> Iterator[Question]:
         with reading(f"questions {shown}, line {number}", f'give objects such as {{"{name}": "..."}}'):
             row = parse_object(line)
             question = row.get(name, row.get("question"))
-            gold = next((row[key] for key in GOLD_KEYS if row.get(key) is not None), None)
+            gold = next((row[key] for key in GOLD_KEYS if key in row), None)
             if not isinstance(question, str):
                 raise ValueError(f"it has no text {name!r} or 'question'")
             if not isinstance(gold, str | int | float | None):

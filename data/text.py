@@ -180,7 +180,7 @@ def encode_rows(
 
 
 def decode_programs(tokenizer: Any, tokens: np.ndarray, prompt_mask: np.ndarray) -> list[str]:
-    """The text after each prompt, up to the first EOS.
+    """The text after each prompt, up to the first EOS; `decode_whole` keeps all of a row.
 
     Args:
         tokens: int64 [B, L].
@@ -192,3 +192,9 @@ def decode_programs(tokenizer: Any, tokens: np.ndarray, prompt_mask: np.ndarray)
         ends = np.flatnonzero(answer == tokenizer.eos_token_id)
         programs.append(tokenizer.decode(answer[: ends[0]] if len(ends) else answer, skip_special_tokens=False))
     return programs
+
+
+def decode_whole(tokenizer: Any, row: np.ndarray) -> str:
+    """The text of a row (int64 [L]) without the EOS tokens at its end."""
+    text = np.flatnonzero(row != tokenizer.eos_token_id)
+    return str(tokenizer.decode(row[: text[-1] + 1] if len(text) else row[:0], skip_special_tokens=False))

@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from data.dataset import AnswerVerdict, DataSet, DataSettings, Judged
-from data.foreign import check_file, escape, reading
+from data.foreign import check_file, escape, reading, shorten
 from data.hashes import cached_hash, hash_file
 from data.pretokenize import find_files, pretokenize, read_rows
 from data.questions import Question
@@ -50,6 +50,7 @@ from data.token_files import TinyGsmData, open_tiny_gsm, read_meta
 
 MAX_LENGTH = 1 << 20  # tokens per sequence
 VERSION = 1  # of the files that are written; a new one when the same settings give other files
+MAX_SHOWN_GOLD = 100  # characters of a right answer in a verdict
 N_TOKENIZER_CHUNKS = 40  # of `data.pretokenize.CHUNK_ROWS` pairs, on which a tokenizer is trained
 # What a token of a trained tokenizer spans at most: a digit with the space before it; a newline and an indent; a word
 # with the space before it; signs; spaces. As of the hard word problems, but with the letters of all languages.
@@ -267,6 +268,7 @@ class Text(TextPairs):
                 split=split,
                 truncate=False,
                 eos_token=settings.eos_token,
+                tokenizer_path_may_differ=True,
             )
         return folder
 
@@ -315,7 +317,8 @@ class Text(TextPairs):
         for prompt, row, gold in zip(prompts, tokens, golds or [None] * len(tokens), strict=True):
             text = self.completion(prompt, row)
             right = None if gold is None else _words(text) == _words(gold)
-            reason = {True: "right", False: f"wrong; right is {gold}", None: ""}[right]
+            shown = shorten(escape(" ".join(_words(gold or ""))), MAX_SHOWN_GOLD)
+            reason = {True: "right", False: f"wrong; right is {shown}", None: ""}[right]
             verdicts.append(AnswerVerdict(text, right, reason, {"gold": gold}))
         return verdicts
 

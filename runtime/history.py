@@ -147,7 +147,7 @@ def _hardware(world: World) -> dict[str, Any]:
         "host": socket.gethostname(),
         "system": platform.platform(),
         "processor": processor_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),  # macOS
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "processes": world.n_ranks,
         "device": world.device.type,

@@ -21,6 +21,8 @@ def test_right_answers_are_read_under_both_names(tmp_path: Path) -> None:
     found = read_questions(path, "prompt")
     assert [(question.text, question.gold) for question in found] == expected
     assert [question.source for question in found] == [f"{path}, line {number}" for number in (1, 3, 4)]
+    written = write(tmp_path, "written.jsonl", '{"prompt": "Why?", "answer": "a guess", "gold": null}\n')
+    assert read_questions(written, "prompt")[0].gold is None, "an answer in a file of sampling.py is the model's"
     path = write(tmp_path, "a.csv", '\ufeffprompt,gold\n"Why,\nso?",18\nHow?,\n')
     assert read_questions(path, "prompt") == [
         Question("Why,\nso?", "18", f"{path}, line 3"),

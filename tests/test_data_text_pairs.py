@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,25 @@ def test_a_test_source_of_its_own(tmp_path):
     assert data.question(0) == Question("b\na", "a b")
     assert data.prompts(np.array([0]))[0].tolist() == data.encode("b\na").tolist()
     assert data.difficulty(np.array([0]))["tokens"].tolist() == [2]
+
+
+def test_the_tokenizer_may_be_named_by_another_path(tmp_path, monkeypatch):
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    data = open_text(tmp_path)
+    data.tokenizer.save_pretrained(tmp_path / "copy")
+    shutil.copy(Path(data._tokenizer_name) / "tokenizer.json", tmp_path / "copy" / "tokenizer.json")
+    assert open_text(tmp_path, tokenizer=str(tmp_path / "copy")).folder == data.folder
+    monkeypatch.chdir(tmp_path)
+    assert open_text(tmp_path, tokenizer="copy").folder == data.folder
+
+
+def test_a_verdict_on_a_foreign_answer_is_one_printable_line(tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    data = open_text(tmp_path)
+    tokens, _ = data.test.rows(np.array([0]))
+    (verdict,) = data.verdicts(data.prompts(np.array([0])), tokens, ["a\n\x1b[31mb" + "c" * 500])
+    assert verdict.reason.startswith("wrong; right is a \\x1b[31mbc")
+    assert len(verdict.reason) < 130
 
 
 def test_changed_pairs_are_tokenized_again(tmp_path):

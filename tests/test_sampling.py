@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -24,6 +25,8 @@ import sampling
 import train
 from config import Confidence, SamplingRule
 from data.sudoku import parse_puzzle
+from data.text import decode_whole
+from eval import evaluate as evaluation
 from model.hub import pack_run
 from model.transformer import Transformer, build_model
 from runtime.config_file import parse_config
@@ -586,6 +589,20 @@ def test_the_example_of_the_page_runs(
     assert sampling.load().solve("." * 81, SamplingRule(tokens_per_step=81), trace=True)._repr_html_() is not None
 
 
+def test_answers_to_the_test_are_those_of_an_evaluation(run_dir: Path, tmp_path: Path) -> None:
+    """Also by a rule that draws random numbers."""
+    overrides = ["validation.confidence=[random]", "validation.temperature=1.0", "validation.n_final_examples=20"]
+    run_dir = shutil.copytree(run_dir, tmp_path / "run")
+    evaluation.main([str(run_dir), *overrides, "--samples", str(tmp_path / "samples.jsonl")])
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    trained = sampling.load(run_dir, "cpu")
+    rows, rule = [17, 3], SamplingRule(confidence="random", temperature=1.0)
+    answers = list(trained.answer_test(rows, rule, seed=trained.config.training.seed, trace=True))
+    expected = [samples[row]["answer"].replace(".", "0") for row in rows]  # a cell that the model left empty
+    assert [answer.verdict.answer for answer in answers] == expected
+    assert [answer.question for answer in answers] == [samples[row]["puzzle"] for row in rows]
+
+
 def test_holes_of_texts_are_filled_and_the_rest_is_kept(tmp_path: Path) -> None:
     config = parse_config(tiny_gsm_settings(tmp_path), "test")
     model = build_model(config)
@@ -597,6 +614,11 @@ def test_holes_of_texts_are_filled_and_the_rest_is_kept(tmp_path: Path) -> None:
     assert (first.nfe, second.nfe) == (3, 1)
     assert first.verdict.right is None
     assert first.trace is not None
+    assert np.array_equal(trained.fill("return <3>+ x").tokens, first.tokens)
+    ended = first.tokens.copy()
+    ended[2] = trained.data.eos_id
+    text = decode_whole(trained.data.tokenizer, ended)
+    assert text.endswith("+ x"), "an end inside does not cut off what the template gives"
     with pytest.raises(ValueError, match=r"2 of 2 .* are invalid\n  template 1: .* has no hole"):
         trained.fill(["return x", "return <0>"])
 

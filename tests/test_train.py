@@ -249,6 +249,16 @@ def test_changed_settings_are_refused_with_the_difference(config_file, tmp_path,
     assert "n_examples" not in message, "what is only measured may change"
 
 
+def test_a_complete_run_without_checkpoints_keeps_its_settings(config_file, tmp_path, capsys):
+    config = str(config_file(training__max_steps=1))
+    train.main(["--config", config, "--run-dir", str(tmp_path / "run")])
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", config, "--run-dir", str(tmp_path / "run"), "training.seed=1"])
+    assert stop.value.code == 2
+    assert "training.seed: 0 -> 1" in capsys.readouterr().err
+
+
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(config_file, tmp_path, capsys):
     run_dir = tmp_path / "run"
     arguments = ["--config", str(config_file()), "--run-dir", str(run_dir)]

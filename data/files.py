@@ -1,4 +1,7 @@
-"""Write small files atomically, and raise one error for any failed write. Does not import torch."""
+"""Write small files atomically, and raise one error for any failed write; check before work that a file can be written.
+
+Does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ class WriteError(OSError):
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file atomically and durably: temporary name, sync, rename. Raises WriteError."""
-    scratch = path.with_name(f".{path.name}.incomplete")
+    scratch = _scratch(path)
     with reported(path):
         with open(scratch, "w", encoding="utf-8") as file:
             file.write(text)
@@ -24,6 +27,32 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         scratch.replace(path)
         sync_folder(path.parent)
+
+
+def check_out(path: Path, option: str, source: Path | None = None) -> None:
+    """Raise ValueError, before any work is done, if `write_text` could not write `path`; leaves nothing behind.
+
+    Args:
+        option: the option that gave the path, for the message.
+        source: the file that is read, which must be another one.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path}: the folder {path.parent} does not exist")
+    if source is not None and path.resolve() == source.resolve():
+        raise ValueError(f"{option} {path} would overwrite the input")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{option} {path} is {'a folder' if path.is_dir() else 'no regular file'}: name another file")
+    scratch = _scratch(path)
+    try:
+        scratch.touch()
+        scratch.unlink(missing_ok=True)  # other processes of the same command check too
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be written ({error.strerror}): name another file") from error
+
+
+def _scratch(path: Path) -> Path:
+    """Where the new content is written, beside the file that it replaces."""
+    return path.with_name(f".{path.name}.incomplete")
 
 
 @contextmanager

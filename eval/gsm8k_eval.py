@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.files import write_text
+from data.files import check_out, write_text
 from data.foreign import CommandParser, ends_with_message, parse_object, read_lines, reading, whole_number
 from grader.grade import REASONS, gold_number, grade
 
@@ -51,7 +51,7 @@ def read_cases(path: Path) -> tuple[list[str], list[float]]:
 
 def grade_file(cases: Path, out: Path, n_workers: int | None) -> str:
     """Grade a file of cases and write a file of verdicts; returns a summary. Raises ValueError for bad input."""
-    check_out(out, cases)
+    check_out(out, "--out", cases)
     completions, golds = read_cases(cases)
     start = time.monotonic()
     with tqdm(total=len(completions), desc="grading", unit="program") as bar:
@@ -81,18 +81,10 @@ def write_prompts(test: Path, tokenizer: str, mask_id: int, max_len: int, out: P
     """Write the prompts of a file of problems; returns a summary. Raises ValueError for bad input."""
     from data.gsm8k import prompt_records  # imports tokenizers, which is slow and not needed for grading
 
-    check_out(out, test)
+    check_out(out, "--out", test)
     records, n_left_out = prompt_records(str(test), tokenizer, mask_id, max_len)
     write_text(out, json.dumps(records))
     return f"wrote {len(records)} prompts of {max_len} tokens to {out}, left out {n_left_out}"
-
-
-def check_out(out: Path, source: Path) -> None:
-    """Raise ValueError, before any work is done, if `out` cannot be written."""
-    if not out.parent.is_dir():
-        raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
-    if out.resolve() == source.resolve():
-        raise ValueError(f"--out {out} would overwrite the input")
 
 
 def main(arguments: list[str] | None = None) -> None:

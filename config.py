@@ -367,9 +367,8 @@ class SamplingRule(_RuleOptions):
 
     @property
     def options(self) -> dict[str, str | float]:
-        """What else is not by default, besides the temperature."""
-        names = (key for key in _RuleOptions.model_fields if key != "temperature")
-        return {key: getattr(self, key) for key in names if not self.is_default(key)}
+        """What else is not by default."""
+        return {key: getattr(self, key) for key in _RuleOptions.model_fields if not self.is_default(key)}
 
     def check(self, *, causal: bool) -> None:
         """Raise ValueError if the rule does not work with a model that is `causal` or not."""

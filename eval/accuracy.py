@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +18,13 @@ from tqdm import tqdm
 
 from config import Confidence, Config, SamplingRule
 from data.dataset import DataSet, Reference
-from eval.likelihood import NORMAL_95
 from model.transformer import Transformer
 from runtime.distributed import World, gather, sum_over_ranks
 from runtime.signals import StopVote
 from samplers.build import build_sampler
 from samplers.step import nothing
+
+NORMAL_95 = 1.959964  # a normal variable is within so many standard deviations with probability 95%
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,26 @@ def wilson_interval(n_right: float, n: int) -> tuple[float, float]:
     center = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = NORMAL_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     return max(0.0, center - half), min(1.0, center + half)
+
+
+def check_n_examples(n_examples: int, data: DataSet, setting: str) -> None:
+    """Raise ValueError if `n_examples`, given by `setting`, exceeds the number of questions in the test."""
+    if n_examples > data.n_questions:
+        raise ValueError(f"{setting} {n_examples}: the test has {data.n_questions} {data.questions}; set at most that")
+
+
+def count_examples(config: Config, overrides: Sequence[str], data: DataSet) -> int:
+    """Number of questions to ask: as given by an override, else as after a run's last step, but no more than there are.
+
+    Raises:
+        ValueError: an override asks for more than the test has.
+    """
+    validation = config.validation
+    for key, value in (("n_final_examples", validation.n_final_examples), ("n_examples", validation.n_examples)):
+        if value is not None and any(override.startswith(f"validation.{key}=") for override in overrides):
+            check_n_examples(value, data, f"validation.{key}")
+            return value
+    return min(validation.n_final_examples or validation.n_examples, data.n_questions)
 
 
 @dataclass(frozen=True)

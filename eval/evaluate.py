@@ -12,8 +12,9 @@ Shapes: B rows, L positions.
 from __future__ import annotations
 
 import json
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from tqdm import tqdm
 from baselines import next_token_targets, target_weights
 from config import Config
 from data.dataset import DataSet, SequenceData
-from data.files import write_text
+from data.files import check_out, write_text
 from data.foreign import CommandParser, whole_number
-from eval.accuracy import Questions, SamplerResult, asking, measure_rule, rank_batches
-from eval.likelihood import NORMAL_95, Likelihood, likelihood
-from model.hub import load_model
+from eval.accuracy import NORMAL_95, Questions, SamplerResult, asking, count_examples, measure_rule, rank_batches
+from eval.accuracy import check_n_examples as check_n_examples  # for training
+from eval.likelihood import Likelihood, likelihood
+from model.hub import load_model, n_updates
 from model.transformer import Transformer
 from progressive_block import block_layout
 from runtime.config_file import split_overrides
@@ -38,6 +40,7 @@ from runtime.distributed import (
     autocast_dtype,
     fail_once,
     main_first,
+    on_main,
     start_world,
     stop_world,
     sum_over_ranks,
@@ -63,9 +66,9 @@ class Evaluation:
         """Accuracy of the headline sampler, which selects the best checkpoint."""
         return self.samplers[0].accuracy
 
-    def metrics(self) -> dict[str, float]:
-        """Flat dictionary for the records."""
-        values = {"validation/loss": self.loss}
+    def metrics(self) -> dict[str, float | None]:
+        """Flat dictionary for the records; None: a group of questions without a reference."""
+        values: dict[str, float | None] = {"validation/loss": self.loss}
         if self.likelihood is not None:
             values["validation/nats_per_token"] = self.likelihood.nats_per_token
             values["validation/nats_per_token_error"] = self.likelihood.standard_error
@@ -143,7 +146,7 @@ def evaluate(
 
     Args:
         n_examples: number of questions to answer (all, if there are fewer).
-        vote: asked after every forward pass of the sampler.
+        vote: asked before every forward pass.
 
     Raises:
         StopRequested: `vote` has a signal to stop for; all ranks raise.
@@ -216,25 +219,26 @@ def validation_loss(
     return float(sum_over_ranks(total))
 
 
-def check_n_examples(n_examples: int, data: DataSet, setting: str) -> None:
-    """Raise ValueError if `n_examples`, given by `setting`, exceeds the number of questions in the test."""
-    if n_examples > data.n_questions:
-        raise ValueError(f"{setting} {n_examples}: the test has {data.n_questions} {data.questions}; set at most that")
-
-
 def _bar(world: World, total: int) -> tqdm:
     # None: no bar where standard error is no terminal
     return tqdm(total=total, desc="evaluating", unit="seq", disable=None if world.is_main else True, leave=False)
 
 
-def _n_examples(config: Config, overrides: list[str], data: DataSet) -> int:
-    """Number of questions: as given by an override, else as after a run's last step."""
-    validation = config.validation
-    for key, value in (("n_final_examples", validation.n_final_examples), ("n_examples", validation.n_examples)):
-        if value is not None and any(override.startswith(f"validation.{key}=") for override in overrides):
-            check_n_examples(value, data, f"validation.{key}")
-            return value
-    return validation.n_final_examples or validation.n_examples
+def _check_options(parser: ArgumentParser, options: Namespace) -> None:
+    """End the command with a message if options have no effect with, or without, --sweep."""
+    without = {"--json": options.json, "--samples": options.samples}
+    only_with = {"--rules": options.rules, "--max-passes": options.max_passes, "--out": options.out}
+    unused = [name for name, value in (without if options.sweep else only_with).items() if value is not None]
+    if unused:
+        remedy = "not with --sweep, whose files --out names" if options.sweep else "only with --sweep"
+        parser.error(f"{', '.join(unused)}: {remedy}")
+
+
+def _check_files(options: Namespace) -> None:
+    """Raise ValueError if a file cannot be written."""
+    for path, option in ((options.json, "--json"), (options.samples, "--samples")):
+        if path is not None:
+            check_out(path, option)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -257,22 +261,26 @@ def main(arguments: list[str] | None = None) -> None:
         help="with --sweep: leave out rules with more passes by design",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("sweep"), metavar="NAME", help="with --sweep: write NAME.json, .csv, .md, .png"
+        "--out", type=Path, metavar="NAME", help="with --sweep: write NAME.json, .csv, .md, .png; by default sweep"
     )
     options = parser.parse_intermixed_args(arguments)
+    _check_options(parser, options)
     if options.sweep:
         _sweep(options)
         return
     try:
+        step = n_updates(options.checkpoint)
         model, config = load_model(options.checkpoint, overrides=options.overrides)
         world = start_world(config.training.device)
+        on_main(partial(_check_files, options))
         data = main_first(world, lambda: config.open_data().load(train=False))
-        n_examples = _n_examples(config, options.overrides, data)
+        n_examples = count_examples(config, options.overrides, data)
         evaluation = evaluate(model.to(world.device), config, data, world, n_examples)
         if world.is_main:
             print(evaluation.table())
             if options.json:
-                write_text(options.json, json.dumps(as_json(evaluation), indent=1) + "\n")
+                source = {"checkpoint": options.checkpoint, "step": step, "overrides": options.overrides}
+                write_text(options.json, json.dumps(source | as_json(evaluation), indent=1) + "\n")
             if options.samples:
                 write_text(options.samples, "".join(json.dumps(row) + "\n" for row in evaluation.samples))
     except (ValueError, OSError) as error:
@@ -289,7 +297,8 @@ def _sweep(options: Namespace) -> None:
     try:
         checkpoints = [load_swept(each, overrides) for each in (options.checkpoint, *more)]
         world = start_world(checkpoints[0].config.training.device)
-        points = sweep(checkpoints, world, options.out, options.rules, options.max_passes)
+        out = options.out or Path("sweep")
+        points = sweep(checkpoints, world, out, overrides, names=options.rules, max_passes=options.max_passes)
         if world.is_main:
             print("\n".join(sweep_table(points)))
     except (ValueError, OSError) as error:

@@ -35,9 +35,10 @@ from tqdm import tqdm
 from baselines import next_token_targets
 from config import Config
 from data.dataset import DataSet, SequenceData
-from data.files import write_text
+from data.files import check_out, write_text
 from data.foreign import CommandParser, whole_number
 from data.text import decode_programs
+from eval.accuracy import NORMAL_95
 from model.hub import load_model
 from model.token_predictions import hash_uniform, mix_keys
 from model.transformer import Transformer
@@ -57,7 +58,6 @@ from samplers.step import nothing
 from unmasking import reveal_top
 
 SEED = 20_260_211  # of the masks: the same in all runs
-NORMAL_95 = 1.959964
 REPLICATES = 2  # independent halves of the draws of a row, whose difference gives the error due to the masks
 
 
@@ -290,6 +290,8 @@ def main(arguments: list[str] | None = None) -> None:
         names, overrides = split_overrides(options.checkpoints)
         if not names:
             raise ValueError("name a run directory or a checkpoint folder")
+        if options.json:
+            check_out(options.json, "--json")
         rows = compare(names, overrides, options.rows, options.draws)
         print("\n".join(table(rows)))
         if options.json:

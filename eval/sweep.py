@@ -4,14 +4,19 @@
 
 Each rule has one dial; the sweep goes through its values and writes `sweep.json`, `sweep.csv`, `sweep.md` (a table) and
 `sweep.png`. All but the picture are written anew after every measurement, and what `sweep.json` has is not measured
-again: a sweep can be stopped at any time, and the same command resumes it.
+again: a sweep can be stopped at any time, and the same command resumes it. What `sweep.json` has of other weights,
+questions or machines is kept, in tables and plots of its own.
+
+Shapes: n questions, L positions, S positions of a block (L without blocks).
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -23,12 +28,15 @@ from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from config import Config, SamplingRule
-from data.files import write_text
+from data.dataset import DataSet
+from data.files import check_out, write_text
 from data.foreign import escape, read_text, reading, shorten
-from eval.accuracy import Questions, measure_rule
+from data.hashes import hash_arrays
+from eval.accuracy import Questions, count_examples, measure_rule
 from model.hub import load_model, n_updates
 from model.transformer import Transformer
-from runtime.distributed import World, autocast, autocast_dtype, main_first
+from progressive_block import block_layout
+from runtime.distributed import World, autocast, autocast_dtype, main_first, on_main
 from runtime.figures import COLORS, LINES, MARKERS, set_grid
 from runtime.machine import device_name
 
@@ -48,37 +56,67 @@ RULES: dict[str, tuple[str, Sequence[float], dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Point:
-    """One measurement, and all that it depends on."""
+SUFFIXES = (".json", ".csv", ".md", ".png")
+DIGEST = 16  # characters
+SHOWN = 6  # of a digest, in tables and plots
+LABEL_WIDTH = 60  # characters of a line of a label in plots
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """All that a measurement depends on besides the rule: points with equal conditions can be compared.
+
+    The last three are None in files of before they were recorded: unknown, so equal to no known one.
+    """
 
     checkpoint: str
     step: int | None  # updates; None for a folder of `model.hub`, which does not tell
+    temperature: float
+    seed: int
+    n: int  # questions, the first of the test
+    batch_size: int
+    device: str
+    precision: str | None = None  # of the forward passes
+    model: str | None = None  # digest of the weights, and of the settings by which they make predictions
+    questions: str | None = None  # digest of the questions, as text and as tokens, and of the right answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point(Conditions):
+    """One measurement, and all that it depends on."""
+
     rule: str  # key of `RULES`
     dial: str  # setting of `SamplingRule`
     value: float  # of the dial
     settings: dict[str, Any]  # the whole rule, as given to `SamplingRule`
-    temperature: float
-    seed: int
-    n: int  # questions, the first of the test
     accuracy: float
     accuracy_low: float  # 95% interval
     accuracy_high: float
     nfe: float  # mean network forward evaluations per question
     seconds: float  # of sampling per question, in batches of batch_size, without judging
-    batch_size: int
-    device: str
+
+    @property
+    def conditions(self) -> Conditions:
+        """Without the rule and its results."""
+        return Conditions(**{each.name: getattr(self, each.name) for each in fields(Conditions)})
 
 
-def rules_of(
-    config: Config, names: Sequence[str] | None, n_masked: int, max_passes: int | None
-) -> list[tuple[str, str, SamplingRule]]:
-    """The rules to measure, each with its name in `RULES` and its dial.
+def by_conditions(points: Sequence[Point]) -> dict[Conditions, list[Point]]:
+    """Points with equal conditions together, in the order of the first ones."""
+    groups: dict[Conditions, list[Point]] = {}
+    for point in points:
+        groups.setdefault(point.conditions, []).append(point)
+    return groups
+
+
+Choice = tuple[str, str, SamplingRule]  # name in `RULES`, dial, rule
+
+
+def rules_of(config: Config, names: Sequence[str] | None) -> list[Choice]:
+    """The rules to measure; for all models the same, in the same order, but for the temperature.
 
     Args:
         names: keys of `RULES`; None: all.
-        n_masked: most masked positions of a question.
-        max_passes: leave out rules that fix a number of passes, if it is larger than this; None: leave out none.
 
     Raises:
         ValueError: a name is unknown, or the model is causal, so that there is no choice.
@@ -88,20 +126,27 @@ def rules_of(
         raise ValueError(f"--rules {unknown[0]}: choose from {', '.join(RULES)}")
     if config.causal:
         raise ValueError("--sweep: a causal model is sampled left to right, token by token; there is no rule to choose")
-    found = [
+    return [
         (name, dial, SamplingRule(**{**rest, dial: value, "temperature": config.validation.temperature}))
         for name, (dial, values, rest) in RULES.items()
         if names is None or name in names
         for value in values
     ]
-    return [each for each in found if max_passes is None or _n_fixed_passes(each[1], each[2], n_masked) <= max_passes]
 
 
-def _n_fixed_passes(dial: str, rule: SamplingRule, n_masked: int) -> int:
-    """Passes that a rule takes on `n_masked` positions, whatever the model predicts; 0 if that decides."""
+def n_fixed_passes(dial: str, rule: SamplingRule, masked: np.ndarray, block_size: int) -> int:
+    """Most passes that a row takes, if the rule fixes their number; 0 if the model's predictions decide it.
+
+    Args:
+        masked: bool [n, L], positions to fill.
+        block_size: S; blocks are filled one after the other, so that their passes add up.
+    """
+    n_masked = masked.reshape(len(masked), -1, block_size).sum(2)  # [n, L / S]
     if dial == "tokens_per_step":
-        return -(-n_masked // rule.tokens_per_step)
-    return rule.n_passes or 0
+        passes = -(-n_masked // rule.tokens_per_step)
+    else:
+        passes = (n_masked > 0) * (rule.n_passes or 0)
+    return int(passes.sum(1).max())
 
 
 @dataclass(frozen=True)
@@ -124,6 +169,8 @@ def sweep(
     checkpoints: Sequence[Swept],
     world: World,
     out: Path,
+    overrides: Sequence[str] = (),
+    *,
     names: Sequence[str] | None = None,
     max_passes: int | None = None,
 ) -> list[Point]:
@@ -132,64 +179,122 @@ def sweep(
     Of the settings `validation.temperature`, `n_final_examples` (or `n_examples`) and `batch_size` apply.
 
     Args:
-        names, max_passes: see `rules_of`.
+        overrides: as given to `load_swept`; see `eval.accuracy.count_examples`.
+        names: see `rules_of`.
+        max_passes: leave out rules that take more passes by design, see `n_fixed_passes`; None: leave out none.
 
     Returns:
         All points, with those that `out` had before.
 
     Raises:
-        ValueError: see `rules_of`; or the file `out` with the ending .json is none of a sweep.
+        ValueError: see `rules_of` and `count_examples`; no rule has so few passes; a file cannot be written; or the
+            .json file was not written by a sweep.
     """
-    points = read_sweep(out)
-    rules, loaded = [], []  # all of them, before work begins
-    for each in checkpoints:
+    points = on_main(partial(_open_out, out))  # all ranks must agree on what is left to do
+    chosen = [rules_of(each.config, names) for each in checkpoints]
+    loaded, allowed = [], []  # all of them, before work begins
+    for each, choices in zip(checkpoints, chosen, strict=True):
         data = main_first(world, partial(each.config.open_data().load, train=False))
-        n = min(each.config.validation.n_final_examples or each.config.validation.n_examples, data.n_questions)
+        n = count_examples(each.config, overrides, data)
         each.model.to(world.device)
-        loaded.append(Questions(data, None, {}, n))
-        n_masked = int((data.prompts(np.arange(n)) == each.config.mask_id).sum(1).max())
-        rules.append(rules_of(each.config, names, n_masked, max_passes))
+        conditions = on_main(partial(_conditions_of, each, data, n, world))
+        loaded.append((each, Questions(data, None, {}, n), conditions))
+        allowed.append(_within(max_passes, each, choices, data, n))
     # One rule after the other, so that a sweep that is stopped has compared the checkpoints.
     tasks = [
-        (each, questions, own[number])
-        for number in range(len(rules[0]))
-        for each, questions, own in zip(checkpoints, loaded, rules, strict=True)
+        (*one, choice)
+        for together in zip(*chosen, strict=True)
+        for one, choices, choice in zip(loaded, allowed, together, strict=True)
+        if choice in choices
     ]
     # None: no bar where standard error is no terminal
     with tqdm(total=len(tasks), desc="sweep", unit="setting", disable=None if world.is_main else True) as bar:
-        for each, questions, (name, dial, rule) in tasks:
+        for each, questions, conditions, (name, dial, rule) in tasks:
             bar.set_postfix_str(f"{each.name} {name} {dial} {getattr(rule, dial)}")
-            if not any(_is_same(point, each, rule, questions.n_examples) for point in points):
-                points.append(_measure(each, questions, name, dial, rule, world))
+            if not any(point.conditions == conditions and point.settings == rule.model_dump() for point in points):
+                points.append(_measure(each, questions, conditions, name, dial, rule, world))
             bar.update()
             if world.is_main:
                 write_sweep(points, out)
     if world.is_main:
-        draw_sweep(points, out.with_suffix(".png"))
+        draw_sweep(points, _with_suffix(out, ".png"))
     return points
 
 
-def _is_same(point: Point, each: Swept, rule: SamplingRule, n: int) -> bool:
-    """Whether a point tells what a rule gives on the first n questions."""
-    return (point.checkpoint, point.step, point.settings, point.seed, point.n) == (
-        each.name,
-        each.step,
-        rule.model_dump(),
-        each.config.training.seed,
-        n,
+def _open_out(out: Path) -> list[Point]:
+    """The points that `out` has, which can be written."""
+    for suffix in SUFFIXES:
+        check_out(_with_suffix(out, suffix), "--out")
+    return read_sweep(out)
+
+
+def _with_suffix(out: Path, suffix: str) -> Path:
+    """A file of the sweep `out`, whose name may have a dot (`Path.with_suffix` would replace what follows it)."""
+    return out.with_name(out.name + suffix)
+
+
+def _within(max_passes: int | None, each: Swept, choices: list[Choice], data: DataSet, n: int) -> list[Choice]:
+    """The choices that take at most `max_passes` on the first n questions; ValueError if there is none."""
+    if max_passes is None:
+        return choices
+    masked = data.prompts(np.arange(n)) == each.config.mask_id  # [n, L]
+    block_size = block_layout(each.config.objective, masked.shape[1]).size
+    n_passes = [n_fixed_passes(dial, rule, masked, block_size) for _, dial, rule in choices]
+    if min(n_passes) > max_passes:
+        raise ValueError(
+            f"--max-passes {max_passes}: no rule has at most {max_passes} passes with {each.name}; the fewest are "
+            f"{min(n_passes)}: give that, or more of --rules"
+        )
+    return [choice for choice, number in zip(choices, n_passes, strict=True) if number <= max_passes]
+
+
+def _conditions_of(each: Swept, data: DataSet, n: int, world: World) -> Conditions:
+    config = each.config
+    dtype = autocast_dtype(config.training.precision, world.device)
+    return Conditions(
+        checkpoint=each.name,
+        step=each.step,
+        temperature=config.validation.temperature,
+        seed=config.training.seed,
+        n=n,
+        batch_size=config.validation.batch_size,
+        device=device_name(world.device),
+        precision="float32" if dtype is None else str(dtype).removeprefix("torch."),
+        model=_model_digest(each.model, config),
+        questions=_questions_digest(data, n),
     )
 
 
+def _model_digest(model: Transformer, config: Config) -> str:
+    """Of the weights, and of the settings by which they make predictions."""
+    weights = sorted(model.weights().items())
+    settings = config.model.model_dump(exclude={"init_from", "causal", "shifted"})  # the last two as they are resolved
+    blocks = config.objective.model_dump(include={"block_size", "block_attention"})
+    facts = [settings, blocks, config.causal, config.shifted, [name for name, _ in weights]]
+    return _digest(facts, *(tensor.detach().float().cpu().numpy() for _, tensor in weights))
+
+
+def _questions_digest(data: DataSet, n: int) -> str:
+    questions = [data.question(index) for index in range(n)]
+    return _digest([(each.text, each.gold) for each in questions], data.prompts(np.arange(n)))
+
+
+def _digest(facts: Any, *arrays: np.ndarray) -> str:
+    return hashlib.sha256(json.dumps([facts, hash_arrays(*arrays)]).encode()).hexdigest()[:DIGEST]
+
+
 def read_sweep(out: Path) -> list[Point]:
-    """The points that a sweep wrote; none, if there is no file. Raises ValueError if the file is none of a sweep."""
-    path = out.with_suffix(".json")
+    """The points that a sweep wrote; none, if there is no file. Raises ValueError if it was not written by a sweep."""
+    path = _with_suffix(out, ".json")
     if not path.exists():
         return []
     with reading(f"{path}", "name another file with --out, or delete it"):
         return TypeAdapter(list[Point]).validate_json(read_text(path), strict=True)
 
 
-def _measure(each: Swept, questions: Questions, name: str, dial: str, rule: SamplingRule, world: World) -> Point:
+def _measure(
+    each: Swept, questions: Questions, conditions: Conditions, name: str, dial: str, rule: SamplingRule, world: World
+) -> Point:
     config = each.config
     with (
         autocast(world.device, autocast_dtype(config.training.precision, world.device)),
@@ -197,27 +302,21 @@ def _measure(each: Swept, questions: Questions, name: str, dial: str, rule: Samp
     ):
         result, _, seconds = measure_rule(each.model, config, questions, world, rule, bar, None)
     return Point(
-        checkpoint=each.name,
-        step=each.step,
+        **asdict(conditions),
         rule=name,
         dial=dial,
         value=getattr(rule, dial),
         settings=rule.model_dump(),
-        temperature=rule.temperature,
-        seed=config.training.seed,
-        n=result.n,
         accuracy=result.accuracy,
         accuracy_low=result.accuracy_low,
         accuracy_high=result.accuracy_high,
         nfe=result.nfe,
         seconds=seconds / result.n,
-        batch_size=config.validation.batch_size,
-        device=device_name(world.device),
     )
 
 
 def best(points: Sequence[Point], cost: str) -> list[Point]:
-    """Points that no point of the same checkpoint beats: none is as accurate at a lower cost; by cost.
+    """Those of points with equal conditions that none of them beats: none is as accurate at a lower cost; by cost.
 
     Args:
         cost: `nfe` or `seconds`.
@@ -231,28 +330,30 @@ def best(points: Sequence[Point], cost: str) -> list[Point]:
 
 def write_sweep(points: Sequence[Point], out: Path) -> None:
     """Write the measurements as .json, .csv and .md."""
-    write_text(out.with_suffix(".json"), json.dumps([asdict(point) for point in points], indent=1) + "\n")
+    write_text(_with_suffix(out, ".json"), json.dumps([asdict(point) for point in points], indent=1) + "\n")
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Point)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(point) | {"settings": json.dumps(point.settings)} for point in points)
-    write_text(out.with_suffix(".csv"), text.getvalue())
-    write_text(out.with_suffix(".md"), "\n".join(sweep_table(points)) + "\n")
+    write_text(_with_suffix(out, ".csv"), text.getvalue())
+    write_text(_with_suffix(out, ".md"), "\n".join(sweep_table(points)) + "\n")
 
 
 def sweep_table(points: Sequence[Point]) -> list[str]:
-    """Lines of a Markdown table for each checkpoint; a point on the curve of the best is marked in bold."""
+    """Lines of a Markdown table for each of the conditions; a point on the curve of the best is marked in bold."""
     lines = []
-    for checkpoint in dict.fromkeys(point.checkpoint for point in points):
-        mine = [point for point in points if point.checkpoint == checkpoint]
+    for found, mine in by_conditions(points).items():
         mine.sort(key=lambda point: (list(RULES).index(point.rule), point.value))
         by_nfe, by_seconds = best(mine, "nfe"), best(mine, "seconds")
-        first = mine[0]
-        step = "" if first.step is None else f", step {first.step:,}"
+        step = "" if found.step is None else f", step {found.step:,}"
+        precision = "" if found.precision is None else f", {found.precision}"
+        known = [(name, getattr(found, name)) for name in ("model", "questions")]
+        digests = ", ".join(f"{name} {digest[:SHOWN]}" for name, digest in known if digest is not None)
         lines += [
-            f"{checkpoint}{step}: the first {first.n} questions of the test, temperature {first.temperature:g}, seed "
-            f"{first.seed}, batches of {first.batch_size}, {first.device}. Bold: no other "
-            "setting is as accurate with fewer evaluations, or in less time.",
+            f"{found.checkpoint}{step}: the first {found.n} questions of the test, temperature {found.temperature:g}, "
+            f"seed {found.seed}, batches of {found.batch_size}, {found.device}{precision}"
+            f"{digests and f' ({digests})'}. Bold: no other setting is as accurate with fewer evaluations, or in less "
+            "time.",
             "",
             "| rule | dial | solved | 95% interval | evaluations | seconds |",
             "| --- | --- | ---: | ---: | ---: | ---: |",
@@ -270,18 +371,18 @@ def sweep_table(points: Sequence[Point]) -> list[str]:
 
 
 def draw_sweep(points: Sequence[Point], out: Path) -> None:
-    """A row of plots per checkpoint, one curve per rule with its 95% intervals; with several, a row that compares."""
+    """A row of plots for each of the conditions, a curve per rule with 95% intervals; one more row compares several."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    checkpoints = list(dict.fromkeys(point.checkpoint for point in points))
-    several = len(checkpoints) > 1
-    n_rows = len(checkpoints) + several
+    groups = by_conditions(points)
+    labels = labels_of(list(groups))
+    several = len(groups) > 1
+    n_rows = len(groups) + several
     figure = Figure(figsize=(10, 0.8 + 3.4 * n_rows), layout="constrained")
     grid = figure.subplots(n_rows, 2, squeeze=False, sharex="col", sharey=True)
     costs = {"nfe": "network forward evaluations per question", "seconds": "seconds per question"}
     names = list(RULES)
-    for row, checkpoint in enumerate(checkpoints):
-        mine = [point for point in points if point.checkpoint == checkpoint]
+    for row, (label, mine) in enumerate(zip(labels, groups.values(), strict=True)):
         for plot, cost in zip(grid[row], costs, strict=True):
             front = best(mine, cost)
             plot.plot(
@@ -295,17 +396,14 @@ def draw_sweep(points: Sequence[Point], out: Path) -> None:
             )
             for name in dict.fromkeys(point.rule for point in mine):
                 _draw_curve(plot, [point for point in mine if point.rule == name], cost, names.index(name), name)
-            plot.set_title(_plain(checkpoint), fontsize="medium", loc="left")
-        if row == 0:
-            handles, labels = grid[0][0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, fontsize="small")
+            plot.set_title(label, fontsize="medium", loc="left")
     if several:
         for plot, cost in zip(grid[-1], costs, strict=True):
-            for number, checkpoint in enumerate(checkpoints):
-                front = best([point for point in points if point.checkpoint == checkpoint], cost)
-                _draw_curve(plot, front, cost, number, _plain(checkpoint))
+            for number, (label, mine) in enumerate(zip(labels, groups.values(), strict=True)):
+                _draw_curve(plot, best(mine, cost), cost, number, label)
             plot.set_title("the best of each", fontsize="medium", loc="left")
-            plot.legend(frameon=False, fontsize="small", loc="lower right")
+        compared = grid[-1][0].get_legend_handles_labels()
+        figure.legend(*compared, loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     for number, row in enumerate(grid, 1):
         for plot, (cost, label) in zip(row, costs.items(), strict=True):
             plot.set_xscale("log")
@@ -314,7 +412,32 @@ def draw_sweep(points: Sequence[Point], out: Path) -> None:
             if number == n_rows:
                 plot.set(xlabel=label)
         row[0].set(ylabel="solved, %", ylim=(-2, 102))
+    found = {
+        label: handle
+        for row in grid[: len(groups)]
+        for handle, label in zip(*row[0].get_legend_handles_labels(), strict=True)
+    }
+    ordered = [label for label in ("best", *names) if label in found]
+    handles = [found[label] for label in ordered]
+    figure.legend(handles, ordered, loc="outside upper center", ncols=5, frameon=False, fontsize="small")
     figure.savefig(out, dpi=120)
+
+
+def labels_of(groups: Sequence[Conditions]) -> list[str]:
+    """A name in plots for each of several conditions: the checkpoint, and below it all else in which they differ."""
+    labels = []
+    for own in groups:
+        parts = []
+        for name in (each.name for each in fields(Conditions) if each.name != "checkpoint"):
+            # A checkpoint has its own step, seed and model; other differences matter between checkpoints too.
+            is_own = name in ("step", "seed", "model")
+            values = {getattr(each, name) for each in groups if each.checkpoint == own.checkpoint or not is_own}
+            if len(values) > 1:
+                value = getattr(own, name)
+                shown = "unknown" if value is None else value[:SHOWN] if name in ("model", "questions") else value
+                parts.append(f"{name.replace('_', ' ')} {shown}")
+        labels.append("\n".join([_plain(own.checkpoint), *textwrap.wrap(_plain(", ".join(parts), 200), LABEL_WIDTH)]))
+    return labels
 
 
 def _draw_curve(plot: Any, points: Sequence[Point], cost: str, number: int, label: str) -> None:
@@ -344,5 +467,5 @@ def _label_log_axis(plot: Any, *, whole: bool) -> None:
     plot.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _plain(name: str) -> str:
-    return shorten(escape(name), 60).replace("$", r"\$")  # `$` would begin a formula
+def _plain(name: str, limit: int = LABEL_WIDTH) -> str:
+    return shorten(escape(name), limit).replace("$", r"\$")  # `$` would begin a formula

@@ -16,7 +16,7 @@ import train
 from data.sudoku_boards import SudokuData, make_data
 from data.sudoku_solver import solve_singles
 from eval import evaluate as evaluation
-from eval.accuracy import group_results, wilson_interval
+from eval.accuracy import SamplerResult, group_results, wilson_interval
 from eval.evaluate import validation_loss
 from model.transformer import Transformer
 from runtime.checkpoint import find_checkpoint
@@ -240,6 +240,27 @@ def test_a_checkpoint_folder_and_other_settings(run_dir, tmp_path, capsys):
     assert (sampler["confidence"], sampler["n"], sampler["nfe"]) == ("random", 7, 1)
 
 
+def test_a_temperature_is_told_from_none(run_dir, tmp_path, capsys):
+    """In the table, the labels of the records and the file, which also says what was evaluated."""
+    out, changes = tmp_path / "result.json", ["validation.temperature=0.7", "validation.tokens_per_step=[4]"]
+    evaluation.main([str(run_dir), "--json", str(out), "validation.n_examples=2", *changes])
+    assert "top_prob, 4 per step, temperature 0.7: accuracy" in capsys.readouterr().out
+    result = json.loads(out.read_text())
+    assert [each["options"] for each in result["samplers"]] == [{"temperature": 0.7}] * 2
+    assert SamplerResult(**result["samplers"][0]).label == "top_prob_4_temperature_0.7"
+    assert (result["checkpoint"], result["step"]) == (str(run_dir), 6)
+    assert result["overrides"] == ["validation.n_examples=2", *changes]
+
+
+@pytest.mark.parametrize("option", ["--json", "--samples"])
+def test_files_are_checked_before_work(option, run_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("work has begun"))
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(run_dir), option, str(tmp_path / "none" / "out")])
+    assert stop.value.code == 2
+    assert f"{option} {tmp_path}/none/out: the folder {tmp_path}/none does not exist" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("key", ["n_examples", "n_final_examples"])
 def test_more_examples_than_there_are_is_refused(key, run_dir, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -291,7 +312,6 @@ def test_two_processes_count_every_item_once(run_dir, tmp_path):
         (["RUN", "validation.n_exmples=3"], "did you mean 'n_examples'?"),
         (["RUN", "validation.tokens_per_step=[0]"], "validation.tokens_per_step.0 = 0"),
         (["RUN", "model.hidden_size=32"], "the settings describe another model"),
-        (["RUN", "validation.n_examples=1", "--json", "/nonexistent/out.json"], "/nonexistent"),
     ],
 )
 def test_bad_input_ends_with_one_message(words, expected, run_dir, capsys):

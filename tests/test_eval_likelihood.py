@@ -17,6 +17,7 @@ from torch import Tensor
 
 from config import Config
 from data.dataset import ArrayData
+from eval import likelihood as command
 from eval.likelihood import Likelihood, likelihood, ratio_error
 from model.token_scores import TokenScores
 from runtime.config_file import parse_config
@@ -154,3 +155,13 @@ def test_the_error_of_a_ratio_is_that_of_drawn_rows() -> None:
     stated = np.mean([ratio_error(nats[i], n_tokens[i]) for i in range(2000)])
     assert stated == pytest.approx(ratios.std(), rel=0.06)
     assert math.isnan(ratio_error(nats[0, :1], n_tokens[0, :1]))
+
+
+def test_the_file_is_checked_before_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "compare", lambda *_: pytest.fail("work has begun"))
+    with pytest.raises(SystemExit) as stop:
+        command.main(["run", "--json", str(tmp_path)])
+    assert stop.value.code == 2
+    assert f"--json {tmp_path} is a folder" in capsys.readouterr().err

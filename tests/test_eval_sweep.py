@@ -9,14 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import yaml
+from conftest import PUMA, ROOT, tiny_settings
+from helpers import random_model
 
 import train
 from config import SamplingRule
 from eval import evaluate as evaluation
-from eval.sweep import RULES, Point, best, rules_of, sweep_table
+from eval.sweep import RULES, Point, best, by_conditions, labels_of, n_fixed_passes, read_sweep, sweep_table
 from model.hub import pack_run
-from runtime.config_file import read_config
+from samplers.block import sample_blocks
+from samplers.full import sample_full
 
 POINT = Point(
     checkpoint="run",
@@ -38,6 +44,35 @@ POINT = Point(
 )
 
 
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
+    """A run of one step, whose settings give the number of questions of its last evaluation."""
+    folder = tmp_path_factory.mktemp("sweep")
+    settings = tiny_settings(PUMA, data_dir)
+    settings["training"]["max_steps"] = 1
+    settings["validation"]["n_final_examples"] = 5
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    train.main(["--config", str(folder / "tiny.yaml"), "--run-dir", str(folder / "run")])
+    return folder / "run"
+
+
+@pytest.fixture
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps without their picture, which takes longer than all else."""
+    monkeypatch.setattr("eval.sweep.draw_sweep", lambda *_: None)
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The message with which the command ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(words)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
 def point(nfe: float, accuracy: float, seconds: float = 1.0) -> Point:
     return replace(POINT, nfe=nfe, accuracy=accuracy, seconds=seconds)
 
@@ -54,15 +89,44 @@ def test_the_table_marks_the_best_of_each_checkpoint() -> None:
     assert ["**" in line for line in lines] == [True, False, True]
 
 
-def test_rules_of_too_many_passes_are_left_out(config_file: Callable[..., Path]) -> None:
-    config = read_config(config_file())
-    found = rules_of(config, ["top_prob", "threshold", "plan"], n_masked=16, max_passes=4)
-    values = {
-        name: [rule.options | {"n": rule.tokens_per_step} for each, _, rule in found if each == name] for name in RULES
-    }
-    assert [each["n"] for each in values["top_prob"]] == [4, 8, 16, 32]
-    assert [each["n_passes"] for each in values["plan"]] == [4]
-    assert len(values["threshold"]) == len(RULES["threshold"][1]), "the model decides"
+@pytest.mark.parametrize("block_size", [None, 4])
+@pytest.mark.parametrize("name", ["top_prob", "plan"])
+def test_passes_by_design_are_those_that_a_sampler_takes(name: str, block_size: int | None) -> None:
+    """Of the row that takes most; with blocks, those of all its blocks."""
+    model, mask_id = random_model(), 22
+    xt = torch.randint(0, 22, (3, 12), generator=torch.Generator().manual_seed(0))
+    for row, n_masked in enumerate((12, 5, 0)):
+        xt[row, 12 - n_masked :] = mask_id
+    dial, _, rest = RULES[name]
+    for value in (1, 3, 4):
+        rule = SamplingRule(**rest, **{dial: value})
+        sampled = (
+            sample_full(model, xt, mask_id, rule)
+            if block_size is None
+            else sample_blocks(model, xt, mask_id, rule, block_size=block_size)
+        )
+        assert n_fixed_passes(dial, rule, (xt == mask_id).numpy(), block_size or 12) == int(sampled.nfe.max())
+
+
+def test_nothing_is_fixed_where_the_model_decides() -> None:
+    assert n_fixed_passes("threshold", SamplingRule(threshold=0.9), np.ones((1, 4), dtype=bool), 4) == 0
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_checkpoints_may_differ_in_the_rules_that_max_passes_leaves(
+    run_dir: Path, config_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """16 masked positions in two halves, 8 to 12 on one board."""
+    small = tmp_path / "small"
+    config = config_file(training__max_steps=1, data__layout="in_place", data__data_dir=str(tmp_path))
+    train.main(["--config", str(config), "--run-dir", str(small)])
+    out, words = tmp_path / "out", ["validation.n_final_examples=2", "--rules", "top_prob"]
+    evaluation.main([str(run_dir), str(small), "--sweep", "--max-passes", "12", "--out", str(out), *words])
+    found = [(each.checkpoint, each.value) for each in read_sweep(out)]
+    both = [(run, value) for value in (2, 4, 8, 16, 32) for run in (str(run_dir), str(small))]
+    assert found == [(str(small), 1), *both]
+    message = refused([str(run_dir), "--sweep", "--max-passes", "1", "--rules", "plan", "--out", str(out)], capsys)
+    assert f"no rule has at most 1 passes with {run_dir}; the fewest are 4" in message
 
 
 def test_a_sweep_writes_what_it_measured(
@@ -80,10 +144,10 @@ def test_a_sweep_writes_what_it_measured(
         config = config_file(training__max_steps=2, training__seed=seed)
         train.main(["--config", str(config), "--run-dir", run])
     capsys.readouterr()
-    words = ["--rules", "threshold", "plan", "--out", str(tmp_path / "out"), "validation.n_final_examples=3"]
+    words = ["--rules", "threshold", "plan", "--out", str(tmp_path / "tau0.9"), "validation.n_final_examples=3"]
     evaluation.main([runs[0], runs[1], "--sweep", *words])
     table = capsys.readouterr().out
-    rows: list[dict[str, Any]] = json.loads((tmp_path / "out.json").read_text())
+    rows: list[dict[str, Any]] = json.loads((tmp_path / "tau0.9.json").read_text())
     n_values = sum(len(RULES[name][1]) for name in ("threshold", "plan"))
     assert [row["checkpoint"] for row in rows] == runs * n_values, "checkpoints in turn"
     assert [row["seed"] for row in rows] == [0, 1] * n_values
@@ -94,55 +158,117 @@ def test_a_sweep_writes_what_it_measured(
         assert getattr(rule, row["dial"]) == row["value"]
         assert row["nfe"] <= (row["value"] if row["rule"] == "plan" else 16)
         assert row["seconds"] > 0
-    with (tmp_path / "out.csv").open() as file:
+    with (tmp_path / "tau0.9.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
-    assert table.strip() == (tmp_path / "out.md").read_text().strip()
+    assert table.strip() == (tmp_path / "tau0.9.md").read_text().strip()
     assert table.count("| plan |") == 2 * len(RULES["plan"][1])
-    assert (tmp_path / "out.png").stat().st_size > 10_000
+    assert (tmp_path / "tau0.9.png").stat().st_size > 10_000
     # The same command resumes: existing points are kept and missing ones are measured.
-    (tmp_path / "out.json").write_text(json.dumps(rows[2:]))
+    (tmp_path / "tau0.9.json").write_text(json.dumps(rows[2:]))
     evaluation.main([runs[0], runs[1], "--sweep", *words])
-    again = json.loads((tmp_path / "out.json").read_text())
+    again = json.loads((tmp_path / "tau0.9.json").read_text())
     assert again[: len(rows) - 2] == rows[2:]
     assert [row["accuracy"] for row in again[len(rows) - 2 :]] == [row["accuracy"] for row in rows[:2]]
 
 
-def test_a_packed_model_is_swept(
-    config_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train.main(["--config", str(config_file(training__max_steps=1)), "--run-dir", str(tmp_path / "run")])
-    pack_run(str(tmp_path / "run"), tmp_path / "packed")
-    words = ["--sweep", "--rules", "plan", "--max-passes", "4", "--out", str(tmp_path / "out")]
-    evaluation.main([str(tmp_path / "packed"), *words, "validation.n_final_examples=2"])
-    assert f"{tmp_path / 'packed'}: the first 2 questions" in capsys.readouterr().out
-    (row,) = json.loads((tmp_path / "out.json").read_text())
-    assert row["step"] is None
+CHANGES = (
+    "validation.n_final_examples=2",
+    "validation.batch_size=2",
+    "validation.temperature=1.0",
+    "training.seed=7",
+    "training.precision=bfloat16",
+    "model.rope_theta=100.0",
+    "data.max_clues=7",
+)
 
 
-def test_a_file_that_no_sweep_wrote_is_refused(
-    config_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("no_picture")
+def test_what_was_measured_under_other_conditions_is_kept_apart(
+    run_dir: Path, config_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train.main(["--config", str(config_file(training__max_steps=1)), "--run-dir", str(tmp_path / "run")])
-    (tmp_path / "out.json").write_text('[{"rule": "best"}]')
-    with pytest.raises(SystemExit) as stop:
-        evaluation.main([str(tmp_path / "run"), "--sweep", "--out", str(tmp_path / "out")])
-    assert stop.value.code == 2
-    assert "out.json cannot be read" in capsys.readouterr().err
+    """Other settings, and other weights in a folder of the same name, which tells no step."""
+    monkeypatch.setitem(RULES, "plan", ("n_passes", (2,), {"revise": "plan"}))
+    packed, out = tmp_path / "packed", tmp_path / "out"
+    pack_run(str(run_dir), packed)
+    # Boards of other settings are for this test alone.
+    words = [str(packed), "--sweep", "--rules", "plan", "--out", str(out), f"data.data_dir={tmp_path}"]
+    for change in ((), *((change,) for change in CHANGES)):
+        for _ in range(2):  # the second time there is nothing to do
+            evaluation.main([*words, *change])
+    assert len(read_sweep(out)) == 1 + len(CHANGES)
+    config = config_file(training__max_steps=1, training__seed=1)
+    train.main(["--config", str(config), "--run-dir", str(tmp_path / "other")])
+    packed.rename(tmp_path / "former")
+    pack_run(str(tmp_path / "other"), packed)
+    evaluation.main([*words, "validation.n_final_examples=5", "training.seed=0"])
+    points = read_sweep(out)
+    groups = by_conditions(points)
+    assert len(groups) == len(points) == 2 + len(CHANGES)
+    assert {each.step for each in groups} == {None}
+    first, last = points[0], points[-1]
+    assert first.conditions == replace(last, model=first.model).conditions, "the weights alone differ"
+    labels = labels_of(list(groups))
+    assert len(set(labels)) == len(labels)
+    headers = [line for line in sweep_table(points) if line.startswith(f"{packed}: the first ")]
+    assert len(set(headers)) == len(headers) == len(points)
+
+
+@pytest.mark.parametrize("name", ["sudoku", "sudoku_mini", "word_problems_hard"])
+def test_files_of_before_conditions_were_recorded_give_their_page(name: str) -> None:
+    path = ROOT / "results" / "samplers" / name
+    points = read_sweep(path)
+    assert "\n".join(sweep_table(points)) + "\n" == path.with_name(f"{name}.md").read_text()
+    assert points[0].model is None, "unknown, so equal to no known one"
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_the_questions_that_an_override_asks_for_are_asked(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though the settings give another number for the last evaluation."""
+    words = [str(run_dir), "--sweep", "--rules", "plan", "--max-passes", "4", "--out", str(tmp_path / "out")]
+    evaluation.main([*words, "validation.n_examples=3"])
+    assert [each.n for each in read_sweep(tmp_path / "out")] == [3]
+    message = refused([*words, "validation.n_examples=5000"], capsys)
+    assert "validation.n_examples 5000: the test has 20 puzzles" in message
 
 
 @pytest.mark.parametrize(
-    ("words", "objective", "expected"),
+    ("words", "expected"),
     [
-        (["--rules", "best"], "puma", "--rules best: choose from top_prob"),
-        ([], "autoregressive", "a causal model is sampled left to right"),
+        (["--sweep", "--json", "a.json"], "--json: not with --sweep"),
+        (["--sweep", "--samples", "a.jsonl"], "--samples: not with --sweep"),
+        (["--rules", "plan", "--max-passes", "4"], "--rules, --max-passes: only with --sweep"),
+        (["--out", "a"], "--out: only with --sweep"),
+        (["--sweep", "--out", "/nonexistent/a"], "--out /nonexistent/a.json: the folder /nonexistent does not exist"),
+        (["--sweep", "--rules", "best"], "--rules best: choose from top_prob"),
     ],
 )
-def test_what_cannot_be_swept_is_refused(
-    words: list[str], objective: str, expected: str, config_file: Callable[..., Path], tmp_path: Path, capsys: Any
+def test_options_are_checked_before_work(
+    words: list[str],
+    expected: str,
+    run_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = {"name": objective} | ({"n_stages": 2} if objective == "puma" else {})
-    train.main(["--config", str(config_file(settings, training__max_steps=1)), "--run-dir", str(tmp_path / "run")])
-    with pytest.raises(SystemExit) as stop:
-        evaluation.main([str(tmp_path / "run"), "--sweep", "--out", str(tmp_path / "out"), *words])
-    assert stop.value.code == 2
-    assert expected in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert expected in refused([str(run_dir), *words], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_no_sweep_wrote_is_refused(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.json").write_text('[{"rule": "best"}]')
+    message = refused([str(run_dir), "--sweep", "--out", str(tmp_path / "out")], capsys)
+    assert "out.json cannot be read" in message
+
+
+def test_a_causal_model_is_not_swept(
+    config_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_file({"name": "autoregressive"}, training__max_steps=1)
+    train.main(["--config", str(config), "--run-dir", str(tmp_path / "run")])
+    message = refused([str(tmp_path / "run"), "--sweep", "--out", str(tmp_path / "out")], capsys)
+    assert "a causal model is sampled left to right" in message

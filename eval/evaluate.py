@@ -277,12 +277,12 @@ def main(arguments: list[str] | None = None) -> None:
         n_examples = count_examples(config, options.overrides, data)
         evaluation = evaluate(model.to(world.device), config, data, world, n_examples)
         if world.is_main:
-            print(evaluation.table())
             if options.json:
                 source = {"checkpoint": options.checkpoint, "step": step, "overrides": options.overrides}
                 write_text(options.json, json.dumps(source | as_json(evaluation), indent=1) + "\n")
             if options.samples:
                 write_text(options.samples, "".join(json.dumps(row) + "\n" for row in evaluation.samples))
+            print(evaluation.table())  # last, since standard output may be closed
     except (ValueError, OSError) as error:
         fail_once(error)
     finally:

@@ -293,10 +293,10 @@ def main(arguments: list[str] | None = None) -> None:
         if options.json:
             check_out(options.json, "--json")
         rows = compare(names, overrides, options.rows, options.draws)
-        print("\n".join(table(rows)))
         if options.json:
             content: list[dict[str, Any]] = [vars(row) for row in rows]
             write_text(options.json, json.dumps(content, indent=1) + "\n")
+        print("\n".join(table(rows)))  # last, since standard output may be closed
     except (ValueError, OSError) as error:
         fail_once(error)
     finally:

@@ -252,6 +252,16 @@ def test_a_temperature_is_told_from_none(run_dir, tmp_path, capsys):
     assert result["overrides"] == ["validation.n_examples=2", *changes]
 
 
+def test_the_file_is_written_though_nothing_can_be_printed(run_dir, tmp_path, monkeypatch):
+    def closed(self):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(evaluation.Evaluation, "table", closed)
+    with pytest.raises(SystemExit):
+        evaluation.main([str(run_dir), "validation.n_examples=1", "--json", str(tmp_path / "result.json")])
+    assert json.loads((tmp_path / "result.json").read_text())["samplers"]
+
+
 @pytest.mark.parametrize("option", ["--json", "--samples"])
 def test_files_are_checked_before_work(option, run_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("work has begun"))

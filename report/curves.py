@@ -5,7 +5,8 @@
 
 Runs whose settings differ only in the seed are drawn as one line, the mean, with a band from the lowest to the highest
 seed. The band of a single run is the 95% interval of its accuracy. `--target` also prints a table: when each setting
-first reaches the target, and how many times less that is than for the last setting on the command line.
+first reaches the target, and how many times less that is than for the last setting on the command line, by the same
+sampling rule.
 
 PUMA trains on each sequence for a whole trajectory, so which method is ahead can depend on the axis.
 """
@@ -20,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.foreign import CommandParser, ends_with_message, escape, shorten
+from data.foreign import CommandParser, ends_with_message, escape
 from runtime.config_file import read_config, setting_name
-from runtime.figures import COLORS, LINES, MARKERS, set_grid
+from runtime.figures import COLORS, LINES, MARKERS, plain_label, set_grid
 from runtime.metrics import METRICS_FILE, read_metrics
 
 MAX_RULES = 20  # of one run; a legend has no room for more
@@ -41,7 +42,7 @@ ACCURACY = "validation/accuracy/"
 class Curve:
     """Accuracy of one run at its evaluations, by one sampling rule."""
 
-    setting: str  # the same for all seeds of a setting
+    setting: str  # name of the setting: the same for all its seeds, and for no other setting
     rule: str  # label of the sampling rule
     # One per evaluation: a value for each of `AXES`, accuracy, and its 95% interval. Older records have no tokens.
     points: list[dict[str, float]]
@@ -51,12 +52,11 @@ class Curve:
         return next((point[axis] for point in self.points if point["accuracy"] >= target), None)
 
 
-def by_label(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
-    """Seeds of each setting and rule, by a label, in order; the label names the rule if there are several."""
-    several = len({curve.rule for curve in curves}) > 1
-    groups: dict[str, list[Curve]] = {}
+def by_setting_and_rule(curves: Sequence[Curve]) -> dict[tuple[str, str], list[Curve]]:
+    """The seeds of each setting and sampling rule, in order."""
+    groups: dict[tuple[str, str], list[Curve]] = {}
     for curve in curves:
-        groups.setdefault(f"{curve.setting}: {curve.rule}" if several else curve.setting, []).append(curve)
+        groups.setdefault((curve.setting, curve.rule), []).append(curve)
     return groups
 
 
@@ -86,10 +86,9 @@ def plot_accuracy(plot: Any, curves: Sequence[Curve], axis: str, targets: Sequen
     """
     settings = list(dict.fromkeys(curve.setting for curve in curves))
     rules = list(dict.fromkeys(curve.rule for curve in curves))
-    for label, group in by_label(curves).items():
-        setting = settings.index(group[0].setting)
-        number = setting if len(rules) == 1 else rules.index(group[0].rule)
-        color = COLORS[setting % len(COLORS)]
+    for (setting, rule), group in by_setting_and_rule(curves).items():
+        number = settings.index(setting) if len(rules) == 1 else rules.index(rule)
+        color = COLORS[settings.index(setting) % len(COLORS)]
         style, marker = LINES[number % len(LINES)], MARKERS[number % len(MARKERS)]
         by_step = [{point["step"]: point for point in curve.points} for curve in group]
         steps = sorted(set.intersection(*(set(points) for points in by_step)))
@@ -101,7 +100,7 @@ def plot_accuracy(plot: Any, curves: Sequence[Curve], axis: str, targets: Sequen
             [100 * choose(point[end] for point in seeds) for seeds in at]
             for choose, end in zip((min, max), ends, strict=True)
         )
-        name = shorten(escape(label), 60).replace("$", r"\$")  # `$` would begin a formula
+        name = plain_label(setting if len(rules) == 1 else f"{setting}: {rule}")
         name = f"{name}, {len(group)} seeds" if len(group) > 1 else name
         plot.plot(x, mean, style, color=color, marker=marker, markersize=3.5, linewidth=1.6, label=name)
         plot.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
@@ -112,7 +111,7 @@ def plot_accuracy(plot: Any, curves: Sequence[Curve], axis: str, targets: Sequen
     for target in targets:
         plot.axhline(100 * target, color="0.6", linewidth=0.8)
     plot.set(xlabel=AXES[axis], ylabel="solved, %", ylim=(-2, 102))
-    set_grid(plot)
+    set_grid(plot, integers=axis != "seconds")
 
 
 def target_table(curves: Sequence[Curve], target: float, baseline: str) -> list[str]:
@@ -123,24 +122,25 @@ def target_table(curves: Sequence[Curve], target: float, baseline: str) -> list[
     lower bound: the mean is then marked with >, and the ratio with > or <.
 
     Args:
-        baseline: label of the setting to compare with.
+        baseline: the setting to compare with, for each sampling rule by that rule.
     """
-    groups = by_label(curves)
+    groups = by_setting_and_rule(curves)
+    several = len({curve.rule for curve in curves}) > 1
     titles = {"step": "updates", "sequences_distinct": "distinct sequences", "seconds": "seconds"}
     lines = [
-        f"| first at {target:.0%} | seeds | " + " | ".join(f"{title} | ratio" for title in titles.values()) + " |",
+        f"| first at {100 * target:g}% | seeds | " + " | ".join(f"{title} | ratio" for title in titles.values()) + " |",
         "| --- |" + " ---: |" * (1 + 2 * len(titles)),
     ]
-    for label, group in groups.items():
+    for (setting, rule), group in groups.items():
         n_reached = sum(curve.first_reaching(target, "step") is not None for curve in group)
         cells = [f"{n_reached} of {len(group)}"]
         for axis in titles:
             values, complete = _needed(group, target, axis)
-            others, all_reached = _needed(groups[baseline], target, axis)
+            others, all_reached = _needed(groups.get((baseline, rule), []), target, axis)
             cells.append(mean_and_range(values, ",.0f", complete=complete))
-            if label == baseline:
+            if setting == baseline:
                 cells.append("1")
-            elif not n_reached or not (complete or all_reached):  # no bound can be given
+            elif not n_reached or not others or not (complete or all_reached):  # no bound can be given
                 cells.append("-")
             else:
                 sign = "" if complete and all_reached else "> " if complete else "< "
@@ -148,7 +148,8 @@ def target_table(curves: Sequence[Curve], target: float, baseline: str) -> list[
                 low, high = f"{min(ratios):.1f}", f"{max(ratios):.1f}"
                 center = statistics.mean(others) / statistics.mean(values)
                 cells.append(f"{sign}{center:.1f}" + (f" ({low} to {high})" if low != high else ""))
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        label = f"{setting}: {rule}" if several else setting
+        lines.append(f"| {escape(label)} | {' | '.join(cells)} |")
     return lines
 
 
@@ -179,14 +180,14 @@ def read_curves(run_dirs: Sequence[Path], rule: str | None = None) -> list[Curve
     Raises:
         ValueError: a run directory holds no records, or no run was evaluated by `rule`.
     """
-    return _curves({run_dir: _records(run_dir) for run_dir in run_dirs}, rule)
+    return _curves(_setting_names(run_dirs), {run_dir: _records(run_dir) for run_dir in run_dirs}, rule)
 
 
-def _curves(records: dict[Path, list[dict[str, Any]]], rule: str | None) -> list[Curve]:
-    """`read_curves` of runs whose records have been read."""
+def _curves(names: dict[Path, str], records: dict[Path, list[dict[str, Any]]], rule: str | None) -> list[Curve]:
+    """`read_curves` of runs whose settings are named and whose records have been read."""
     curves = [
         Curve(setting, name, accuracy_points(records[run_dir], name))
-        for run_dir, setting in _setting_names(list(records)).items()
+        for run_dir, setting in names.items()
         for name in rules_of(records[run_dir])
     ]
     known = dict.fromkeys(curve.rule for curve in curves)
@@ -225,8 +226,8 @@ def draw_curves(
             ]
             loss_plot.plot([x for x, _ in found], [y for _, y in found], color=color, **style)
     loss_plot.set(xlabel=AXES[axis], ylabel="loss (faint: training, dots: validation)", yscale="log")
-    set_grid(loss_plot)
-    curves = _curves(records, rule)
+    set_grid(loss_plot, integers=axis != "seconds")
+    curves = _curves(names, records, rule)
     plot_accuracy(accuracy_plot, curves, axis, targets)
     handles, labels = accuracy_plot.get_legend_handles_labels()
     if handles:
@@ -247,23 +248,35 @@ def _records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _setting_names(run_dirs: Sequence[Path]) -> dict[Path, str]:
-    """The name of each run's setting: the run's folder, or what is common to the folders of all seeds, without `seed`.
+    """The name of each run's setting, the same for all its seeds and for no other setting.
 
-    Folders of the same name are named with their parent.
+    That is the run's folder, or what is common to the folders of all seeds, without `seed` and its number, with as many
+    parents as distinguish it from the other settings.
     """
     settings = {run_dir: _setting(run_dir) for run_dir in run_dirs}
     groups: dict[str, list[Path]] = {}
     for run_dir, setting in settings.items():
         groups.setdefault(setting, []).append(Path(os.path.abspath(run_dir)))
-    short = {}
-    for key, folders in groups.items():
-        common = os.path.commonprefix([folder.name for folder in folders])  # noqa: RUF071, of names, not paths
-        short[key] = folders[0].name if len(folders) == 1 else re.sub(r"[-_. ]*(seed)?[-_. ]*$", "", common)
-    names = {
-        key: name if name and list(short.values()).count(name) == 1 else "/".join(groups[key][0].parts[-2:])
-        for key, name in short.items()
-    }
+    paths = {setting: _common_parts(folders) for setting, folders in groups.items()}
+    names = {}
+    for setting, parts in paths.items():
+        lengths = range(1, len(parts) + 1)
+        alone = (n for n in lengths if sum(other[-n:] == parts[-n:] for other in paths.values()) == 1)
+        n = next(alone, None)
+        names[setting] = f"{parts[-1]} ({setting})" if n is None else "/".join(parts[-n:])
     return {run_dir: names[setting] for run_dir, setting in settings.items()}
+
+
+def _common_parts(folders: Sequence[Path]) -> tuple[str, ...]:
+    """Parts of a path that stands for the folders of all seeds of a setting."""
+    names = [folder.name for folder in folders]
+    if len(folders) == 1:
+        return folders[0].parts
+    common = os.path.commonprefix(names)  # noqa: RUF071, of names, not paths
+    if any(name[len(common) :][:1].isdigit() for name in names):
+        common = common.rstrip("0123456789")  # of `run_1` and `run_10`
+    common = re.sub(r"[-_. ]*(seed[-_. ]*[0-9]*)?[-_. ]*$", "", common)
+    return (*folders[0].parent.parts, common) if common else Path(os.path.commonpath(folders)).parts
 
 
 def _setting(run_dir: Path) -> str:
@@ -295,7 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
         if targets:
             if not curves:
                 raise ValueError("no run has been evaluated yet")
-            print("\n".join(target_table(curves, options.target, baseline=list(by_label(curves))[-1])))
+            print("\n".join(target_table(curves, options.target, baseline=list(by_setting_and_rule(curves))[-1][0])))
     print(f"wrote {options.out}")
 
 

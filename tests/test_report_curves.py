@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from conftest import tiny_settings
 from matplotlib.figure import Figure
 
 from report import curves
-from report.curves import AXES, Curve, draw_curves, read_curves, target_table
+from report.curves import AXES, Curve, draw_curves, plot_accuracy, read_curves, target_table
 from runtime.metrics import METRICS_FILE
 
 
@@ -116,6 +117,74 @@ def test_runs_of_one_folder_name_are_named_with_their_parents(tmp_path):
     assert [curve.setting for curve in read_curves(runs, "top_prob_1")] == ["monday/run", "tuesday/run"]
 
 
+def test_settings_of_one_name_are_not_averaged(tmp_path, drawn):
+    """However long the part of their paths is that they share, and even if all of it is."""
+    runs = []
+    for number, name in enumerate(("a/runs/puma", "b/runs/puma", "c/puma_x1", "c/puma_y1", "c/puma_x2", "c/puma_y2")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        settings = {"name": "puma", "n_stages": 2 + min(number, 2) + number // 4}
+        runs.append(configured(write_run(tmp_path / name, share=1 / (1 + number)), number % 2, **settings))
+    found = draw_curves(runs, "step", tmp_path / "out.png", rule="top_prob_1")
+    names = [curve.setting for curve in found]
+    assert names[:2] == ["a/runs/puma", "b/runs/puma"]
+    assert names[2] == names[3] != names[4] == names[5]
+    assert {name.rpartition("_")[0] for name in names[2:]} == {"puma (sudoku_puma"}
+    assert len(drawn[0].axes[1].lines) == 4
+    assert points(drawn[0], 1, 1) == [(50, 12.5), (100, 25)]
+
+
+@pytest.mark.parametrize(
+    ("folders", "name"),
+    [
+        (("puma_seed1", "puma_seed10"), "puma"),
+        (("puma_k8_1", "puma_k8_10"), "puma_k8"),
+        (("puma_k8/seed0", "puma_k8/seed1"), "puma_k8"),
+        (("0/puma_k8", "1/puma_k8"), "puma_k8"),
+        (("puma_seed3",), "puma_seed3"),
+    ],
+)
+def test_the_name_of_a_setting_lacks_the_seed(folders, name, tmp_path):
+    runs = []
+    for seed, folder in enumerate(folders):
+        (tmp_path / folder).parent.mkdir(exist_ok=True)
+        runs.append(configured(write_run(tmp_path / folder), seed, name="puma", n_stages=2))
+    assert {curve.setting for curve in read_curves(runs)} == {name}
+
+
+def test_settings_are_read_once(tmp_path, drawn, monkeypatch):
+    run_dir, read = configured(write_run(tmp_path / "run"), 0, name="puma", n_stages=2), []
+    monkeypatch.setattr(curves, "setting_name", lambda config: read.append(config) or "setting")
+    draw_curves([run_dir], "step", tmp_path / "out.png")
+    assert len(read) == 1
+
+
+def test_names_are_text_of_a_figure_and_of_a_table(tmp_path, drawn):
+    found = draw_curves([write_run(tmp_path / "a$b$\x1b")], "step", tmp_path / "out.png", rule="top_prob_1")
+    assert drawn[0].axes[1].get_legend_handles_labels()[1] == [r"a\$b\$\x1b"]
+    assert target_table(found, 0.5, found[0].setting)[2].startswith(r"| a$b$\x1b |")
+
+
+@pytest.mark.parametrize(
+    ("steps", "axis", "expected"),
+    [
+        ((10, 20), "step", [10, 15, 20]),
+        ((1, 3), "step", [1, 2, 3]),
+        ((1, 3), "sequences_distinct", [1, 2, 3]),
+        ((1,), "step", [1]),
+        ((1, 3), "seconds", [1, 1.5, 2, 2.5, 3]),
+    ],
+)
+def test_ticks_are_integers_where_the_axis_is(steps, axis, expected):
+    plot = Figure().subplots()
+    plot_accuracy(
+        plot, [Curve("puma", "", [{"step": x, axis: x, "accuracy": 0.5, "low": 0, "high": 1} for x in steps])], axis
+    )
+    low, high = plot.get_xlim()
+    assert [x for x in plot.get_xticks() if low <= x <= high] == expected
+    form = plot.xaxis.get_major_formatter()
+    assert [form(x, 0) for x in (12.5, 0.1 + 0.2, 1234567)] == ["12.5", "0.3", "1,234,567"]
+
+
 def curve(setting: str, *accuracies: float) -> Curve:
     """Evaluations at every 100th update, at half as many seconds, and four sequences per update."""
     steps = range(100, 100 * len(accuracies) + 1, 100)
@@ -146,6 +215,25 @@ def test_a_seed_that_never_reaches_the_target_gives_a_bound():
     assert table[3].startswith("| late | 1 of 2 | > 300 | 1 |")
     assert target_table([fast, never], 0.9, "fast")[3].startswith("| late | 0 of 1 | > 300 | - |")
     assert "| < 0.3 |" in target_table([fast, late, never], 0.9, "fast")[3]
+
+
+def test_each_rule_is_compared_with_the_same_rule():
+    found = [curve("puma", 0.9), curve("puma", 0.5, 0.9), curve("uniform", 0.1, 0.9), curve("uniform", 0.5, 0.5, 0.9)]
+    found = [replace(each, rule=f"top_prob_{1 + number % 2}") for number, each in enumerate(found)]
+    found.append(replace(curve("puma", 0.9), rule="entropy_1"))  # which the baseline lacks
+    lines = target_table(found, 0.9, "uniform")[2:]
+    assert [line.split(" | ")[:4] for line in lines] == [
+        ["| puma: top_prob_1", "1 of 1", "100", "2.0"],
+        ["| puma: top_prob_2", "1 of 1", "200", "1.5"],
+        ["| uniform: top_prob_1", "1 of 1", "200", "1"],
+        ["| uniform: top_prob_2", "1 of 1", "300", "1"],
+        ["| puma: entropy_1", "1 of 1", "100", "-"],
+    ]
+
+
+@pytest.mark.parametrize(("target", "shown"), [(0.9, "90%"), (0.975, "97.5%"), (0.995, "99.5%"), (0.57, "57%")])
+def test_the_target_is_not_rounded(target, shown):
+    assert f"first at {shown} |" in target_table([curve("puma", 1.0)], target, "puma")[0]
 
 
 def test_the_target_is_printed_and_marked(tmp_path, drawn, capsys):

@@ -30,14 +30,14 @@ from tqdm import tqdm
 from config import Config, SamplingRule
 from data.dataset import DataSet
 from data.files import check_out, write_text
-from data.foreign import escape, read_text, reading, shorten
+from data.foreign import read_text, reading
 from data.hashes import hash_arrays
 from eval.accuracy import Questions, count_examples, measure_rule
 from model.hub import load_model, n_updates
 from model.transformer import Transformer
 from progressive_block import block_layout
 from runtime.distributed import World, autocast, autocast_dtype, main_first, on_main
-from runtime.figures import COLORS, LINES, MARKERS, set_grid
+from runtime.figures import COLORS, LINES, MARKERS, MAX_LABEL, plain_label, set_grid
 from runtime.machine import device_name
 
 KL_BOUND = 0.01  # of `stable`, whose dial is the threshold
@@ -59,7 +59,6 @@ RULES: dict[str, tuple[str, Sequence[float], dict[str, Any]]] = {
 SUFFIXES = (".json", ".csv", ".md", ".png")
 DIGEST = 16  # characters
 SHOWN = 6  # of a digest, in tables and plots
-LABEL_WIDTH = 60  # characters of a line of a label in plots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -436,7 +435,9 @@ def labels_of(groups: Sequence[Conditions]) -> list[str]:
                 value = getattr(own, name)
                 shown = "unknown" if value is None else value[:SHOWN] if name in ("model", "questions") else value
                 parts.append(f"{name.replace('_', ' ')} {shown}")
-        labels.append("\n".join([_plain(own.checkpoint), *textwrap.wrap(_plain(", ".join(parts), 200), LABEL_WIDTH)]))
+        labels.append(
+            "\n".join([plain_label(own.checkpoint), *textwrap.wrap(plain_label(", ".join(parts), 200), MAX_LABEL)])
+        )
     return labels
 
 
@@ -465,7 +466,3 @@ def _label_log_axis(plot: Any, *, whole: bool) -> None:
     plot.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     plot.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if whole else f"{x:g}"))
     plot.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _plain(name: str, limit: int = LABEL_WIDTH) -> str:
-    return shorten(escape(name), limit).replace("$", r"\$")  # `$` would begin a formula

@@ -13,9 +13,9 @@ MARKERS = ("o", "s", "^", "D", "v")
 MAX_LABEL = 60  # characters
 
 
-def plain_label(name: str) -> str:
-    """A name as text of a figure: short, without control characters, and no formula."""
-    return shorten(escape(name), MAX_LABEL).replace("$", r"\$")  # `$` would begin a formula
+def plain_label(name: str, limit: int = MAX_LABEL) -> str:
+    """A name as text of a figure: at most `limit` characters, none of them control characters, and no formula."""
+    return shorten(escape(name), limit).replace("$", r"\$")  # `$` would begin a formula
 
 
 def set_grid(plot: Any, *, integers: bool = False) -> None:

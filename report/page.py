@@ -16,9 +16,12 @@ from html import escape as html
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from config import Config
 from data.files import write_text
 from data.foreign import CommandParser, ends_with_message, escape, parse_object, read_json, read_lines, reading, shorten
+from data.sudoku import BOX_SHAPE, find_repeats
 from report.curves import AXES, COLORS, RUN_AXES, accuracy_points, plot_accuracy, read_curves, rules_of, set_grid
 from report.runs import RunSummary, summarize
 from report.trace import html_fragment, read_traces
@@ -33,8 +36,7 @@ MAX_POINTS = 400  # of the training loss, means of neighbouring records
 MAX_TITLE = 80  # characters of a trace's title
 MAX_TEXT = 2000  # characters of a sampled text
 INK = "#010203"  # stands for the colour of the theme in the figures
-GRID_SIZES = {16: 4, 36: 6, 81: 9}  # rows of boards, by number of cells
-BOX_SHAPES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
+BOARD_SIZES = {size**2: size for size in BOX_SHAPE}  # rows of boards, by number of cells
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --faint: #5b6570; --line: #d8dee4; --paper: #fff; --tint: #f4f6f8;
@@ -105,7 +107,7 @@ def build_page(run_dir: Path) -> str:
         _figures(run_dir, rows),
         *_results(final),
         *_traces(run_dir),
-        *_samples(run_dir),
+        *_samples(run_dir, final),
         "<h2>Settings that differ from the defaults</h2>",
         _settings(raw),
         *_history(run_dir),
@@ -119,7 +121,7 @@ def build_page(run_dir: Path) -> str:
 
 def text(value: object) -> str:
     """A value as HTML text, control characters but line breaks and tabs as escapes."""
-    return html("".join(part if part in "\n\t" else escape(part) for part in str(value)))
+    return html(escape(str(value), keep="\n\t"))
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[object]], n_left: int = 1) -> str:
@@ -186,7 +188,7 @@ def _plot_loss(plot: Any, rows: list[dict[str, Any]]) -> None:
         plot.plot([x for x, _ in found], [y for _, y in found], label=label, **style)
     plot.set(xlabel=AXES["step"], ylabel="loss", yscale="log")
     plot.legend(frameon=False, fontsize="small")
-    set_grid(plot)
+    set_grid(plot, integers=True)
 
 
 def _thinned(points: list[tuple[float, float]], n: int) -> Iterator[tuple[float, float]]:
@@ -206,7 +208,7 @@ def _draw(plot_into: Any, *, legend: bool = False) -> str:
     options: dict[Any, Any] = dict.fromkeys(keys, INK) | {"svg.fonttype": "none", "font.family": "sans-serif"}
     with rc_context(options), io.StringIO() as file:
         figure = Figure(figsize=(5, 3.4))
-        plot = figure.add_axes((0.13, 0.14, 0.81, 0.83))  # a computed layout takes twice as long
+        plot = figure.add_axes((0.18, 0.14, 0.77, 0.83))  # a computed layout takes twice as long
         plot_into(plot)
         if legend and len(plot.get_legend_handles_labels()[1]) > 1:
             plot.legend(frameon=False, fontsize="small", loc="best")
@@ -230,7 +232,7 @@ def _results(final: dict[str, Any] | None) -> Iterator[str]:
         titles,
         (
             [
-                f"{each['confidence']}, {each['tokens_per_step']} per step",
+                _rule_name(each),
                 percent(each["accuracy"]),
                 f"{percent(each['accuracy_low'])} to {percent(each['accuracy_high'])}",
                 *(percent(each["details"].get(name)) for name in names),
@@ -261,6 +263,12 @@ def _results(final: dict[str, Any] | None) -> Iterator[str]:
         )
 
 
+def _rule_name(rule: dict[str, Any]) -> str:
+    """A sampling rule in words, with the options that are not by default."""
+    options = "".join(f", {key} {value}" for key, value in rule.get("options", {}).items())
+    return f"{rule.get('confidence')}, {rule.get('tokens_per_step')} per step{options}"
+
+
 def percent(share: float | None) -> str:
     """A share as a percentage; - if it is unknown."""
     return "-" if share is None else f"{100 * share:.1f}%"
@@ -278,23 +286,30 @@ def _traces(run_dir: Path) -> Iterator[str]:
         yield f"<details class=trace{is_open}><summary>{title}</summary>{html_fragment(trace)}</details>"
 
 
-def _samples(run_dir: Path) -> Iterator[str]:
-    """Some answers of the last evaluation, wrong ones first."""
-    paths = sorted(run_dir.glob("samples_*.jsonl"))
-    if not paths:
+def _samples(run_dir: Path, final: dict[str, Any] | None) -> Iterator[str]:
+    """Some answers of the last evaluation by its first rule, wrong ones first."""
+    numbers = {path: path.stem.removeprefix("samples_") for path in run_dir.glob("samples_*.jsonl")}
+    steps = {int(number): path for path, number in numbers.items() if number.isdecimal()}
+    if not steps:
         return
-    with reading(f"{paths[-1]}", "delete it; only the samples are lost"):
-        samples = [parse_object(line) for _, line in read_lines(paths[-1])]
+    step = max(steps)
+    with reading(f"{steps[step]}", "delete it; only the samples are lost"):
+        samples = [parse_object(line) for _, line in read_lines(steps[step])]
     if not samples:
         return
-    rule = [samples[0].get("confidence"), samples[0].get("tokens_per_step")]
-    samples = [each for each in samples if [each.get("confidence"), each.get("tokens_per_step")] == rule]
+
+    def rule_of(facts: dict[str, Any]) -> list[Any]:
+        return [facts.get("confidence"), facts.get("tokens_per_step")]
+
+    rule, known = rule_of(samples[0]), (final or {}).get("evaluation", {}).get("samplers", [])
+    # Samples do not name the options of their rule, the last evaluation does.
+    name = next((_rule_name(each) for each in known if rule_of(each) == rule), _rule_name(samples[0]))
+    samples = [each for each in samples if rule_of(each) == rule]
     wrong, right = ([each for each in samples if bool(each.get("right")) is is_right] for is_right in (False, True))
     shown = (wrong[: max(MAX_SAMPLES // 2, MAX_SAMPLES - len(right))] + right)[:MAX_SAMPLES]
-    step = int(paths[-1].stem.rpartition("_")[2])
     yield (
         f"<h2>Samples</h2><p>{len(samples) - len(wrong)} of the first {len(samples)} answers at update {step:,} are "
-        f"right ({text(rule[0])}, {text(rule[1])} per step); {'wrong ones first' if wrong else 'the first ones'}.</p>"
+        f"right ({text(name)}); {'wrong ones first' if wrong else 'the first ones'}.</p>"
     )
     yield f"<div class=samples>{''.join(_sample(each) for each in shown)}</div>"
 
@@ -304,37 +319,27 @@ def _sample(sample: dict[str, Any]) -> str:
     verdict = str(sample.get("verdict", ""))
     parts = [f"<p class={'good' if sample.get('right') else 'bad'}>{text(verdict)}</p>"]
     puzzle, answer = sample.get("puzzle"), sample.get("answer")
-    if isinstance(puzzle, str) and isinstance(answer, str) and len(puzzle) == len(answer) in GRID_SIZES:
+    if isinstance(puzzle, str) and isinstance(answer, str) and len(puzzle) == len(answer) in BOARD_SIZES:
         parts.append(_board(puzzle, answer))
     else:
+        rows = []
         hidden = ("verdict", "confidence", "tokens_per_step", "row", "right")
         for key, value in sample.items():
             if key not in hidden:
                 shown = text(shorten(str(value), MAX_TEXT))
-                is_block = "\n" in str(value)
-                shown = f"<pre>{shown}</pre>" if is_block else f"<dd>{shown}</dd>"
-                parts.append(
-                    f"<dt>{text(key)}</dt>{shown}" if not is_block else f"<dt>{text(key)}</dt><dd>{shown}</dd>"
-                )
-        parts = [parts[0], f"<dl>{''.join(parts[1:])}</dl>"]
+                shown = f"<pre>{shown}</pre>" if "\n" in str(value) else shown
+                rows.append(f"<dt>{text(key)}</dt><dd>{shown}</dd>")
+        parts.append(f"<dl>{''.join(rows)}</dl>")
     return f"<article>{''.join(parts)}</article>"
 
 
 def _board(puzzle: str, answer: str) -> str:
-    """A filled board as a table: clues shaded, cells that repeat a digit or change a clue outlined."""
-    size = GRID_SIZES[len(puzzle)]
-    box_rows, box_columns = BOX_SHAPES[size]
-
-    def units(cell: int) -> tuple[tuple[str, int], ...]:
-        row, column = divmod(cell, size)
-        return ("row", row), ("column", column), ("box", row // box_rows * size + column // box_columns)
-
-    seen: dict[tuple[str, int, str], list[int]] = {}
-    for cell, digit in enumerate(answer):
-        for kind, number in units(cell):
-            seen.setdefault((kind, number, digit), []).append(cell)
-    bad = {cell for cells in seen.values() if len(cells) > 1 for cell in cells}
-    bad |= {cell for cell, clue in enumerate(puzzle) if clue not in (".", answer[cell])}
+    """A filled board as a table: clues shaded, cells with no digit, a repeated one or a changed clue outlined."""
+    size = BOARD_SIZES[len(puzzle)]
+    box_rows, box_columns = BOX_SHAPE[size]
+    digits = np.array(["123456789"[:size].find(digit) + 1 for digit in answer])  # 0: no digit
+    bad = {cell for _, _, cells in find_repeats(digits, size) for cell in cells}
+    bad |= {cell for cell, clue in enumerate(puzzle) if clue not in (".", answer[cell]) or not digits[cell]}
     lines = []
     for row in range(size):
         cells = []

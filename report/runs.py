@@ -3,11 +3,13 @@
     python -m report.runs runs
     python -m report.runs runs --json
 
-A run is a folder with a config.yaml, at any depth. Its state is one of
+A run is a folder with a config.yaml, at any depth; packed models (`python -m model.hub pack`) are left out. Its state
+is one of
 
 - complete: it has a final.json;
 - running: a process holds its lock (on this machine, or on a file system that shares locks);
-- stopped: neither; the same command continues it;
+- failed: neither, and its last session ended with an error, which the last lines show;
+- stopped: neither, for another reason; the same command continues it;
 - damaged: its settings, records or result cannot be read.
 """
 
@@ -21,15 +23,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.foreign import BadInput, CommandParser, ends_with_message, escape, read_json, reading
+from data.foreign import BadInput, CommandParser, ends_with_message, escape, read_json, reading, shorten
 from report.curves import accuracy_points, rules_of
 from runtime.config_file import parse_config, read_sections
-from runtime.history import read_history
+from runtime.history import HISTORY_FILE, read_history
 from runtime.lock import is_locked
 from runtime.metrics import METRICS_FILE, read_metrics
 
 NOT_SEARCHED = ("checkpoints", "wandb", "tensorboard")  # of a run directory
+RECORDS = ("checkpoints", METRICS_FILE, HISTORY_FILE)  # a run with weights has one of them, a packed model none
 MAX_DATA = 40  # characters of the data in the table
+MAX_REASON = 300  # characters of a session's end
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class RunSummary:
     started: str | None = None  # of the first session, UTC
     ended: str | None = None  # of the last session, or its last checkpoint
     commit: str | None = None  # of the last session
+    reason: str | None = None  # why the last session ended before the run was complete: a signal, an error
     problem: str | None = None  # what is damaged
 
 
@@ -56,7 +61,8 @@ def find_runs(folder: Path) -> list[Path]:
     for path, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if name not in NOT_SEARCHED and not name.startswith("."))
         if "config.yaml" in files:
-            found.append(Path(path))
+            if "model.safetensors" not in files or any(os.path.exists(os.path.join(path, name)) for name in RECORDS):
+                found.append(Path(path))
             folders.clear()
     if not found:
         raise ValueError(f"{folder} has no runs: a run is a folder with a config.yaml")
@@ -67,8 +73,15 @@ def summarize(run_dir: Path) -> RunSummary:
     """Read what a run directory says of its run; what cannot be read makes the run `damaged`."""
     facts: dict[str, Any] = {}
     problems = list(_read(run_dir, facts))
-    final = facts.pop("final")
-    state = "damaged" if problems else "complete" if final else "running" if is_locked(run_dir) else "stopped"
+    final, failed = facts.pop("final"), facts.pop("failed", False)
+    if problems:
+        state = "damaged"
+    elif final:
+        state = "complete"
+    elif is_locked(run_dir):
+        state = "running"
+    else:
+        state = "failed" if failed else "stopped"
     return RunSummary(str(run_dir), state, **facts, problem="; ".join(problems) or None)
 
 
@@ -89,6 +102,8 @@ def _read(run_dir: Path, facts: dict[str, Any]) -> Iterator[str]:
             "started": sessions[0].get("started"),
             "ended": last.get("ended", last.get("updated")),
             "commit": last.get("commit"),
+            "failed": last.get("state") == "failed",
+            "reason": None if last.get("reason") is None else shorten(str(last["reason"]), MAX_REASON),
             "n_steps": last.get("n_steps", facts.get("n_steps")),
         }
     try:
@@ -138,6 +153,11 @@ def table(runs: list[RunSummary], folder: Path) -> str:
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
     lines += [f"damaged: {run.problem}" for run in runs if run.problem]
+    lines += [
+        f"failed: {cells[0]}: {escape(run.reason or 'unknown')}"
+        for run, cells in zip(runs, shown[1:], strict=True)
+        if run.state == "failed"
+    ]
     return "\n".join(lines)
 
 

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape as escape_html
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from data.dataset import AnswerVerdict, Board, DataSet
 from data.files import reported, write_text
@@ -38,14 +38,20 @@ MAX_CANDIDATES = 3500
 MIN_PROBABILITY = 0.005  # of a candidate that is kept
 MAX_FRAMES = 120  # of a GIF
 
+Probability = Annotated[float, Field(allow_inf_nan=False)]
+
 
 @dataclass(frozen=True)
 class Step:
     """What one forward pass changed."""
 
-    written: dict[int, tuple[str, float | None]]  # text and confidence by position; None: written without a prediction
+    written: dict[
+        int, tuple[str, Probability | None]
+    ]  # text and confidence by position; None: written without a prediction
     erased: list[int]  # positions that were masked again
-    candidates: dict[int, list[tuple[str, float]]]  # most probable tokens and probabilities by position, best first
+    candidates: dict[
+        int, list[tuple[str, Probability]]
+    ]  # most probable tokens and probabilities by position, best first
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Trace:
     steps: list[Step]
     final: dict[int, str]  # text of all drawn positions at the end
     wrong: dict[int, str]  # what is wrong with drawn positions that the model wrote
-    n_hidden: int = 0  # EOS tokens after the first, which are not drawn
+    n_hidden: int = 0  # EOS tokens at the end but one, which are not drawn
 
 
 _TRACES = TypeAdapter(list[Trace])
@@ -94,9 +100,8 @@ def build_trace(
     if board is not None:
         shown = shown[board.first : board.first + board.size**2]
     elif data.eos_id is not None:
-        ends = np.flatnonzero((tokens == data.eos_id) & (prompt == mask_id))
-        if len(ends) and (tokens[ends[0] :] == data.eos_id).all():
-            shown = shown[: ends[0] + 1]
+        before_end = np.flatnonzero(tokens != data.eos_id)
+        shown = shown[: before_end[-1] + 2 if len(before_end) else 1]
     if board is None:
         given = {i: text_of(int(prompt[i])) for i in shown if prompt[i] != mask_id}
     else:
@@ -125,7 +130,7 @@ def build_trace(
                 if token >= 0 and probability >= MIN_PROBABILITY
             ]
             for i in kept
-            if candidates.shape[1] and candidates[i, 0] >= 0
+            if candidates[i, 0] >= 0
         }
         steps.append(Step(written, [i for i in changed if now[i] == mask_id], found))
         before = now
@@ -253,7 +258,21 @@ def read_traces(path: Path) -> list[Trace]:
     if not path.exists():
         return []
     with reading(f"{path}", "delete it; only the traces are lost"):
-        return _TRACES.validate_json(read_text(path))
+        traces = _TRACES.validate_json(read_text(path))
+        for trace in traces:
+            _check(trace)
+        return traces
+
+
+def _check(trace: Trace) -> None:
+    """Raise ValueError if a trace of unknown origin cannot be drawn."""
+    if trace.board is not None and min(trace.board.size, trace.board.box_height, trace.board.box_width) < 1:
+        raise ValueError("a board has no cells")
+    drawn = {*trace.given, *trace.wrong}
+    for step in trace.steps:
+        drawn.update(step.written, step.erased, step.candidates)
+    if missing := (drawn - set(trace.shown)) | (set(trace.shown) - trace.final.keys()):
+        raise ValueError(f"position {min(missing)} has no place or no final text")
 
 
 def write_page(traces: Sequence[Trace], out: Path) -> None:

@@ -120,9 +120,10 @@ class Recorder:
             if run is not None:
                 run.finish()
         self._wandb = None
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+        with self._talking_to_tensorboard() as writer:
+            if writer is not None:
+                writer.close()
+        self._tensorboard = None
 
     def _send(self, row: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
         """Pass a row on to wandb and TensorBoard."""
@@ -138,15 +139,12 @@ class Recorder:
                     run.log(row | _wandb_media(row, samples), step=row["step"], commit=True)
                 if is_best:
                     run.summary.update({"best/accuracy": accuracy, "best/step": row["step"]})
-        if self._tensorboard is not None:
-            try:
+        with self._talking_to_tensorboard() as writer:
+            if writer is not None:
                 for key, value in row.items():
                     if key != "step" and isinstance(value, (int, float)):
-                        self._tensorboard.add_scalar(key, value, row["step"])
-                self._tensorboard.flush()
-            except Exception as error:
-                warnings.warn(f"TensorBoard is off for the rest of this run: {error}", RuntimeWarning, stacklevel=3)
-                self._tensorboard = None
+                        writer.add_scalar(key, value, row["step"])
+                writer.flush()
 
     @contextmanager
     def _talking_to_wandb(self) -> Iterator[Any]:
@@ -156,6 +154,15 @@ class Recorder:
         except Exception as error:
             _warn(error)
             self._wandb = None
+
+    @contextmanager
+    def _talking_to_tensorboard(self) -> Iterator[Any]:
+        """The writer of TensorBoard's files, None if it is off; a failure switches it off."""
+        try:
+            yield self._tensorboard
+        except Exception as error:
+            warnings.warn(f"TensorBoard is off for the rest of this run: {error}", RuntimeWarning, stacklevel=3)
+            self._tensorboard = None
 
 
 def _samples_file(run_dir: Path, step: int) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 
 from report import curves
 from report.curves import AXES, Curve, draw_curves, plot_accuracy, read_curves, target_table
+from runtime.config_file import read_config
 from runtime.metrics import METRICS_FILE
 
 
@@ -152,10 +154,10 @@ def test_the_name_of_a_setting_lacks_the_seed(folders, name, tmp_path):
 
 
 def test_settings_are_read_once(tmp_path, drawn, monkeypatch):
-    run_dir, read = configured(write_run(tmp_path / "run"), 0, name="puma", n_stages=2), []
-    monkeypatch.setattr(curves, "setting_name", lambda config: read.append(config) or "setting")
+    run_dir, n_read, read = configured(write_run(tmp_path / "run"), 0, name="puma", n_stages=2), count(), read_config
+    monkeypatch.setattr(curves, "read_config", lambda path: (next(n_read), read(path))[1])
     draw_curves([run_dir], "step", tmp_path / "out.png")
-    assert len(read) == 1
+    assert next(n_read) == 1
 
 
 def test_names_are_text_of_a_figure_and_of_a_table(tmp_path, drawn):

@@ -125,6 +125,41 @@ def test_a_run_that_has_just_begun_has_a_page(run_dir):
     assert "How answers came about" not in words
 
 
+def test_the_options_of_a_rule_are_shown(run_dir):
+    final = json.loads((run_dir / "final.json").read_text())
+    (rule,) = final["evaluation"]["samplers"]
+    rule["options"] = {"threshold": 0.9, "revise": "remask"}
+    final["evaluation"]["samplers"].append(rule | {"tokens_per_step": 2, "options": {}})
+    (run_dir / "final.json").write_text(json.dumps(final))
+    words = parsed(build_page(run_dir))
+    assert "passes top_prob, 1 per step, threshold 0.9, revise remask" in words
+    assert "are right (top_prob, 1 per step, threshold 0.9, revise remask)" in words
+    assert re.search(r"top_prob, 2 per step \d", words)
+
+
+def test_other_files_are_no_samples(run_dir):
+    for name in ("samples_backup.jsonl", "samples_00000007 (copy).jsonl", "samples_9_old.jsonl"):
+        (run_dir / name).write_text("{}\n")
+    assert "answers at update 6 are right" in parsed(build_page(run_dir))
+
+
+def test_faults_of_a_board_are_outlined(run_dir):
+    boards = [
+        ("1.3.........4..1", "1234341221434321", set()),
+        ("1.3.........4..1", "1234341221434322", {7, 14, 15}),  # two 2s in row, column and box; 15 is a clue
+        ("1.3.........4..1", "12343412214?4321", {11}),
+        ("1.3.........4..1", "1274341221434321", {2}),
+    ]
+    samples = [{"verdict": "", "puzzle": puzzle, "answer": answer, "right": True} for puzzle, answer, _ in boards]
+    (run_dir / "samples_00000009.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    tables = re.findall("<table class=board>(.*?)</table>", build_page(run_dir))
+    found = [re.findall('<td class="(.*?)">', board) for board in tables]
+    assert [{i for i, names in enumerate(cells) if "bad" in names.split()} for cells in found] == [
+        bad for _, _, bad in boards
+    ]
+    assert [i for i, names in enumerate(found[0]) if "clue" in names.split()] == [0, 2, 12, 15]
+
+
 @pytest.mark.pictures
 def test_a_page_that_fails_is_a_warning(config_file, tmp_path, monkeypatch):
     def fail(_):

@@ -54,7 +54,7 @@ def test_a_resumed_run_keeps_a_history(resumed):
     )
 
 
-def test_a_failure_is_in_the_history(config_file, tmp_path, monkeypatch):
+def test_a_failure_is_in_the_history_and_in_the_list(config_file, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise ZeroDivisionError("of a test")
 
@@ -63,6 +63,13 @@ def test_a_failure_is_in_the_history(config_file, tmp_path, monkeypatch):
         train.main(["--config", str(config_file()), "--run-dir", str(tmp_path / "run")])
     (session,) = read_history(tmp_path / "run")
     assert (session["state"], session["reason"]) == ("failed", "ZeroDivisionError: of a test")
+    summary = summarize(tmp_path / "run")
+    assert (summary.state, summary.reason) == ("failed", "ZeroDivisionError: of a test")
+    capsys.readouterr()
+    main([str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:2] == ["run", "failed"]
+    assert lines[-1] == "failed: run: ZeroDivisionError: of a test"
 
 
 def test_a_damaged_history_stops_nothing(resumed):
@@ -104,6 +111,20 @@ def test_states_and_figures(resumed, capsys):
     best = max(row.get("validation/accuracy/top_prob_1", -1) for row in read_metrics(resumed))
     assert (run["state"], run["step"], run["n_steps"], run["accuracy"]) == ("damaged", 6, 6, best)
     assert "final.json cannot be read" in run["problem"]
+
+
+def test_a_packed_model_is_no_run(tmp_path):
+    for name, files in {
+        "packed": ("model.safetensors",),
+        "new": (),
+        "run": ("model.safetensors", "metrics.jsonl"),
+    }.items():
+        (tmp_path / name).mkdir()
+        for file in ("config.yaml", *files):
+            (tmp_path / name / file).touch()
+    assert [path.name for path in find_runs(tmp_path)] == ["new", "run"]
+    with pytest.raises(ValueError, match="has no runs"):
+        find_runs(tmp_path / "packed")
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -16,8 +17,18 @@ from PIL import Image, ImageSequence
 
 from data.addition import AdditionSettings
 from data.dataset import AnswerVerdict
+from data.foreign import BadInput
 from data.sudoku import SudokuSettings
-from report.trace import MAX_CANDIDATES, Trace, build_trace, draw_gif, html_fragment, write_page
+from report.trace import (
+    MAX_CANDIDATES,
+    Trace,
+    build_trace,
+    draw_gif,
+    html_fragment,
+    read_traces,
+    write_page,
+    write_traces,
+)
 from samplers.step import Pass
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -106,6 +117,30 @@ def test_long_traces_keep_the_candidates_of_the_pass_that_writes():
     assert {len(step.candidates) for step in long.steps[-51:]} == {1}
 
 
+@pytest.mark.parametrize(
+    ("row", "shown", "n_hidden"),
+    [
+        ("12?4eeeee", "1 2 3 4 EOS", 4),  # a hole in a given text with its padding
+        ("12??????e", "1 2 3 EOS", 5),
+        ("1e?4?????", "1 EOS 3 4 EOS", 4),
+        ("1234567??", "1 2 3 4 5 6 7 EOS", 1),
+        ("12345678?", "1 2 3 4 5 6 7 8 9", 0),
+        ("?????????", "EOS", 8),
+    ],
+)
+def test_a_text_ends_with_its_first_eos(row: str, shown: str, n_hidden: int, monkeypatch):
+    data, mask_id, eos_id = AdditionSettings(dataset="addition", max_digits=2, n_test=2, n_train=2).open(13), 12, 11
+    monkeypatch.setattr(type(data), "eos_id", eos_id)
+    prompt = np.array([{"?": mask_id, "e": eos_id}.get(letter) or int(letter) for letter in row])
+    filled = np.array([int(text) if text != "EOS" else eos_id for text in shown.split()] + [eos_id] * n_hidden)
+    free = np.flatnonzero(prompt == mask_id)
+    passes = passes_of(prompt, [{int(position): int(filled[position])} for position in free], mask_id)
+    trace = build_trace(data, "", prompt, filled, passes, mask_id, AnswerVerdict(""))
+    assert " ".join(trace.final[i] for i in trace.shown) == shown
+    assert trace.n_hidden == n_hidden
+    assert f">{n_hidden} more EOS tokens are not shown<" in html_fragment(trace) or not n_hidden
+
+
 def test_a_fragment_shows_the_answer_without_code_and_needs_no_network():
     fragment = html_fragment(text_trace())
     cells = re.findall(r"data-cell><span>(.*?)</span>", fragment)
@@ -126,6 +161,36 @@ def test_a_text_cannot_leave_its_place_in_the_page():
     assert fragment.count("<script") == fragment.count("</script>") == 2
     assert "alert(1)</" not in fragment
     assert "\x1b" not in fragment
+
+
+def test_traces_are_read_as_written(tmp_path: Path):
+    traces = [board_trace("two_halves", last=2), text_trace()]
+    write_traces(traces, tmp_path / "traces.json")
+    assert read_traces(tmp_path / "traces.json") == traces
+    assert read_traces(tmp_path / "none.json") == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda trace: trace["final"].pop("31"),
+        lambda trace: trace["shown"].remove(17),
+        lambda trace: trace["given"].update({"40": "1"}),
+        lambda trace: trace["wrong"].update({"40": "no digit"}),
+        lambda trace: trace["steps"][0]["erased"].append(40),
+        lambda trace: trace["steps"][0]["written"]["17"].__setitem__(1, math.nan),
+        lambda trace: trace["board"].update(size=0),
+        lambda trace: trace["board"].update(box_width=0),
+    ],
+)
+def test_a_damaged_trace_is_refused_and_not_drawn(damage, tmp_path: Path):
+    path = tmp_path / "traces.json"
+    write_traces([board_trace("two_halves")], path)
+    content = json.loads(path.read_text())
+    damage(content[0])
+    path.write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=r"traces.json cannot be read \(.*delete it; only the traces are lost"):
+        read_traces(path)
 
 
 @pytest.mark.parametrize("trace", [board_trace(), text_trace()], ids=["board", "text"])

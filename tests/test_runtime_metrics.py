@@ -350,7 +350,9 @@ def test_tensorboard_gets_the_numbers_and_after_a_resume_each_once(tmp_path, mon
         recorder.write(row(step, histogram=[1, 2]))
     recorder = record(tmp_path, from_step=2, tensorboard=True)
     recorder.write(row(3))
-    recorder.close()
+    monkeypatch.setattr(FakeWriter, "close", lambda _: 1 / 0)
+    with pytest.warns(RuntimeWarning, match="TensorBoard is off for the rest of this run: division by zero"):
+        recorder.close()
     lines = (tmp_path / "tensorboard" / "events.out.tfevents.0").read_text().splitlines()
     expected = [(key, row(step)[key], step) for step in (1, 2, 3) for key in ("seconds", "sequences_distinct")]
     assert lines == [f"{key} {value} {step}" for key, value, step in expected]

@@ -5,7 +5,7 @@ takes only its own keys. Settings of a data set are defined with the data set. T
 is generated from the descriptions.
 
 What depends on the machine or the data is checked before work starts: `training.run.build_objective` (ranks and
-microbatches), `training.update.check_graph`, `progressive.count_pool_rows`, `eval.evaluate.check_n_examples`,
+microbatches), `training.update.check_graph`, `progressive.count_pool_rows`, `eval.accuracy.check_n_examples`,
 `model.hub.check_init_from`.
 """
 

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from config import DEFAULT_RULE, Config, SamplingRule
 from data.dataset import AnswerVerdict, DataSet
+from data.files import check_out
 from data.foreign import CommandParser, ends_with_message, escape, whole_number
 from data.questions import STANDARD_INPUT, Question, read_questions
 from data.text import decode_whole
@@ -553,10 +554,7 @@ def _check_files(options: argparse.Namespace) -> None:
             continue
         if path.suffix not in suffixes:
             raise ValueError(f"--{option} {path}: the suffix must be {' or '.join(suffixes)}")
-        if not path.parent.is_dir():
-            raise ValueError(f"--{option} {path}: the folder {path.parent} does not exist")
-        if options.input not in (None, STANDARD_INPUT) and path.resolve() == Path(options.input).resolve():
-            raise ValueError(f"--{option} {path} would overwrite the input")
+        check_out(path, f"--{option}", None if options.input in (None, STANDARD_INPUT) else Path(options.input))
 
 
 def _print_answer(answer: Answer, heading: str) -> None:

@@ -37,7 +37,8 @@ from config import Config
 from data.dataset import DataSet
 from data.files import WriteError, reported, write_text
 from data.foreign import BadInput, CommandParser, escape, read_json, reading, shorten
-from eval.evaluate import Evaluation, as_json, check_n_examples, evaluate
+from eval.accuracy import check_n_examples
+from eval.evaluate import Evaluation, as_json, evaluate
 from model.hub import check_init_from
 from model.transformer import Transformer
 from report.curves import RUN_AXES, draw_curves

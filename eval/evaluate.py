@@ -28,7 +28,6 @@ from data.dataset import DataSet, SequenceData
 from data.files import check_out, write_text
 from data.foreign import CommandParser, whole_number
 from eval.accuracy import NORMAL_95, Questions, SamplerResult, asking, count_examples, measure_rule, rank_batches
-from eval.accuracy import check_n_examples as check_n_examples  # for training
 from eval.likelihood import Likelihood, likelihood
 from model.hub import load_model, n_updates
 from model.transformer import Transformer

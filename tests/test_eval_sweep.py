@@ -213,12 +213,17 @@ def test_what_was_measured_under_other_conditions_is_kept_apart(
     assert len(set(headers)) == len(headers) == len(points)
 
 
-@pytest.mark.parametrize("name", ["sudoku", "sudoku_mini", "word_problems_hard"])
-def test_files_of_before_conditions_were_recorded_give_their_page(name: str) -> None:
+@pytest.mark.parametrize("name", ["sudoku", "sudoku_mini", "sudoku_mini_block", "word_problems_hard"])
+def test_kept_files_give_their_page_also_without_what_older_ones_lack(name: str, tmp_path: Path) -> None:
     path = ROOT / "results" / "samplers" / name
     points = read_sweep(path)
     assert "\n".join(sweep_table(points)) + "\n" == path.with_name(f"{name}.md").read_text()
-    assert points[0].model is None, "unknown, so equal to no known one"
+    rows = json.loads(path.with_name(f"{name}.json").read_text())
+    older = [{key: row[key] for key in row if key not in ("precision", "model", "questions")} for row in rows]
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    read = read_sweep(tmp_path / "older")
+    assert {each.model for each in read} == {None}, "unknown, so equal to no known one"
+    assert [each.accuracy for each in read] == [each.accuracy for each in points]
 
 
 @pytest.mark.usefixtures("no_picture")

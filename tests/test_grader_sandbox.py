@@ -206,7 +206,7 @@ def f():
 """,
         {"error"},
     ),
-    "large exception": (after("raise ValueError('x' * 10**8)"), {"error"}),
+    "large exception": (after("raise ValueError('x' * 10**8)"), {"error", "timeout"}),  # the latter on a busy machine
     "exception that is no exception": (after("raise KeyboardInterrupt"), {"error"}),
     "closed generator": (after("raise GeneratorExit"), {"error"}),
     "second interpreter": (

@@ -144,7 +144,7 @@ def test_groups_have_their_own_accuracy_and_interval():
 
 def test_puzzles_are_grouped_by_clues_and_rating_beside_what_singles_solve(run_dir, tmp_path, capsys):
     """In the records, the JSON file and the table; the rating comes from a column of the test file."""
-    test = np.load(next(Path(find_checkpoint(run_dir).config().data.data_dir).glob("*_test.npy")))
+    test = np.load(next(Path(find_checkpoint(run_dir).config().data.data_dir).glob("sudoku_4x4_*_test.npy")))
     ratings = 1.25 + np.arange(20) % 3
     rows = [f"{puzzle},{solution},{rating}" for puzzle, solution, rating in zip(*as_text(test), ratings, strict=True)]
     ratings[7], rows[7] = np.nan, rows[7].rpartition(",")[0] + ","  # a puzzle that has not been rated
@@ -225,7 +225,7 @@ def test_the_averaged_weights_are_what_is_measured(run_dir, tmp_path, capsys):
     assert weights is not None
     model = Transformer(checkpoint.config().model)
     model.load_weights(weights)
-    data = make_data(np.load(next(Path(checkpoint.config().data.data_dir).glob("*_test.npy"))), 4, "test")
+    data = make_data(np.load(next(Path(checkpoint.config().data.data_dir).glob("sudoku_4x4_*_test.npy"))), 4, "test")
     evaluation.main([str(run_dir), "--json", str(tmp_path / "result.json")])
     loss = json.loads((tmp_path / "result.json").read_text())["loss"]
     assert loss == pytest.approx(validation_loss(model.eval(), checkpoint.config(), data, World(0, 1, CPU)), rel=1e-6)

@@ -218,10 +218,7 @@ class Trained:
         Raises:
             ValueError: see `samplers.infill.encode_template`.
         """
-        texts = [templates] if isinstance(templates, str) else list(templates)
-        asked = [Question(text, source=f"template {number}") for number, text in enumerate(texts, 1)]
-        answers = list(self.answers(asked, rule, seed=seed, batch_size=batch_size, trace=trace, holes=True))
-        return answers[0] if isinstance(templates, str) else answers
+        return self._ask(templates, None, rule, seed, batch_size, trace, holes=True)
 
     def check_option(self, option: str, name: str) -> None:
         """Raise ValueError if the model's questions are not of kind `option` (`puzzle` or `prompt`).
@@ -242,6 +239,7 @@ class Trained:
         seed: int,
         batch_size: int,
         trace: bool,
+        holes: bool = False,
     ) -> Answer | list[Answer]:
         """The answer to one question, or a list of answers to a list."""
         texts = [questions] if isinstance(questions, str) else list(questions)
@@ -250,12 +248,12 @@ class Trained:
         )
         if len(right) != len(texts):
             raise ValueError(f"{len(right)} gold answers for {len(texts)} prompts: give one each, or none")
-        several = len(texts) > 1
+        noun = "template" if holes else "question" if len(texts) > 1 else None  # None: nothing to tell apart
         asked = [
-            Question(text, None if gold is None else str(gold), f"question {number}" if several else "")
+            Question(text, None if gold is None else str(gold), f"{noun} {number}" if noun else "")
             for number, (text, gold) in enumerate(zip(texts, right, strict=True), 1)
         ]
-        answers = list(self.answers(asked, rule, seed=seed, batch_size=batch_size, trace=trace))
+        answers = list(self.answers(asked, rule, seed=seed, batch_size=batch_size, trace=trace, holes=holes))
         return answers[0] if isinstance(questions, str) else answers
 
     def answers(

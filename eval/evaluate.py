@@ -29,7 +29,7 @@ from data.files import check_out, write_text
 from data.foreign import CommandParser, whole_number
 from eval.accuracy import NORMAL_95, Questions, SamplerResult, asking, count_examples, measure_rule, rank_batches
 from eval.likelihood import Likelihood, likelihood
-from model.hub import load_model, n_updates
+from model.hub import open_model
 from model.transformer import Transformer
 from progressive_block import block_layout
 from runtime.config_file import split_overrides
@@ -45,6 +45,7 @@ from runtime.distributed import (
     sum_over_ranks,
 )
 from runtime.signals import StopVote
+from samplers.options import rule_in_words
 
 # Seed of the masks of the validation loss: the same in all runs, so that their losses can be compared.
 MASK_SEED = 20_260_210
@@ -90,12 +91,11 @@ class Evaluation:
             error = NORMAL_95 * self.likelihood.standard_error
             lines.append(f"{bound}{self.likelihood.nats_per_token:.4g} nats per token (+- {error:.2g})")
         for result in self.samplers:
-            options = "".join(f", {key} {value}" for key, value in result.options.items())
             details = "".join(
                 f", {name.replace('_', ' ')} {100 * value:.2f}%" for name, value in result.details.items()
             )
             lines.append(
-                f"{result.confidence}, {result.tokens_per_step} per step{options}: "
+                f"{rule_in_words(result.confidence, result.tokens_per_step, result.options)}: "
                 f"accuracy {100 * result.accuracy:.1f}% "
                 f"({100 * result.accuracy_low:.1f} to {100 * result.accuracy_high:.1f}) of {result.n}{details}, "
                 f"{result.nfe:.1f} forward evaluations"
@@ -268,16 +268,16 @@ def main(arguments: list[str] | None = None) -> None:
         _sweep(options)
         return
     try:
-        step = n_updates(options.checkpoint)
-        model, config = load_model(options.checkpoint, overrides=options.overrides)
+        opened = open_model(options.checkpoint, options.overrides)
+        config = opened.config
         world = start_world(config.training.device)
         on_main(partial(_check_files, options))
         data = main_first(world, lambda: config.open_data().load(train=False))
         n_examples = count_examples(config, options.overrides, data)
-        evaluation = evaluate(model.to(world.device), config, data, world, n_examples)
+        evaluation = evaluate(opened.model.to(world.device), config, data, world, n_examples)
         if world.is_main:
             if options.json:
-                source = {"checkpoint": options.checkpoint, "step": step, "overrides": options.overrides}
+                source = {"checkpoint": options.checkpoint, "step": opened.n_updates, "overrides": options.overrides}
                 write_text(options.json, json.dumps(source | as_json(evaluation), indent=1) + "\n")
             if options.samples:
                 write_text(options.samples, "".join(json.dumps(row) + "\n" for row in evaluation.samples))

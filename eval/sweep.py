@@ -33,7 +33,7 @@ from data.files import check_out, write_text
 from data.foreign import read_text, reading
 from data.hashes import hash_arrays
 from eval.accuracy import Questions, count_examples, measure_rule
-from model.hub import load_model, n_updates
+from model.hub import open_model
 from model.transformer import Transformer
 from progressive_block import block_layout
 from runtime.distributed import World, autocast, autocast_dtype, main_first, on_main
@@ -159,9 +159,9 @@ class Swept:
 
 
 def load_swept(checkpoint: str, overrides: list[str]) -> Swept:
-    """Load a checkpoint; `overrides` are settings that replace the run's. Raises ValueError as `load_model`."""
-    model, config = load_model(checkpoint, overrides=overrides)
-    return Swept(checkpoint, n_updates(checkpoint), model.eval(), config)
+    """Load a checkpoint; `overrides` are settings that replace the run's. Raises ValueError as `open_model`."""
+    opened = open_model(checkpoint, overrides)
+    return Swept(checkpoint, opened.n_updates, opened.model, opened.config)
 
 
 def sweep(

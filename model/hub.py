@@ -66,7 +66,23 @@ class Pretrained:
     weights: dict[str, Tensor]  # by Hugging Face's names
 
 
+@dataclass(frozen=True)
+class OpenedModel:
+    """A trained model, and where it comes from."""
+
+    model: Transformer
+    config: Config
+    source: str  # for messages
+    n_updates: int | None  # of the checkpoint; None for a folder written by this file
+
+
 def load_model(path: str, overrides: Sequence[str] = ()) -> tuple[Transformer, Config]:
+    """Model and settings of `open_model`."""
+    opened = open_model(path, overrides)
+    return opened.model, opened.config
+
+
+def open_model(path: str, overrides: Sequence[str] = ()) -> OpenedModel:
     """The model of a run directory (its newest checkpoint), a checkpoint folder or a folder written by this file.
 
     With averaged weights if there are any. The data settings of a folder written by this file read only that folder.
@@ -79,17 +95,12 @@ def load_model(path: str, overrides: Sequence[str] = ()) -> tuple[Transformer, C
     """
     folder = Path(path)
     if not _is_written_here(folder):
-        return _open_model(find_checkpoint(path), overrides)
+        return _open_checkpoint(find_checkpoint(path), overrides)
     config = read_config(folder / SETTINGS_FILE, overrides)
     with reading(f"{folder / WEIGHTS_FILE}", "write the folder again, or copy it again"):
         weights = load_file(folder / WEIGHTS_FILE)
     model = _model_with(weights, config, str(folder))
-    return model, config.model_copy(update={"data": config.data.in_folder(folder)})
-
-
-def n_updates(path: str) -> int | None:
-    """Updates of the checkpoint that `load_model` opens; None for a folder written by this file. Raises ValueError."""
-    return None if _is_written_here(Path(path)) else find_checkpoint(path).step
+    return OpenedModel(model, config.model_copy(update={"data": config.data.in_folder(folder)}), path, None)
 
 
 def _is_written_here(folder: Path) -> bool:
@@ -97,13 +108,14 @@ def _is_written_here(folder: Path) -> bool:
     return (folder / SETTINGS_FILE).exists() and (folder / WEIGHTS_FILE).exists() and not (folder / MANIFEST).exists()
 
 
-def _open_model(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> tuple[Transformer, Config]:
-    """See `load_model`."""
+def _open_checkpoint(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> OpenedModel:
+    """See `open_model`."""
     config = checkpoint.config(overrides)
     weights = checkpoint.weights("ema") or checkpoint.weights("model")
     if weights is None:
         raise ValueError(f"checkpoint {checkpoint.path} holds no weights")
-    return _model_with(weights, config, f"checkpoint {checkpoint.path}"), config
+    model = _model_with(weights, config, f"checkpoint {checkpoint.path}")
+    return OpenedModel(model, config, str(checkpoint.path), checkpoint.step)
 
 
 def _model_with(weights: dict[str, Tensor], config: Config, source: str) -> Transformer:
@@ -152,13 +164,10 @@ def load_initial_weights(model: Transformer, config: Config) -> None:
 def _read(source: str) -> Pretrained:
     """Read what `load_model` reads, a Qwen2 folder, or a model of the Hugging Face hub."""
     folder = Path(source)
-    if (folder / MANIFEST).exists() or (folder / "checkpoints").is_dir():
-        checkpoint = find_checkpoint(folder)
-        model, config = _open_model(checkpoint)
-        return Pretrained(str(checkpoint.path), config.model, config.shifted, model.weights())
-    if _is_written_here(folder) and not (folder / CONFIG_FILE).exists():
-        model, config = load_model(source)
-        return Pretrained(source, config.model, config.shifted, model.weights())
+    is_run = (folder / MANIFEST).exists() or (folder / "checkpoints").is_dir()
+    if is_run or (_is_written_here(folder) and not (folder / CONFIG_FILE).exists()):
+        opened = _open_checkpoint(find_checkpoint(folder)) if is_run else open_model(source)
+        return Pretrained(opened.source, opened.config.model, opened.config.shifted, opened.model.weights())
     if folder.is_dir() and not (folder / CONFIG_FILE).exists():
         raise ValueError(f"model.init_from: {source} holds neither a checkpoint nor a config.json")
     return read_qwen2(folder if folder.is_dir() else _download(source), source)

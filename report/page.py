@@ -28,6 +28,7 @@ from report.trace import html_fragment, read_traces
 from runtime.config_file import parse_config, read_sections
 from runtime.history import read_history
 from runtime.metrics import read_metrics
+from samplers.options import rule_in_words
 
 PAGE_FILE = "report.html"
 TRACES_FILE = "traces.json"
@@ -264,9 +265,8 @@ def _results(final: dict[str, Any] | None) -> Iterator[str]:
 
 
 def _rule_name(rule: dict[str, Any]) -> str:
-    """A sampling rule in words, with the options that are not by default."""
-    options = "".join(f", {key} {value}" for key, value in rule.get("options", {}).items())
-    return f"{rule.get('confidence')}, {rule.get('tokens_per_step')} per step{options}"
+    """A sampling rule of a file in words."""
+    return rule_in_words(rule.get("confidence"), rule.get("tokens_per_step"), rule.get("options", {}))
 
 
 def percent(share: float | None) -> str:

@@ -45,13 +45,11 @@ Probability = Annotated[float, Field(allow_inf_nan=False)]
 class Step:
     """What one forward pass changed."""
 
-    written: dict[
-        int, tuple[str, Probability | None]
-    ]  # text and confidence by position; None: written without a prediction
+    # Text and confidence by position; None: written without a prediction.
+    written: dict[int, tuple[str, Probability | None]]
     erased: list[int]  # positions that were masked again
-    candidates: dict[
-        int, list[tuple[str, Probability]]
-    ]  # most probable tokens and probabilities by position, best first
+    # The most probable tokens and their probabilities by position, best first.
+    candidates: dict[int, list[tuple[str, Probability]]]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The machine, for everything that reports figures."""
+"""Names of the processor and of the GPU, for reports of measurements."""
 
 from __future__ import annotations
 

@@ -296,8 +296,8 @@ def test_a_run_starts_from_a_packed_model(autoregressive_run, config_file, tmp_p
     run, _ = train.start(read_config(config_file(PUMA, model__init_from=str(tmp_path / "packed"))), tmp_path / "run")
     for name, tensor in find_checkpoint(autoregressive_run).weights("ema").items():
         assert torch.equal(run.model.weights()[name], tensor.bfloat16().float()), name
-    assert hub.n_updates(str(tmp_path / "packed")) is None
-    assert hub.n_updates(str(autoregressive_run)) == 6
+    assert hub.open_model(str(tmp_path / "packed")).n_updates is None
+    assert hub.open_model(str(autoregressive_run)).n_updates == 6
 
 
 def test_a_table_of_positions_starts_at_zero_where_the_source_has_none(tmp_path, tokens, data_dir):

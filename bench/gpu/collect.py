@@ -20,6 +20,7 @@ from bench.gpu.runs import SUDOKU
 from report.curves import accuracy_points, draw_curves, rules_of, target_table
 from runtime.checkpoint import find_checkpoint
 from runtime.metrics import METRICS_FILE, read_metrics
+from samplers.options import rule_in_words
 
 LOG_BYTES = 4000  # of the end of each log, in collect.json
 
@@ -63,7 +64,7 @@ def gather(run_dir: Path, out: Path, name: str, report: Report) -> dict[str, Any
     if points:
         report.add(f"{name}, solved at update {points[-1]['step']:,}", 100 * points[-1]["accuracy"], "%")
     for each in found.get("rules", {}).get("samplers", []):
-        rule = f"{each['confidence']}, {each['tokens_per_step']} per step"
+        rule = rule_in_words(each["confidence"], each["tokens_per_step"], each["options"])
         report.add(f"{name}, solved of {each['n']:,}, {rule}", 100 * each["accuracy"], "%")
     try:
         checkpoint = find_checkpoint(run_dir)

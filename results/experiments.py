@@ -246,6 +246,12 @@ EXPERIMENTS = {
         "Hard word problems (two to four operations, numbers to 999, one token per digit) from an autoregressive model",
         (
             *from_autoregressive("tinygsm_mini_hard"),
+            Arm(
+                "puma from AR, pool of 16",
+                "tinygsm_mini_hard_puma_from_arm.yaml",
+                ("objective.pool_batches=16",),
+                starts_from="autoregressive",
+            ),
             Arm("puma from random weights", "tinygsm_mini_hard_puma.yaml", ("training.max_steps=1500",), seeds=(0,)),
         ),
         baseline="uniform from AR",
@@ -279,7 +285,6 @@ EXPERIMENTS = {
                 "puma, highest first, pool of 16, tau 0.9",
                 "addition_puma.yaml",
                 ("data.order=most_first", "objective.pool_batches=16", "objective.collapse_threshold=0.9"),
-                seeds=(0,),
             ),
             Arm(
                 "puma, units first, pool of 16",

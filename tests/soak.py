@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ class Progress:
     def get(self) -> tuple[str, int]:
         work, step = struct.unpack("=iq", self.memory[:])
         return WORK[work], step
+
+    def has_reached(self, n_updates: int) -> bool:
+        """Whether so many updates are made, or all of them."""
+        work, step = self.get()
+        return work == "finishing" or (work != "starting" and step >= n_updates)
 
 
 def watch(progress: Progress) -> None:
@@ -136,15 +142,15 @@ def begin(config: Path, run_dir: Path, progress: Progress, prepare: Callable[[],
         os._exit(status)
 
 
-def ended(child: int, deadline: float) -> bool:
-    """Wait for the end of a life until `deadline` (time.monotonic); whether it has ended, which must be well."""
+def ended(child: int, deadline: float, far_enough: Callable[[], bool] = lambda: False) -> bool:
+    """Wait until a life ends, `deadline` (time.monotonic) or `far_enough`; whether it has ended, which must be well."""
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             if not os.WIFEXITED(status) or os.WEXITSTATUS(status):
                 raise SystemExit(f"a life ended by itself with status {status}; see the log")
             return True
-        if time.monotonic() >= deadline:
+        if time.monotonic() >= deadline or far_enough():
             return False
         time.sleep(0.001)
 
@@ -160,37 +166,53 @@ def leave_alone(config: Path, run_dir: Path) -> tuple[float, float]:
 
 
 def kill_at_random(
-    config: Path, run_dir: Path, n_kills: int, n_damaged: int, *, start_s: float, work_s: float, seed: int
+    config: Path,
+    run_dir: Path,
+    *,
+    n_kills: int,
+    n_damaged: int,
+    n_steps: int,
+    save_every: int,
+    start_s: float,
+    work_s: float,
+    seed: int,
 ) -> list[Kill]:
-    """Let the run live for random times, then to its end.
+    """Let the run live until random moments, then to its end.
 
-    Every fifth life ends within `start_s` seconds, mostly before its first update; the others within `work_s` of it.
-    After a kill the newest checkpoint is damaged if it is not the only one, `n_damaged` times in all.
+    Every fifth life ends within `start_s` seconds, mostly before its first update; the others within `work_s` of a
+    random update, or when they have left `save_every` updates to each kill that is still to come, so that the run does
+    not end before the last kill, however fast the machine; the last one strikes while the run finishes. After a kill
+    the newest checkpoint is damaged if it is not the only one, `n_damaged` times in all.
+
+    Returns:
+        At least `n_kills` kills, more where too few of them left a checkpoint to damage.
     """
     rng, progress = random.Random(seed), Progress()
     kills: list[Kill] = []
-    while len(kills) < n_kills:
+    n_left = n_damaged
+    while n_kills_left := max(n_kills - len(kills), n_left):
         if len(kills) > MOST_LIVES:
             raise SystemExit("too many lives")
+        is_last = n_kills_left == 1
+        most = n_steps + 1 if is_last else n_steps - save_every * (n_kills_left - 1)
+        aim = most if is_last else min(most, rng.randint(0, n_steps * (len(kills) + 1) // n_kills))
         start = time.monotonic()
         child = begin(config, run_dir, progress)
-        if len(kills) % 5 == 4:
-            over = ended(child, start + rng.uniform(0, start_s))
+        if len(kills) % 5 == 3 and not is_last:
+            over = ended(child, start + rng.uniform(0, start_s), partial(progress.has_reached, most))
         else:
-            over = False
-            while not over and progress.get()[0] == "starting":
-                over = ended(child, time.monotonic() + 0.01)
-            over = over or ended(child, time.monotonic() + rng.uniform(0, work_s))
+            over = ended(child, float("inf"), partial(progress.has_reached, aim))
+            over = over or ended(child, time.monotonic() + rng.uniform(0, work_s), partial(progress.has_reached, most))
         if over:
             break
         os.kill(child, signal.SIGKILL)
         moment = time.monotonic() - start
         os.waitpid(child, 0)
         kills.append(record(run_dir, moment, progress))
-        n_left = n_damaged - sum(kill["damage"] is not None for kill in kills)
         newest = step_folders(run_dir)
         if n_left and len(newest) > 1 and not (run_dir / train.FINAL_FILE).exists():
             kills[-1]["damage"] = damage(newest[0], n_left, rng)
+            n_left -= 1
     if not (run_dir / train.FINAL_FILE).exists():
         ended(begin(config, run_dir, progress), float("inf"))
     return kills
@@ -302,11 +324,17 @@ def main(arguments: list[str] | None = None) -> None:
     if options.stages:
         kills = kill_at_each_stage(config, folder / "killed")
     else:
-        # Short lives, so that the run does not end before the last kill on a machine that is less busy by then; a life
-        # whose checkpoint is damaged must be long enough to get beyond it, also through an evaluation.
-        share = (1 / 2 + 4.5 * save_every / options.steps * options.damaged) / options.kills
-        moments = {"start_s": start_s, "work_s": work_s * share, "seed": options.seed}
-        kills = kill_at_random(config, folder / "killed", options.kills, options.damaged, **moments)
+        kills = kill_at_random(
+            config,
+            folder / "killed",
+            n_kills=options.kills,
+            n_damaged=options.damaged,
+            n_steps=options.steps,
+            save_every=save_every,
+            start_s=start_s,
+            work_s=work_s / options.kills,
+            seed=options.seed,
+        )
     differences = compare(folder / "alone", folder / "killed")
     report = table(kills, options.steps, differences, version)
     print(report)

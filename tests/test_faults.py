@@ -54,7 +54,7 @@ def test_kills_at_random_moments_leave_the_result_as_it_is(n_kills, n_steps):
     counts = ("--kills", n_kills, "--damaged", n_damaged, "--steps", n_steps)
     result = run_python("-m", "tests.soak", *counts, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"killed {n_kills} times" in result.stdout
+    assert int(re.search(r"killed (\d+) times", result.stdout).group(1)) >= n_kills
     assert f"after {n_damaged} of the kills" in result.stdout
 
 

@@ -260,24 +260,27 @@ def finish(run: Run, model: Transformer, data: DataSet, evaluation: Evaluation, 
     write_text(run.run_dir / FINAL_FILE, json.dumps(final, indent=1) + "\n")
     run.session.write("complete", run.step)
     pictures, page = {}, None
-    try:
+    with warned_about(run.run_dir / TRACES_FILE):
         write_traces(trace_answers(run, model, data, evaluation), run.run_dir / TRACES_FILE)
-    except Exception as error:  # the run is complete, with or without them
-        warnings.warn(f"{run.run_dir / TRACES_FILE} cannot be written ({error})", RuntimeWarning, stacklevel=2)
-    try:
-        for axis in RUN_AXES:
-            picture = run.run_dir / f"curves_{axis}.png"
+    for axis in RUN_AXES:
+        picture = run.run_dir / f"curves_{axis}.png"
+        with warned_about(picture):
             draw_curves([run.run_dir], axis, picture)
             pictures[f"curves/{axis}"] = picture
-    except Exception as error:
-        warnings.warn(f"{picture} cannot be drawn ({error})", RuntimeWarning, stacklevel=2)
-    try:
+    with warned_about(run.run_dir / PAGE_FILE):
         page = write_page(run.run_dir)
-    except Exception as error:
-        warnings.warn(f"{run.run_dir / PAGE_FILE} cannot be written ({error})", RuntimeWarning, stacklevel=2)
     figures = ("accuracy", "n", "nfe", "train_seconds", "steps")
     recorder.final({name: final[name] for name in figures} | {"loss": evaluation.loss}, pictures, page)
     return final
+
+
+@contextmanager
+def warned_about(path: Path) -> Iterator[None]:
+    """A file that the run can do without: what goes wrong with it gives a warning."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"{path} cannot be written ({error})", RuntimeWarning, stacklevel=3)
 
 
 def trace_answers(run: Run, model: Transformer, data: DataSet, evaluation: Evaluation) -> list[Trace]:

@@ -410,7 +410,7 @@ def test_a_run_whose_records_are_gone_is_finished_all_the_same(config_file, tmp_
         draw(*arguments)
 
     monkeypatch.setattr(train, "draw_curves", draw_nothing)
-    with pytest.warns(RuntimeWarning, match=r"curves_step\.png cannot be drawn \(.* holds no metrics\.jsonl"):
+    with pytest.warns(RuntimeWarning, match=r"curves_step\.png cannot be written \(.* holds no metrics\.jsonl"):
         train.main(arguments)
     assert json.loads((tmp_path / "run" / "final.json").read_text())["steps"] == 6
     train.main(arguments)

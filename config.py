@@ -31,6 +31,7 @@ Confidence = Literal["top_prob", "top_prob_margin", "neg_entropy", "random"]
 Revision = Literal["remask", "plan", "running_confidence"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 BlockAttention = Literal["prefix", "block_causal"]
+RevealOrder = Literal["confidence", "random"]
 
 
 class ModelSettings(Settings):
@@ -140,6 +141,11 @@ class ProgressiveSettings(ObjectiveSettings):
         gt=0.0,
         le=1.0,
         description="tau: also reveal masked positions whose max probability exceeds it; null: off",
+    )
+    reveal_order: RevealOrder = Field(
+        "confidence",
+        description="which positions a row reveals at its next stage: those that the model is most sure of, as in the "
+        "paper, or random ones, to separate what the order does from what the pool does",
     )
     pool_batches: int = Field(
         1,

@@ -61,6 +61,7 @@ def advance(
     n_stages: int,
     collapse_threshold: float | None,
     generator: torch.Generator,
+    random_order: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Advance every row by one stage.
 
@@ -70,6 +71,7 @@ def advance(
         maskable: bool [B, L], False on prompts.
         confidence: float32 [B, L], max log-probability at each masked position.
         collapse_threshold: tau; also reveal every masked position whose max probability exceeds it.
+        random_order: reveal random positions up to the target instead of the most confident ones.
 
     Returns:
         masked (bool [B, L]; undefined for finished rows), stage (int64 [B]) and finished (bool [B]).
@@ -78,7 +80,10 @@ def advance(
     n_revealed = n_maskable - masked.sum(1)
     stage = stage + 1
     target = draw_target(stage, n_stages, n_maskable, generator)
-    reveal = reveal_top(confidence, masked, target - n_revealed)  # [B, L]
+    if random_order:
+        reveal = reveal_random(masked, target - n_revealed, generator)  # [B, L]
+    else:
+        reveal = reveal_top(confidence, masked, target - n_revealed)  # [B, L]
     collapsed = torch.zeros_like(masked)
     if collapse_threshold is not None:
         collapsed = masked & ~reveal & (confidence > math.log(collapse_threshold))
@@ -139,11 +144,12 @@ class PumaPool:
         *,
         n_segments: int = 1,
         n_batches: int = 1,
+        random_order: bool = False,
     ) -> None:
         """Fill `n_batches` batches of `n_rows` rows from `queue`; `n_segments` must divide the length."""
         self.queue, self.generator, self.n_segments = queue, generator, n_segments
         self.n_rows, self.n_batches = n_rows, n_batches
-        self.n_stages, self.collapse_threshold = n_stages, collapse_threshold
+        self.n_stages, self.collapse_threshold, self.random_order = n_stages, collapse_threshold, random_order
         device = generator.device
         batches = []
         for _ in range(n_batches):
@@ -187,6 +193,7 @@ class PumaPool:
             n_stages=self.n_stages,
             collapse_threshold=self.collapse_threshold,
             generator=self.generator,
+            random_order=self.random_order,
         )
         masked = (masked & ~finished[:, None]).view_as(maskable)
         stage = stage.masked_fill(finished, self.n_stages)
@@ -285,6 +292,7 @@ class PumaObjective(MaskedObjective):
             generator,
             n_segments=layout.n_blocks,
             n_batches=settings.pool_batches,
+            random_order=settings.reveal_order == "random",
         )
         self._confidence = torch.empty(n_rows, layout.length, device=generator.device)
 

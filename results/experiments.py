@@ -79,7 +79,14 @@ EXPERIMENTS = {
     ),
     "sudoku_mini": Experiment(
         "9x9 Sudoku on a CPU, 30 to 40 clues: PUMA and uniform masks, the same model, batch, schedule and updates",
-        SUDOKU_MINI,
+        (
+            *SUDOKU_MINI,
+            Arm(
+                "puma as in the paper, random order",
+                "sudoku_mini_puma.yaml",
+                (*PAPER, "objective.reveal_order=random"),
+            ),
+        ),
         baseline="uniform",
         note=(
             "PUMA with a pool of 16 batches and tau = 0.9 is the most reliable of the three. Pool and threshold were "
@@ -290,6 +297,14 @@ EXPERIMENTS = {
                 "puma, units first, pool of 16",
                 "addition_puma.yaml",
                 ("data.order=least_first", "objective.pool_batches=16"),
+            ),
+            *(
+                Arm(
+                    f"puma, units first, {pool}random order",
+                    "addition_puma.yaml",
+                    ("data.order=least_first", *overrides, "objective.reveal_order=random"),
+                )
+                for pool, overrides in (("", ()), ("pool of 16, ", ("objective.pool_batches=16",)))
             ),
         ),
         baseline="uniform, units first",

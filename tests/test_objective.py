@@ -32,6 +32,7 @@ OBJECTIVES = {
     "puma_with_collapse": PUMA | {"collapse_threshold": 0.7},
     "puma_with_uniform_rows": PUMA | {"uniform_fraction": 0.3},
     "puma_with_a_deep_pool": PUMA | {"uniform_fraction": 0.3, "pool_batches": 3},
+    "puma_in_random_order": PUMA | {"reveal_order": "random", "pool_batches": 2},
 }
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 

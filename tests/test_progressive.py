@@ -190,6 +190,29 @@ def test_a_threshold_of_1_reveals_nothing_more() -> None:
     assert not finished.item()
 
 
+def test_a_random_order_ignores_the_confidence_and_reveals_every_position_equally_often() -> None:
+    """In one stage of rows of 20 positions. A threshold still reveals by confidence."""
+    n_rows, length = 4000, 20
+    masked = torch.ones(n_rows, length, dtype=torch.bool)
+    for collapse_threshold, n_sure in ((None, 0), (0.9, 5)):
+        confidence = torch.where(torch.arange(length) < n_sure, 0.0, -1.0 - torch.arange(length)).expand(n_rows, -1)
+        after, _, _ = advance(
+            masked,
+            torch.zeros(n_rows, dtype=torch.long),
+            masked,
+            confidence,
+            n_stages=4,
+            collapse_threshold=collapse_threshold,
+            generator=random_generator(0),
+            random_order=True,
+        )
+        n_masked = after.sum(0)[n_sure:]
+        assert not after[:, :n_sure].any()
+        assert_distribution(n_masked, torch.full((len(n_masked),), 1 / len(n_masked)))
+        n_revealed = length - after[:, n_sure:].sum(1) - n_sure
+        assert n_revealed.float().mean().item() == pytest.approx(7.5 * (length - n_sure) / length, abs=0.2)
+
+
 def test_a_short_row_is_never_sent_back_by_its_ratio() -> None:
     """One maskable position stays masked at every stage, so its ratio is always 0: it must retire after K steps."""
     masked, stage = torch.ones(1, 1, dtype=torch.bool), torch.tensor([0])

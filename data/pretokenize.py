@@ -38,6 +38,7 @@ from data.foreign import (
     shorten,
     whole_number,
 )
+from data.gsm8k import HUB_NAME, read_problems
 from data.text import encode_rows, load_tokenizer
 from data.token_files import LABELS_FILE, META_FILE, PROMPT_FILE, TOKENIZER_DIR, data_shape, read_meta, write_meta
 
@@ -291,8 +292,11 @@ def _sync(files: tuple[Any, ...]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line; bad input ends with one message and exit status 2."""
-    parser = CommandParser(description="Tokenize TinyGSM into flat files for training.")
+    """Command line; bad input ends with one message and exit status 2.
+
+    With rows from Hugging Face it also fetches the questions of GSM8K, on which models are tested.
+    """
+    parser = CommandParser(description="Tokenize TinyGSM into flat files for training, and fetch GSM8K's test.")
     parser.add_argument("--source", default="TinyGSM/TinyGSM", help="file, folder or Hugging Face data set")
     parser.add_argument("--tokenizer", default="Qwen/Qwen2-0.5B", help="Hugging Face name or folder")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -308,6 +312,8 @@ def main(arguments: list[str] | None = None) -> None:
             done = pretokenize(
                 options.source, options.tokenizer, options.out, options.max_len, options.limit, options.workers
             )
+            if not Path(options.source).exists():  # now, since the nodes of a cluster often have no network
+                read_problems(HUB_NAME, cache_dir=options.out)
     except KeyboardInterrupt:
         fail(f"interrupted; the same command continues in {options.out}", status=130)
     seconds = time.monotonic() - start

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, SHARED, run_python, started
 
 from data import pretokenize as module
+from data.gsm8k import Problem, read_problems
 from data.pretokenize import pretokenize
 from data.stream import SequenceStream
 from data.text import decode_programs, load_tokenizer
@@ -378,12 +379,16 @@ def test_real_questions_and_programs_come_back(tmp_path):
     assert os.path.getsize(tmp_path / "out" / "labels.bin") == 600 * 512 * 4
 
 
-def test_a_data_set_of_the_hub_is_streamed(tmp_path, tokenizer_dir, monkeypatch):
+def test_a_data_set_of_the_hub_is_streamed_and_gsm8k_is_fetched_with_it(tmp_path, tokenizer_dir, monkeypatch, capsys):
+    """Training nodes often have no network."""
     import datasets
 
-    rows = write_rows(tmp_path / "rows.jsonl", 1100)
+    rows, fetched = write_rows(tmp_path / "rows.jsonl", 1100), []
 
-    def load_dataset(name, **options):
+    def load_dataset(name, *subset, **options):
+        if subset:
+            fetched.append(name)
+            return [{"question": "Q", "answer": "#### 1"}]
         assert (name, options) == (
             "TinyGSM/TinyGSM",
             {"split": "train", "streaming": True, "trust_remote_code": False},
@@ -392,7 +397,12 @@ def test_a_data_set_of_the_hub_is_streamed(tmp_path, tokenizer_dir, monkeypatch)
 
     pretokenize(str(tmp_path / "rows.jsonl"), str(tokenizer_dir), tmp_path / "local", MAX_LEN, 1050, n_workers=1)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    pretokenize("TinyGSM/TinyGSM", str(tokenizer_dir), tmp_path / "hub", MAX_LEN, 1050, n_workers=1)
+    numbers = ("--max-len", str(MAX_LEN), "--limit", "1050", "--workers", "1")
+    for _ in range(2):
+        module.main(["--tokenizer", str(tokenizer_dir), "--out", str(tmp_path / "hub"), *numbers])
+    assert "already complete" in capsys.readouterr().out
+    assert fetched == ["openai/gsm8k"]
+    assert read_problems("openai/gsm8k", cache_dir=tmp_path / "hub") == [Problem("Q", "1")]
     assert read_meta(tmp_path / "hub")["num_examples"] == 945
     for name in ("labels.bin", "prompt_mask.bin"):
         assert (tmp_path / "hub" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()

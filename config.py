@@ -150,8 +150,8 @@ class ProgressiveSettings(ObjectiveSettings):
     pool_batches: int = Field(
         1,
         gt=0,
-        description="size of the pool in batches, which are trained in turn; 1 as in the paper, 16 to share no rows "
-        "between neighbouring updates",
+        description="size of the pool in batches, which are trained in turn; 1 as in the paper; with 2 and more, "
+        "neighbouring updates share no rows",
     )
     uniform_fraction: float = Field(0.0, ge=0.0, lt=1.0, description="share of uniformly masked rows in each batch")
 

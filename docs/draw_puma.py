@@ -1,6 +1,9 @@
 """Draw the figure of README: masks of the baseline, and masks of the PUMA pool of a trained model.
 
-    python -m docs.draw_puma RUN_DIR --out docs/puma.png     # a run of `puma` (not `block_puma`) on small boards
+    python train.py --config yaml_files/sudoku_mini_puma.yaml --run-dir RUN_DIR model.vocab_size=6 data.size=4 \
+        model.learned_positions=16 data.n_train=20000 data.min_clues=4 data.max_clues=5 objective.n_stages=6 \
+        objective.collapse_threshold=null training.max_steps=600 validation.n_examples=200 validation.n_final_examples=500
+    python -m docs.draw_puma RUN_DIR --out docs/puma.png     # any run of `puma` (not `block_puma`) on small boards
 
 Shapes: L positions, C cells of the solution.
 """
@@ -60,11 +63,11 @@ def draw(run_dir: Path, row: int, seed: int, out: Path) -> None:
 
     x0, clues, pool, drawn = trajectory(run_dir, row, seed)
     size = round(len(x0) ** 0.5)
-    figure = Figure(figsize=(1.55 * len(pool), 4.1), layout="constrained")
+    figure = Figure(figsize=(1.55 * len(pool), 4.15), layout="constrained")
     halves = figure.add_gridspec(2, 1)
     titles = (
-        "baseline: each step masks at random",
-        "PUMA: step by step, the surest cells first (new ones in yellow)",
+        "baseline: each update masks cells at random (bold: clues, which are never masked)",
+        "PUMA: update by update, the surest cells are revealed first (in yellow)",
     )
     for line, (masks, title) in enumerate(zip((drawn, pool), titles, strict=True)):
         half = figure.add_subfigure(halves[line])
@@ -80,10 +83,10 @@ def draw(run_dir: Path, row: int, seed: int, out: Path) -> None:
                     weight = "bold" if clues[cell] else "normal"
                     plot.text(x + 0.5, y + 0.5, int(x0[cell]), ha="center", va="center", weight=weight, fontsize=12)
             plot.set(xlim=(-0.05, size + 0.05), ylim=(size + 0.05, -0.05), aspect="equal", xticks=[], yticks=[])
-            plot.set_xlabel(f"step {step + 1}")
+            plot.set_xlabel(f"update {step + 1}", labelpad=5)
             for side in plot.spines.values():
                 side.set_visible(False)
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=110, pad_inches=0.08, bbox_inches="tight")
 
 
 def _square(x: int, y: int, color: str):  # type: ignore[no-untyped-def] # matplotlib is imported only when needed

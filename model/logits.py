@@ -28,8 +28,8 @@ SMALL_VOCABULARY = 4096
 PADDED_MULTIPLE = 64
 
 # From hidden states [n, D], target tokens (int64 [n]) and weights (float32 [n]): NLL and confidence (float32 [n]), and
-# d (weight * nll) / d logits ([n, V'] in the dtype of the matrix, valid until the next call).
-ChunkScorer = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+# d (weight * nll) / d logits ([n, V'] in the dtype of the matrix, valid until the next call), or None if not asked for.
+ChunkScorer = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 
 
 def compute_dtype(head: Tensor) -> torch.dtype:
@@ -80,29 +80,34 @@ def plain_matmul(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
 
 
-def chunk_scorer(matrix: Tensor, n_tokens: int, n_rows: int, compiled: bool) -> ChunkScorer:
+def chunk_scorer(matrix: Tensor, n_tokens: int, n_rows: int, compiled: bool, with_gradient: bool = True) -> ChunkScorer:
     """The function that scores chunks of up to n_rows positions with a matrix of `product_matrix`.
 
     Args:
         n_tokens: V; the columns of padding get probability 0 and gradient 0.
         compiled: on a GPU with a large vocabulary, compile the softmax into fused kernels.
+        with_gradient: NLL and confidence are the same with and without.
     """
     if not matrix.is_cuda and len(matrix) == n_tokens:
         # Allocated once: page faults on new memory cost more than the computation.
         buffer = torch.empty(n_rows, matrix.shape[0], dtype=torch.float32)
-        narrow = buffer if matrix.dtype == buffer.dtype else torch.empty_like(buffer, dtype=matrix.dtype)
+        narrow = None
+        if with_gradient:
+            narrow = buffer if matrix.dtype == buffer.dtype else torch.empty_like(buffer, dtype=matrix.dtype)
         return lambda states, target, weight: _score_in_tiles(matrix, buffer, narrow, states, target, weight)
     score = _compiled_softmax() if compiled and matrix.shape[0] > SMALL_VOCABULARY else _score_logits
 
-    def score_states(states: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def score_states(states: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         logits = plain_matmul(states, matrix.t())
         logits[:, n_tokens:] = -torch.inf
-        return score(logits, target, weight)
+        return score(logits, target, weight, with_gradient)
 
     return score_states
 
 
-def _score_logits(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _score_logits(
+    logits: Tensor, target: Tensor, weight: Tensor, with_gradient: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `ChunkScorer`; from logits [n, V] in any float dtype.
 
     Overwrites float32 logits, and passes over them as few times as possible: this is bound by memory bandwidth.
@@ -111,28 +116,32 @@ def _score_logits(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tenso
     largest, own = wide.amax(dim=1), wide.gather(1, target[:, None]).squeeze(1)
     exponentials = wide.sub_(largest[:, None]).exp_()
     total = exponentials.sum(dim=1)
+    log_total = total.log()
+    nll, confidence = (largest - own) + log_total, -log_total
+    if not with_gradient:
+        return nll, confidence, None
     # weight * (softmax - one-hot), from the exponentials in one pass.
     gradient = exponentials.mul_((weight / total)[:, None])
     gradient.scatter_add_(1, target[:, None], -weight[:, None])
-    log_total = total.log()
-    return (largest - own) + log_total, -log_total, gradient.to(logits.dtype)
+    return nll, confidence, gradient.to(logits.dtype)
 
 
 @cache
-def _compiled_softmax() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+def _compiled_softmax() -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor | None]]:
     return torch.compile(_score_logits, dynamic=True)
 
 
 def _score_in_tiles(
-    matrix: Tensor, buffer: Tensor, narrow: Tensor, states: Tensor, target: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    matrix: Tensor, buffer: Tensor, narrow: Tensor | None, states: Tensor, target: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `ChunkScorer`; exponentials of each tile are relative to its own largest logit until all tiles are known.
 
     Args:
         buffer: float32 [at least n, V], overwritten.
-        narrow: a buffer of that shape in the dtype of the matrix, may be `buffer` itself; receives the gradient.
+        narrow: a buffer of that shape in the dtype of the matrix, may be `buffer` itself; receives the gradient. None:
+            no gradient.
     """
-    buffer, narrow = buffer[: len(states)], narrow[: len(states)]
+    buffer = buffer[: len(states)]
     own = torch.empty(len(states), dtype=torch.float32)
     maxima, sums = [], []
     for start, rows in zip(range(0, len(matrix), TILE_TOKENS), matrix.split(TILE_TOKENS), strict=True):
@@ -144,13 +153,20 @@ def _score_in_tiles(
         maxima.append(tile.amax(dim=1))
         sums.append(tile.sub_(maxima[-1][:, None]).exp_().sum(dim=1))
     largest, total, scale = combine_tiles(torch.stack(maxima), torch.stack(sums))
-    factor = scale * (weight / total)  # [M, n]
-    parts = zip(buffer.split(TILE_TOKENS, 1), narrow.split(TILE_TOKENS, 1), factor, strict=True)
-    for exponentials, gradient, own_factor in parts:
-        torch.mul(exponentials, own_factor[:, None], out=gradient)
-    narrow.scatter_add_(1, target[:, None], -weight[:, None].to(narrow.dtype))
     log_total = total.log()
-    return (largest - own) + log_total, -log_total, narrow
+    nll, confidence = (largest - own) + log_total, -log_total
+    if narrow is None:
+        return nll, confidence, None
+    narrow = narrow[: len(states)]
+    factor = scale * (weight / total)  # [M, n]
+    # Before it is rounded to the dtype of the matrix: near probability 1 the difference would cancel.
+    own_factor = factor.gather(0, target[None] // TILE_TOKENS).squeeze(0)  # [n]
+    own_gradient = buffer.gather(1, target[:, None]).squeeze(1) * own_factor - weight
+    parts = zip(buffer.split(TILE_TOKENS, 1), narrow.split(TILE_TOKENS, 1), factor, strict=True)
+    for exponentials, gradient, tile_factor in parts:
+        torch.mul(exponentials, tile_factor[:, None], out=gradient)
+    narrow.scatter_(1, target[:, None], own_gradient[:, None].to(narrow.dtype))
+    return nll, confidence, narrow
 
 
 def write_logits(states: Tensor, rows: Tensor, out: Tensor) -> None:

@@ -82,7 +82,9 @@ def score_tokens(
     states, target, own_weight = hidden.flatten(0, 1), x0.flatten(), weight.flatten()
     if indices is not None:
         states, target, own_weight = states[indices], target[indices], own_weight[indices]  # [N, D], [N], [N]
-    loss, nll, confidence = _ScoreChunks.apply(states, head, target, own_weight, compute_dtype(head), compiled)
+    loss, nll, confidence = _ScoreChunks.apply(
+        states, head, target, own_weight, compute_dtype(head), compiled, torch.is_grad_enabled()
+    )
     if indices is None:  # positions of weight 0 were scored too
         nll, confidence = nll.view_as(weight), confidence.view_as(weight)
         return TokenScores(loss, nll.masked_fill(weight == 0, 0.0), confidence.masked_fill(weight == 0, -torch.inf))
@@ -98,22 +100,31 @@ class _ScoreChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor, dtype: torch.dtype, compiled: bool
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        dtype: torch.dtype,
+        compiled: bool,
+        grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         matrix = product_matrix(head, dtype)  # [V', D]
         grad_hidden = grad_head = None
-        if any(ctx.needs_input_grad):
+        # Under no_grad too, `needs_input_grad` is true of a parameter; and here gradients are always disabled.
+        with_gradient = grad_enabled and any(ctx.needs_input_grad)
+        if with_gradient:
             grad_hidden = torch.empty_like(hidden)
             grad_head = torch.zeros(matrix.shape, dtype=torch.promote_types(dtype, torch.float32), device=head.device)
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         confidence = torch.empty_like(nll)
         n_rows = chunk_rows(head)
-        score = chunk_scorer(matrix, len(head), min(n_rows, len(hidden)), compiled)
+        score = chunk_scorer(matrix, len(head), min(n_rows, len(hidden)), compiled, with_gradient)
         for start in range(0, len(hidden), n_rows):
             part = slice(start, start + n_rows)
             states = hidden[part].to(dtype)  # [n, D]
             nll[part], confidence[part], gradient = score(states, target[part], weight[part])
-            if grad_hidden is not None and grad_head is not None:
+            if gradient is not None and grad_hidden is not None and grad_head is not None:
                 grad_hidden[part] = plain_matmul(gradient, matrix).to(hidden.dtype)
                 if grad_head.dtype == gradient.dtype:
                     grad_head.addmm_(gradient.t(), states)  # without a temporary of its size
@@ -129,4 +140,4 @@ class _ScoreChunks(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
         # In place, to save memory of the head's size. Autograd calls this at most once per forward pass.
-        return grad_hidden.mul_(grads[0]), grad_head.mul_(grads[0]), None, None, None, None
+        return grad_hidden.mul_(grads[0]), grad_head.mul_(grads[0]), None, None, None, None, None

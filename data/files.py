@@ -61,7 +61,8 @@ def reported(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        lines = [line.strip() for line in str(error).splitlines()]  # of some libraries the first one is empty
+        reason = getattr(error, "strerror", None) or next(filter(None, lines), type(error).__name__)
         if path.parent.exists():
             disk = os.statvfs(path.parent)
             reason += f"; {disk.f_bavail * disk.f_frsize / 2**20:,.0f} MiB of disk are free"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.files import check_out, write_text
+from data.files import WriteError, check_out, reported, write_text
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,19 @@ def test_what_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
     check_out(tmp_path / "old", "--out")
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert (tmp_path / "old").read_text() == "text"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (RuntimeError("\n  Some tensors share memory:\n a, b\n"), "Some tensors share memory:"),
+        (RuntimeError(), "RuntimeError"),
+        (RuntimeError("\n \n"), "RuntimeError"),
+        (OSError(), "OSError"),
+    ],
+)
+def test_a_failed_write_gives_a_reason_whatever_the_library_says(error: Exception, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(WriteError) as caught, reported(tmp_path / "file"):
+        raise error
+    assert str(caught.value).startswith(f"{tmp_path / 'file'} cannot be written ({reason}; ")

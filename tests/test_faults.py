@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,8 @@ from test_runtime_signals import wait_for_step
 from test_train import assert_same_checkpoint
 
 import train
+from baselines import AutoregressiveObjective, UniformObjective
+from progressive import PumaObjective
 from runtime import checkpoint as checkpoint_module
 from runtime.checkpoint import find_checkpoint, latest_checkpoint, open_checkpoint
 from runtime.config_file import parse_config
@@ -450,26 +453,39 @@ def test_a_bad_line_of_the_records_costs_that_line(config_file, tmp_path, monkey
 # Numbers that are none
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("log_every", [1, 4])
+@pytest.mark.parametrize(
+    ("bad", "log_every", "name"),
+    [
+        (math.nan, 1, "puma"),
+        (math.inf, 1, "uniform"),
+        (math.nan, 4, "autoregressive"),
+        (math.inf, 4, "puma"),
+    ],
+)
 def test_a_loss_that_is_no_number_ends_the_run_with_its_rows(
-    bad, log_every, config_file, tmp_path, monkeypatch, capsys
+    bad, log_every, name, config_file, tmp_path, monkeypatch, capsys
 ):
     """Weights that overflow at step 5; the run notices when it next reads from the device."""
-    apply, batches = Updater.step, {}
+    kind: Any = {"puma": PumaObjective, "uniform": UniformObjective, "autoregressive": AutoregressiveObjective}[name]
+    apply, draw, batches = Updater.step, kind.draw, {}
 
     def poisoned_step(updater):
         run = updater.run
         if run.step == 4:
             with torch.no_grad():
                 run.model.lm_head.weight[2] = bad
-        pool = run.objective.pool
-        batches[run.step + 1] = (pool.x0.clone(), pool.masked.clone())
         apply(updater)
 
+    def recorded_draw(objective, step):
+        batch = draw(objective, step)
+        batches[step + 1] = dict(zip(("0.xt", "0.x0", "0.weight"), (each.clone() for each in batch), strict=True))
+        return batch
+
     monkeypatch.setattr(Updater, "step", poisoned_step)
+    monkeypatch.setattr(kind, "draw", recorded_draw)
     run_dir = tmp_path / "run"
-    config = config_file({"name": "puma", "n_stages": 3}, training__max_steps=20)
+    objective = {"name": name} | ({"n_stages": 3} if name == "puma" else {})
+    config = config_file(objective, training__max_steps=20)
     arguments = ["--config", str(config), "--run-dir", str(run_dir), f"training.log_every={log_every}"]
     with pytest.raises(SystemExit) as stop:
         train.main([*arguments, "training.save_every=4", "training.eval_every=100"])
@@ -483,10 +499,9 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_rows(
     assert path.name == f"diverged_step_{last:08d}_rank_0.safetensors"
     assert str(path) in message
     rows = load_file(path)
-    x0, masked = batches[last]
-    assert torch.equal(rows["0.x0"], x0), "as they were before the pool moved on"
-    assert torch.equal(rows["0.xt"], x0.masked_fill(masked, 5))
-    assert torch.equal(rows["0.weight"] > 0, masked)
+    assert rows.keys() == batches[last].keys()
+    for key, tensor in batches[last].items():
+        assert torch.equal(rows[key], tensor), f"{key} as it was before the pool moved on"
 
 
 # Data, clocks, directories

@@ -116,8 +116,14 @@ def check_finite(run: Run) -> None:
     when = f"in step {run.step}" if first == run.step else f"in one of steps {first} to {run.step}"
     path = run.run_dir / f"diverged_step_{run.step:08d}_rank_{run.world.rank}.safetensors"
     try:
-        parts = {f"{i}.{key}": getattr(part, key) for i, part in enumerate(run.batch) for key in ("xt", "x0", "weight")}
-        save_tensors(path, parts)
+        save_tensors(
+            path,
+            {
+                f"{number}.{key}": getattr(part, key).clone()  # xt and x0 may be one tensor, which cannot be written
+                for number, part in enumerate(run.batch)
+                for key in ("xt", "x0", "weight")
+            },
+        )
         rows = f"the rows of step {run.step} are in {path}"
     except WriteError as error:
         rows = str(error)

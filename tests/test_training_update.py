@@ -125,6 +125,10 @@ def test_a_graph_is_refused_where_it_cannot_be_recorded(data_dir):
     assert "no GPU" in (check_graph(config, World(0, 1, torch.device("cpu"))) or "")
     with pytest.raises(ValueError, match="one process"):
         check_graph(config, World(0, 2, torch.device("cpu")))
+    settings["training"]["gradient_checkpointing"] = True
+    with pytest.raises(ValueError, match="cannot be combined with training"):
+        check_graph(parse_config(settings, "test"), World(0, 1, torch.device("cpu")))
+    settings["training"]["gradient_checkpointing"] = False
     settings["model"]["vocab_size"] = 10_000
     with pytest.raises(ValueError, match="vocab_size of at most 4096, got 10000"):
         check_graph(parse_config(settings, "test"), World(0, 1, torch.device("cpu")))

@@ -154,6 +154,10 @@ def check_graph(config: Config, world: World) -> str | None:
         return None
     if world.n_ranks > 1:
         raise ValueError("training.cuda_graph works with one process only: leave it out, or start one process")
+    if config.training.gradient_checkpointing:
+        raise ValueError(
+            "training.cuda_graph cannot be combined with training.gradient_checkpointing: leave one of them out"
+        )
     if config.model.vocab_size > SMALL_VOCABULARY:
         raise ValueError(
             f"training.cuda_graph needs a model.vocab_size of at most {SMALL_VOCABULARY}, got "

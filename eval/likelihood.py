@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,11 +112,12 @@ def likelihood(
     Every rank calls this with its part of the work, and gets the full result. No generator is used.
 
     Args:
-        n_draws: masks per row, an even number; an autoregressive model needs none.
+        n_draws: masks per row, an even number; not used where the value is exact.
         before_pass: called before each batch; an exception that it raises ends the measurement.
     """
     n_rows, device = min(n_rows, len(data)), world.device
     layout = block_layout(config.objective, data.length)
+    single_tokens = not config.causal and layout.size == 1
     per_row, n_tokens = np.zeros((REPLICATES, n_rows)), np.zeros(n_rows, dtype=np.int64)
     mine = np.arange(world.rank, n_rows, world.n_ranks)
     for start in range(0, len(mine), config.validation.batch_size):
@@ -129,19 +130,24 @@ def likelihood(
             target = next_token_targets(x0, maskable, data.eos_id).float().to(device)
             per_row[:, part] = (model(x0.to(device), x0.to(device), target).nll * target).double().sum(1).cpu().numpy()
         else:
-            for replicate, masked, weight in draw_masks(maskable, layout, torch.from_numpy(part), n_draws):
+            draws: Iterable[tuple[int | slice, Tensor, Tensor]]
+            if single_tokens:  # all draws are this one
+                n_passes, draws = 1, [(slice(None), maskable, maskable.float())]
+            else:
+                n_passes, draws = n_draws // REPLICATES, draw_masks(maskable, layout, torch.from_numpy(part), n_draws)
+            for replicate, masked, weight in draws:
                 before_pass()
                 xt = x0.masked_fill(masked, data.mask_id)
                 for each in layout.microbatches(xt.to(device), x0.to(device), weight.to(device), len(part)):
                     nats = (each.weight * model(each.xt, each.x0, each.weight).nll).double().sum(1)  # [B]
-                    per_row[replicate, part[each.rows]] += nats.cpu().numpy() / (n_draws // REPLICATES)
+                    per_row[replicate, part[each.rows]] += nats.cpu().numpy() / n_passes
         if bar is not None:
             bar.update(len(part) * world.n_ranks)
     # Every row belongs to one rank, so the sum over ranks is the whole.
     sums = torch.from_numpy(np.concatenate([per_row, n_tokens[None]])).to(device)  # float64 [3, n]
     *halves, counts = sum_over_ranks(sums).cpu().numpy()
     per_row, n_tokens = np.stack(halves), counts.astype(np.int64)
-    exact = config.causal or layout.size == 1
+    exact = config.causal or single_tokens
     # The variance of a mean of two is a quarter of their squared difference.
     mask_variance = 0.0 if exact else float(((per_row[0] - per_row[1]) ** 2).sum() / 4)
     return Likelihood(exact, per_row.mean(0), n_tokens, mask_variance)

@@ -118,6 +118,22 @@ def test_the_bound_of_a_model_that_knows_its_data_is_their_entropy() -> None:
     assert abs(found.nats_per_token - entropy / 4) < 4 * found.mask_error
 
 
+@pytest.mark.parametrize("attention", ["prefix", "block_causal"])
+def test_blocks_of_one_token_take_one_pass_each_and_are_exact(attention: str) -> None:
+    """The only mask is that of the token itself, so further draws would repeat it."""
+    model, data = random_model(), rows(4)
+    if attention == "block_causal":
+        model.block_size = 1
+    passes: list[int] = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    found = measure(model, data, BLOCK | {"block_size": 1, "block_attention": attention}, n_draws=16)
+    assert len(passes) == (1 if attention == "block_causal" else LENGTH)
+    assert found.exact
+    assert found.mask_error == 0
+    if attention == "prefix":
+        np.testing.assert_allclose(found.per_row, enumerated(model, data, 1), rtol=1e-5)
+
+
 @torch.no_grad()
 def test_an_autoregressive_model_gets_the_chain_rule_up_to_the_first_end() -> None:
     model, data = random_model(causal=True), rows(7)

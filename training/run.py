@@ -26,7 +26,7 @@ from objective import Microbatch, Objective
 from progressive import PumaObjective
 from progressive_block import block_layout
 from runtime.checkpoint import Checkpoint, save_checkpoint, score_checkpoint
-from runtime.distributed import World, autocast_dtype, main_first, sum_over_ranks
+from runtime.distributed import World, autocast, autocast_dtype, main_first, sum_over_ranks
 from runtime.history import Session
 from runtime.metrics import peak_memory_gib, reduce_metrics
 from runtime.optim import build_ema, build_optimizer, learning_rate
@@ -113,11 +113,13 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
         n_steps = min(n_steps, int(training.num_epochs * len(train)) // training.batch_size)
     if n_steps == 0:
         raise ValueError(f"training.num_epochs {training.num_epochs} of {len(train)} rows make no full batch")
+    stream = SequenceStream(train, training.seed, world.rank, world.n_ranks)
+    objective = build_objective(config.objective, training, stream, train.mask_id, world.device)
     wrapped: nn.Module = model
     if world.n_ranks > 1 and not sharded:
         wrapped = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
-        settle_gradient_buckets(wrapped, train.length, world.device)
-    stream = SequenceStream(train, training.seed, world.rank, world.n_ranks)
+        dtype = autocast_dtype(training.precision, world.device)
+        settle_gradient_buckets(wrapped, objective.micro_rows, train.length, world.device, dtype)
     return Run(
         config=config,
         world=world,
@@ -130,7 +132,7 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
         wrapped=wrapped,
         ema=ema,
         optimizer=build_optimizer(model, training),
-        objective=build_objective(config.objective, training, stream, train.mask_id, world.device),
+        objective=objective,
         loss_sum=torch.zeros((), dtype=torch.float64, device=world.device),
         grad_norm_sum=torch.zeros((), dtype=torch.float64, device=world.device),
     )
@@ -169,14 +171,22 @@ def build_objective(
     return UniformObjective(queue, layout, mask_id, **rows, generator=generator)
 
 
-def settle_gradient_buckets(wrapped: DistributedDataParallel, length: int, device: torch.device) -> None:
+def settle_gradient_buckets(
+    wrapped: DistributedDataParallel, n_rows: int, length: int, device: torch.device, dtype: torch.dtype | None
+) -> None:
     """Run one backward pass with loss 0, which changes no weight.
 
     DistributedDataParallel rebuilds its gradient buckets after the first backward pass, which changes the order of
     summation over ranks. Without this pass a resumed run would differ from an uninterrupted one.
+
+    Args:
+        n_rows, length: shape of a microbatch: a compiled model is compiled for the shape of its first pass.
+        dtype: of autocast, as in training.
     """
-    tokens = torch.zeros(1, length, dtype=torch.long, device=device)
-    wrapped(tokens, tokens, torch.zeros(1, length, device=device)).loss.backward()
+    tokens = torch.zeros(n_rows, length, dtype=torch.long, device=device)
+    with autocast(device, dtype):
+        scores = wrapped(tokens, tokens, torch.zeros(n_rows, length, device=device))
+    scores.loss.backward()
     wrapped.zero_grad()
 
 

@@ -222,8 +222,8 @@ class PumaPool:
             "n_stages": torch.tensor(self.n_stages),
             "stage_histogram": counts / counts.sum(),
             "masked_fraction": (self.masked.sum(1) / self.maskable.sum(1)).mean(),
-            "trajectory_length": self.n_finished_steps / self.n_finished,  # NaN until a sequence has finished
             "sequences_finished": self.n_finished,
+            "sequences_finished_steps": self.n_finished_steps,
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -527,7 +527,6 @@ def test_setting_the_same_k_changes_nothing() -> None:
 
 def test_metrics_describe_the_pool() -> None:
     pool = make_pool(8, 4, collapse_threshold=0.8)
-    assert math.isnan(float(pool.metrics()["trajectory_length"]))
     age = pool.age.clone()
     n_finished = n_steps = 0
     for number in range(20):
@@ -539,7 +538,7 @@ def test_metrics_describe_the_pool() -> None:
     metrics = pool.metrics()
     assert int(metrics["n_stages"]) == 4
     assert int(metrics["sequences_finished"]) == n_finished > 0
-    assert float(metrics["trajectory_length"]) == pytest.approx(n_steps / n_finished)
+    assert int(metrics["sequences_finished_steps"]) == n_steps
     shares = [pool.stage.tolist().count(stage) / 8 for stage in range(4)]
     assert metrics["stage_histogram"].tolist() == pytest.approx(shares)
     masked = [int(m) / int(n) for m, n in zip(pool.masked.sum(1), pool.maskable.sum(1), strict=True)]

@@ -58,6 +58,7 @@ class Run:
     step: int = 0
     seconds: float = 0.0  # of training, without evaluation and saving
     seconds_recorded: float = 0.0  # `seconds` at the last record
+    finished_recorded: tuple[int, int] = (0, 0)  # `count_finished` at the last record
     # Metrics of this step, to be recorded with its evaluation; None if no evaluation is due. They are saved, so that a
     # run stopped during the evaluation repeats it when it resumes.
     unrecorded: dict[str, Any] | None = None
@@ -197,6 +198,7 @@ def save_run(run: Run, score: float | None) -> None:
         "optimizer": gather_moments(run.optimizer, run.world),
         "seconds": run.seconds,
         "seconds_recorded": run.seconds_recorded,
+        "finished_recorded": run.finished_recorded,
         "data_fingerprint": run.data_fingerprint,
         "unrecorded": run.unrecorded,
     }
@@ -260,12 +262,16 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
     generator, saved = run.objective.generator, own["objective"].get("generator")
     if generator is not None and {len(generator.get_state()), len(saved)} == GENERATOR_BYTES:
         own["objective"]["generator"] = fresh_generator_state(run.world, run.config.training.seed, checkpoint.step)
-        print(f"{run.run_dir}: saved on another kind of device, continues with other random numbers", flush=True)
+        if run.world.is_main:
+            print(f"{run.run_dir}: saved on another kind of device, continues with other random numbers", flush=True)
     run.objective.load_state_dict(own["objective"])
     run.loss_sum.copy_(own["loss_sum"])
     run.grad_norm_sum.copy_(own["grad_norm_sum"])
     run.step, run.n_summed = checkpoint.step, int(own["n_summed"])
     run.seconds, run.seconds_recorded = float(state["seconds"]), float(state["seconds_recorded"])
+    # Absent in older checkpoints: then the first record is about all steps.
+    n_finished, n_finished_steps = state.get("finished_recorded", (0, 0))
+    run.finished_recorded = int(n_finished), int(n_finished_steps)
     if checkpoint.score is None:  # else the evaluation was complete
         run.unrecorded = state.get("unrecorded")  # not in older checkpoints
 
@@ -291,6 +297,9 @@ def interval_metrics(run: Run) -> dict[str, Any]:
     """Means over the steps since `start_interval`; every rank calls this."""
     training, n_steps = run.config.training, run.n_summed
     step_ms = 1000 * (run.seconds - run.seconds_recorded) / n_steps
+    n_finished, n_finished_steps = (
+        now - before for now, before in zip(count_finished(run), run.finished_recorded, strict=True)
+    )
     return {
         "train/loss": float(sum_over_ranks(run.loss_sum)) / run.world.n_ranks / n_steps,
         "train/grad_norm": float(run.grad_norm_sum) / n_steps,
@@ -298,14 +307,27 @@ def interval_metrics(run: Run) -> dict[str, Any]:
         "train/step_ms": step_ms,
         "train/tokens_per_s": training.batch_size * run.length / step_ms * 1000,
         "train/peak_memory_gib": peak_memory_gib(run.world.device),
-    }
+    } | ({"train/trajectory_length": n_finished_steps / n_finished} if n_finished else {})
+
+
+def count_finished(run: Run) -> tuple[int, int]:
+    """Sequences that have left the pools of all ranks, and the sum of their trajectory lengths; every rank calls this.
+
+    Both are 0 if the objective has no pool.
+    """
+    own = run.objective.metrics()
+    if "sequences_finished" not in own:
+        return 0, 0
+    both = torch.stack([own["sequences_finished"], own["sequences_finished_steps"]])
+    n_finished, n_steps = sum_over_ranks(both).tolist()
+    return n_finished, n_steps
 
 
 def start_interval(run: Run) -> None:
-    """Reset the sums of `interval_metrics`."""
+    """Reset the sums of `interval_metrics`; every rank calls this."""
     run.loss_sum.zero_()
     run.grad_norm_sum.zero_()
-    run.n_summed, run.seconds_recorded = 0, run.seconds
+    run.n_summed, run.seconds_recorded, run.finished_recorded = 0, run.seconds, count_finished(run)
 
 
 def start_message(run: Run) -> str:

@@ -1,0 +1,131 @@
+"""The state of a run: what its records say between two of them, and the first pass of several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import tiny_settings
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from progressive import PumaObjective
+from runtime.checkpoint import latest_checkpoint
+from runtime.config_file import parse_config
+from runtime.distributed import World
+from training.run import (
+    Run,
+    build_run,
+    interval_metrics,
+    progress_metrics,
+    restore_run,
+    save_run,
+    settle_gradient_buckets,
+    start_interval,
+)
+from training.update import Updater, apply_update
+
+CPU = torch.device("cpu")
+
+
+def build(objective: dict[str, Any], data_dir: Path, run_dir: Path, **training: Any) -> Run:
+    settings = tiny_settings(objective, data_dir)
+    settings["training"] |= training
+    config = parse_config(settings, "test")
+    return build_run(config, World(0, 1, CPU), run_dir, config.open_data().train)
+
+
+@pytest.mark.parametrize("n_batches", [1, 2])
+def test_the_trajectory_length_is_that_of_the_last_interval(n_batches: int, data_dir: Path, tmp_path: Path) -> None:
+    """A mean over all steps would describe the K before for a long time. A resumed run says the same."""
+    objective = {"name": "puma", "k_schedule": [[2, 0], [9, 20]], "pool_batches": n_batches}
+    run = build(objective, data_dir, tmp_path, max_steps=100)
+    assert isinstance(run.objective, PumaObjective)
+    updater, ages, found, expected = Updater(run), Ages(run.objective), [], []
+    for step in range(1, 81):
+        updater.step()
+        run.seconds += 1.0
+        ages.update()
+        if step == 67:  # between two records
+            save_run(run, None)
+            run = build(objective, data_dir, tmp_path, max_steps=100)
+            checkpoint = latest_checkpoint(tmp_path)
+            assert checkpoint is not None
+            restore_run(run, checkpoint)
+            assert isinstance(run.objective, PumaObjective)
+            updater, ages.objective = Updater(run), run.objective
+        if step % 10 == 0:
+            found.append(interval_metrics(run)["train/trajectory_length"])
+            expected.append(ages.mean())
+            totals = progress_metrics(run)
+            start_interval(run)
+    assert found == pytest.approx(expected)
+    assert max(found[:2]) <= 2, "the K of these steps"
+    assert min(found[5:]) > 4, "no longer the mean over all steps"
+    assert totals["train/sequences_finished_steps"] >= totals["train/sequences_finished"] > 0
+
+
+class Ages:
+    """The trajectory lengths of the rows that leave a pool, from the ages of its rows alone."""
+
+    def __init__(self, objective: PumaObjective) -> None:
+        self.objective, self.before = objective, objective.pool.age.clone()
+        self.lengths: list[int] = []
+
+    def update(self) -> None:
+        """After an update: a row of the batch that was trained has age 0 if it is a fresh one."""
+        pool = self.objective.pool
+        trained = torch.arange(len(pool.age)) // pool.n_rows == (int(pool.turn) - 1) % pool.n_batches
+        self.lengths += (self.before + 1)[trained & (pool.age == 0)].tolist()
+        self.before = pool.age.clone()
+
+    def mean(self) -> float:
+        """Mean since the last call."""
+        lengths, self.lengths = self.lengths, []
+        return sum(lengths) / len(lengths)
+
+
+def test_an_interval_without_finished_sequences_has_no_trajectory_length(data_dir: Path, tmp_path: Path) -> None:
+    for objective in ({"name": "puma", "n_stages": 4}, {"name": "uniform"}):
+        run = build(objective, data_dir, tmp_path)
+        Updater(run).step()
+        start_interval(run)
+        run.n_summed, run.seconds = 1, 1.0
+        assert "train/trajectory_length" not in interval_metrics(run)
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_first_pass_of_several_processes_compiles_the_graph_of_training(
+    dtype: torch.dtype | None, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group_of_one: None
+) -> None:
+    """And no other: with one row it would compile a graph that no step uses, and then one for any number of rows."""
+    graphs: list[bool] = []
+    compile_with = torch.compile
+
+    def record(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(all(isinstance(each, Tensor) for each in inputs))  # sizes are inputs of a graph for any size
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function: compile_with(function, backend=record))
+    torch._dynamo.reset()
+    run = build({"name": "puma", "n_stages": 4}, data_dir, tmp_path, micro_batch_size=4, compile=True)
+    wrapped = run.wrapped = DistributedDataParallel(run.model)
+    settle_gradient_buckets(wrapped, run.objective.micro_rows, run.length, CPU, dtype)
+    before = [parameter.clone() for parameter in run.model.parameters()]
+    settle_gradient_buckets(wrapped, run.objective.micro_rows, run.length, CPU, dtype)
+    assert all(map(torch.equal, before, run.model.parameters()))
+    for _ in range(2):
+        apply_update(run, dtype)
+    assert graphs == [True]

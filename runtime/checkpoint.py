@@ -12,19 +12,19 @@ cannot be read is renamed to `step_00001000.damaged`, which every reader ignores
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -68,6 +68,30 @@ class Checkpoint:
     def config(self, overrides: Sequence[str] = ()) -> Config:
         """Settings of the run when it was saved, with `section.key=value` overrides."""
         return read_config(self.path / "config.yaml", overrides)
+
+
+# What an error of the machine says that torch raises as a bare RuntimeError: of host memory, and of CUDA's libraries.
+MACHINE_ERROR = re.compile("can't allocate memory|CUDA error|CUDNN_STATUS")
+
+
+@contextmanager
+def restoring(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn an error that comes of what `checkpoint` holds into BadInput, whose remedy is to delete the checkpoint.
+
+    An error of the machine (memory, device, network, disk of the log) passes unchanged: the checkpoint is in order.
+    """
+    of_machine: Exception | None = None
+    with reading(f"checkpoint {checkpoint.path}", REMEDY):
+        try:
+            yield
+        except (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError, dist.DistError) as error:
+            of_machine = error
+        except RuntimeError as error:
+            if not MACHINE_ERROR.search(str(error)):
+                raise
+            of_machine = error
+    if of_machine is not None:
+        raise of_machine
 
 
 def save_checkpoint(
@@ -162,7 +186,12 @@ def _together(work: Callable[[], T] | None) -> list[T | None]:
 
 def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
     """The newest checkpoint whose files match its manifest; damaged ones are skipped with a warning."""
-    return next(_readable(run_dir), None)
+    for path in step_folders(run_dir):
+        try:
+            return _open_step(path)
+        except ValueError as error:
+            warnings.warn(f"{error}; trying the previous one", RuntimeWarning, stacklevel=2)
+    return None
 
 
 def resumable_checkpoint(run_dir: Path) -> Checkpoint | None:
@@ -201,7 +230,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint and check its files against its manifest.
 
     Raises:
-        ValueError: a file is missing or differs in size or content; the message names it.
+        ValueError: a file is missing, differs in size or content, or cannot be read; the message names it.
     """
     with reading(f"checkpoint {path}: {MANIFEST}", REMEDY):
         manifest = read_json(path / MANIFEST)
@@ -222,11 +251,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     for name, (n_bytes, digest) in files.items():
         file = path / name
-        if Path(name).name != name or not file.is_file():
+        if Path(name).name != name:
             raise ValueError(f"checkpoint {path}: {name} is missing")
-        if file.stat().st_size != n_bytes:
-            raise ValueError(f"checkpoint {path}: {name} has {file.stat().st_size} bytes, not {n_bytes}")
-        if hash_file(file) != digest:
+        with reading(f"checkpoint {path}: {name}", REMEDY):  # a disk may fail
+            n_found = file.stat().st_size if file.is_file() else None
+            is_same = n_found == n_bytes and hash_file(file) == digest
+        if n_found is None:
+            raise ValueError(f"checkpoint {path}: {name} is missing")
+        if n_found != n_bytes:
+            raise ValueError(f"checkpoint {path}: {name} has {n_found} bytes, not {n_bytes}")
+        if not is_same:
             raise ValueError(f"checkpoint {path}: the content of {name} has changed since it was written")
     return Checkpoint(path, manifest["step"], manifest["n_ranks"], manifest["score"])
 
@@ -268,15 +302,6 @@ def step_folders(run_dir: Path) -> list[Path]:
     return sorted(numbers, key=lambda path: numbers[path], reverse=True)
 
 
-def _readable(run_dir: Path) -> Iterator[Checkpoint]:
-    """Those checkpoints of a run that can be read, newest first; the others give a warning each."""
-    for path in step_folders(run_dir):
-        try:
-            yield _open_step(path)
-        except ValueError as error:
-            warnings.warn(f"{error}; trying the previous one", RuntimeWarning, stacklevel=3)
-
-
 def _open_step(path: Path) -> Checkpoint:
     """As `open_checkpoint`, for a folder whose name has the step. Raises ValueError."""
     checkpoint = open_checkpoint(path)
@@ -310,34 +335,42 @@ def _prune(run_dir: Path, n_newest: int, written: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     paths = step_folders(run_dir)
     scores = {path: score for path in paths if (score := _score(path)) is not None}
-    best = sorted(scores, key=lambda path: (scores[path], path.name), reverse=True)
-    if set(paths) <= {written, *paths[:n_newest], *best[:1]}:
+    by_score = sorted(scores, key=lambda path: (scores[path], path.name), reverse=True)
+    if set(paths) <= {written, *paths[:n_newest], *by_score[:1]}:
         return  # without reading any
-    checked: dict[Path, bool] = {written: True}
-
-    def is_sound(path: Path) -> bool:
-        if path not in checked:
-            try:
-                _open_step(path)
-                checked[path] = True
-            except (OSError, ValueError):
-                checked[path] = False
-        return checked[path]
-
-    kept = {written}
+    newest, damaged = _first_sound([path for path in paths if path != written], n_newest - 1, known=set())
+    kept = {written, *newest}
+    best, also_damaged = _first_sound([path for path in by_score if path not in damaged], 1, known=kept)
+    kept.update(best)
+    for path in (*damaged, *also_damaged):
+        try:
+            _set_aside(path)
+        except WriteError as error:
+            warnings.warn(str(error), RuntimeWarning, stacklevel=2)
     for path in paths:
-        if len(kept) < n_newest and is_sound(path):
-            kept.add(path)
-    kept.update(itertools.islice(filter(is_sound, best), 1))
-    for path in paths:
-        if not checked.get(path, True):
-            try:
-                _set_aside(path)
-            except WriteError as error:
-                warnings.warn(str(error), RuntimeWarning, stacklevel=2)
-        elif path not in kept:
+        if path not in {*kept, *damaged, *also_damaged}:
             with suppress(OSError):
                 _delete(path)
+
+
+def _first_sound(paths: Sequence[Path], n: int, known: set[Path]) -> tuple[list[Path], list[Path]]:
+    """The first `n` checkpoints that can be read, and those that cannot and come before the last of these.
+
+    Args:
+        known: which can be read, so that they are not read again.
+    """
+    sound: list[Path] = []
+    damaged: list[Path] = []
+    for path in paths:
+        if len(sound) == n:
+            break
+        try:
+            if path not in known:
+                _open_step(path)
+            sound.append(path)
+        except ValueError:
+            damaged.append(path)
+    return sound, damaged
 
 
 def _delete(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from runtime.checkpoint import (
     find_checkpoint,
     latest_checkpoint,
     open_checkpoint,
+    restoring,
     resumable_checkpoint,
     save_checkpoint,
     score_checkpoint,
@@ -259,6 +261,31 @@ def test_damaged_checkpoints_are_passed_over_with_a_warning(tmp_path):
     assert "train.pt has 0 bytes" in messages[1]
 
 
+@pytest.mark.parametrize("call", ["stat", "hash"])
+def test_a_file_that_the_disk_cannot_read_is_damaged(call, tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step)
+    bad = folder(tmp_path, 2) / "train.pt"
+
+    def failing(original):
+        def wrapped(path, *arguments, **options):
+            if path == bad:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return original(path, *arguments, **options)
+
+        return wrapped
+
+    if call == "stat":
+        monkeypatch.setattr(Path, "stat", failing(Path.stat))
+    else:
+        monkeypatch.setattr(module, "hash_file", failing(module.hash_file))
+    with pytest.warns(RuntimeWarning, match=r"step_00000002: train\.pt cannot be read \(Input/output error\)"):
+        check(latest_checkpoint(tmp_path), 1)
+    with pytest.warns(RuntimeWarning, match="step_00000002 is damaged and was renamed"):
+        save(tmp_path, 3)
+    assert names(tmp_path) == ["step_00000001", "step_00000002.damaged", "step_00000003"]
+
+
 def test_a_run_with_nothing_but_damage_has_no_checkpoint(tmp_path):
     (save(tmp_path, 1) / MANIFEST).write_text("[]")
     with pytest.warns(RuntimeWarning, match="step_00000001"):
@@ -362,6 +389,34 @@ def test_a_kill_while_old_ones_are_deleted_leaves_no_half_of_one(tmp_path, monke
     assert [path.name for path in step_folders(tmp_path)] == ["step_00000003", "step_00000002"]
     save(tmp_path, 4)
     assert steps(tmp_path) == [3, 4], "what was left of it is gone"
+
+
+# Whose fault an error is
+
+
+@pytest.mark.parametrize(
+    ("error", "of_checkpoint"),
+    [
+        (KeyError("queue"), True),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), True),
+        (OverflowError("too large"), True),
+        (MemoryError(), False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), False),
+        (torch.distributed.DistBackendError("NCCL error"), False),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+    ],
+    ids=str,
+)
+def test_only_what_a_checkpoint_holds_is_blamed_on_it(error, of_checkpoint):
+    """Who obeys the message deletes it."""
+    with (
+        pytest.raises(ValueError if of_checkpoint else type(error)) as caught,
+        restoring(Checkpoint(Path("x"), 1, 1, None)),
+    ):
+        raise error
+    assert ("delete the checkpoint" in str(caught.value)) == of_checkpoint
 
 
 # Hostile content

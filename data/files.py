@@ -1,16 +1,22 @@
-"""Write small files atomically, and raise one error for any failed write; check before work that a file can be written.
+"""Write files and folders atomically, with one error for any failed write; check before work that one can be written.
 
 Does not import torch.
 """
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+LEFTOVER_S = 24 * 3600  # after which an unfinished file or folder is taken for one of a killed process
 
 
 class WriteError(OSError):
@@ -19,14 +25,69 @@ class WriteError(OSError):
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file atomically and durably: temporary name, sync, rename. Raises WriteError."""
-    scratch = _scratch(path)
-    with reported(path):
-        with open(scratch, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name for the new content of a file, which is then synced and renamed to `path`.
+
+    Nothing is left behind if anything fails.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    with _scratch_of(path) as scratch:
+        yield scratch
+        with open(scratch, "rb") as file:
             os.fsync(file.fileno())
         scratch.replace(path)
         sync_folder(path.parent)
+
+
+@contextmanager
+def making_folder(path: Path) -> Iterator[Path]:
+    """A new folder to write to, which is then renamed to `path`. Nothing is left behind if anything fails.
+
+    Raises:
+        WriteError: the folder cannot be written, or `path` holds files already, perhaps of a process that was faster.
+    """
+    with _scratch_of(path) as scratch:
+        scratch.mkdir(parents=True)
+        yield scratch
+        scratch.rename(path)
+
+
+@contextmanager
+def _scratch_of(path: Path) -> Iterator[Path]:
+    """`_scratch(path)`, removed if anything fails; so are those of killed processes. Raises WriteError."""
+    scratch = _scratch(path)
+    try:
+        with reported(path):
+            for old in path.parent.glob(f".{glob.escape(path.name)}.*.incomplete"):
+                with suppress(OSError):
+                    if time.time() - old.stat().st_mtime > LEFTOVER_S:
+                        _remove(old)
+            yield scratch
+    except BaseException:
+        with suppress(OSError):
+            _remove(scratch)
+        raise
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or a folder."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def say(line: str) -> None:
+    """Print a line at once; a log on a full disk, or one that nobody reads any more, must not end the run."""
+    with suppress(OSError):
+        print(line, flush=True)
 
 
 def check_out(path: Path, option: str, source: Path | None = None) -> None:
@@ -45,25 +106,28 @@ def check_out(path: Path, option: str, source: Path | None = None) -> None:
     scratch = _scratch(path)
     try:
         scratch.touch()
-        scratch.unlink(missing_ok=True)  # other processes of the same command check too
+        scratch.unlink()
     except OSError as error:
         raise ValueError(f"{option} {path} cannot be written ({error.strerror}): name another file") from error
 
 
 def _scratch(path: Path) -> Path:
-    """Where the new content is written, beside the file that it replaces."""
-    return path.with_name(f".{path.name}.incomplete")
+    """Where new content is written, beside what it replaces; a name of this process, since others may write it too."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.incomplete")
 
 
 @contextmanager
 def reported(path: Path) -> Iterator[None]:
-    """Turn any library's error on writing `path` into WriteError."""
+    """Turn any library's error on writing `path` into WriteError, which passes unchanged, so calls can be nested."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]  # of some libraries the first one is empty
-        reason = getattr(error, "strerror", None) or next(filter(None, lines), type(error).__name__)
-        if path.parent.exists():
+    except WriteError:
+        raise
+    except Exception as error:
+        if not isinstance(error, (OSError, RuntimeError, SafetensorError)) and type(error) is not Exception:
+            raise  # the tokenizers library raises a bare Exception
+        reason = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
+        with suppress(OSError):  # the disk may not even answer
             disk = os.statvfs(path.parent)
             reason += f"; {disk.f_bavail * disk.f_frsize / 2**20:,.0f} MiB of disk are free"
             if disk.f_files and not disk.f_favail:  # some file systems do not count files

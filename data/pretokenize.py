@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
+from io import FileIO
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.files import write_text
+from data.files import reported, write_text
 from data.foreign import (
     MAX_INTEGER,
     CommandParser,
@@ -91,6 +92,7 @@ def pretokenize(
 
     Raises:
         ValueError: bad source or tokenizer, or `out` was written with other arguments.
+        WriteError: the files cannot be written; once they can, the same call continues.
     """
     if max_len % 8 or max_len < 8:
         raise ValueError(
@@ -106,11 +108,12 @@ def pretokenize(
         return done
     tokenizer = load_tokenizer(tokenizer_name, eos_token)
     work = partial(encode_rows, tokenizer.backend_tokenizer, tokenizer.eos_token_id, max_len=max_len, truncate=truncate)
-    tokenizer.save_pretrained(out / TOKENIZER_DIR)  # creates `out` too
+    with reported(out / TOKENIZER_DIR):
+        tokenizer.save_pretrained(out / TOKENIZER_DIR)  # creates `out` too
     n_bytes = {LABELS_FILE: done.n_written * max_len * 4, PROMPT_FILE: done.n_written * max_len // 8}
     with (
-        open(out / LABELS_FILE, "ab") as labels_file,
-        open(out / PROMPT_FILE, "ab") as prompt_file,
+        open(out / LABELS_FILE, "ab", buffering=0) as labels_file,  # so that closing them writes nothing
+        open(out / PROMPT_FILE, "ab", buffering=0) as prompt_file,
         tqdm(total=limit, initial=done.n_read, desc="tokenizing", unit="row", unit_scale=True) as bar,
     ):
         files = (labels_file, prompt_file)
@@ -122,8 +125,8 @@ def pretokenize(
         for labels, prompt_bits, n_left_out in _encode_chunks(
             read_rows(source, columns, split, done.n_read, limit), work, n_workers
         ):
-            labels_file.write(labels.data)
-            prompt_file.write(prompt_bits.data)
+            _write(labels_file, labels)
+            _write(prompt_file, prompt_bits)
             done = Progress(
                 done.n_read + len(labels) + n_left_out,
                 done.n_written + len(labels),
@@ -285,10 +288,19 @@ def _work(questions: list[str], codes: list[str]) -> Rows:
     return _encode(questions, codes)
 
 
-def _sync(files: tuple[Any, ...]) -> None:
+def _write(file: FileIO, array: np.ndarray) -> None:
+    """Append an array to an unbuffered file. Raises WriteError."""
+    content = array.tobytes()
+    with reported(Path(file.name)):
+        while content:  # a write to a nearly full disk may be partial
+            content = content[file.write(content) :]
+
+
+def _sync(files: tuple[FileIO, ...]) -> None:
+    """Sync files to disk. Raises WriteError."""
     for file in files:
-        file.flush()
-        os.fsync(file.fileno())
+        with reported(Path(file.name)):
+            os.fsync(file.fileno())
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from data.files import replacing, reported
 from data.foreign import check_archive, check_file, check_memory, reading
 from data.hashes import hash_arrays
 
@@ -361,14 +361,11 @@ def load_hub(
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
-    with open(scratch, "wb") as file:
+    """Write a .npy file atomically. Raises WriteError."""
+    with reported(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as scratch, open(scratch, "wb") as file:
         np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
 
 
 def _open_npy(path: Path) -> np.ndarray:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import shutil
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +29,7 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from data.dataset import AnswerVerdict, DataSet, DataSettings, Judged
+from data.files import making_folder, say
 from data.foreign import check_file, escape, reading, shorten
 from data.hashes import cached_hash, hash_file
 from data.pretokenize import find_files, pretokenize, read_rows
@@ -242,13 +242,12 @@ class Text(TextPairs):
         folder = Path(settings.data_dir) / f"tokenizer_{_digest(facts)}"
         with _alone(folder):
             if not folder.exists():
-                print(f"training a tokenizer of {self.vocab_size} tokens in {folder}", flush=True)
+                say(f"training a tokenizer of {self.vocab_size} tokens in {folder}")
                 chunks = islice(read_rows(settings.source, columns), N_TOKENIZER_CHUNKS)
                 texts = (text for chunk in chunks for column in chunk for text in column)
-                scratch = folder.with_name(f".{folder.name}.incomplete")
-                shutil.rmtree(scratch, ignore_errors=True)
-                train_byte_pairs(texts, PIECES, self.vocab_size).save_pretrained(scratch)
-                scratch.rename(folder)
+                tokenizer = train_byte_pairs(texts, PIECES, self.vocab_size)
+                with making_folder(folder) as scratch:
+                    tokenizer.save_pretrained(scratch)
         return str(folder)
 
     def _tokenized(self, source: str, split: str) -> Path:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.files import write_text
+from data.files import reported, write_text
 from data.foreign import MAX_INTEGER, read_json, reading
 from data.hashes import cached_findings, cached_hash, hash_arrays
 from data.text import SEPARATOR
@@ -139,9 +139,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def write_token_files(folder: Path, labels: np.ndarray, prompt_bits: np.ndarray, facts: dict[str, Any]) -> None:
-    """Write labels (uint32 [N, L]), prompt bits (uint8 [N, L / 8]) and finally meta.json with `facts` and the sizes."""
-    labels.tofile(folder / LABELS_FILE)
-    prompt_bits.tofile(folder / PROMPT_FILE)
+    """Write labels (uint32 [N, L]), prompt bits (uint8 [N, L / 8]) and finally meta.json with `facts` and the sizes.
+
+    Raises:
+        WriteError: one cannot be written.
+    """
+    for name, array in ((LABELS_FILE, labels), (PROMPT_FILE, prompt_bits)):
+        with reported(folder / name):
+            (folder / name).write_bytes(array.data)  # `tofile` does not notice that the last bytes do not fit
     write_meta(folder, facts | {"max_len": labels.shape[1]}, len(labels), int(labels.max()))
 
 

@@ -10,10 +10,8 @@ tokenizer, a test.jsonl like GSM8K's), so that all other code is the same.
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data.files import WriteError, making_folder, say
 from data.foreign import check_memory
 from data.text import encode_programs, encode_prompts, encode_rows, train_byte_pairs
 from data.token_files import META_FILE, TOKENIZER_DIR, write_token_files
@@ -351,11 +350,12 @@ def cached_word_problems(
 
     Raises:
         ValueError: a problem does not fit `max_len` tokens.
+        WriteError: the folder cannot be written.
     """
     folder = Path(data_dir) / f"{FOLDERS[difficulty]}_{n_train}_{n_test}_seed{seed}_len{max_len}"
     if (folder / META_FILE).exists():
         return folder
-    print(f"writing {n_train + n_test:,} word problems to {folder}", flush=True)
+    say(f"writing {n_train + n_test:,} word problems to {folder}")
     problems = generate_problems(n_train + n_test, seed, difficulty)
     tokenizer = train_tokenizer(difficulty)
     questions, codes = [problem.question for problem in problems], [problem.code for problem in problems]
@@ -367,21 +367,18 @@ def cached_word_problems(
     labels, prompt_bits, _ = encode_rows(
         tokenizer.backend_tokenizer, tokenizer.eos_token_id, questions[:n_train], codes[:n_train], max_len
     )
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}.incomplete")
-    shutil.rmtree(scratch, ignore_errors=True)
-    tokenizer.save_pretrained(scratch / TOKENIZER_DIR)
-    with open(scratch / TEST_FILE, "w", encoding="utf-8") as file:
-        for problem in problems[n_train:]:
-            row = {"question": problem.question, "answer": f"{problem.code}\n#### {problem.answer}"}
-            file.write(json.dumps(row) + "\n")
-    facts = {"dataset": "word problems", "tokenizer": TOKENIZER_DIR, "eos_id": tokenizer.eos_token_id}
-    write_token_files(scratch, labels, prompt_bits, facts)
     assert len(labels) == n_train  # all fit
+    facts = {"dataset": "word problems", "tokenizer": TOKENIZER_DIR, "eos_id": tokenizer.eos_token_id}
     try:
-        scratch.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(scratch)
-        if not (folder / META_FILE).exists():
+        with making_folder(folder) as scratch:
+            tokenizer.save_pretrained(scratch / TOKENIZER_DIR)
+            with open(scratch / TEST_FILE, "w", encoding="utf-8") as file:
+                for problem in problems[n_train:]:
+                    row = {"question": problem.question, "answer": f"{problem.code}\n#### {problem.answer}"}
+                    file.write(json.dumps(row) + "\n")
+            write_token_files(scratch, labels, prompt_bits, facts)
+    except WriteError:
+        if not (folder / META_FILE).exists():  # else another process was faster
             raise
     return folder
 

@@ -152,14 +152,14 @@ def score_checkpoint(run_dir: Path, world: World, config: Config, step: int, sco
     """Add the score to the checkpoint of `step`, which was saved before its evaluation; every rank calls this.
 
     Raises:
-        WriteError: the disk is full or fails; all ranks raise, and the checkpoint is untouched.
+        WriteError: the disk is full or fails, or the checkpoint is damaged; all ranks raise, and it is untouched.
     """
     path = run_dir / "checkpoints" / f"step_{step:08d}"
 
     def write() -> None:
-        with reported(path / MANIFEST):
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        manifest.pop("sha256")
+        with reading(f"checkpoint {path}: {MANIFEST}", REMEDY):
+            manifest = read_json(path / MANIFEST)
+            del manifest["sha256"]
         _write_manifest(path, manifest | {"score": score})
         _prune(run_dir, config.training.keep_checkpoints, written=path)
 
@@ -170,12 +170,13 @@ def _together(work: Callable[[], T] | None) -> list[T | None]:
     """Run `work` on this rank (None: nothing to do here); every rank's result, in the order of ranks, on every rank.
 
     Raises:
-        WriteError: the work of a rank has raised it. All ranks raise, so none waits for one that has ended.
+        WriteError: the work of a rank has raised it, or another OSError or ValueError. All ranks raise, so none waits
+            for one that has ended.
     """
     result, error = None, None
     try:
         result = work() if work is not None else None
-    except WriteError as raised:
+    except (OSError, ValueError) as raised:
         error = raised
     outcomes = gather((result, None if error is None else str(error)))
     for _, message in outcomes:

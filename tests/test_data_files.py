@@ -1,13 +1,16 @@
-"""Whether a file can be written, asked before work begins."""
+"""Whether a file can be written, asked before work begins, and what is said where one cannot."""
 
 from __future__ import annotations
 
+import errno
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from data.files import WriteError, check_out, reported, write_text
+from data.files import LEFTOVER_S, WriteError, check_out, making_folder, replacing, reported, write_text
 
 
 @pytest.mark.parametrize(
@@ -41,14 +44,74 @@ def test_what_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (OSError(28, "No space left on device"), "No space left on device"),
-        (RuntimeError("\n  Some tensors share memory:\n a, b\n"), "Some tensors share memory:"),
-        (RuntimeError(), "RuntimeError"),
-        (RuntimeError("\n \n"), "RuntimeError"),
-        (OSError(), "OSError"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError("800 requested and 0 written"), "800 requested and 0 written"),
+        (RuntimeError(""), "RuntimeError"),
+        (RuntimeError("\nfile in archive is not in a subdirectory\nmore"), "file in archive is not in a subdirectory"),
+        (Exception("No space left on device (os error 28)"), "No space left on device (os error 28)"),  # of tokenizers
     ],
 )
-def test_a_failed_write_gives_a_reason_whatever_the_library_says(error: Exception, reason: str, tmp_path: Path) -> None:
-    with pytest.raises(WriteError) as caught, reported(tmp_path / "file"):
+@pytest.mark.parametrize("disk", ["answers", "fails"])
+def test_any_failed_write_is_one_error(
+    error: Exception, reason: str, disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    if disk == "fails":
+        monkeypatch.setattr(os, "statvfs", stale)
+    with pytest.raises(WriteError) as caught, reported(tmp_path), reported(tmp_path / "a"):
         raise error
-    assert str(caught.value).startswith(f"{tmp_path / 'file'} cannot be written ({reason}; ")
+    assert str(caught.value).startswith(f"{tmp_path / 'a'} cannot be written ({reason}")
+    assert ("MiB of disk are free" in str(caught.value)) == (disk == "answers")
+
+
+def test_an_error_that_is_not_of_a_disk_passes() -> None:
+    with pytest.raises(ValueError, match="a bug"), reported(Path("a")):
+        raise ValueError("a bug")
+
+
+def test_each_process_has_a_name_of_its_own_for_what_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cache"
+    with replacing(path) as ours:
+        ours.write_text("ours")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 1)  # another process, which is faster
+            write_text(path, "theirs")
+        assert path.read_text() == "theirs"
+    assert path.read_text() == "ours"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_has_left_goes_after_a_day(tmp_path: Path) -> None:
+    left = [tmp_path / f".{name}.host.7.incomplete" for name in ("a[b]", "folder", "other")]
+    for path in left:
+        path.mkdir()
+        (path / "part").touch()
+    write_text(tmp_path / "a[b]", "text")
+    assert all(path.exists() for path in left), "they may be of a process that is still writing"
+    for path in left:
+        os.utime(path, (0, time.time() - LEFTOVER_S - 1))
+    write_text(tmp_path / "a[b]", "text")
+    with making_folder(tmp_path / "folder"):
+        pass
+    assert [path.exists() for path in left] == [False, False, True]
+
+
+@pytest.mark.parametrize("write", [replacing, making_folder])
+def test_an_interrupted_write_leaves_nothing(write: Callable, tmp_path: Path) -> None:
+    def interrupted(scratch: Path) -> None:
+        (scratch / "b" if write is making_folder else scratch).touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), write(tmp_path / "a") as scratch:
+        interrupted(scratch)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_another_process_has_written_stays(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "theirs").touch()
+    with pytest.raises(WriteError, match="Directory not empty"), making_folder(tmp_path / "a") as scratch:
+        (scratch / "ours").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "theirs"]

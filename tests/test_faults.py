@@ -22,17 +22,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ENVIRONMENT, PUMA, run_python, run_ranks, started, started_ranks, tiny_settings
 from forked import Forked
 from safetensors.torch import load_file
+from test_data_text_pairs import open_text, write_pairs
 from test_runtime_checkpoint import Malicious, replace_file
 from test_runtime_signals import wait_for_step
 from test_train import assert_same_checkpoint
 
 import train
 from baselines import AutoregressiveObjective, UniformObjective
+from data import pretokenize as pretokenize_module
+from data import word_problems
+from data.files import WriteError
+from data.sudoku_boards import save_array
+from data.text import train_byte_pairs
+from data.text_pairs import PIECES
+from data.word_problems import cached_word_problems
 from progressive import PumaObjective
 from runtime import checkpoint as checkpoint_module
 from runtime.checkpoint import find_checkpoint, latest_checkpoint, open_checkpoint
@@ -312,6 +321,55 @@ def test_a_disk_that_fails_at_any_sync_of_a_save_ends_the_run(n_calls, config_fi
     assert latest_checkpoint(tmp_path / "run").step == 3
 
 
+def test_a_full_disk_while_data_is_written_is_one_error_and_leaves_nothing(small_disk, tmp_path, monkeypatch):
+    disk, fill = small_disk
+    write_pairs(tmp_path / "pairs.jsonl", 40)
+    tokenizer = train_byte_pairs(["a b", "b c"] * 20, PIECES, 300)
+    monkeypatch.setattr(word_problems, "train_tokenizer", lambda _: tokenizer)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    boards = np.zeros((1000, 32), dtype=np.uint8)
+    writers: dict[str, Callable[[], object]] = {
+        "boards.npy": lambda: save_array(disk / "boards.npy", boards),
+        "word_problems": lambda: cached_word_problems(disk, 200, 20, 0, 512),
+        "tokenizer": lambda: open_text(tmp_path, data_dir=str(disk / "text")).tokenizer,
+    }
+    for name, write in writers.items():
+        for n_left in (0, 4096):
+            ballast = fill(n_left)
+            with pytest.raises(WriteError, match=rf"{name}.*cannot be written \(.*MiB of disk are free"):
+                write()
+            ballast.unlink()
+            assert [path for path in disk.rglob("*") if ".incomplete" in str(path)] == [], name
+        write()
+
+
+def test_tokenizing_on_a_full_disk_continues_when_there_is_room(small_disk, tmp_path, monkeypatch):
+    disk, fill = small_disk
+    write_pairs(tmp_path / "pairs.jsonl", 900)
+    train_byte_pairs(["a b", "b c"] * 20, PIECES, 300).save_pretrained(tmp_path / "tokenizer")
+    encode = pretokenize_module._encode_chunks
+
+    def filling(*arguments):
+        for number, rows in enumerate(encode(*arguments)):
+            if number == 1:
+                fill(100)  # what remains of a page of memory
+            yield rows
+
+    def tokenize(out: Path) -> None:
+        source, tokenizer = str(tmp_path / "pairs.jsonl"), str(tmp_path / "tokenizer")
+        pretokenize_module.pretokenize(source, tokenizer, out, 32, n_workers=1, columns=("prompt", "completion"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretokenize_module, "_encode_chunks", filling)
+        with pytest.raises(WriteError, match=r"labels\.bin cannot be written \(No space left on device"):
+            tokenize(disk / "out")
+    (disk / "ballast").unlink()
+    tokenize(disk / "out")
+    tokenize(tmp_path / "straight")
+    for name in ("labels.bin", "prompt_mask.bin"):
+        assert (disk / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
 # Damaged and missing files
 
 
@@ -589,6 +647,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_others(number, config_file, tmp_path
     impatient = (
         "import datetime, runtime.distributed\n"
         "runtime.distributed.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=3)\n"
+        "runtime.distributed.PATIENT_TIMEOUT = datetime.timedelta(seconds=20)\n"
         "import train\n"
         "train.main()\n"
     )

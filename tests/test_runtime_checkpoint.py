@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config import Config
-from data.files import write_text
+from data.files import WriteError, write_text
 from runtime import checkpoint as module
 from runtime.checkpoint import (
     MANIFEST,
@@ -371,6 +371,17 @@ def test_a_score_that_comes_later_selects_the_best_too(tmp_path):
         check(latest_checkpoint(tmp_path), step)
         assert open_checkpoint(folder(tmp_path, step)).score == score
     assert steps(tmp_path) == [3, 4]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", None])
+def test_a_score_for_a_damaged_manifest_is_a_failed_write(content, tmp_path):
+    """Of which all ranks hear, so that none waits for the main process."""
+    manifest = save(tmp_path, 1) / MANIFEST
+    manifest.unlink()
+    if content is not None:
+        manifest.write_text(content)
+    with pytest.raises(WriteError, match=r"step_00000001: manifest\.json cannot be read"):
+        score_checkpoint(tmp_path, WORLD, config(), 1, 0.5)
 
 
 def test_a_kill_while_old_ones_are_deleted_leaves_no_half_of_one(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from config import Config, WandbMode
-from data.files import write_text
+from data.files import say, write_text
 from data.foreign import BadInput, parse_object, read_lines, reading
 from runtime.config_file import setting_name
 from runtime.distributed import World, sum_over_ranks
@@ -243,7 +243,7 @@ def wandb_mode(mode: WandbMode) -> PlainMode:
             return wanted
     if _has_wandb_key():
         return "online"
-    print("wandb is off: no key is configured; `wandb login` switches it on, or wandb.mode=offline", flush=True)
+    say("wandb is off: no key is configured; `wandb login` switches it on, or wandb.mode=offline")
     return "disabled"
 
 
@@ -268,8 +268,10 @@ def _start_wandb(run_dir: Path, config: Config) -> Any:
         import wandb
 
         id_file = run_dir / "wandb_id.txt"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+        run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else ""
+        if not run_id:  # a file on a full disk may be empty
+            run_id = secrets.token_hex(4)
+            write_text(id_file, run_id)
         options: dict[str, Any] = {
             "project": settings.project,
             "entity": settings.entity,
@@ -277,7 +279,7 @@ def _start_wandb(run_dir: Path, config: Config) -> Any:
             "group": settings.group or setting_name(config),
             "job_type": settings.job_type,
             "tags": list(settings.tags),
-            "id": id_file.read_text(encoding="utf-8").strip(),
+            "id": run_id,
             "resume": "allow",
             "dir": str(run_dir),
             "config": config.model_dump(mode="json"),

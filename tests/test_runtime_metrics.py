@@ -234,6 +234,16 @@ def test_a_resumed_run_leaves_no_hole_in_wandb(n_sent, tmp_path, monkeypatch):
     assert fake.summary["best/accuracy"] == 0.4
 
 
+def test_an_id_of_wandb_that_a_full_disk_left_empty_is_made_anew(tmp_path, monkeypatch):
+    (tmp_path / "wandb_id.txt").write_text("\n")
+    fake = use(monkeypatch)
+    for _ in range(2):
+        record(tmp_path, mode="online")
+    first, second = (options["id"] for options in fake.inits)
+    assert len(first) == 8
+    assert first == second
+
+
 def test_seeds_of_a_setting_form_a_group(tmp_path, monkeypatch):
     fake = use(monkeypatch)
     for seed, changes in ((0, {}), (1, {"tags": ["other"]}), (0, {"group": "mine"})):

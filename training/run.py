@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from baselines import AutoregressiveObjective, UniformObjective
 from config import AutoregressiveSettings, Config, ObjectiveSettings, ProgressiveSettings, TrainingSettings
+from data.files import say
 from data.foreign import BadInput, check_memory
 from data.row_queue import RowQueue
 from data.stream import SequenceData, SequenceStream, changed_sources, fingerprint
@@ -256,14 +257,12 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
         ranks = [_rank_state(checkpoint, rank) for rank in range(checkpoint.n_ranks)]
         own = rescale(ranks, run.world, run.config.training.seed, checkpoint.step)
         if run.world.is_main:
-            print(
-                f"{run.run_dir}: saved by {checkpoint.n_ranks} processes, continues on {run.world.n_ranks}", flush=True
-            )
+            say(f"{run.run_dir}: saved by {checkpoint.n_ranks} processes, continues on {run.world.n_ranks}")
     generator, saved = run.objective.generator, own["objective"].get("generator")
     if generator is not None and {len(generator.get_state()), len(saved)} == GENERATOR_BYTES:
         own["objective"]["generator"] = fresh_generator_state(run.world, run.config.training.seed, checkpoint.step)
         if run.world.is_main:
-            print(f"{run.run_dir}: saved on another kind of device, continues with other random numbers", flush=True)
+            say(f"{run.run_dir}: saved on another kind of device, continues with other random numbers")
     run.objective.load_state_dict(own["objective"])
     run.loss_sum.copy_(own["loss_sum"])
     run.grad_norm_sum.copy_(own["grad_norm_sum"])

@@ -97,7 +97,7 @@ fi
 # -- Where to train --------------------------------------------------------------------------------------------------
 nodes=$SLURM_JOB_NUM_NODES
 gpus=${SLURM_GPUS_ON_NODE:-0}
-per_node=${PROCS_PER_NODE:-$((gpus ? gpus : 1))} # one process for each GPU
+per_node=$((gpus ? gpus : ${PROCS_PER_NODE:-1})) # one process for each GPU
 cpus=$(tr ',' '\n' <<< "$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | sed -n 1p) # of the node with the fewest
 per_process=$((cpus / per_node ? cpus / per_node : 1))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$per_process}
@@ -107,13 +107,14 @@ export PYTHONUNBUFFERED=1
 # below the range of ephemeral ports.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
-export MASTER_ADDR MASTER_PORT
+export MASTER_ADDR MASTER_PORT LOCAL_WORLD_SIZE=$per_node
 # The options below describe the step completely. The job's options, which srun would also apply, can contradict them:
 # another number of GPUs with --gres, one CPU per process with --cpus-per-gpu.
 unset SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK
 unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_DISTRIBUTION
 step=(--nodes="$nodes" --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node" --cpus-per-task="$per_process")
 step+=(--distribution=block --kill-on-bad-exit=1)
+step+=(--wait=0) # the first process draws the curves and the page when the others have ended
 ((gpus == 0)) || step+=(--gpus-per-node="$gpus" --gpu-bind=none) # each process sees all of its node, for peer access
 
 # -- Train -----------------------------------------------------------------------------------------------------------

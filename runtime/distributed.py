@@ -17,11 +17,11 @@ from torch import Tensor
 
 from data.foreign import fail
 
-# A collective that takes longer means that a rank hangs. The longest regular wait is for the main process while it
-# writes a checkpoint to a slow disk or wandb tries to connect.
+# A collective of training that takes longer means that a rank hangs.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-# Generating or converting a data set may take hours.
-PREPARATION_TIMEOUT = timedelta(hours=6)
+# The others wait for the main process while it generates or converts a data set, writes a large checkpoint to a slow
+# disk and reads those that stay, or while wandb tries to connect.
+PATIENT_TIMEOUT = timedelta(hours=6)
 # How long a rank with an error waits for the main process to report one, before it reports its own.
 REPORT_TIMEOUT = timedelta(seconds=5)
 REPORT_KEY = "puma/reported"  # in the store of the process group
@@ -30,6 +30,8 @@ GPU_FILES = Path("/dev")
 NOT_VISIBLE = "no device is visible"
 
 T = TypeVar("T")
+
+_patient: dist.ProcessGroup | None = None  # of all ranks, with `PATIENT_TIMEOUT`, over the CPU
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,11 @@ def start_world(device: str) -> World:
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
-        ValueError: torch can use no CUDA GPU, and the device is `cuda`, or `auto` in a job with GPUs (see job.sh).
+        ValueError: torch can use no CUDA GPU, and the device is `cuda`, or `auto` in a job with GPUs (see job.sh); or
+            there are more processes than GPUs, or the variables of the launcher are incomplete.
+        OSError: the processes cannot reach each other.
     """
+    global _patient
     if device != "cpu" and not torch.cuda.is_available():
         reason, granted = unusable_gpu(), os.environ.get("PUMA_GPUS")
         if device == "cuda":
@@ -68,16 +73,45 @@ def start_world(device: str) -> World:
         if reason is not None and is_reporting():
             warnings.warn(f"the CPU is used, since torch cannot use this machine's GPU: {reason}", stacklevel=2)
     launched = "RANK" in os.environ  # by torchrun or job.sh; some clusters set WORLD_SIZE without a launcher
-    n_ranks, rank = (int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])) if launched else (1, 0)
+    n_ranks, rank = (_launcher_number("WORLD_SIZE"), _launcher_number("RANK")) if launched else (1, 0)
     if device == "cpu" or not torch.cuda.is_available():
         own = torch.device("cpu")
     else:
-        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = _launcher_number("LOCAL_RANK", 0) if launched else 0
+        n_local = max(local_rank + 1, _launcher_number("LOCAL_WORLD_SIZE", 1) if launched else 1)
+        if n_local > (n_gpus := torch.cuda.device_count()):
+            raise ValueError(
+                f"{n_local} processes were started on this machine, but torch can use {n_gpus} GPUs there: start one "
+                "process per GPU, or set training.device=cpu"
+            )
+        own = torch.device("cuda", local_rank)
         torch.cuda.set_device(own)
     if launched:
         backend = "nccl" if own.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=own if own.type == "cuda" else None)
+        try:
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=own if own.type == "cuda" else None)
+            _patient = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
+        except dist.DistError as error:
+            place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            reason = str(error).splitlines()[0]
+            raise OSError(
+                f"the {n_ranks} processes of the run cannot reach each other by {place} ({reason}): "
+                "check that all were started, and MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME"
+            ) from error
     return World(rank, n_ranks, own)
+
+
+def _launcher_number(name: str, default: int | None = None) -> int:
+    """A variable of torchrun's or job.sh's environment; ValueError if it is no number, or missing without a default."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal():
+        found = "is not set" if text is None else f"is {text!r}"
+        raise ValueError(
+            f"RANK is set, but {name} {found}: start with runtime.launch, torchrun or job.sh, or unset RANK"
+        )
+    return int(text)
 
 
 def unusable_gpu() -> str | None:
@@ -122,6 +156,8 @@ def fail_once(message: object, status: int = 2) -> NoReturn:
 
 def stop_world() -> None:
     """Leave the process group."""
+    global _patient
+    _patient = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -133,17 +169,13 @@ def barrier() -> None:
 
 
 def main_first(world: World, work: Callable[[], T]) -> T:
-    """Run `work` on the main process, then on the others, which find the files that the main process has written."""
-    if not dist.is_initialized():
-        return work()
-    patient = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
-    if not world.is_main:
-        dist.barrier(patient)
-        return work()
-    try:
-        return work()
-    finally:
-        dist.barrier(patient)  # also on failure: the others then fail too instead of waiting
+    """Run `work` on the main process, then on the others, which find the files that the main process has written.
+
+    A ValueError or OSError of the main process is raised on every rank: the others do not even begin.
+    """
+    results: list[T] = []
+    on_main(lambda: results.append(work()))
+    return results[0] if world.is_main else work()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -165,17 +197,17 @@ def from_main(value: Any) -> Any:
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_patient)
     return box[0]
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Run `work` on the main process; its result (plain data), or its ValueError or OSError, on every rank."""
+    """Run `work` on the main process; its result (plain data), or its ValueError, OSError or Ctrl-C, on every rank."""
     result, error = None, None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             result = work()
-        except (ValueError, OSError) as raised:
+        except (ValueError, OSError, KeyboardInterrupt) as raised:
             error = raised
     result, error = from_main((result, error))
     if error is not None:
@@ -188,7 +220,7 @@ def gather(value: Any) -> list[Any]:
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_patient)
     return values
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from data.foreign import fail
 from runtime.signals import EARLY_SIGNALS, INTERRUPTED
 
 SHUTDOWN_TIMEOUT_S = 300  # for the other processes to end after the first; torchrun's 30 may be too short for a save
@@ -46,13 +47,15 @@ def _status_of(number: int) -> int:
 
 
 def main() -> NoReturn:
-    """Command line; the exit status is that of the first process that failed, or 0."""
+    """Command line; the exit status is that of the first process that failed, 2 where none can be started, or 0."""
     os.environ.setdefault("TORCHELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
     numbers = (*EARLY_SIGNALS, signal.SIGINT)
     for number in numbers:
         signal.signal(number, _forward)
 
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
     logging.disable(logging.ERROR)  # torchrun's own account of what the processes have said already
@@ -68,6 +71,8 @@ def main() -> NoReturn:
             print(f"error: the process of rank {rank} was ended by {failure.signal_name()}", file=sys.stderr)
             sys.exit(128 - failure.exitcode)
         sys.exit(failure.exitcode)
+    except (ValueError, OSError, DistError, RendezvousError) as error:
+        fail(f"the processes cannot be started: {str(error).strip() or type(error).__name__}")
     sys.exit(0)
 
 

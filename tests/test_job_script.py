@@ -101,7 +101,8 @@ def test_arguments_reach_training_unchanged(checkout):
 
 
 def test_one_process_for_each_gpu_shares_the_cpus_of_the_smallest_node(checkout):
-    run_job(checkout, SLURM_GPUS_ON_NODE=4, SLURM_GPUS_PER_NODE=1, SLURM_JOB_CPUS_PER_NODE="32(x3),16")
+    on_cpus: dict[str, Any] = {"PROCS_PER_NODE": 2}  # in site.sh
+    run_job(checkout, SLURM_GPUS_ON_NODE=4, SLURM_GPUS_PER_NODE=1, SLURM_JOB_CPUS_PER_NODE="32(x3),16", **on_cpus)
     assert step(checkout) == {
         "nodes": "2",
         "ntasks": "8",
@@ -111,11 +112,13 @@ def test_one_process_for_each_gpu_shares_the_cpus_of_the_smallest_node(checkout)
         "gpu-bind": "none",
         "distribution": "block",
         "kill-on-bad-exit": "1",
+        "wait": "0",
     }
     environment = processes(checkout)
     assert environment["OMP_NUM_THREADS"] == "4"
     assert environment["MASTER_ADDR"] == "n1"
     assert environment["MASTER_PORT"] == "11234"
+    assert environment["LOCAL_WORLD_SIZE"] == "4"
     assert "SLURM_GPUS_PER_NODE" not in environment, "srun would ask for one GPU of four"
     assert environment["PUMA_GPUS"] == "4", "without this, training would go on without a GPU that torch cannot use"
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import UNIFORM, run_ranks, tiny_settings
+from conftest import UNIFORM, run_python, run_ranks, tiny_settings
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -89,17 +91,19 @@ def work(folder: Path) -> None:
         return there
 
     found["others_find_it_made"] = main_first(world, slow_on_main)
+    calls: list[None] = []
+
+    def fail() -> None:
+        calls.append(None)
+        raise ValueError("no such data")
+
     try:
         main_first(world, fail)
     except ValueError as error:
-        found["failure"] = str(error)
+        found["failure"], found["n_calls"] = str(error), len(calls)
     barrier()
     stop_world()
     torch.save(found, folder / f"rank_{rank}.pt")
-
-
-def fail() -> None:
-    raise ValueError("no such data")
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +151,7 @@ def test_figures_are_averaged_and_sequences_added_up(found):
 def test_the_main_process_goes_first_and_its_failure_fails_all(found):
     assert [one["others_find_it_made"] for one in found] == [False, True]
     assert [one["failure"] for one in found] == ["no such data"] * 2
+    assert [one["n_calls"] for one in found] == [1, 0], "it may have taken hours"
 
 
 # One process
@@ -179,6 +184,49 @@ def test_a_gpu_that_is_not_there_is_refused():
     assert start_world("auto").device == CPU
     with pytest.raises(ValueError, match=r"device 'cuda': this machine has no CUDA GPU"):
         start_world("cuda")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0"}, "RANK is set, but WORLD_SIZE is not set: start with"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is set, but RANK is 'x'"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"},
+            "4 processes were started on this machine, but torch can use 2 GPUs there",
+        ),
+        ({"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2"}, "3 processes were started"),
+    ],
+)
+def test_places_that_cannot_be_are_refused(environment, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        start_world("cuda")
+
+
+def test_processes_that_cannot_meet_end_with_one_message(config_file, tmp_path):
+    command = ("train.py", "--config", config_file(), "--run-dir", tmp_path / "run")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = run_python(*command, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert result.returncode == 2
+    assert f"error: the 2 processes of the run cannot reach each other by 127.0.0.1:{port} (" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
+@pytest.mark.parametrize("arguments", [["--nproc-per-node=gpu"], ["--nproc-per-node=0", "--nnodes=x"]])
+def test_a_launch_that_cannot_be_ends_with_one_message(arguments):
+    result = run_python("-m", "runtime.launch", "--standalone", *arguments, "train.py")
+    assert result.returncode == 2
+    assert re.fullmatch("error: the processes cannot be started: .*\n", result.stderr), result.stderr
 
 
 @pytest.mark.parametrize(

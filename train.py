@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from signal import SIGINT, Signals
@@ -31,11 +31,12 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
+import torch
 from tqdm import tqdm
 
 from config import Config
 from data.dataset import DataSet
-from data.files import WriteError, reported, write_text
+from data.files import WriteError, reported, say, write_text
 from data.foreign import BadInput, CommandParser, escape, read_json, reading, shorten
 from eval.accuracy import check_n_examples
 from eval.evaluate import Evaluation, as_json, evaluate
@@ -141,22 +142,10 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
         TrainingDiverged: the loss or the gradient is not finite; the run is not saved then.
         WriteError: a checkpoint cannot be written; all ranks raise.
     """
-    training, validation, session = run.config.training, run.config.validation, run.session
+    training = run.config.training
     updater = Updater(run)
-    evaluation: Evaluation | None = None
-    evaluated_step, saved_step, seconds_before = -1, run.step, run.seconds
-
-    def measure() -> Evaluation:
-        last = run.step == run.n_steps
-        n_examples = (last and validation.n_final_examples) or validation.n_examples
-        with session.phase("evaluation"):
-            return evaluate(run.evaluated_model(), run.config, data, run.world, n_examples, vote)
-
-    def save(score: float | None) -> None:
-        session.seconds["training"] = run.seconds - seconds_before
-        with session.phase("checkpoints"):
-            save_run(run, score)
-        session.write("running", run.step)
+    evaluation: Evaluation | None = None  # of this step
+    saved_step, seconds_before = run.step, run.seconds
 
     # None: no bar where standard error is no terminal
     with tqdm(total=run.n_steps, initial=run.step, unit="step", disable=None if recorder else True) as bar:
@@ -170,6 +159,7 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
 
                 if run.unrecorded is None:  # else the run was stopped in the evaluation of this step
                     updater.step()
+                    evaluation = None
                     bar.update()
                     last = run.step == run.n_steps
                     log = last or run.step % training.log_every == 0
@@ -191,23 +181,47 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
                     elif log and recorder:
                         recorder.write(metrics)
                     if save_now:
-                        save(None)
+                        save(run, None, seconds_before)
                         saved_step = run.step
 
                 if run.unrecorded is not None:
-                    evaluation = measure()
+                    evaluation = measure(run, data, vote)
                     if recorder:
                         recorder.write(run.unrecorded | evaluation.metrics(), evaluation.samples)
                         show_evaluation(run, evaluation, bar)
-                    run.unrecorded, evaluated_step = None, run.step
+                    run.unrecorded = None
                     if saved_step == run.step:
                         score_run(run, evaluation.accuracy)
                 started = time.perf_counter()
-            return evaluation or measure()
+            return evaluation or measure(run, data, vote)
         except StopRequested as stop:
             if run.step > saved_step:
-                save(evaluation.accuracy if evaluation and evaluated_step == run.step else None)
+                save(run, evaluation.accuracy if evaluation else None, seconds_before)
             return stop.number
+
+
+def measure(run: Run, data: DataSet, vote: StopVote) -> Evaluation:
+    """Evaluate the run at its current step; every rank calls this. Raises StopRequested."""
+    validation = run.config.validation
+    n_examples = (run.step == run.n_steps and validation.n_final_examples) or validation.n_examples
+    with run.session.phase("evaluation"):
+        return evaluate(run.evaluated_model(), run.config, data, run.world, n_examples, vote)
+
+
+def save(run: Run, score: float | None, seconds_before: float) -> None:
+    """Write a checkpoint and note it in the history; every rank calls this.
+
+    Args:
+        score: the accuracy, if it was measured at this step.
+        seconds_before: of training, in earlier sessions.
+
+    Raises:
+        WriteError: it cannot be written; all ranks raise.
+    """
+    run.session.seconds["training"] = run.seconds - seconds_before
+    with run.session.phase("checkpoints"):
+        save_run(run, score)
+    run.session.write("running", run.step)
 
 
 def show_progress(run: Run, metrics: dict[str, Any], bar: tqdm) -> None:
@@ -229,12 +243,6 @@ def show_evaluation(run: Run, evaluation: Evaluation, bar: tqdm) -> None:
         bar.write(line)
 
 
-def say(line: str) -> None:
-    """Print a line at once; a log on a full disk, or one that nobody reads any more, must not end the run."""
-    with suppress(OSError):
-        print(line, flush=True)
-
-
 def finish(run: Run, model: Transformer, data: DataSet, evaluation: Evaluation, recorder: Recorder) -> dict[str, Any]:
     """Write final.json, which marks the run as complete, some traces, the curves and the run's page.
 
@@ -248,30 +256,37 @@ def finish(run: Run, model: Transformer, data: DataSet, evaluation: Evaluation, 
         WriteError: final.json cannot be written. What fails with traces, curves or the page gives a warning.
     """
     headline = evaluation.samplers[0]
-    final = {
-        "accuracy": headline.accuracy,
-        "n": headline.n,
-        "nfe": headline.nfe,
-        "train_seconds": round(run.seconds, 3),
-        "steps": run.step,
-        "evaluation": as_json(evaluation),
-        "example": " ".join(data.question(0).text.split()),  # on one line
-    }
-    write_text(run.run_dir / FINAL_FILE, json.dumps(final, indent=1) + "\n")
+    with ended_in_history(run):
+        final = {
+            "accuracy": headline.accuracy,
+            "n": headline.n,
+            "nfe": headline.nfe,
+            "train_seconds": round(run.seconds, 3),
+            "steps": run.step,
+            "evaluation": as_json(evaluation),
+            "example": " ".join(data.question(0).text.split()),  # on one line
+        }
+        write_text(run.run_dir / FINAL_FILE, json.dumps(final, indent=1) + "\n")
     run.session.write("complete", run.step)
-    pictures, page = {}, None
     with warned_about(run.run_dir / TRACES_FILE):
         write_traces(trace_answers(run, model, data, evaluation), run.run_dir / TRACES_FILE)
-    for axis in RUN_AXES:
-        picture = run.run_dir / f"curves_{axis}.png"
-        with warned_about(picture):
-            draw_curves([run.run_dir], axis, picture)
-            pictures[f"curves/{axis}"] = picture
-    with warned_about(run.run_dir / PAGE_FILE):
-        page = write_page(run.run_dir)
+    pictures, page = draw(run.run_dir)
     figures = ("accuracy", "n", "nfe", "train_seconds", "steps")
     recorder.final({name: final[name] for name in figures} | {"loss": evaluation.loss}, pictures, page)
     return final
+
+
+def draw(run_dir: Path) -> tuple[dict[str, Path], Path | None]:
+    """Draw the curves of a complete run and write its page, last; what fails gives a warning. Returns what there is."""
+    pictures, page = {}, None
+    for axis in RUN_AXES:
+        picture = run_dir / f"curves_{axis}.png"
+        with warned_about(picture):
+            draw_curves([run_dir], axis, picture)
+            pictures[f"curves/{axis}"] = picture
+    with warned_about(run_dir / PAGE_FILE):
+        page = write_page(run_dir)
+    return pictures, page
 
 
 @contextmanager
@@ -383,6 +398,8 @@ def main(arguments: list[str] | None = None) -> None:
             if (final := read_final(run_dir)) is not None:
                 if is_reporting():
                     say(f"{run_dir} is complete; give another --run-dir to train again")
+                    if not (run_dir / PAGE_FILE).exists():  # the command ended before it was written
+                        draw(run_dir)
                     print_result(config, run_dir, final)
                 return
             run, data = start(config, run_dir)
@@ -397,8 +414,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         model = run.evaluated_model()  # needs all ranks
         if recorder is not None:
-            with ended_in_history(run):
-                final = finish(run, model, data, outcome, recorder)
+            final = finish(run, model, data, outcome, recorder)
             say(outcome.table())
             print_result(config, run_dir, final)
             recorder.close()  # last, since wandb may wait for the network
@@ -406,10 +422,17 @@ def main(arguments: list[str] | None = None) -> None:
         fail_once(str(error), status=1)
     except WriteError as error:
         fail_once(f"{error}; once it can, the same command continues from the newest checkpoint in {run_dir}", status=1)
-    except KeyboardInterrupt:
+    except torch.OutOfMemoryError as error:
         fail_once(
-            f"interrupted; the same command continues from the newest checkpoint in {run_dir}", status=INTERRUPTED
+            f"{str(error).partition(' GPU ')[0]} Lower training.micro_batch_size or set "
+            "training.gradient_checkpointing=true (in an evaluation, lower validation.batch_size); the command then "
+            f"continues from the newest checkpoint in {run_dir}",
+            status=1,
         )
+    except KeyboardInterrupt:
+        if (run_dir / FINAL_FILE).exists():
+            fail_once(f"interrupted; {run_dir} is complete, and the same command draws what is missing", INTERRUPTED)
+        fail_once(f"interrupted; the same command continues from the newest checkpoint in {run_dir}", INTERRUPTED)
     finally:
         stop_world()
 

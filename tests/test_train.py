@@ -15,13 +15,23 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import PUMA, UNIFORM, run_python, run_ranks, started, tiny_gsm_settings, tiny_settings
+from conftest import (
+    PUMA,
+    UNIFORM,
+    run_python,
+    run_ranks,
+    started,
+    started_ranks,
+    tiny_gsm_settings,
+    tiny_settings,
+)
 
 import train
 from data import hashes
 from data.generate_sudoku import generate_sudoku, write_csv
 from model.transformer import Transformer
 from runtime.checkpoint import Checkpoint, find_checkpoint, latest_checkpoint
+from runtime.history import read_history
 from runtime.metrics import read_metrics
 
 CASES = {
@@ -377,6 +387,56 @@ def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(config_file, t
     assert stop.value.code == 1
     assert "step 5" in capsys.readouterr().err
     assert latest_checkpoint(tmp_path / "run").step == 3
+
+
+def test_out_of_memory_ends_with_the_settings_to_change(config_file, tmp_path):
+    """On the rank where it happens; the others may have enough."""
+    code = """
+import os
+import torch
+import train
+step = train.Updater.step
+def step_of_a_small_gpu(updater):
+    if os.environ["RANK"] == "1" and updater.run.step == 4:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of 8")
+    step(updater)
+train.Updater.step = step_of_a_small_gpu
+train.main()
+"""
+    with started_ranks(2, "-c", code, "--config", config_file(), "--run-dir", tmp_path / "run") as (_, second):
+        _, message = second.communicate(60)
+    assert second.wait() == 1
+    error = message.splitlines()[-1]  # torch says before that it has waited for the first
+    assert error.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB. Lower training.micro_batch_size or")
+    assert "training.gradient_checkpointing=true" in error
+    assert "Traceback" not in message
+
+
+@pytest.mark.pictures
+def test_what_an_interrupt_after_the_end_has_kept_from_being_drawn_is_drawn_later(
+    config_file, tmp_path, monkeypatch, capsys
+):
+    run_dir = tmp_path / "run"
+    arguments = ["--config", str(config_file(training__max_steps=1)), "--run-dir", str(run_dir)]
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "draw_curves", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments)
+    assert stop.value.code == 130
+    assert "run is complete, and the same command draws what is missing" in capsys.readouterr().err
+    (session,) = read_history(run_dir)
+    assert session["state"] == "complete"
+    drawn = [run_dir / "report.html", *(run_dir / f"curves_{axis}.png" for axis in train.RUN_AXES)]
+    assert not any(path.exists() for path in drawn)
+    train.main(arguments)
+    assert all(path.exists() for path in drawn)
+    written = drawn[0].stat().st_mtime_ns
+    train.main(arguments)
+    assert drawn[0].stat().st_mtime_ns == written
 
 
 def test_gradient_accumulation_changes_nothing_but_rounding(config_file, tmp_path):

@@ -60,4 +60,4 @@ lock: $(READY)
 	 } > requirements.new && mv requirements.new requirements.txt
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

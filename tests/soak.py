@@ -119,6 +119,24 @@ def die_at(n_calls: int) -> None:
         vars(train)[name] = watched(vars(train)[name])
 
 
+def wait_at(n_updates: int) -> None:
+    """Have this process wait for its kill before it makes another update than so many, and before it ends."""
+    step, finish = Updater.step, train.finish
+
+    def waiting_step(updater: Updater) -> None:
+        while updater.run.step >= n_updates:
+            time.sleep(60)
+        step(updater)
+
+    def waiting_finish(*arguments: Any) -> None:
+        finish(*arguments)
+        while True:
+            time.sleep(60)
+
+    vars(train)["finish"] = waiting_finish
+    setattr(Updater, "step", waiting_step)  # noqa: B010 - mypy knows it as a method
+
+
 def begin(config: Path, run_dir: Path, progress: Progress, prepare: Callable[[], None] = lambda: None) -> int:
     """Fork a life of the run; its process id. What it says goes to `<run_dir>.log`."""
     progress.set("starting", 0)
@@ -130,8 +148,8 @@ def begin(config: Path, run_dir: Path, progress: Progress, prepare: Callable[[],
         log = os.open(f"{run_dir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        watch(progress)
         prepare()
+        watch(progress)
         train.main(["--config", str(config), "--run-dir", str(run_dir)])
         status = 0
     except SystemExit as stop:
@@ -180,9 +198,10 @@ def kill_at_random(
     """Let the run live until random moments, then to its end.
 
     Every fifth life ends within `start_s` seconds, mostly before its first update; the others within `work_s` of a
-    random update, or when they have left `save_every` updates to each kill that is still to come, so that the run does
-    not end before the last kill, however fast the machine; the last one strikes while the run finishes. After a kill
-    the newest checkpoint is damaged if it is not the only one, `n_damaged` times in all.
+    random update, or when they have left `save_every` updates to each kill that is still to come. There a life waits
+    for its kill, so that the run does not end before the last one, however fast or busy the machine. That one strikes
+    while the run finishes. After a kill before that the newest checkpoint is damaged if it is not the only one,
+    `n_damaged` times in all.
 
     Returns:
         At least `n_kills` kills, more where too few of them left a checkpoint to damage.
@@ -190,27 +209,27 @@ def kill_at_random(
     rng, progress = random.Random(seed), Progress()
     kills: list[Kill] = []
     n_left = n_damaged
-    while n_kills_left := max(n_kills - len(kills), n_left):
+    is_last = False
+    while not is_last:
         if len(kills) > MOST_LIVES:
             raise SystemExit("too many lives")
+        n_kills_left = max(n_kills - len(kills), n_left + 1)  # the last one may leave nothing to damage
         is_last = n_kills_left == 1
         most = n_steps + 1 if is_last else n_steps - save_every * (n_kills_left - 1)
         aim = most if is_last else min(most, rng.randint(0, n_steps * (len(kills) + 1) // n_kills))
         start = time.monotonic()
-        child = begin(config, run_dir, progress)
+        child = begin(config, run_dir, progress, partial(wait_at, most))
         if len(kills) % 5 == 3 and not is_last:
-            over = ended(child, start + rng.uniform(0, start_s), partial(progress.has_reached, most))
+            ended(child, start + rng.uniform(0, start_s), partial(progress.has_reached, most))
         else:
-            over = ended(child, float("inf"), partial(progress.has_reached, aim))
-            over = over or ended(child, time.monotonic() + rng.uniform(0, work_s), partial(progress.has_reached, most))
-        if over:
-            break
+            ended(child, float("inf"), partial(progress.has_reached, aim))
+            ended(child, time.monotonic() + rng.uniform(0, work_s), partial(progress.has_reached, most))
         os.kill(child, signal.SIGKILL)
         moment = time.monotonic() - start
         os.waitpid(child, 0)
         kills.append(record(run_dir, moment, progress))
         newest = step_folders(run_dir)
-        if n_left and len(newest) > 1 and not (run_dir / train.FINAL_FILE).exists():
+        if n_left and len(newest) > 1:
             kills[-1]["damage"] = damage(newest[0], n_left, rng)
             n_left -= 1
     if not (run_dir / train.FINAL_FILE).exists():

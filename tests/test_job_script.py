@@ -56,7 +56,7 @@ def run_job(
         env=clean | {name: str(value) for name, value in settings.items()},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 
@@ -204,6 +204,7 @@ def test_outside_a_job_it_submits_itself_with_the_site_in_its_environment(checko
     assert (checkout / "sbatch.txt").read_text().splitlines() == ["job.sh", "--config", "a.yaml"]
 
 
+WARNED = "kill -USR1 $PPID; until [[ -s scancel.txt ]]; do sleep 0.05; done"  # training lives until it is told
 DONE = "mkdir -p runs/sudoku_puma; touch runs/sudoku_puma/final.json"
 
 
@@ -213,10 +214,10 @@ DONE = "mkdir -p runs/sudoku_puma; touch runs/sudoku_puma/final.json"
         (DONE, 0, False),
         ("exit 2", 2, False),  # bad settings
         ("exit 0", 0, True),  # saved on SIGUSR1 that only the processes got
-        ("kill -USR1 $PPID; sleep 1", 0, True),
-        ("kill -USR1 $PPID; sleep 1; exit 9", 0, True),  # not in time, but another start may get further
-        (f"kill -USR1 $PPID; sleep 1; {DONE}", 0, False),  # finished in spite of it
-        ("kill -TERM $PPID; sleep 1", 143, False),  # cancelled: SLURM knows whether it comes back
+        (WARNED, 0, True),
+        (f"{WARNED}; exit 9", 0, True),  # not in time, but another start may get further
+        (f"{WARNED}; {DONE}", 0, False),  # finished in spite of it
+        ("kill -TERM $PPID", 143, False),  # cancelled: SLURM knows whether it comes back
     ],
 )
 def test_a_job_comes_back_only_if_it_was_stopped(training, status, requeued, checkout):
@@ -237,7 +238,8 @@ def test_the_last_restart_does_not_requeue(checkout):
 
 
 def test_training_that_does_not_heed_the_warning_is_requeued_before_its_time_is_up(checkout):
-    result = run_job(checkout, TRAINING="kill -USR1 $PPID; sleep 8; kill -TERM $PPID; sleep 1", SAVE_SECONDS=6)
+    deaf = "kill -USR1 $PPID; until [[ -s scontrol.txt ]]; do sleep 0.05; done; kill -TERM $PPID"
+    result = run_job(checkout, TRAINING=deaf, SAVE_SECONDS=6)
     assert (checkout / "scontrol.txt").read_text() == "requeue 41234 "
     assert (checkout / "scancel.txt").read_text() == "--signal=USR1 41234 " * 2, "sent again: it may come too early"
     assert result.returncode == 143
@@ -246,7 +248,7 @@ def test_training_that_does_not_heed_the_warning_is_requeued_before_its_time_is_
 def test_requeueing_an_array_task_names_the_task(checkout):
     """The number of an array's first job is the array's own."""
     array: dict[str, Any] = {"SLURM_ARRAY_JOB_ID": 41234, "SLURM_ARRAY_TASK_ID": 5}
-    run_job(checkout, "training.seed=%a", TRAINING="kill -USR1 $PPID; sleep 1", **array)
+    run_job(checkout, "training.seed=%a", TRAINING=WARNED, **array)
     assert (checkout / "scontrol.txt").read_text() == "requeue 41234_5 "
     assert (checkout / "scancel.txt").read_text().startswith("--signal=USR1 41234_5 ")
 

@@ -1,16 +1,32 @@
-"""Small parts that several tests share: a data set whose rows can be told apart, models, the chi-square test."""
+"""Small parts that several tests share: the project's syntax trees, rows that can be told apart, models, chi-square."""
 
 from __future__ import annotations
 
+import ast
+import functools
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from conftest import ROOT
 from torch import Tensor
 
 from config import ModelSettings
 from model.transformer import Transformer
+
+
+@functools.cache
+def project_trees() -> dict[Path, ast.Module]:
+    """The syntax tree of every Python file of the project, by its path from the root, in order of paths."""
+    paths: list[Path] = []
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # .venv and the like
+        paths += [Path(folder, name).relative_to(ROOT) for name in files if name.endswith(".py")]
+    return {path: ast.parse((ROOT / path).read_text(encoding="utf-8")) for path in sorted(paths)}
+
 
 N_TOKENS = 10  # ordinary tokens, 0 to 9
 

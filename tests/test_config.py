@@ -12,6 +12,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 from conftest import PUMA, ROOT, UNIFORM, tiny_settings
+from helpers import project_trees
 
 from config import BlockPumaSettings, Config, PumaSettings, SamplingRule, Settings
 from runtime.config_file import changed_settings, dump_config, flatten, parse_config, read_config, settings_table
@@ -150,10 +151,9 @@ def names_read(cls: type[Settings], section: str) -> set[str]:
     Methods of subclasses count too. Validators only compare settings with each other, so what they read does not count.
     """
     read: set[str] = set()
-    for path in ROOT.rglob("*.py"):
-        inside = path.relative_to(ROOT).parts
-        if inside[0] not in ("tests", "config.py", "bench", "results") and not inside[0].startswith("."):
-            read |= attributes(ast.parse(path.read_text(encoding="utf-8")), {"settings", section})
+    for path, tree in project_trees().items():
+        if path.parts[0] not in ("tests", "config.py", "bench", "results"):
+            read |= attributes(tree, {"settings", section})
     for base in (*cls.__mro__, *all_subclasses(cls)):
         if issubclass(base, Settings):
             for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(base)))):

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, UNIFORM, run_python, tiny_gsm_settings, tiny_settings
+from helpers import project_trees
 
 import train
 from data.sudoku_boards import load_hub
@@ -255,15 +256,14 @@ ALLOWED = {("grader/sandbox_worker.py", "exec")}
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
     """Calls in a file, each with its dotted name as far as it has one."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(project_trees()[path]):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), node
 
 
 def project_files() -> list[Path]:
     """Python files of the project without the tests."""
-    paths = (path for path in ROOT.rglob("*.py") if not path.relative_to(ROOT).parts[0].startswith("."))
-    return sorted(path for path in paths if "tests" not in path.relative_to(ROOT).parts)
+    return [path for path in project_trees() if "tests" not in path.parts]
 
 
 def test_every_call_that_reads_foreign_files_says_that_nothing_is_executed():
@@ -275,13 +275,13 @@ def test_every_call_that_reads_foreign_files_says_that_nothing_is_executed():
                     found.add(required)
                     given = {each.arg: ast.unparse(each.value) for each in call.keywords}
                     wrong = {key for key, value in arguments.items() if given.get(key) != repr(value)}
-                    assert not wrong, f"{path.relative_to(ROOT)}, line {call.lineno}: {name} without {wrong}"
+                    assert not wrong, f"{path}, line {call.lineno}: {name} without {wrong}"
             if name.endswith("snapshot_download"):
                 assert "allow_patterns" in {each.arg for each in call.keywords}, path
             if name.startswith("yaml.") and "load" in name:
                 assert name == "yaml.load"
                 assert ast.unparse(call.keywords[0]) == "Loader=_Loader", path
-            own = str(path.relative_to(ROOT))
+            own = str(path)
             assert name not in FORBIDDEN_CALLS or (own, name) in ALLOWED, f"{own}, line {call.lineno}: {name}"
     assert found == REQUIRED.keys(), "the walk finds the calls"
 
@@ -294,10 +294,10 @@ def test_the_loader_of_yaml_is_a_safe_one():
 
 def test_no_file_names_what_executes_foreign_code():
     for path in project_files():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(project_trees()[path]):
             names: set[str] = set()
             if isinstance(node, ast.Name | ast.Attribute):
                 names = {node.id if isinstance(node, ast.Name) else node.attr}
             elif isinstance(node, ast.Import | ast.ImportFrom):
                 names = {part for alias in node.names for part in alias.name.split(".")}
-            assert not names & FORBIDDEN, f"{path.relative_to(ROOT)}: {names & FORBIDDEN}"
+            assert not names & FORBIDDEN, f"{path}: {names & FORBIDDEN}"

@@ -7,7 +7,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import project_trees
 
 # Each floor may import those below it (above it in this list). What shares a floor imports nothing of each other.
 FLOORS: list[set[str]] = [
@@ -30,8 +30,7 @@ SLOW_LIBRARIES = {"wandb", "datasets", "transformers", "matplotlib"}
 
 def modules() -> list[Path]:
     """Python files of the project, relative to its root, without those outside the flow."""
-    paths = [path.relative_to(ROOT) for path in ROOT.rglob("*.py")]
-    return sorted(path for path in paths if not path.parts[0].startswith(".") and part_of(path) not in OUTSIDE)
+    return [path for path in project_trees() if part_of(path) not in OUTSIDE]
 
 
 def part_of(path: Path) -> str:
@@ -47,7 +46,7 @@ def floor_of(part: str) -> int:
 def imported(path: Path) -> set[str]:
     """Modules that a file imports by dotted name, wherever in it."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+    for node in ast.walk(project_trees()[path]):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -84,7 +83,7 @@ def test_no_files_import_each_other_in_a_circle():
 def test_slow_libraries_are_imported_where_they_are_used():
     """They take seconds, and some machines lack them."""
     for path in modules():
-        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        tree = project_trees()[path]
         at_top = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
         at_top |= {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
         assert {name for name in at_top if name and name.split(".")[0] in SLOW_LIBRARIES} == set(), path

@@ -102,6 +102,7 @@ def test_text_without_a_function_is_no_program(text: str) -> None:
 )
 def test_hostile_text_is_searched_in_linear_time(unit: str) -> None:
     # Each of these makes some careless pattern quadratic, which would take minutes.
+    started = time.process_time()
     for start in ("", "from a import ", "import a", "import a as "):
         text = f"{start}{unit * 50_000}!"
         extract_program(text)
@@ -109,6 +110,7 @@ def test_hostile_text_is_searched_in_linear_time(unit: str) -> None:
             program = extract_program(whole)
             assert program is not None
             assert len(program) <= MAX_PROGRAM
+    assert time.process_time() - started < 20
 
 
 # Text of a given size that makes a careless search slow or large.
@@ -127,9 +129,12 @@ def test_twenty_megabytes_take_ten_times_the_work_of_two(name: str) -> None:
     seconds = []
     for n in (2 * 10**6, 20 * 10**6):
         text = LARGE[name](n)
-        start = time.process_time()
-        program = extract_program(text)
-        seconds.append(time.process_time() - start)
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            program = extract_program(text)
+            times.append(time.process_time() - start)
+        seconds.append(min(times))
         assert program is not None
         assert program.startswith("def f():\n")
     assert seconds[1] < 40 * seconds[0] + 0.1  # a quadratic search takes a hundred times as long

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
+from conftest import PUMA, tiny_settings
 from typing_extensions import override
 
 import train
@@ -60,10 +63,21 @@ def parsed(page: str) -> str:
     return " ".join(structure.words)
 
 
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory, data_dir) -> Path:
+    """A complete run without curves and page."""
+    folder = tmp_path_factory.mktemp("complete")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_settings(PUMA, data_dir)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw_curves", lambda *_: None)
+        patch.setattr(train, "write_page", lambda run_dir: run_dir / "report.html")
+        train.main(["--config", str(folder / "tiny.yaml"), "--run-dir", str(folder / "run")])
+    return folder / "run"
+
+
 @pytest.fixture
-def run_dir(config_file, tmp_path) -> Path:
-    train.main(["--config", str(config_file()), "--run-dir", str(tmp_path / "run")])
-    return tmp_path / "run"
+def run_dir(complete, tmp_path) -> Path:
+    return shutil.copytree(complete, tmp_path / "run")
 
 
 def test_the_page_holds_what_the_files_do(run_dir, tmp_path, capsys):

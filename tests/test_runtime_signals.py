@@ -24,7 +24,7 @@ from runtime.checkpoint import latest_checkpoint
 from runtime.metrics import read_metrics
 
 
-def wait_for_step(run_dir: Path, step: int, process: Forked, timeout_s: float = 120) -> None:
+def wait_for_step(run_dir: Path, step: int, process: Forked, timeout_s: float = 300) -> None:
     """Poll the records until `step` is there."""
     deadline = time.monotonic() + timeout_s
     while not any(row["step"] >= step for row in read_metrics(run_dir)):
@@ -88,7 +88,7 @@ def test_a_step_that_was_saved_already_is_not_saved_again(config_file, tmp_path,
 
 def wait_for_handler(process: subprocess.Popen) -> None:
     """Wait until a program has installed its handlers."""
-    status, deadline = Path(f"/proc/{process.pid}/status"), time.monotonic() + 60
+    status, deadline = Path(f"/proc/{process.pid}/status"), time.monotonic() + 300
 
     def caught() -> int:
         line = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt"))
@@ -105,13 +105,24 @@ def test_a_signal_before_the_first_step_is_kept_and_costs_nothing(config_file, t
     command = [sys.executable, "train.py", "--config", config_file(), "--run-dir", run_dir]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         wait_for_handler(process)
-        assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text(), "torch must come after the handlers"
         process.send_signal(signal.SIGUSR1)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "stopped by SIGUSR1 at step 0" in out
     assert not (run_dir / "final.json").exists()
     assert latest_checkpoint(run_dir) is None
+
+
+def test_the_handlers_come_before_torch():
+    code = """
+import runpy, sys
+from runtime import signals
+signals.listen = lambda: print("torch" in sys.modules)
+sys.argv = ["train.py", "--help"]
+runpy.run_path("train.py", run_name="__main__")
+"""
+    result = run_fresh_python("-c", code)
+    assert result.stdout.split("\n", 1)[0] == "False", result.stderr
 
 
 def long_evaluation(config_file, **changes: object) -> Path:
@@ -122,13 +133,18 @@ def long_evaluation(config_file, **changes: object) -> Path:
     return config_file(**settings, training__eval_every=2, training__save_every=100, **changes)
 
 
-def in_evaluation(process: Forked, run_dir: Path) -> None:
-    """Wait until the evaluation of step 2 has begun: its row is written when it has ended."""
-    wait_for_step(run_dir, 1, process)
-    deadline = time.monotonic() + 60
-    while "step 2 of" not in process.written()[0]:
-        assert time.monotonic() < deadline
+def wait_for_text(process: Forked, text: str) -> None:
+    """Wait until a program has written something."""
+    deadline = time.monotonic() + 300
+    while not any(text in written for written in process.written()):
+        assert process.poll() is None, process.written()
+        assert time.monotonic() < deadline, process.written()
         time.sleep(0.02)
+
+
+def in_evaluation(process: Forked) -> None:
+    """Wait until the evaluation of step 2 has begun: its row is written when it has ended."""
+    wait_for_text(process, "step 2 of")
     time.sleep(0.2)
 
 
@@ -136,9 +152,9 @@ def in_evaluation(process: Forked, run_dir: Path) -> None:
 def test_a_signal_ends_an_evaluation_between_two_passes(number, config_file, tmp_path):
     config, run_dir = long_evaluation(config_file), tmp_path / "run"
     with started("train.py", "--config", config, "--run-dir", run_dir) as process:
-        in_evaluation(process, run_dir)
+        in_evaluation(process)
         process.send_signal(number)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == (130 if number == signal.SIGINT else 0), err
     assert f"stopped by {number.name} at step 2" in out
     assert not err
@@ -187,26 +203,34 @@ def test_an_evaluation_asks_after_every_pass(objective, owner, name, config_file
 def test_a_second_interrupt_loses_nothing_and_a_third_ends_at_once(config_file, tmp_path):
     config, run_dir = long_evaluation(config_file), tmp_path / "run"
     slow = """
-import time, train
+import os, time, train
 def slow_save(run, score, save=train.save_run):
     print("saving", flush=True)
-    time.sleep(float(__import__("os").environ["SAVE_S"]))
+    while not os.path.exists(os.environ["GO_ON"]):
+        time.sleep(0.05)
     save(run, score)
 train.save_run = slow_save
 train.main()
 """
-    for n_interrupts, save_s in ((2, "2"), (3, "60")):
-        with started("-c", slow, "--config", config, "--run-dir", run_dir, SAVE_S=save_s) as process:
-            in_evaluation(process, run_dir)
-            for _ in range(n_interrupts):
+    go_on = tmp_path / "go on"
+    for n_interrupts in (2, 3):
+        with started("-c", slow, "--config", config, "--run-dir", run_dir, GO_ON=str(go_on)) as process:
+            in_evaluation(process)
+            process.send_signal(signal.SIGINT)
+            wait_for_text(process, "saving")
+            process.send_signal(signal.SIGINT)
+            wait_for_text(process, "the run is being saved")
+            if n_interrupts == 2:
+                go_on.touch()
+            else:
                 process.send_signal(signal.SIGINT)
-                time.sleep(0.4)
-            _, err = process.communicate(timeout=40)
+            _, err = process.communicate(timeout=300)
         assert err.splitlines()[-1] == "the run is being saved; Ctrl-C again ends it without"
         if n_interrupts == 2:
             assert process.returncode == 130
             assert latest_checkpoint(run_dir).step == 2
             shutil.rmtree(run_dir)
+            go_on.unlink()
         else:
             assert process.returncode == -signal.SIGINT
             assert latest_checkpoint(run_dir) is None
@@ -219,7 +243,7 @@ def test_an_interrupt_during_the_imports_ends_with_one_line(config_file, tmp_pat
             wait_for_handler(process)
             time.sleep(delay_s)
             process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=60)
+            _, err = process.communicate(timeout=300)
         assert process.returncode == 130, err
         assert len(err.splitlines()) == 1, err
         assert "interrupted" in err
@@ -238,11 +262,11 @@ def test_wandb_that_dies_of_the_same_signal_costs_no_step(config_file, tmp_path)
         assert list((run_dir / "wandb").glob("offline-run-*"))
         os.killpg(process.pid, signal.SIGTERM)
         before = time.monotonic()
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "Traceback" not in err
     assert "stopped by SIGTERM" in out
-    assert time.monotonic() - before < 20, "SIGKILL follows half a minute later"
+    assert time.monotonic() - before < 29, "SIGKILL follows half a minute later"
     step = latest_checkpoint(run_dir).step
     assert step >= 5
     assert max(losses(run_dir)) == step
@@ -279,22 +303,23 @@ def test_one_rank_signalled_stops_all_at_the_same_step(config_file, tmp_path):
     with started_ranks(2, "train.py", "--config", config, "--run-dir", run_dir) as ranks:
         wait_for_step(run_dir, 5, ranks[0])
         ranks[1].send_signal(signal.SIGUSR1)
-        before = len(losses(run_dir))
-        written = [process.communicate(timeout=120) for process in ranks]
+        before = max(losses(run_dir))
+        written = [process.communicate(timeout=300) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], written
     assert "stopped by SIGUSR1" in written[0][0]
     checkpoint = latest_checkpoint(run_dir)
     assert json.loads((checkpoint.path / "manifest.json").read_text())["n_ranks"] == 2
     assert max(losses(run_dir)) == checkpoint.step
-    assert checkpoint.step <= before + 300, "the stop must not take long"
+    seconds = {row["step"]: row["seconds"] for row in read_metrics(run_dir)}
+    assert seconds[checkpoint.step] - seconds[before] <= 5, "the stop must not take long"
 
 
 def test_one_rank_signalled_in_an_evaluation_stops_all(config_file, tmp_path):
     config, run_dir = long_evaluation(config_file), tmp_path / "run"
     with started_ranks(2, "train.py", "--config", config, "--run-dir", run_dir) as ranks:
-        in_evaluation(ranks[0], run_dir)
+        in_evaluation(ranks[0])
         ranks[1].send_signal(signal.SIGTERM)
-        written = [process.communicate(timeout=40) for process in ranks]
+        written = [process.communicate(timeout=300) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], written
     assert "stopped by SIGTERM at step 2" in written[0][0]
     assert (latest_checkpoint(run_dir).step, latest_checkpoint(run_dir).n_ranks) == (2, 2)

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from config import Config
 from data.dataset import DataSet
 from data.files import WriteError, reported, say, write_text
-from data.foreign import BadInput, CommandParser, escape, read_json, reading, shorten
+from data.foreign import CommandParser, escape, reading, shorten
 from eval.accuracy import check_n_examples
 from eval.evaluate import Evaluation, as_json, evaluate
 from model.hub import check_init_from
@@ -49,6 +49,7 @@ from runtime.checkpoint import Checkpoint, restoring, resumable_checkpoint, step
 from runtime.command import shell_command
 from runtime.config_file import changed_settings, dump_config, read_config
 from runtime.distributed import fail_once, is_reporting, main_first, on_main, start_world, stop_world
+from runtime.final import FINAL_FILE, read_final
 from runtime.history import Session
 from runtime.lock import lock_run
 from runtime.metrics import METRICS_FILE, Recorder
@@ -67,7 +68,6 @@ from training.run import (
 )
 from training.update import TrainingDiverged, Updater, check_finite, check_graph
 
-FINAL_FILE = "final.json"
 N_TRACES = 3  # answers whose course is recorded when a run ends
 
 
@@ -309,23 +309,6 @@ def trace_answers(run: Run, model: Transformer, data: DataSet, evaluation: Evalu
         rows, rule, seed=config.training.seed, trace=True
     )
     return [answer.trace for answer in answers if answer.trace is not None]
-
-
-def read_final(run_dir: Path) -> dict[str, Any] | None:
-    """What `finish` has written; None if the run is not complete. A damaged file counts as none, with a warning."""
-    path = run_dir / FINAL_FILE
-    if not path.exists():
-        return None
-    try:
-        with reading(f"{path}", "it is written again"):
-            final = read_json(path)
-            if isinstance(final["accuracy"], float) and isinstance(final["n"], int):
-                return final
-            raise ValueError("it is not the result of a run")
-    except BadInput as error:
-        if is_reporting():
-            warnings.warn(str(error), RuntimeWarning, stacklevel=2)
-    return None
 
 
 @contextmanager

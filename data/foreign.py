@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import stat
 import sys
 import traceback
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydantic import ValidationError
 from typing_extensions import override
 
 from grader.text import escape
@@ -67,6 +69,10 @@ def _reason(error: BaseException) -> str:
         return f"it needs more memory than there is: {error}"
     if isinstance(error, json.JSONDecodeError):
         return f"it is not JSON: {error}"
+    if isinstance(error, ValidationError):
+        first, *others = error.errors(include_url=False, include_input=False)
+        place = ".".join(map(str, first["loc"]))
+        return f"{place}: {first['msg']}" + (f", and {len(others)} more" if others else "")
     if isinstance(error, KeyError):
         return f"it lacks {error}"
     if isinstance(error, OSError) and error.strerror:
@@ -109,12 +115,18 @@ def fail(message: object, status: int = 2) -> NoReturn:
 
 
 @contextmanager
-def ends_with_message() -> Iterator[None]:
-    """End a command with one message and status 2 for ValueError and OSError, which bad input raises."""
+def ends_with_message(interrupted: str = "interrupted") -> Iterator[None]:
+    """End a command with one message: status 2 for ValueError and OSError, which bad input raises, 130 for Ctrl-C.
+
+    Args:
+        interrupted: the message for Ctrl-C.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        fail(interrupted, status=128 + signal.SIGINT)  # as shells have it
 
 
 class CommandParser(argparse.ArgumentParser):

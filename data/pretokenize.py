@@ -33,7 +33,6 @@ from data.foreign import (
     CommandParser,
     check_file,
     ends_with_message,
-    fail,
     read_json,
     reading,
     shorten,
@@ -317,17 +316,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=whole_number(1, 1024), help="processes; all cores by default")
     options = parser.parse_args(arguments)
     start = time.monotonic()
-    try:
-        with ends_with_message():
-            finished = (options.out / META_FILE).exists()
-            before = _n_read(options.out)
-            done = pretokenize(
-                options.source, options.tokenizer, options.out, options.max_len, options.limit, options.workers
-            )
-            if not Path(options.source).exists():  # now, since the nodes of a cluster often have no network
-                read_problems(HUB_NAME, cache_dir=options.out)
-    except KeyboardInterrupt:
-        fail(f"interrupted; the same command continues in {options.out}", status=130)
+    with ends_with_message(f"interrupted; the same command continues in {options.out}"):
+        finished = (options.out / META_FILE).exists()
+        before = _n_read(options.out)
+        done = pretokenize(
+            options.source, options.tokenizer, options.out, options.max_len, options.limit, options.workers
+        )
+        if not Path(options.source).exists():  # now, since the nodes of a cluster often have no network
+            read_problems(HUB_NAME, cache_dir=options.out)
     seconds = time.monotonic() - start
     speed = "already complete" if finished else f"{(done.n_read - before) / seconds:,.0f} rows/s"
     print(f"{options.out}: {done.n_written:,} rows, {done.n_left_out:,} left out (question too long); {speed}")

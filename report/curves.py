@@ -65,9 +65,9 @@ def accuracy_points(rows: Iterable[dict[str, Any]], rule: str) -> list[dict[str,
     key = ACCURACY + rule
     points = []
     for row in rows:
-        if all(_can_be_drawn(row.get(name)) for name in (*RUN_AXES, key)):
+        if all(can_be_drawn(row.get(name)) for name in (*RUN_AXES, key)):
             low, high = (row.get(f"validation/accuracy_{end}/{rule}", row[key]) for end in ("low", "high"))
-            at = {axis: row[axis] for axis in AXES if _can_be_drawn(row.get(axis))}
+            at = {axis: row[axis] for axis in AXES if can_be_drawn(row.get(axis))}
             points.append(at | {"accuracy": row[key], "low": low, "high": high})
     return points
 
@@ -222,7 +222,7 @@ def draw_curves(
         rows, color = records[run_dir], COLORS[settings.index(setting) % len(COLORS)]
         for key, style in (("train/loss", {"alpha": 0.3}), ("validation/loss", {"marker": "."})):
             found = [
-                (row[axis], row[key]) for row in rows if _can_be_drawn(row.get(axis)) and _can_be_drawn(row.get(key))
+                (row[axis], row[key]) for row in rows if can_be_drawn(row.get(axis)) and can_be_drawn(row.get(key))
             ]
             loss_plot.plot([x for x, _ in found], [y for _, y in found], color=color, **style)
     loss_plot.set(xlabel=AXES[axis], ylabel="loss (faint: training, dots: validation)", yscale="log")
@@ -236,7 +236,8 @@ def draw_curves(
     return curves
 
 
-def _can_be_drawn(value: object) -> bool:
+def can_be_drawn(value: object) -> bool:
+    """Whether a value of a record is a number that the library can draw."""
     return isinstance(value, (int, float)) and abs(value) < MAX_DRAWN
 
 

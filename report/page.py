@@ -20,12 +20,23 @@ import numpy as np
 
 from config import Config
 from data.files import write_text
-from data.foreign import CommandParser, ends_with_message, escape, parse_object, read_json, read_lines, reading, shorten
+from data.foreign import CommandParser, ends_with_message, escape, parse_object, read_lines, reading, shorten
 from data.sudoku import BOX_SHAPE, find_repeats
-from report.curves import AXES, COLORS, RUN_AXES, accuracy_points, plot_accuracy, read_curves, rules_of, set_grid
+from report.curves import (
+    AXES,
+    COLORS,
+    RUN_AXES,
+    accuracy_points,
+    can_be_drawn,
+    plot_accuracy,
+    read_curves,
+    rules_of,
+    set_grid,
+)
 from report.runs import RunSummary, summarize
 from report.trace import html_fragment, read_traces
 from runtime.config_file import parse_config, read_sections
+from runtime.final import load_final
 from runtime.history import read_history
 from runtime.metrics import read_metrics
 from samplers.options import rule_in_words
@@ -95,10 +106,7 @@ def build_page(run_dir: Path) -> str:
     raw = read_sections(run_dir / "config.yaml")
     summary = summarize(run_dir)
     rows = list(read_metrics(run_dir))
-    final = None
-    if (run_dir / "final.json").exists():
-        with reading(f"{run_dir / 'final.json'}", "the command of the run writes it again"):
-            final = read_json(run_dir / "final.json")
+    final = load_final(run_dir)
     name = run_dir.resolve().name
     parts = [
         f"<h1>{text(name)}</h1>",
@@ -141,7 +149,7 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[object]], n_left: int =
 
 def _facts(summary: RunSummary, rows: list[dict[str, Any]], final: dict[str, Any] | None) -> str:
     """The figures at the top."""
-    last = rows[-1] if rows else {}
+    last = {key: value for key, value in rows[-1].items() if can_be_drawn(value)} if rows else {}
     facts = {
         "state": summary.state,
         "objective": summary.objective or "",
@@ -184,7 +192,8 @@ def _plot_loss(plot: Any, rows: list[dict[str, Any]]) -> None:
         ("train/loss", "training", {"color": COLORS[0], "linewidth": 1.2}),
         ("validation/loss", "validation", {"color": COLORS[1], "marker": "o", "markersize": 3.5, "linewidth": 1.6}),
     ):
-        found = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), float) and row[key] > 0]
+        shown = [row for row in rows if can_be_drawn(row["step"]) and can_be_drawn(row.get(key)) and row[key] > 0]
+        found = [(row["step"], row[key]) for row in shown]
         found = list(_thinned(found, MAX_POINTS))
         plot.plot([x for x, _ in found], [y for _, y in found], label=label, **style)
     plot.set(xlabel=AXES["step"], ylabel="loss", yscale="log")
@@ -221,10 +230,10 @@ def _draw(plot_into: Any, *, legend: bool = False) -> str:
 
 def _results(final: dict[str, Any] | None) -> Iterator[str]:
     """Tables of the last evaluation: by sampling rule, and by difficulty for the first rule."""
-    evaluation = (final or {}).get("evaluation", {})
-    samplers, reference = evaluation.get("samplers", []), evaluation.get("reference")
-    if not samplers:
+    if final is None:
         return
+    evaluation = final["evaluation"]
+    samplers, reference = evaluation["samplers"], evaluation.get("reference")
     yield "<h2>Final evaluation</h2>"
     yield f"<p>{samplers[0]['n']:,} unseen questions, validation loss {evaluation['loss']:.4f}</p>"
     names = list(samplers[0]["details"])
@@ -298,12 +307,12 @@ def _samples(run_dir: Path, final: dict[str, Any] | None) -> Iterator[str]:
     if not samples:
         return
 
-    def rule_of(facts: dict[str, Any]) -> list[Any]:
-        return [facts.get("confidence"), facts.get("tokens_per_step")]
+    def rule_of(facts: dict[str, Any]) -> tuple[object, object]:
+        return facts.get("confidence"), facts.get("tokens_per_step")
 
     rule, known = rule_of(samples[0]), (final or {}).get("evaluation", {}).get("samplers", [])
     # Samples do not name the options of their rule, the last evaluation does.
-    name = next((_rule_name(each) for each in known if rule_of(each) == rule), _rule_name(samples[0]))
+    name = next((_rule_name(each) for each in known if rule_of(each) == rule), rule_in_words(*rule, {}))
     samples = [each for each in samples if rule_of(each) == rule]
     wrong, right = ([each for each in samples if bool(each.get("right")) is is_right] for is_right in (False, True))
     shown = (wrong[: max(MAX_SAMPLES // 2, MAX_SAMPLES - len(right))] + right)[:MAX_SAMPLES]

@@ -6,7 +6,7 @@
 A run is a folder with a config.yaml, at any depth; packed models (`python -m model.hub pack`) are left out. Its state
 is one of
 
-- complete: it has a final.json;
+- complete: it has a final.json that can be read;
 - running: a process holds its lock (on this machine, or on a file system that shares locks);
 - failed: neither, and its last session ended with an error, which the last lines show;
 - stopped: neither, for another reason; the same command continues it;
@@ -23,9 +23,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.foreign import BadInput, CommandParser, ends_with_message, escape, read_json, reading, shorten
+from data.foreign import BadInput, CommandParser, ends_with_message, escape, shorten
 from report.curves import accuracy_points, rules_of
 from runtime.config_file import parse_config, read_sections
+from runtime.final import load_final
 from runtime.history import HISTORY_FILE, read_history
 from runtime.lock import is_locked
 from runtime.metrics import METRICS_FILE, read_metrics
@@ -117,15 +118,10 @@ def _read(run_dir: Path, facts: dict[str, Any]) -> Iterator[str]:
             yield f"{run_dir / METRICS_FILE} holds no row that can be read"
     except BadInput as error:
         yield str(error)
-    path = run_dir / "final.json"
-    if path.exists():
-        facts["final"] = True
-        try:
-            with reading(f"{path}", "the command of the run writes it again"):
-                if not isinstance(read_json(path)["accuracy"], float):
-                    raise ValueError("it is not the result of a run")
-        except BadInput as error:
-            yield str(error)
+    try:
+        facts["final"] = load_final(run_dir) is not None
+    except BadInput as error:
+        yield str(error)
 
 
 def _name(raw: dict[str, Any], section: str, key: str) -> str | None:

@@ -27,19 +27,11 @@ from tqdm import tqdm
 from typing_extensions import NotRequired, TypedDict
 
 from data.files import write_text
-from data.foreign import (
-    MAX_INTEGER,
-    CommandParser,
-    ends_with_message,
-    fail,
-    read_json,
-    read_text,
-    reading,
-    whole_number,
-)
+from data.foreign import MAX_INTEGER, CommandParser, ends_with_message, read_text, reading, whole_number
 from report.curves import RUN_AXES, Curve, accuracy_points, mean_and_range, plot_accuracy, rules_of, target_table
 from results.experiments import EXPERIMENTS, Arm, Experiment
 from runtime.config_file import changed_settings, read_config
+from runtime.final import read_final
 from runtime.history import git, read_history
 from runtime.metrics import read_metrics
 
@@ -139,7 +131,7 @@ class Task:
     @property
     def is_complete(self) -> bool:
         """Whether the run directory holds the complete run."""
-        return (self.run_dir / "final.json").exists()
+        return read_final(self.run_dir) is not None
 
 
 def tasks_of(experiment: Experiment, folder: Path, run_overrides: list[str]) -> list[Task]:
@@ -184,6 +176,13 @@ def check_settings(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, 
                 f"{records_file} has {task.arm.label!r}, seed {task.seed}, with other settings: delete that entry or "
                 f"choose another --out\n  {record['settings']}\n  {task.settings}"
             )
+
+
+def check_folder(path: Path, option: str) -> None:
+    """Raise ValueError, before any work is done, if `path` is no folder and none can be created there."""
+    existing = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"{option} {path}: {existing} is not a folder that can be written: name another")
 
 
 def tasks_to_run(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, Any]]) -> list[Task]:
@@ -268,7 +267,7 @@ def collect(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, Any]]) 
         rows = list(read_metrics(task.run_dir))
         rules = rules_of(rows)
         points = accuracy_points(rows, rules[0]) if rules else []  # the first rule is the headline
-        final = _final(task.run_dir) if task.is_complete else None
+        final = _final(task.run_dir)
         if old and (not points or (old["final"] and not final) or (old["points"], old["final"]) == (points, final)):
             runs.append(old)
         elif points:
@@ -288,13 +287,15 @@ def _provenance(run_dir: Path) -> dict[str, str]:
     }
 
 
-def _final(run_dir: Path) -> dict[str, Any]:
-    """Figures of a complete run: accuracy with its interval, number of questions, and accuracy by difficulty."""
-    with reading(f"{run_dir / 'final.json'}", "delete it and run the experiment again"):
-        result = read_json(run_dir / "final.json")["evaluation"]["samplers"][0]
-        final = {"accuracy": result["accuracy"], "low": result["accuracy_low"], "high": result["accuracy_high"]}
-        groups = [{key: group[key] for key in ("by", "value", "n", "accuracy")} for group in result["groups"]]
-        return final | {"n": result["n"], "groups": groups}
+def _final(run_dir: Path) -> dict[str, Any] | None:
+    """Accuracy with its interval, number of questions, and accuracy by difficulty; None if the run is not complete."""
+    final = read_final(run_dir)
+    if final is None:
+        return None
+    result = final["evaluation"]["samplers"][0]
+    groups = [{key: group[key] for key in ("by", "value", "n", "accuracy")} for group in result["groups"]]
+    figures = {"accuracy": result["accuracy"], "low": result["accuracy_low"], "high": result["accuracy_high"]}
+    return figures | {"n": result["n"], "groups": groups}
 
 
 def read_records(path: Path) -> dict[str, Any]:
@@ -455,26 +456,25 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="parent folder of the output folder")
     options = parser.parse_intermixed_args(arguments)
+    if options.draw and options.overrides:
+        parser.error(f"{' '.join(options.overrides)}: not with --draw, which runs nothing")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs `finally`, which stops the runs
     experiment, folder = EXPERIMENTS[options.experiment], options.out / options.experiment
     records_file, complete = folder / "records.json", True
-    if not options.draw:
-        tasks = tasks_of(experiment, options.runs / options.experiment, options.overrides)
-        try:
+    with ends_with_message("interrupted; the same command continues"):
+        if not options.draw:
+            tasks = tasks_of(experiment, options.runs / options.experiment, options.overrides)
             recorded = recorded_runs(records_file)
             check_settings(tasks, recorded, records_file)
+            check_folder(options.runs, "--runs")
+            check_folder(options.out, "--out")
             complete = run_all(tasks_to_run(tasks, recorded), options.jobs, options.budget_s)
-        except ValueError as error:
-            fail(error)
-        except KeyboardInterrupt:
-            sys.exit("interrupted; the same command continues")
-        runs = collect(tasks, recorded)
-        if not runs:
-            sys.exit("no run has been evaluated yet")
-        command = " ".join(["python -m results.run", options.experiment, *options.overrides])
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(records_file, json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
-    with ends_with_message():
+            runs = collect(tasks, recorded)
+            if not runs:
+                sys.exit("no run has been evaluated yet")
+            command = " ".join(["python -m results.run", options.experiment, *options.overrides])
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(records_file, json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
         records = read_records(records_file)
         write_text(folder / "README.md", report(experiment, records))
         draw(experiment, records, folder / "curves.png")

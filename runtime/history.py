@@ -22,12 +22,14 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from data.files import WriteError, write_text
-from data.foreign import BadInput, parse_object, read_text, reading
+from data.foreign import MAX_INTEGER, BadInput, parse_object, read_text, reading
 from runtime.distributed import World
 from runtime.machine import processor_name
 
@@ -39,6 +41,30 @@ PACKAGES = (
 GIT_TIMEOUT_S = 10  # on a slow file system
 
 State = Literal["running", "complete", "stopped", "failed"]
+Step = Annotated[int, Field(ge=0, lt=MAX_INTEGER)]
+Seconds = Annotated[float, Field(lt=MAX_INTEGER, allow_inf_nan=False)]
+
+
+class Entry(TypedDict, total=False):
+    """One session in the file; entries of older versions lack some keys."""
+
+    started: str  # UTC
+    updated: str  # while it runs, then:
+    ended: str
+    state: str
+    reason: str | None
+    command: str
+    commit: str | None
+    modified: bool | None
+    from_step: Step
+    to_step: Step
+    n_steps: Step
+    packages: dict[str, str]
+    hardware: dict[str, str | float | None]
+    seconds: dict[str, Seconds]
+
+
+ENTRIES = TypeAdapter(list[Entry])
 
 
 @dataclass
@@ -101,8 +127,7 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
     try:
         with reading(f"{path}", "delete it; only the history of the run is lost"):
             sessions = parse_object(read_text(path))["sessions"]
-            if not (isinstance(sessions, list) and all(isinstance(each, dict) for each in sessions)):
-                raise ValueError("its sessions are not a list of objects")
+            ENTRIES.validate_python(sessions, strict=True)
             return sessions
     except BadInput as error:
         warnings.warn(str(error), RuntimeWarning, stacklevel=2)

@@ -86,6 +86,12 @@ def test_a_bug_outside_of_the_guard_is_a_traceback(error):
         raise error
 
 
+def test_ctrl_c_ends_a_command_with_one_line_and_the_status_of_shells(capsys):
+    with pytest.raises(SystemExit) as stop, ends_with_message():
+        raise KeyboardInterrupt
+    assert (stop.value.code, capsys.readouterr().err) == (130, "error: interrupted\n")
+
+
 @pytest.mark.parametrize(("value", "expected"), [("1", True), ("", False), ("0", False)])
 def test_a_variable_shows_the_traceback(value, expected, monkeypatch, capsys):
     monkeypatch.setenv("PUMA_TRACEBACK", value)

@@ -37,6 +37,8 @@ import eval.evaluate
 import eval.gsm8k_eval
 import model.hub
 import report.curves
+import report.page
+import report.runs
 import results.run
 import sampling
 import train
@@ -268,6 +270,23 @@ COMMANDS: dict[str, Callable[[Path], tuple[Any, ...]]] = {
     "qwen/config.json": train_from_qwen,
     "qwen/model.safetensors": train_from_qwen,
 }  # fmt: skip
+
+
+def show(folder: Path) -> tuple[Any, ...]:
+    """Command that lists a run and writes its page."""
+
+    def main(arguments: list[str]) -> None:
+        report.runs.main(arguments)
+        report.page.main(arguments)
+
+    return main, folder / "run"
+
+
+# Read by the list and the page.
+RECORDS = (
+    "run/config.yaml", "run/final.json", "run/history.json", "run/metrics.jsonl", "run/samples_*.jsonl",
+    "run/traces.json",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -671,21 +690,25 @@ def kind_of(name: str) -> str:
     return {".yaml": "yaml", ".json": "json", ".jsonl": "jsonl"}.get(Path(name).suffix, "binary")
 
 
-def check_mutation(name: str, good: Path, folder: Path, content: bytes) -> None:
-    """Run the command that reads a file, with another content."""
+def check_mutation(
+    name: str, good: Path, folder: Path, content: bytes, command: Callable[[Path], tuple[Any, ...]]
+) -> None:
+    """Run a command that reads a file, with another content."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(good, folder)
     (path,) = folder.glob(name)
     path.write_bytes(content)
     if "checkpoints" in name and path.name != "manifest.json":
         reseal(path.parent)
-    ended = call(*COMMANDS[name](folder))
+    ended = call(*command(folder))
     assert ended.status in (0, 2) or (ended.status == 1 and "diverged" in ended.err), ended
     if ended.status:
         check_message(ended)
 
 
-def run_property(name: str, good: Path, folder: Path, n_examples: int) -> None:
+def run_property(
+    name: str, good: Path, folder: Path, n_examples: int, command: Callable[[Path], tuple[Any, ...]] | None = None
+) -> None:
     """Mutate one kind of file; the examples are the same on every machine."""
     (path,) = good.glob(name)
 
@@ -694,7 +717,7 @@ def run_property(name: str, good: Path, folder: Path, n_examples: int) -> None:
     )
     @given(mutated(path.read_bytes(), kind_of(name)))
     def check(content: bytes) -> None:
-        check_mutation(name, good, folder, content)
+        check_mutation(name, good, folder, content, command or COMMANDS[name])
 
     check()
 
@@ -703,6 +726,21 @@ def run_property(name: str, good: Path, folder: Path, n_examples: int) -> None:
 def test_a_mutated_file_is_read_or_refused(name, good, tmp_path):
     # Those of the word problems sample a program and run it.
     run_property(name, good, tmp_path / "mutated", 3 if name.startswith("words/") else 6)
+
+
+@pytest.mark.filterwarnings("ignore:.*history.json cannot be read:RuntimeWarning")
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_run_with_a_mutated_file_is_shown_or_refused(name, good, tmp_path, monkeypatch):
+    if name != "run/metrics.jsonl":
+        monkeypatch.setattr(report.page, "_draw", lambda *_, **__: "")
+    run_property(name, good, tmp_path / "mutated", 6, show)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*history.json cannot be read:RuntimeWarning")
+@pytest.mark.parametrize("name", RECORDS)
+def test_runs_with_many_mutated_files_are_shown_or_refused(name, good, tmp_path):
+    run_property(name, good, tmp_path / "mutated", 150, show)
 
 
 @pytest.mark.slow

@@ -113,6 +113,21 @@ def test_states_and_figures(resumed, capsys):
     assert "final.json cannot be read" in run["problem"]
 
 
+def test_a_damaged_history_or_result_hides_no_other_run(resumed, capsys):
+    folder = resumed.parent
+    final, history = (json.loads((resumed / name).read_text()) for name in ("final.json", HISTORY_FILE))
+    del final["evaluation"]["loss"]
+    history["sessions"][0]["from_step"] = None
+    for name, file, content in (("a", "final.json", final), ("b", HISTORY_FILE, history)):
+        shutil.copytree(resumed, folder / name)
+        (folder / name / file).write_text(json.dumps(content))
+    with pytest.warns(RuntimeWarning, match=r"0\.from_step: Input should be a valid integer"):
+        main([str(folder)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:4]] == [["a", "damaged"], ["b", "complete"], ["resumed", "complete"]]
+    assert "evaluation.loss: Field required" in lines[4]
+
+
 def test_a_packed_model_is_no_run(tmp_path):
     for name, files in {
         "packed": ("model.safetensors",),

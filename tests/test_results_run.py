@@ -94,6 +94,7 @@ def test_all_settings_of_an_experiment_are_read_and_differ(name, tmp_path):
     [
         (["--jobs", "0"], "--jobs: must be an integer from 1 to 1024, got 0"),
         (["training.max_step=1"], "did you mean 'max_steps'?"),
+        (["--draw", "training.max_steps=1"], "training.max_steps=1: not with --draw"),
     ],
 )
 def test_bad_input_ends_with_one_message(words, expected, tmp_path, capsys):
@@ -102,6 +103,27 @@ def test_bad_input_ends_with_one_message(words, expected, tmp_path, capsys):
     assert stop.value.code == 2
     assert expected in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--runs", "--out"])
+def test_a_file_in_place_of_a_folder_is_refused_before_any_run(option, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    places = {"--runs": str(tmp_path), "--out": str(tmp_path), option: str(tmp_path / "file")}
+    with pytest.raises(SystemExit) as stop:
+        run.main(["positions", *(word for pair in places.items() for word in pair)])
+    assert stop.value.code == 2
+    assert f"{option} {tmp_path}/file: {tmp_path}/file is not a folder" in capsys.readouterr().err
+
+
+def test_an_interrupted_experiment_ends_with_status_130(tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run_all", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        run.main(["positions", "--runs", str(tmp_path), "--out", str(tmp_path)])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted; the same command continues\n"
 
 
 def fork(command: list[str], cwd: Path, env: dict[str, str], stdout: IO[bytes], stderr: IO[bytes]) -> Forked:
@@ -129,7 +151,10 @@ def test_an_experiment_runs_once_and_continues(
         run.main(["tiny", *places, "--budget-s", "0"])
     assert "no run has been evaluated yet" in str(stop.value.code)
     assert not (tmp_path / "out").exists(), "nothing is replaced by nothing"
-    for _ in range(2):
+    for number in range(2):
+        if number:  # a damaged result that no record has is written again by train.py
+            shutil.rmtree(tmp_path / "out")
+            (tmp_path / "runs/tiny/uniform_seed1/final.json").write_text('{"accuracy": 0.5')
         with pytest.raises(SystemExit) as stop:
             run.main(["tiny", *places])
         assert stop.value.code == 0
@@ -140,7 +165,9 @@ def test_an_experiment_runs_once_and_continues(
     assert stop.value.code == 2, "runs of other settings are not taken for these"
     logs = list(tmp_path.glob("runs/tiny/*.log"))
     assert len(logs) == 5
-    assert all(path.read_text().count("unseen puzzles") == 1 for path in logs), "each ran once"
+    counts = {path.stem: path.read_text().count("unseen puzzles") for path in logs}
+    assert counts.pop("uniform_seed1") == 2, "it was damaged"
+    assert set(counts.values()) == {1}, "each other ran once"
     kept = json.loads((tmp_path / "out/tiny/records.json").read_text())
     assert [(each["arm"], each["seed"]) for each in kept["runs"]] == [
         ("with PUMA", 0),

@@ -6,7 +6,6 @@ the run has them. config.yaml, and final.json of a complete run, are in collect.
 
 from __future__ import annotations
 
-import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -17,8 +16,10 @@ from safetensors.torch import save_file
 
 from bench.gpu.report import Report
 from bench.gpu.runs import SUDOKU
+from data.foreign import read_json, reading
 from report.curves import accuracy_points, draw_curves, rules_of, target_table
 from runtime.checkpoint import find_checkpoint
+from runtime.final import read_final
 from runtime.metrics import METRICS_FILE, read_metrics
 from samplers.options import rule_in_words
 
@@ -46,10 +47,11 @@ def run(options: Namespace, report: Report) -> None:
 
 def gather(run_dir: Path, out: Path, name: str, report: Report) -> dict[str, Any]:
     """The figures of one run; copies its records and weights."""
-    found: dict[str, Any] = {"complete": (run_dir / "final.json").exists()}
-    for key, path in {"final": run_dir / "final.json", "rules": run_dir.with_name(f"{name}_rules.json")}.items():
-        if path.exists():
-            found[key] = json.loads(path.read_text(encoding="utf-8"))
+    final, rules = read_final(run_dir), run_dir.with_name(f"{name}_rules.json")
+    found: dict[str, Any] = {"complete": final is not None} | ({"final": final} if final else {})
+    if rules.exists():
+        with reading(f"{rules}", "delete it; only the accuracy by all rules is lost"):
+            found["rules"] = read_json(rules)
     if not (run_dir / METRICS_FILE).exists():
         report.fail(name, "it has no records yet")
         return found

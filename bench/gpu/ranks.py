@@ -24,6 +24,7 @@ from config import Config
 from runtime.checkpoint import latest_checkpoint
 from runtime.config_file import read_config
 from runtime.distributed import World, barrier, from_main, gather, start_world, stop_world, sum_over_ranks
+from runtime.final import read_final
 from runtime.optim import build_optimizer
 from runtime.sharding import full_tensor, is_sharded, shard
 from training.run import Run, build_run, restore_run, save_run
@@ -44,8 +45,8 @@ def run(options: Namespace, report: Report) -> None:
         words += ["--config", str(YAML_FILE), "--run-dir", f"{folder}/run", *TINY_SUDOKU]
         words += [f"data.data_dir={folder}", "training.max_steps=6", "training.num_epochs=null"]
         if report.run("train.py, one rank of torchrun", *words, environment=LOOPBACK):
-            complete = Path(folder, "run", "final.json").exists()
-            report.add("train.py, one rank of torchrun", "complete" if complete else "no final.json")
+            complete = read_final(Path(folder, "run")) is not None
+            report.add("train.py, one rank of torchrun", "complete" if complete else "no result")
     for name, difference in (report.measure("one rank", one_rank, overrides) or {}).items():
         report.add(name, difference, "", ("<=", 1e-5))
     exact = report.measure("graph, deterministic", graph_against_eager, True, [*overrides, FLOAT32])

@@ -27,6 +27,7 @@ AnyDataSettings = SudokuSettings | TinyGsmSettings | AdditionSettings | TextSett
 
 NumberOfStages = Annotated[int, Field(gt=0, le=1 << 20)]  # the records hold a share for each stage
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Confidence = Literal["top_prob", "top_prob_margin", "neg_entropy", "random"]
 Revision = Literal["remask", "plan", "running_confidence"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
@@ -212,7 +213,7 @@ class TrainingSettings(Settings):
     )
     learning_rate: float = Field(gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay, only on matrices")
-    adam_betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="decay rates of the two moments of AdamW")
+    adam_betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.999), description="decay rates of the two moments of AdamW")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up; then cosine decay to 0")
     num_epochs: float | None = Field(None, gt=0, le=1e9, description="length: updates = epochs * rows // batch_size")
     max_steps: int | None = Field(

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from bench.measure import measure, profile
+from data.files import check_out
 from data.foreign import CommandParser, ends_with_message, whole_number
 
 WITH_MODEL = ("step", "head", "sample", "block")
@@ -41,6 +42,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, value in vars(options).items():
         if value and name in READ_BY and options.command not in READ_BY[name]:
             parser.error(f"{options.command} does not read {name}; these do: {', '.join(READ_BY[name])}")
+    if options.profile and options.json:
+        parser.error("--json: not with --profile, which prints no report")
     options.arguments, options.only = arguments, None
     # Calls before a path is timed: for the optimizer's state, compilation, and the recording of a graph.
     options.n_warmup = 5 if options.graph else 2 if options.compile else 1
@@ -51,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
     with ends_with_message():
+        if options.json:
+            check_out(options.json, "--json")
         benchmark = importlib.import_module(f"bench.{options.command}").build(options)
         (profile if options.profile else measure)(options, benchmark)
 

@@ -41,6 +41,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from data.dataset import AnswerVerdict, DataSet, DataSettings, Judged
+from data.foreign import check_memory
 from data.hashes import hash_arrays
 from data.questions import Question
 from data.settings import Seed
@@ -129,6 +130,9 @@ class Addition(DataSet):
     @override
     def train(self) -> AdditionData:
         settings = self.settings
+        # Random digits and their copies; `keys` of the rows that are drawn anew.
+        n_bytes = settings.n_train * (16 * settings.max_digits + 200)
+        check_memory(n_bytes, f"data.n_train {settings.n_train:,} with data.max_digits {settings.max_digits:,}")
         rng = np.random.default_rng([settings.seed, 0])
         unseen = self.test.operands[count_digits(self.test.operands).sum(1) >= MIN_UNSEEN_DIGITS]
         keys = {*operand_keys(unseen), *operand_keys(unseen[:, ::-1])}
@@ -149,6 +153,8 @@ class Addition(DataSet):
     def test(self) -> AdditionData:
         """The test questions: at odd indices stratified by carry chain."""
         n_test, max_digits = self.settings.n_test, self.settings.max_digits
+        # Chains are drawn with integers of eight bytes.
+        check_memory(n_test * (64 * max_digits + 200), f"data.n_test {n_test:,} with data.max_digits {max_digits:,}")
         rng = np.random.default_rng([self.settings.seed, 1])
         operands = draw_operands(rng, n_test, max_digits)
         operands[1::2] = draw_chains(rng, 1 + np.arange(n_test // 2) % max_digits, max_digits)
@@ -190,12 +196,13 @@ class Addition(DataSet):
     def encode(self, question: str) -> np.ndarray:
         """Two numbers with a plus between them, such as 123+456; spaces and an equals sign at the end are allowed."""
         max_digits = self.settings.max_digits
-        match = re.fullmatch(r"\s*0*([0-9]+)\s*\+\s*0*([0-9]+)\s*=?\s*", question)
-        if match is None or max(map(len, match.groups())) > max_digits:
+        match = re.fullmatch(r"\s*([0-9]+)\s*\+\s*([0-9]+)\s*=?\s*", question)
+        operands = [number.lstrip("0") for number in match.groups()] if match else []
+        if match is None or max(map(len, operands)) > max_digits:
             raise ValueError(
                 f"prompt {question!r} must be two whole numbers of at most {max_digits} digits, such as 123+456"
             )
-        numbers = [[int(digit) for digit in reversed(number.zfill(max_digits))] for number in match.groups()]
+        numbers = [[int(digit) for digit in reversed(number.zfill(max_digits))] for number in operands]
         tokens, prompt_mask = self._data(np.array([numbers], dtype=np.uint8)).rows(np.array([0]))
         return np.where(prompt_mask, tokens, self.mask_id)[0]
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.files import write_text
+from data.files import check_out, write_text
 from data.foreign import CommandParser, check_memory, ends_with_message, whole_number
 from data.sudoku_boards import BOX_SHAPE, SudokuData, make_data, puzzle_keys, save_array
 from data.sudoku_solver import POPCOUNT, fill_boards
@@ -150,6 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="csv file")
     options = parser.parse_args(arguments)
     with ends_with_message():
+        check_out(options.out, "--out")
         data, _ = generate_sudoku(
             options.size,
             options.count,

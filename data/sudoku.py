@@ -98,14 +98,18 @@ class SudokuSettings(DataSettings):
             )
         if self.source == "files" and not (self.train_file and self.test_file):
             problems.append("source 'files' needs train_file and test_file")
-        if self.source != "files" and (self.train_file or self.test_file):
-            problems.append(f"train_file and test_file are ignored by source {self.source!r}: set source: files")
         if self.source == "hub" and not self.hub_name:
             problems.append("source 'hub' needs hub_name")
-        if self.source != "hub" and self.hub_name:
-            problems.append(f"hub_name is ignored by source {self.source!r}: set source: hub")
-        if self.rating_column and self.source not in ("files", "hub"):
-            problems.append(f"rating_column is ignored by source {self.source!r}")
+        for keys, sources in (
+            (("n_train", "n_test", "min_clues", "max_clues", "seed"), ("generated", "published_or_generated")),
+            (("train_file", "test_file"), ("files",)),
+            (("hub_name", "train_split", "test_split", "puzzle_column", "solution_column"), ("hub",)),
+            (("rating_column",), ("files", "hub")),
+        ):
+            given = [key for key in keys if not self.is_default(key)]
+            if given and self.source not in sources:
+                listed = " or ".join(map(repr, sources))
+                problems.append(f"{', '.join(given)}: only used by source {listed}, but source is {self.source!r}")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -535,9 +539,9 @@ def main(arguments: list[str] | None = None) -> None:
     with ends_with_message():
         tokens, _ = read_boards(options.file, options.size)
         check_shape(tokens, options.size, options.file)
-    bad = check_boards(tokens, options.size)
-    good = np.setdiff1d(np.arange(len(tokens)), [row for row, _ in bad])
-    several = check_uniqueness(tokens[good, : options.size**2].astype(np.uint8), options.size)
+        bad = check_boards(tokens, options.size)
+        good = np.setdiff1d(np.arange(len(tokens)), [row for row, _ in bad])
+        several = check_uniqueness(tokens[good, : options.size**2].astype(np.uint8), options.size)
     bad = sorted(bad + [(int(good[row]), reason) for row, reason in several])
     if bad:
         fail(f"{options.file}: {format_bad_rows(bad, len(tokens))}")

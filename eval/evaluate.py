@@ -44,11 +44,13 @@ from runtime.distributed import (
     stop_world,
     sum_over_ranks,
 )
-from runtime.signals import StopVote
+from runtime.signals import INTERRUPTED, StopVote
 from samplers.options import rule_in_words
 
 # Seed of the masks of the validation loss: the same in all runs, so that their losses can be compared.
 MASK_SEED = 20_260_210
+# Settings of `validation` that a sweep reads.
+SWEEP_READS = ("n_examples", "n_final_examples", "batch_size", "temperature")
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,13 @@ def _check_options(parser: ArgumentParser, options: Namespace) -> None:
     if unused:
         remedy = "not with --sweep, whose files --out names" if options.sweep else "only with --sweep"
         parser.error(f"{', '.join(unused)}: {remedy}")
+    sections = [each.partition("=")[0].split(".") for each in options.overrides if "=" in each]
+    without_effect = [".".join(key) for key in sections if key[0] == "validation" and key[-1] not in SWEEP_READS]
+    if options.sweep and without_effect:
+        parser.error(
+            f"{', '.join(without_effect)}: no effect with --sweep, which sets the rules itself (choose with --rules); "
+            f"of validation it reads only {', '.join(SWEEP_READS)}"
+        )
 
 
 def _check_files(options: Namespace) -> None:
@@ -284,6 +293,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(evaluation.table())  # last, since standard output may be closed
     except (ValueError, OSError) as error:
         fail_once(error)
+    except KeyboardInterrupt:
+        fail_once("interrupted", status=INTERRUPTED)
     finally:
         stop_world()
 
@@ -302,6 +313,8 @@ def _sweep(options: Namespace) -> None:
             print("\n".join(sweep_table(points)))
     except (ValueError, OSError) as error:
         fail_once(error)
+    except KeyboardInterrupt:
+        fail_once("interrupted; the same command continues", status=INTERRUPTED)
     finally:
         stop_world()
 

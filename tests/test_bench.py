@@ -139,6 +139,8 @@ def test_block(tmp_path):
         (["step", "--batch", "0"], "must be an integer from 1"),
         (["block", "--length", "24"], "16 blocks"),
         (["data", "--steps", "3"], "data does not read steps"),
+        (["data", "--profile", "--json", "a.json"], "--json: not with --profile"),
+        (["data", "--json", "/nonexistent/a.json"], "--json /nonexistent/a.json: the folder"),
     ],
 )
 def test_bad_input(arguments, message, capsys):

@@ -224,6 +224,13 @@ def test_overrides_change_what_they_name_and_nothing_else(tiny):
     }
 
 
+def test_a_default_that_is_written_out_is_no_key_of_another_source(tiny):
+    data = (
+        "{dataset: sudoku, size: 4, source: files, train_file: a, test_file: b, n_train: 1000000, train_split: train}"
+    )
+    assert read_config(tiny, [f"data={data}"]).data.source == "files"
+
+
 def test_the_last_override_wins(tiny):
     assert read_config(tiny, ["training.seed=1", "training.seed=2"]).training.seed == 2
 
@@ -334,7 +341,11 @@ BAD = {
     "unknown source": ("data.source=internet", "data.source = 'internet'"),
     "published boards of 4x4": ("data.source=published", "has only 9x9 boards"),
     "files that are not named": ("data.source=files", "needs train_file and test_file"),
-    "file that nothing reads": ("data.train_file=a.csv", "ignored by source 'generated'"),
+    "file that nothing reads": ("data.train_file=a.csv", "train_file: only used by source 'files'"),
+    "clues of boards in files": ("data={dataset: sudoku, source: files, train_file: a, test_file: b, min_clues: 20}",
+                                 "min_clues: only used by source 'generated' or 'published_or_generated'"),
+    "columns of generated boards": ("data.puzzle_column=quizzes", "puzzle_column: only used by source 'hub'"),
+    "moments that never decay": ("training.adam_betas=[0.9, 1.0]", "less than 1"),
     "hub without a name": ("data.source=hub", "source 'hub' needs hub_name"),
     "clues the wrong way round": ("data.min_clues=9", "min_clues 9 is above max_clues 8"),
     "unknown wandb mode": ("wandb.mode=maybe", "wandb.mode = 'maybe'"),

@@ -209,10 +209,10 @@ def test_questions_in_text(order):
 
 
 @pytest.mark.parametrize(
-    "question", ["", "12", "1+2+3", "-1+2", "1.5+2", "a+b", "1+" + "9" * 21, "1 2+3", "١+٢", "1+2=3"]
+    "question", ["", "12", "1+2+3", "-1+2", "1.5+2", "a+b", "1+" + "9" * 21, "1 2+3", "١+٢", "1+2=3", "0" * 200_000]
 )
 def test_a_bad_question_is_refused(question):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError) as error:  # in linear time
         open_addition().encode(question)
     assert str(error.value) == (f"prompt {question!r} must be two whole numbers of at most 20 digits, such as 123+456")
 
@@ -232,6 +232,13 @@ def test_a_shown_answer(order):
     (wrong,) = data.verdicts(prompt[None], tokens[None])
     assert (wrong.right, wrong.reason, wrong.answer) == (False, "wrong: the sum is 1012", "+2")
     assert wrong.wrong == ({8: "must be 1", 10: "must be 1"} if step > 0 else {9: "must be 1", 11: "must be 1"})
+
+
+@pytest.mark.parametrize("sizes", [{"n_train": 10**12}, {"n_test": 10**12}, {"max_digits": 10**10}])
+def test_sizes_beyond_the_memory_are_refused_by_name(sizes):
+    ((name, size),) = sizes.items()
+    with pytest.raises(ValueError, match=rf"data\.{name} {size:,}.* GiB are free"):
+        open_addition(**sizes).train  # noqa: B018
 
 
 def test_settings_fit_the_rows():

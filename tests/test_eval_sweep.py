@@ -247,6 +247,7 @@ def test_the_questions_that_an_override_asks_for_are_asked(
         (["--out", "a"], "--out: only with --sweep"),
         (["--sweep", "--out", "/nonexistent/a"], "--out /nonexistent/a.json: the folder /nonexistent does not exist"),
         (["--sweep", "--rules", "best"], "--rules best: choose from top_prob"),
+        (["--sweep", "validation.threshold=0.9", "training.seed=1"], "validation.threshold: no effect with --sweep"),
     ],
 )
 def test_options_are_checked_before_work(
@@ -260,6 +261,19 @@ def test_options_are_checked_before_work(
     monkeypatch.chdir(tmp_path)
     assert expected in refused([str(run_dir), *words], capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_that_is_interrupted_ends_with_status_130(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eval.sweep.measure_rule", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(run_dir), "--sweep", "--rules", "plan", "--out", str(tmp_path / "out")])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.endswith("error: interrupted; the same command continues\n")
 
 
 def test_a_file_that_no_sweep_wrote_is_refused(

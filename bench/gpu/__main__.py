@@ -23,6 +23,7 @@ from data.foreign import CommandParser, ends_with_message
 PIECES = ("sudoku", "collect", "tests", "speed", "block", "ranks", "experiments")
 # Options that not all pieces read. Given to another piece they are errors, so that no option is ignored.
 READ_BY: dict[str, tuple[str, ...]] = {
+    "tiny": ("sudoku", "speed", "block", "ranks", "experiments"),
     "updates": ("sudoku",),
     "attached": ("sudoku",),
     "target": ("collect",),

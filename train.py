@@ -37,7 +37,7 @@ from tqdm import tqdm
 from config import Config
 from data.dataset import DataSet
 from data.files import WriteError, reported, say, write_text
-from data.foreign import CommandParser, escape, reading, shorten
+from data.foreign import CommandParser, escape, shorten
 from eval.accuracy import check_n_examples
 from eval.evaluate import Evaluation, as_json, evaluate
 from model.hub import check_init_from

@@ -2,7 +2,7 @@
 
     python train.py --config yaml_files/sudoku_mini_puma.yaml --run-dir RUN_DIR model.vocab_size=6 data.size=4 \
         model.learned_positions=16 data.n_train=20000 data.min_clues=4 data.max_clues=5 objective.n_stages=6 \
-        objective.collapse_threshold=null training.max_steps=600 validation.n_examples=200 validation.n_final_examples=500
+        objective.collapse_threshold=null training.max_steps=600 validation.n_examples=200
     python -m docs.draw_puma RUN_DIR --out docs/puma.png     # any run of `puma` (not `block_puma`) on small boards
 
 Shapes: L positions, C cells of the solution.

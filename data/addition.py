@@ -34,7 +34,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -52,6 +52,7 @@ GROUPS = np.array([0, 1, 2, 3, 5, 9, 17])  # lowest values of the groups of `dif
 MIN_UNSEEN_DIGITS = 4  # of both operands together
 
 DigitOrder = Literal["least_first", "most_first"]
+Digits = TypeVar("Digits", np.ndarray, str)
 
 
 class AdditionSettings(DataSettings):
@@ -178,7 +179,7 @@ class Addition(DataSet):
         n_digits = self.settings.max_digits + 1
         samples = []
         for index, row, wanted in zip(indices, tokens[:, -n_digits:], expected[:, -n_digits:], strict=True):
-            answer, total = (format_number(self._from_highest(digits)) for digits in (row, wanted))
+            answer, total = (format_number(self._turned(digits)) for digits in (row, wanted))
             is_right = bool((row == wanted).all())
             question = self.question(index).text
             samples.append(
@@ -209,8 +210,8 @@ class Addition(DataSet):
     @override
     def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
         """The sum, and the order in which its digits were filled."""
-        first, second, total = (format_number(digits) for digits in self._numbers(tokens))
-        *_, digits = self._numbers(tokens)
+        *operands, digits = self._numbers(tokens)
+        first, second, total = map(format_number, (*operands, digits))
         *_, steps = self._numbers(order)
         return "\n".join(
             [
@@ -229,7 +230,7 @@ class Addition(DataSet):
         for prompt, row in zip(prompts, tokens, strict=True):
             operands = [int(format_number(digits)) for digits in self._numbers(prompt)[:2]]
             expected, found = str(sum(operands)), format_number(self._numbers(row)[2])
-            digits = self._sum_digits(expected)
+            digits = self._turned(expected.zfill(self.settings.max_digits + 1))
             start = len(row) - len(digits)
             wrong = {
                 start + i: f"must be {right}" for i, right in enumerate(digits) if SYMBOLS[row[start + i]] != right
@@ -237,11 +238,6 @@ class Addition(DataSet):
             reason = f"wrong: the sum is {expected}" if wrong else "right"
             verdicts.append(AnswerVerdict(found, not wrong, reason, {"sum": expected}, wrong))
         return verdicts
-
-    def _sum_digits(self, total: str) -> str:
-        """The digits of a sum as a row has them: N + 1, in the order of the settings."""
-        padded = total.zfill(self.settings.max_digits + 1)
-        return padded if self.settings.order == "most_first" else padded[::-1]
 
     @override
     def token_text(self, token: int) -> str:
@@ -251,16 +247,16 @@ class Addition(DataSet):
         """Values of a row (int64 [L]) at both operands and the sum, the most significant digit first."""
         n_digits = self.settings.max_digits
         bounds = (slice(n_digits), slice(n_digits + 1, 2 * n_digits + 1), slice(2 * n_digits + 2, None))
-        return [row[bound][:: 1 if self.settings.order == "most_first" else -1] for bound in bounds]
+        return [self._turned(row[bound]) for bound in bounds]
+
+    def _turned(self, digits: Digits) -> Digits:
+        """Digits in the order of a row as the most significant first, or the other way round."""
+        return digits if self.settings.order == "most_first" else digits[::-1]
 
     @override
     def question(self, index: int) -> Question:
         """Two numbers of the test."""
         return Question("+".join(format_number(digits[::-1]) for digits in self.test.operands[index]))
-
-    def _from_highest(self, digits: np.ndarray) -> np.ndarray:
-        """Digits of a row, the most significant one first."""
-        return digits if self.settings.order == "most_first" else digits[::-1]
 
     @override
     def difficulty(self, indices: np.ndarray) -> dict[str, np.ndarray]:

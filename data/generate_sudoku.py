@@ -12,7 +12,6 @@ Shapes: N boards, S size, C = S * S cells.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -25,6 +24,7 @@ from data.files import check_out, write_text
 from data.foreign import CommandParser, check_memory, ends_with_message, whole_number
 from data.sudoku_boards import BOX_SHAPE, SudokuData, make_data, puzzle_keys, save_array
 from data.sudoku_solver import POPCOUNT, fill_boards
+from grader.cores import count_cores
 
 # Puzzles with fewer clues have several solutions.
 FEWEST_CLUES = {4: 4, 6: 8, 9: 17}
@@ -64,7 +64,7 @@ def generate_sudoku(
     n_stale = 0
     hidden = None if show_progress else True  # None: where standard error is no terminal
     with tqdm(total=n_wanted, desc=f"generating {size}x{size} puzzles", unit="puzzle", disable=hidden) as bar:
-        for chunk in _chunks(size, min_clues, max_clues, seed, n_workers or os.cpu_count() or 1):
+        for chunk in _chunks(size, min_clues, max_clues, seed, n_workers or count_cores()):
             n_before = len(seen)
             for board, key in zip(chunk, puzzle_keys(chunk[:, : size * size]), strict=True):
                 if key not in seen and len(seen) < n_wanted:

@@ -41,6 +41,7 @@ from data.foreign import (
 from data.gsm8k import HUB_NAME, read_problems
 from data.text import encode_rows, load_tokenizer
 from data.token_files import LABELS_FILE, META_FILE, PROMPT_FILE, TOKENIZER_DIR, data_shape, read_meta, write_meta
+from grader.cores import count_cores
 
 PROGRESS_FILE = ".progress.json"
 COLUMNS = ("question", "code")  # of TinyGSM
@@ -247,7 +248,7 @@ def _encode_chunks(
     n_workers: int | None,
 ) -> Iterator[Rows]:
     """`work` on each chunk in worker processes, in order, with a bounded number of pending chunks."""
-    n_workers = n_workers or len(os.sched_getaffinity(0))
+    n_workers = n_workers or count_cores()
     if n_workers == 1:
         yield from (work(*chunk) for chunk in chunks)
         return

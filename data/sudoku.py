@@ -362,7 +362,7 @@ def format_cells(cells: np.ndarray) -> str:
 
 def check_puzzle(puzzle: np.ndarray, size: int) -> None:
     """Raise ValueError if a puzzle ([C], 0 for empty cells) has contradicting clues or no empty cell."""
-    text = shorten(repr("".join(str(digit) if digit else "." for digit in puzzle)), 100)
+    text = shorten(repr(format_cells(puzzle)), 100)
     repeats = find_repeats(puzzle, size)
     if repeats:
         group, digit, cells = repeats[0]
@@ -454,8 +454,9 @@ def describe_board(grid: np.ndarray, puzzle: np.ndarray, size: int, first: int) 
         "n_wrong": len(faults.different) if faults.n_solutions in (None, 1) else None,
     }
     reason = "not solved: " + ", ".join(parts) if parts else f"solved: legal, and all {n_clues} clues kept"
-    answer = "".join(str(digit) for digit in grid)
-    return AnswerVerdict(answer, not parts, reason, facts, {first + cell: why for cell, why in faults.all.items()})
+    return AnswerVerdict(
+        format_cells(grid), not parts, reason, facts, {first + cell: why for cell, why in faults.all.items()}
+    )
 
 
 EARLY, LATE = (222, 235, 247), (8, 69, 148)  # colours of cells by the order in which they were filled

@@ -7,7 +7,6 @@ Shapes: n boards, S size, C = S * S cells.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,6 +14,7 @@ from numba import njit, uint64
 from tqdm import tqdm
 
 from data.sudoku_boards import BOX_SHAPE
+from grader.cores import count_cores
 
 SEARCH_ROWS = 500  # puzzles per task of a thread when counting solutions
 # Number of digits in a bit mask of candidates.
@@ -243,7 +243,7 @@ def check_uniqueness(puzzles: np.ndarray, size: int, *, show_progress: bool = Tr
     """
     bad: list[tuple[int, str]] = []
     starts = range(0, len(puzzles), SEARCH_ROWS)
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # the compiled code releases the GIL
+    pool = ThreadPoolExecutor(count_cores())  # the compiled code releases the GIL
     try:
         counts = pool.map(lambda start: count_solutions(puzzles[start : start + SEARCH_ROWS], size), starts)
         with tqdm(

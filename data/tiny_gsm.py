@@ -33,6 +33,7 @@ from data.text import decode_programs, load_tokenizer
 from data.text_pairs import PairSettings, TextPairs
 from data.token_files import META_FILE, read_meta, tokenizer_of
 from data.word_problems import TEST_FILE, Difficulty, cached_word_problems, count_operations
+from grader.cores import count_cores
 from grader.grade import gold_number, grade, reason_shares
 
 
@@ -173,7 +174,7 @@ class TinyGsm(TextPairs):
         problems = [self.test.problems[i] for i in indices]
         programs = decode_programs(self.tokenizer, tokens, self.test.xt[indices] != self.mask_id)
         # The ranks on a machine share its cores.
-        n_workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        n_workers = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         verdicts = grade(programs, [problem.answer for problem in problems], n_workers=n_workers)
         shares = [{"accuracy": float(verdict.verdict)} | reason_shares([verdict]) for verdict in verdicts]
         figures = {name: np.array([share[name] for share in shares], dtype=np.float32) for name in self.figures}

@@ -61,6 +61,7 @@ from pathlib import Path
 from signal import SIGKILL
 from typing import Any, Literal
 
+from grader.cores import count_cores
 from grader.sandbox_worker import CHILD_STATUSES, HEADER, MAX_INT_BITS, MAX_RESULT, MAX_TEXT, MAX_WAITING
 from grader.text import escape
 
@@ -132,7 +133,7 @@ def run_programs(
             waiting.append(i)
         else:
             report(i)
-    n_workers = min(n_workers or min(WORKERS_PER_CORE * _n_cores(), MAX_WORKERS), len(waiting))
+    n_workers = min(n_workers or min(WORKERS_PER_CORE * count_cores(), MAX_WORKERS), len(waiting))
     limits = (cpu_s, wall_s, memory_mib << 20)
     workers: list[_Worker] = []
     try:
@@ -314,10 +315,3 @@ def _warn_of_missing(protections: frozenset[str]) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def _n_cores() -> int:
-    """Number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -30,6 +30,7 @@ from typing_extensions import TypedDict
 
 from data.files import WriteError, write_text
 from data.foreign import MAX_INTEGER, BadInput, parse_object, read_text, reading
+from grader.cores import count_cores
 from runtime.distributed import World
 from runtime.machine import processor_name
 
@@ -172,7 +173,7 @@ def _hardware(world: World) -> dict[str, Any]:
         "host": socket.gethostname(),
         "system": platform.platform(),
         "processor": processor_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),  # macOS
+        "cores": count_cores(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "processes": world.n_ranks,
         "device": world.device.type,

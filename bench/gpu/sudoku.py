@@ -21,6 +21,7 @@ from pathlib import Path
 from bench.gpu.report import ROOT, Report
 from bench.gpu.runs import SUDOKU, TINY_SUDOKU, is_paused, write_pids
 from bench.inputs import YAML_FILES
+from grader.cores import count_cores
 from runtime.checkpoint import step_folders
 from runtime.config_file import read_config
 
@@ -127,7 +128,7 @@ def start_run(runs: Path, name: str, overrides: list[str]) -> subprocess.Popen[b
         str(runs / name),
         *overrides,
     ]
-    n_threads = str(max(1, (os.cpu_count() or 1) // 4))
+    n_threads = str(max(1, count_cores() // 4))
     with open(runs / f"{name}.log", "ab") as log:
         environment = os.environ | {"OMP_NUM_THREADS": n_threads}
         return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, stdout=log, stderr=log)

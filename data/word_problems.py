@@ -13,7 +13,7 @@ import json
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -248,33 +248,65 @@ def _draw_hard(generator: random.Random) -> WordProblem:
         numbers = _draw_numbers(generator, steps)
     start, operands, answer = numbers
     name, other = generator.sample(sorted(NAMES), 2)
-    things, he = generator.choice(THINGS), NAMES[name]
-    owner, variable, kept = name, "start", ""
-    sentences: list[str] = []
-    lines = [f"start = {start}"]
+    story = _Story(name, other, generator.choice(THINGS), start, units)
     for step, n in zip(steps, operands, strict=True):
+        story.add(step, n, generator)
+    return WordProblem(" ".join([*story.sentences, story.question()]), story.program(), answer)
+
+
+@dataclass
+class _Story:
+    """A hard problem as far as it is told: its sentences, its program, and who has what now."""
+
+    owner: str  # who is asked about at the end: one of two people, or "they"
+    other: str
+    things: str
+    start: int  # the number that the first person has at the start
+    units: str  # what is counted, as a form with {things}
+    kept: str = ""  # variable of the first person's number, once the story has turned to the other one
+    variable: str = "start"  # of the owner's number
+    sentences: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, step: Step, n: int, generator: random.Random) -> None:
+        """Tell one step with the number `n`, in a sentence and a line of the program."""
         forms = step.sentences
-        if not sentences:
+        if not self.sentences:
+            self.lines.append(f"start = {self.start}")
             if step.openings and generator.random() < 0.5:
                 forms = step.openings
             else:
-                sentences.append(f"{name} has {start} {units.format(things=things)}.")
-        words = {"n": n, "a": start, "units": units.format(things=things), "things": things}
-        words |= {"name": owner, "other": other, "his": {"he": "his", "she": "her"}[he]}
-        if owner == "they":
-            words |= {"Owner": "They", "s": ""}
-        else:  # a pronoun only while the story has one person; later it could mean either
-            words |= {"Owner": he.capitalize() if owner == name and sentences and not kept else owner, "s": "s"}
-        sentences.append(generator.choice(forms).format(**words))
-        lines.append(f"{step.variable} = {variable} {step.sign} {kept if step is JOIN else n}")
+                self.sentences.append(f"{self.owner} has {self.start} {self._counted()}.")
+        self.sentences.append(generator.choice(forms).format(**self._words(n)))
+        self.lines.append(f"{step.variable} = {self.variable} {step.sign} {self.kept if step is JOIN else n}")
         if step.owner == "other":
-            owner, other, kept = other, owner, variable
+            self.owner, self.other, self.kept = self.other, self.owner, self.variable
         elif step.owner == "both":
-            owner = "they"
-        variable, units = step.variable, step.after or units
-    words = {"units": units.format(things=things), "owner": owner, "do": "do" if owner == "they" else "does"}
-    sentences.append("How many {units} {do} {owner} have now?".format(**words))
-    return WordProblem(" ".join(sentences), _function([*lines, f"return {variable}"]), answer)
+            self.owner = "they"
+        self.variable, self.units = step.variable, step.after or self.units
+
+    def _words(self, n: int) -> dict[str, str | int]:
+        """What the form of a sentence may name."""
+        words: dict[str, str | int] = {"n": n, "a": self.start, "units": self._counted(), "things": self.things}
+        words |= {"name": self.owner, "other": self.other}
+        if self.owner == "they":
+            return words | {"Owner": "They", "s": ""}
+        he = NAMES[self.owner]
+        # A pronoun only while the story has one person; later it could mean either.
+        subject = he.capitalize() if self.sentences and not self.kept else self.owner
+        return words | {"Owner": subject, "s": "s", "his": {"he": "his", "she": "her"}[he]}
+
+    def _counted(self) -> str:
+        return self.units.format(things=self.things)
+
+    def question(self) -> str:
+        """The last sentence."""
+        do = "do" if self.owner == "they" else "does"
+        return f"How many {self._counted()} {do} {self.owner} have now?"
+
+    def program(self) -> str:
+        """The program, which returns the owner's number."""
+        return _function([*self.lines, f"return {self.variable}"])
 
 
 def _draw_steps(generator: random.Random, n_operations: int, units: str) -> list[Step]:

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from config import Confidence, Config, SamplingRule
-from data.dataset import DataSet, Reference
+from data.dataset import DataSet, Judged, Reference
 from model.transformer import Transformer
 from runtime.distributed import World, gather, sum_over_ranks
 from runtime.signals import StopVote
@@ -121,6 +121,15 @@ class Questions:
     n_examples: int
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What one sampling rule gave."""
+
+    result: SamplerResult
+    samples: list[dict[str, Any]]  # the first judged rows, in order
+    seconds: float  # of sampling, summed over ranks
+
+
 def measure_rule(
     model: Transformer,
     config: Config,
@@ -129,12 +138,8 @@ def measure_rule(
     rule: SamplingRule,
     bar: tqdm,
     vote: StopVote | None,
-) -> tuple[SamplerResult, list[dict[str, Any]], float]:
-    """Sample by one rule and judge the answers.
-
-    Returns:
-        The result, the first judged rows as samples, in order, and the seconds of sampling, summed over ranks.
-    """
+) -> Measured:
+    """Sample by one rule and judge the answers."""
     data, n_examples = test.data, test.n_examples
     sampler = build_sampler(config, data.validation.eos_id)
     names = (*data.figures, "nfe")
@@ -160,40 +165,49 @@ def measure_rule(
             judged = data.judge(tokens, rows)
             figures = [*(judged.figures[name] for name in data.figures), result.nfe.cpu().numpy()]
             sums += torch.tensor([each.sum(dtype=np.float64) for each in figures], device=world.device)
-            right = judged.figures["accuracy"] == 1  # [n]
-            solved[rows] = torch.from_numpy(right).to(solved)
-            by = {"confidence": rule.confidence, "tokens_per_step": rule.tokens_per_step}
-            samples |= {
-                int(row): by | {"row": int(row), "right": bool(is_right)} | facts
-                for row, is_right, facts in zip(rows, right, judged.samples, strict=False)
-                if row < config.validation.n_table_rows
-            }
+            solved[rows] = torch.from_numpy(judged.figures["accuracy"] == 1).to(solved)
+            samples |= _as_samples(judged, rows[rows < config.validation.n_table_rows], rule)
             bar.update(len(rows) * world.n_ranks)
     totals = dict(zip(names, sum_over_ranks(sums).tolist(), strict=True))
-    low, high = wilson_interval(totals["accuracy"], n_examples)
-    means = {name: total / n_examples for name, total in totals.items()}
-    accuracy, nfe = means.pop("accuracy"), means.pop("nfe")
     gathered = {row: facts for part in gather(samples) for row, facts in part.items()}
-    groups = group_results(
-        test.difficulty,
-        sum_over_ranks(solved).cpu().numpy() == 1,
-        None if test.reference is None else test.reference.solved,
-    )
-    return (
-        SamplerResult(
-            confidence=rule.confidence,
-            tokens_per_step=rule.tokens_per_step,
-            n=n_examples,
-            accuracy=accuracy,
-            accuracy_low=low,
-            accuracy_high=high,
-            nfe=nfe,
-            details=means,
-            groups=groups,
-            options=rule.options,
-        ),
+    return Measured(
+        _summarize(test, rule, totals, sum_over_ranks(solved).cpu().numpy() == 1),
         [gathered[row] for row in sorted(gathered)],
         float(sum_over_ranks(seconds)),
+    )
+
+
+def _as_samples(judged: Judged, rows: np.ndarray, rule: SamplingRule) -> dict[int, dict[str, Any]]:
+    """The first judged rows as records, by their number in the test."""
+    by = {"confidence": rule.confidence, "tokens_per_step": rule.tokens_per_step}
+    right = judged.figures["accuracy"] == 1  # [n]
+    return {
+        int(row): by | {"row": int(row), "right": bool(is_right)} | facts
+        for row, is_right, facts in zip(rows, right, judged.samples, strict=False)
+    }
+
+
+def _summarize(test: Questions, rule: SamplingRule, totals: dict[str, float], solved: np.ndarray) -> SamplerResult:
+    """The result of a rule.
+
+    Args:
+        totals: sum of each figure and of the forward evaluations over all questions.
+        solved: bool [n].
+    """
+    low, high = wilson_interval(totals["accuracy"], test.n_examples)
+    means = {name: total / test.n_examples for name, total in totals.items()}
+    reference = None if test.reference is None else test.reference.solved
+    return SamplerResult(
+        confidence=rule.confidence,
+        tokens_per_step=rule.tokens_per_step,
+        n=test.n_examples,
+        accuracy=means.pop("accuracy"),
+        accuracy_low=low,
+        accuracy_high=high,
+        nfe=means.pop("nfe"),
+        details=means,
+        groups=group_results(test.difficulty, solved, reference),
+        options=rule.options,
     )
 
 

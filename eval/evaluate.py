@@ -172,9 +172,9 @@ def evaluate(
     reference = test.reference
     return Evaluation(
         loss,
-        [result for result, _, _ in results],
+        [each.result for each in results],
         None if reference is None else (reference.name, float(reference.solved.mean())),
-        [sample for _, samples, _ in results for sample in samples],
+        [sample for each in results for sample in each.samples],
         found,
     )
 

@@ -299,7 +299,8 @@ def _measure(
         autocast(world.device, autocast_dtype(config.training.precision, world.device)),
         tqdm(disable=True) as bar,
     ):
-        result, _, seconds = measure_rule(each.model, config, questions, world, rule, bar, None)
+        measured = measure_rule(each.model, config, questions, world, rule, bar, None)
+    result = measured.result
     return Point(
         **asdict(conditions),
         rule=name,
@@ -310,7 +311,7 @@ def _measure(
         accuracy_low=result.accuracy_low,
         accuracy_high=result.accuracy_high,
         nfe=result.nfe,
-        seconds=seconds / result.n,
+        seconds=measured.seconds / result.n,
     )
 
 

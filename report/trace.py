@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape as escape_html
 from pathlib import Path
@@ -94,12 +94,7 @@ def build_trace(
             texts[token] = "EOS" if token == data.eos_id else escape(data.token_text(token), keep="\n\t")
         return texts[token]
 
-    shown = list(range(len(prompt)))
-    if board is not None:
-        shown = shown[board.first : board.first + board.size**2]
-    elif data.eos_id is not None:
-        before_end = np.flatnonzero(tokens != data.eos_id)
-        shown = shown[: before_end[-1] + 2 if len(before_end) else 1]
+    shown = _shown_positions(data, tokens)
     if board is None:
         given = {i: text_of(int(prompt[i])) for i in shown if prompt[i] != mask_id}
     else:
@@ -107,42 +102,64 @@ def build_trace(
         given = {i: text_of(int(clue)) for i, clue in zip(shown, puzzle, strict=True) if clue != board.empty}
     final = {i: text_of(int(tokens[i])) for i in shown}
     n_predicted = sum(int((np.asarray(each.candidates)[0, shown, 0] >= 0).sum()) for each in passes)
+    keep_all = n_predicted <= MAX_CANDIDATES
     steps, before = [], np.asarray(prompt)
     for number, each in enumerate(passes, 1):
         now = each.tokens[0].cpu().numpy().copy()
         if number == len(passes):  # EOS tokens after the first of an answer are in no pass
             now = np.where(now == mask_id, tokens, now)
-        confidence, candidates = each.confidence[0].numpy(), each.candidates[0].numpy()
-        probabilities = each.probabilities[0].numpy()
         changed = [i for i in shown if now[i] != before[i]]
-        written = {
-            i: (text_of(int(now[i])), None if math.isnan(confidence[i]) else float(confidence[i]))
-            for i in changed
-            if now[i] != mask_id
-        }
-        kept = shown if n_predicted <= MAX_CANDIDATES else list(written)
-        found = {
-            i: [
-                (text_of(int(token)), float(probability))
-                for token, probability in zip(candidates[i], probabilities[i], strict=True)
-                if token >= 0 and probability >= MIN_PROBABILITY
-            ]
-            for i in kept
-            if candidates[i, 0] >= 0
-        }
-        steps.append(Step(written, [i for i in changed if now[i] == mask_id], found))
+        written = [i for i in changed if now[i] != mask_id]
+        confidence = each.confidence[0].numpy()
+        steps.append(
+            Step(
+                written={
+                    i: (text_of(int(now[i])), None if math.isnan(confidence[i]) else float(confidence[i]))
+                    for i in written
+                },
+                erased=[i for i in changed if now[i] == mask_id],
+                candidates=_candidates(each, shown if keep_all else written, text_of),
+            )
+        )
         before = now
     return Trace(
-        question,
-        verdict,
-        board,
-        shown,
-        given,
-        steps,
-        final,
-        {i: reason for i, reason in verdict.wrong.items() if i in final and given.get(i) != final[i]},
-        len(prompt) - len(shown) if board is None else 0,
+        question=question,
+        verdict=verdict,
+        board=board,
+        shown=shown,
+        given=given,
+        steps=steps,
+        final=final,
+        wrong={i: reason for i, reason in verdict.wrong.items() if i in final and given.get(i) != final[i]},
+        n_hidden=len(prompt) - len(shown) if board is None else 0,
     )
+
+
+def _shown_positions(data: DataSet, tokens: np.ndarray) -> list[int]:
+    """The cells of the board, or all positions of a text up to the first EOS token of those at its end."""
+    positions = list(range(len(tokens)))
+    if data.board is not None:
+        return positions[data.board.first : data.board.first + data.board.size**2]
+    if data.eos_id is None:
+        return positions
+    before_end = np.flatnonzero(tokens != data.eos_id)
+    return positions[: before_end[-1] + 2 if len(before_end) else 1]
+
+
+def _candidates(
+    each: Pass, positions: Sequence[int], text_of: Callable[[int], str]
+) -> dict[int, list[tuple[str, float]]]:
+    """The probable tokens of a pass at those of `positions` that it predicted."""
+    candidates, probabilities = each.candidates[0].numpy(), each.probabilities[0].numpy()
+    return {
+        i: [
+            (text_of(int(token)), float(probability))
+            for token, probability in zip(candidates[i], probabilities[i], strict=True)
+            if token >= 0 and probability >= MIN_PROBABILITY
+        ]
+        for i in positions
+        if candidates[i, 0] >= 0
+    }
 
 
 def html_fragment(trace: Trace) -> str:
@@ -236,14 +253,18 @@ def _text_tokens(trace: Trace) -> str:
     """The element of a text, filled; lines break where the final text does."""
     tokens = []
     for position in trace.shown:
-        text = trace.final[position]
-        _, newline, rest = text.rpartition("\n")
-        indent = rest if newline and not rest.strip() else ""
+        visible, newline, indent = _split_token(trace.final[position])
         name = "pt-token pt-given" if position in trace.given else "pt-token"
-        visible = text[: len(text) - len(indent)].replace("\n", "↵") or "·"
         token = f'<span class="{name}" data-cell><span>{escape_html(visible)}</span><small></small></span>'
         tokens.append(token + (f'<br><span class="pt-indent">{indent}</span>' if newline else ""))
     return f'<div class="pt-text">{"".join(tokens)}</div>'
+
+
+def _split_token(text: str) -> tuple[str, bool, str]:
+    """What to draw of a token, whether a line ends after it, and the indent of the next line."""
+    _, newline, rest = text.rpartition("\n")
+    indent = rest if newline and not rest.strip() else ""
+    return text[: len(text) - len(indent)].replace("\n", "↵") or "·", bool(newline), indent
 
 
 def write_traces(traces: Sequence[Trace], path: Path) -> None:
@@ -415,10 +436,7 @@ def _draw_text(trace: Trace, state: dict[int, _Held], number: int) -> Image:
     places: list[tuple[int, float, int, float, str]] = []  # position, x, y, width, final text without its newline
     x, y = float(MARGIN), MARGIN
     for position in trace.shown:
-        text = trace.final[position]
-        _, newline, rest = text.rpartition("\n")
-        indent = rest if newline and not rest.strip() else ""
-        visible = text[: len(text) - len(indent)].replace("\n", "↵") or "·"
+        visible, newline, indent = _split_token(trace.final[position])
         width = max(font.getlength(visible), 1.3 * space) + 2
         if x + width > TEXT_WIDTH - MARGIN and x > MARGIN:
             x, y = float(MARGIN), y + LINE_HEIGHT

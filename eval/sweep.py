@@ -37,7 +37,7 @@ from model.hub import open_model
 from model.transformer import Transformer
 from progressive_block import block_layout
 from runtime.distributed import World, autocast, autocast_dtype, main_first, on_main
-from runtime.figures import COLORS, LINES, MARKERS, MAX_LABEL, plain_label, set_grid
+from runtime.figures import COLORS, LINES, MARKERS, MAX_LABEL, plain_label, set_grid, set_log_axis
 from runtime.machine import device_name
 
 KL_BOUND = 0.01  # of `stable`, whose dial is the threshold
@@ -395,7 +395,9 @@ def draw_sweep(points: Sequence[Point], out: Path) -> None:
                 label="best",
             )
             for name in dict.fromkeys(point.rule for point in mine):
-                _draw_curve(plot, [point for point in mine if point.rule == name], cost, names.index(name), name)
+                own = [point for point in mine if point.rule == name]
+                # Seconds are noisy, and where two points change places a line between them would go back and forth.
+                _draw_curve(plot, own, cost, names.index(name), name, joined=cost == "nfe")
             plot.set_title(label, fontsize="medium", loc="left")
     if several:
         for plot, cost in zip(grid[-1], costs, strict=True):
@@ -405,10 +407,9 @@ def draw_sweep(points: Sequence[Point], out: Path) -> None:
         compared = grid[-1][0].get_legend_handles_labels()
         figure.legend(*compared, loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     for number, row in enumerate(grid, 1):
-        for plot, (cost, label) in zip(row, costs.items(), strict=True):
-            plot.set_xscale("log")
+        for plot, label in zip(row, costs.values(), strict=True):
             set_grid(plot)
-            _label_log_axis(plot, whole=cost == "nfe")
+            set_log_axis(plot)
             if number == n_rows:
                 plot.set(xlabel=label)
         row[0].set(ylabel="solved, %", ylim=(-2, 102))
@@ -442,7 +443,7 @@ def labels_of(groups: Sequence[Conditions]) -> list[str]:
     return labels
 
 
-def _draw_curve(plot: Any, points: Sequence[Point], cost: str, number: int, label: str) -> None:
+def _draw_curve(plot: Any, points: Sequence[Point], cost: str, number: int, label: str, *, joined: bool = True) -> None:
     ordered = sorted(points, key=lambda point: getattr(point, cost))
     x, y = [getattr(point, cost) for point in ordered], [100 * point.accuracy for point in ordered]
     below = [100 * (point.accuracy - point.accuracy_low) for point in ordered]
@@ -451,7 +452,7 @@ def _draw_curve(plot: Any, points: Sequence[Point], cost: str, number: int, labe
         x,
         y,
         yerr=[[max(0.0, each) for each in side] for side in (below, above)],
-        linestyle=LINES[number // len(MARKERS) % len(LINES)],
+        linestyle=LINES[number // len(MARKERS) % len(LINES)] if joined else "none",
         marker=MARKERS[number % len(MARKERS)],
         color=COLORS[number % len(COLORS)],
         markersize=4,
@@ -459,11 +460,3 @@ def _draw_curve(plot: Any, points: Sequence[Point], cost: str, number: int, labe
         elinewidth=0.7,
         label=label,
     )
-
-
-def _label_log_axis(plot: Any, *, whole: bool) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    plot.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    plot.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if whole else f"{x:g}"))
-    plot.xaxis.set_minor_formatter(NullFormatter())

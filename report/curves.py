@@ -23,10 +23,11 @@ from typing import Any
 
 from data.foreign import CommandParser, ends_with_message, escape
 from runtime.config_file import read_config, setting_name
-from runtime.figures import COLORS, LINES, MARKERS, plain_label, set_grid
-from runtime.metrics import METRICS_FILE, read_metrics
+from runtime.figures import COLORS, LINES, MARKERS, plain_label, set_grid, set_log_axis
+from runtime.metrics import HEADLINE, METRICS_FILE, read_metrics
 
 MAX_RULES = 20  # of one run; a legend has no room for more
+MIN_LOG_SPREAD = 5.0  # ratio of the ends of two curves from which on the axis is logarithmic
 MAX_DRAWN = 1e100  # larger numbers overflow in the library that draws
 AXES = {
     "step": "updates",
@@ -35,7 +36,6 @@ AXES = {
     "tokens": "tokens trained on",
 }
 RUN_AXES = ("step", "sequences_distinct", "seconds")  # of figures of one run, whose tokens are proportional to updates
-ACCURACY = "validation/accuracy/"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def by_setting_and_rule(curves: Sequence[Curve]) -> dict[tuple[str, str], list[C
 
 def accuracy_points(rows: Iterable[dict[str, Any]], rule: str) -> list[dict[str, float]]:
     """Points of a `Curve` from the records of a run: the evaluations by one sampling rule."""
-    key = ACCURACY + rule
+    key = HEADLINE + rule
     points = []
     for row in rows:
         if all(can_be_drawn(row.get(name)) for name in (*RUN_AXES, key)):
@@ -74,7 +74,7 @@ def accuracy_points(rows: Iterable[dict[str, Any]], rule: str) -> list[dict[str,
 
 def rules_of(rows: Iterable[dict[str, Any]]) -> list[str]:
     """Labels of the sampling rules in the records of a run; the first is the headline."""
-    found = (key.removeprefix(ACCURACY) for row in rows for key in row if key.startswith(ACCURACY))
+    found = (key.removeprefix(HEADLINE) for row in rows for key in row if key.startswith(HEADLINE))
     return list(dict.fromkeys(found))[:MAX_RULES]
 
 
@@ -82,7 +82,8 @@ def plot_accuracy(plot: Any, curves: Sequence[Curve], axis: str, targets: Sequen
     """Draw the accuracy of each setting against `axis` into matplotlib axes, with its legend labels.
 
     Seeds of a setting are averaged at equal updates, in accuracy and on `axis`. Updates that some seed lacks are left
-    out.
+    out. The axis of distinct sequences is logarithmic if some curve ends at `MIN_LOG_SPREAD` times the end of another:
+    PUMA's curves would be squeezed else.
     """
     settings = list(dict.fromkeys(curve.setting for curve in curves))
     rules = list(dict.fromkeys(curve.rule for curve in curves))
@@ -112,9 +113,12 @@ def plot_accuracy(plot: Any, curves: Sequence[Curve], axis: str, targets: Sequen
         plot.axhline(100 * target, color="0.6", linewidth=0.8)
     plot.set(xlabel=AXES[axis], ylabel="solved, %", ylim=(-2, 102))
     set_grid(plot, integers=axis != "seconds")
+    last = [curve.points[-1][axis] for curve in curves if curve.points] if axis == "sequences_distinct" else []
+    if last and max(last) >= MIN_LOG_SPREAD * min(last) > 0:
+        set_log_axis(plot)
 
 
-def target_table(curves: Sequence[Curve], target: float, baseline: str) -> list[str]:
+def target_table(curves: Sequence[Curve], target: float, baseline: str, axes: Sequence[str] = RUN_AXES) -> list[str]:
     """Lines of a Markdown table: when each setting first reaches accuracy `target`, and the ratio to a baseline.
 
     Values are means over seeds with the lowest and highest. A ratio of 2 means half of what the baseline needs; its
@@ -123,18 +127,20 @@ def target_table(curves: Sequence[Curve], target: float, baseline: str) -> list[
 
     Args:
         baseline: the setting to compare with, for each sampling rule by that rule.
+        axes: what is compared, some of `RUN_AXES`.
     """
     groups = by_setting_and_rule(curves)
     several = len({curve.rule for curve in curves}) > 1
-    titles = {"step": "updates", "sequences_distinct": "distinct sequences", "seconds": "seconds"}
+    names = {"step": "updates", "sequences_distinct": "distinct sequences", "seconds": "seconds"}
+    titles = [names[axis] for axis in axes]
     lines = [
-        f"| first at {100 * target:g}% | seeds | " + " | ".join(f"{title} | ratio" for title in titles.values()) + " |",
+        f"| first at {100 * target:g}% | seeds | " + " | ".join(f"{title} | ratio" for title in titles) + " |",
         "| --- |" + " ---: |" * (1 + 2 * len(titles)),
     ]
     for (setting, rule), group in groups.items():
         n_reached = sum(curve.first_reaching(target, "step") is not None for curve in group)
         cells = [f"{n_reached} of {len(group)}"]
-        for axis in titles:
+        for axis in axes:
             values, complete = _needed(group, target, axis)
             others, all_reached = _needed(groups.get((baseline, rule), []), target, axis)
             cells.append(mean_and_range(values, ",.0f", complete=complete))
@@ -229,6 +235,8 @@ def draw_curves(
     set_grid(loss_plot, integers=axis != "seconds")
     curves = _curves(names, records, rule)
     plot_accuracy(accuracy_plot, curves, axis, targets)
+    if accuracy_plot.get_xscale() == "log":
+        set_log_axis(loss_plot)
     handles, labels = accuracy_plot.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize="small")

@@ -28,6 +28,9 @@ class Experiment:
     note: str = ""  # Markdown: the answer, and what the figures do not show
     shown: tuple[str, ...] = ()  # labels of the variants in the figure; empty: all
     seeds: tuple[int, ...] = (0, 1, 2)
+    seconds_comparable: bool = (
+        False  # no run shared its machine, and all had the same: figure and tables compare seconds
+    )
 
 
 MINUTES = ("training.compile=true", "validation.n_examples=100", "validation.n_final_examples=500")

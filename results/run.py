@@ -322,6 +322,11 @@ def curves_of(records: dict[str, Any]) -> list[Curve]:
     return [Curve(label, "", run["points"]) for label, runs in runs_by_arm(records).items() for run in runs]
 
 
+def axes_of(experiment: Experiment) -> tuple[str, ...]:
+    """The axes on which the runs are compared."""
+    return tuple(axis for axis in RUN_AXES if axis != "seconds" or experiment.seconds_comparable)
+
+
 def report(experiment: Experiment, records: dict[str, Any]) -> str:
     """README.md of the experiment, from its records."""
     lines = [f"# {experiment.question}", ""]
@@ -330,7 +335,7 @@ def report(experiment: Experiment, records: dict[str, Any]) -> str:
     lines += [*_final_table(records), ""]
     for target in experiment.targets:
         if any(curve.first_reaching(target, "step") is not None for curve in curves_of(records)):
-            lines += [*target_table(curves_of(records), target, experiment.baseline), ""]
+            lines += [*target_table(curves_of(records), target, experiment.baseline, axes_of(experiment)), ""]
     lines += [
         "Means over seeds, with the lowest and highest. A ratio of 2 means half of what "
         f"'{experiment.baseline}' needs. The target is reached at the first evaluation at or above it.",
@@ -429,10 +434,11 @@ def draw(experiment: Experiment, records: dict[str, Any], out: Path) -> None:
     """Draw the accuracy of each variant against each axis: the mean over seeds and the lowest and highest."""
     from matplotlib.figure import Figure
 
+    axes = axes_of(experiment)
     figure = Figure(figsize=(12, 4.2), layout="constrained")
-    plots = figure.subplots(1, len(RUN_AXES), sharey=True)
+    plots = figure.subplots(1, len(axes), sharey=True)
     shown = [curve for curve in curves_of(records) if curve.setting in (experiment.shown or runs_by_arm(records))]
-    for plot, axis in zip(plots, RUN_AXES, strict=True):
+    for plot, axis in zip(plots, axes, strict=True):
         plot_accuracy(plot, shown, axis, experiment.targets[-1:])
         plot.label_outer()
     figure.legend(*plots[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)

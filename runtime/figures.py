@@ -7,9 +7,10 @@ from typing import Any
 from data.foreign import escape, shorten
 
 # Okabe and Ito's colours, distinguishable with colour blindness; line styles and markers distinguish them in print.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# The last is ours.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B4513")
 LINES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MAX_LABEL = 60  # characters
 
 
@@ -30,3 +31,14 @@ def set_grid(plot: Any, *, integers: bool = False) -> None:
     plot.spines[["top", "right"]].set_visible(False)
     plot.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10), integer=integers, min_n_ticks=1))
     plot.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
+
+
+def set_log_axis(plot: Any) -> None:
+    """A logarithmic x-axis with plain numbers at 1, 2 and 5 times the powers of ten; over two decades, at fewer."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    plot.set_xscale("log")
+    low, high = plot.get_xlim()
+    plot.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high <= 100 * low else (1.0, 3.0)))
+    plot.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
+    plot.xaxis.set_minor_formatter(NullFormatter())

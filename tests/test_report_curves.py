@@ -72,6 +72,19 @@ def test_each_axis(axis, at_50, at_100, tmp_path, drawn):
     assert figure.axes[0].get_xlabel() == figure.axes[1].get_xlabel() == AXES[axis]
 
 
+@pytest.mark.parametrize(("factor", "scale"), [(4, "linear"), (10, "log")])
+def test_the_axis_of_distinct_sequences_is_logarithmic_where_runs_end_far_apart(factor, scale, tmp_path, drawn):
+    runs = [write_run(tmp_path / "puma"), write_run(tmp_path / "uniform")]
+    records = runs[1] / METRICS_FILE
+    rows = [json.loads(line) for line in records.read_text().splitlines()]
+    rows = [row | {"sequences_distinct": factor * row["sequences_distinct"]} for row in rows]
+    records.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for axis in ("sequences_distinct", "step"):
+        draw_curves(runs, axis, tmp_path / "out.png")
+    assert [plot.get_xscale() for plot in drawn[0].axes] == [scale] * 2
+    assert [plot.get_xscale() for plot in drawn[1].axes] == ["linear"] * 2
+
+
 def test_several_runs_are_told_apart(tmp_path, drawn):
     draw_curves([write_run(tmp_path / "puma"), write_run(tmp_path / "baseline")], "step", tmp_path / "out.png")
     (accuracy,) = drawn[0].axes[1:]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -14,6 +15,7 @@ from typing import IO, Any
 import pytest
 from conftest import PUMA, ROOT, UNIFORM
 from forked import Forked
+from matplotlib.figure import Figure
 
 from results import run
 from results.experiments import EXPERIMENTS, Arm, Experiment
@@ -52,6 +54,17 @@ def test_the_page_says_what_was_reached_and_when():
     assert "| a | 0 | 50.0 (10.0 to 99.0) | 10 | `seed=0` | C | D | M |" in page
     assert "| b | 1 | not finished | 10 |" in page
     assert all(fact in page for fact in ("# Which?", "Seeds differ.", "python -m results.run x"))
+
+
+@pytest.mark.parametrize(("comparable", "n_axes"), [(False, 2), (True, 3)])
+def test_seconds_are_compared_only_where_the_experiment_says_so(comparable, n_axes, tmp_path, monkeypatch):
+    experiment = replace(QUESTION, seconds_comparable=comparable)
+    (target,) = (line for line in run.report(experiment, records()).splitlines() if line.startswith("| first at 45%"))
+    assert target.count("| ratio ") == n_axes
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    run.draw(experiment, records(), tmp_path / "curves.png")
+    assert len(figures[0].axes) == n_axes
 
 
 def test_the_picture_is_drawn_from_the_records(tmp_path):

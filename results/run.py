@@ -182,7 +182,8 @@ def check_folder(path: Path, option: str) -> None:
     """Raise ValueError, before any work is done, if `path` is no folder and none can be created there."""
     existing = next(each for each in (path, *path.absolute().parents) if each.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"{option} {path}: {existing} is not a folder that can be written: name another")
+        where = f"{option} {path}" + (f": {existing}" if existing != path else "")
+        raise ValueError(f"{where} is not a folder that can be written: name another")
 
 
 def tasks_to_run(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, Any]]) -> list[Task]:

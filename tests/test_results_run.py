@@ -125,7 +125,7 @@ def test_a_file_in_place_of_a_folder_is_refused_before_any_run(option, tmp_path,
     with pytest.raises(SystemExit) as stop:
         run.main(["positions", *(word for pair in places.items() for word in pair)])
     assert stop.value.code == 2
-    assert f"{option} {tmp_path}/file: {tmp_path}/file is not a folder" in capsys.readouterr().err
+    assert f"{option} {tmp_path}/file is not a folder" in capsys.readouterr().err
 
 
 def test_an_interrupted_experiment_ends_with_status_130(tmp_path, monkeypatch, capsys):

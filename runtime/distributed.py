@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,9 +23,11 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 # The others wait for the main process while it generates or converts a data set, writes a large checkpoint to a slow
 # disk and reads those that stay, or while wandb tries to connect.
 PATIENT_TIMEOUT = timedelta(hours=6)
-# How long a rank with an error waits for the main process to report one, before it reports its own.
+# How long a rank with an error waits for the main process to report one, before it reports its own, and how long the
+# main process, which holds the store, waits for the others to have read that: torch prints a page of warnings if the
+# store is gone.
 REPORT_TIMEOUT = timedelta(seconds=5)
-REPORT_KEY = "puma/reported"  # in the store of the process group
+REPORT_KEY, HEARD_KEY = "puma/reported", "puma/heard/"  # in the store of the process group; the second with the rank
 
 GPU_FILES = Path("/dev")
 NOT_VISIBLE = "no device is visible"
@@ -140,6 +143,7 @@ def is_reporting() -> bool:
         return True
     try:
         store.wait([REPORT_KEY], REPORT_TIMEOUT)
+        store.set(f"{HEARD_KEY}{dist.get_rank()}", "1")
     except dist.DistStoreError:  # timed out
         return True
     except dist.DistError:  # the main process, which holds the store, has ended
@@ -149,9 +153,15 @@ def is_reporting() -> bool:
 
 def fail_once(message: object, status: int = 2) -> NoReturn:
     """End a command with a message, printed by one process of all that fail alike."""
-    if is_reporting():
+    if not is_reporting():
+        sys.exit(status)
+    try:
         fail(message, status)
-    sys.exit(status)
+    finally:
+        if dist.is_initialized() and dist.get_rank() == 0:
+            with suppress(dist.DistError):  # not all have failed, or some have ended
+                others = [f"{HEARD_KEY}{rank}" for rank in range(1, dist.get_world_size())]
+                dist.distributed_c10d._get_default_store().wait(others, REPORT_TIMEOUT)
 
 
 def stop_world() -> None:

@@ -15,10 +15,13 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from data.foreign import fail
 from runtime.signals import EARLY_SIGNALS, INTERRUPTED
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 SHUTDOWN_TIMEOUT_S = 300  # for the other processes to end after the first; torchrun's 30 may be too short for a save
 
@@ -46,6 +49,22 @@ def _status_of(number: int) -> int:
     return INTERRUPTED if number == signal.SIGINT else 0
 
 
+def _first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The rank that failed first, and how.
+
+    Times are whole seconds. Within one, a rank that was killed comes before those that failed for want of it, and those
+    that torchrun ended by SIGTERM come last.
+    """
+
+    def order(rank: int) -> tuple[int, bool, bool]:
+        failure = failures[rank]
+        by_torchrun = failure.exitcode == -signal.SIGTERM != -_forwarded
+        return failure.timestamp, by_torchrun, failure.exitcode >= 0
+
+    first = min(failures, key=order)
+    return first, failures[first]
+
+
 def main() -> NoReturn:
     """Command line; the exit status is that of the first process that failed, 2 where none can be started, or 0."""
     os.environ.setdefault("TORCHELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
@@ -64,7 +83,7 @@ def main() -> NoReturn:
     try:
         run(options)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = _first_failure(error.failures)
         if _forwarded and failure.exitcode == -_forwarded:  # it was still starting
             sys.exit(_status_of(_forwarded))
         if failure.exitcode < 0:

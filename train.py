@@ -231,7 +231,8 @@ def show_progress(run: Run, metrics: dict[str, Any], bar: tqdm) -> None:
     if bar.disable:
         step_s = metrics["train/step_ms"] / 1000
         left = timedelta(seconds=round((run.n_steps - run.step) * step_s))
-        say(f"step {run.step:,} of {run.n_steps:,}: {status}, {1 / step_s:.3g} steps/s, {left} left")
+        rate = f"{1 / step_s:,.0f}" if step_s < 0.01 else f"{1 / step_s:.3g}"
+        say(f"step {run.step:,} of {run.n_steps:,}: {status}, {rate} steps/s, {left} left")
 
 
 def show_evaluation(run: Run, evaluation: Evaluation, bar: tqdm) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,11 @@ from data.word_problems import TEST_FILE, VOCAB_SIZE, cached_word_problems
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests run in as many processes as there are cores (`make test`), and models are tiny.
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("any machine", deadline=None)  # examples are slow where a machine is busy
+hypothesis.settings.register_profile(
+    "any machine",
+    deadline=None,  # examples are slow where a machine is busy
+    derandomize="PUMA_FIXED_EXAMPLES" in os.environ,  # where a failure must be of the change that is tested
+)
 hypothesis.settings.load_profile("any machine")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,13 +194,24 @@ def run_fresh_python(*arguments: object, timeout: float = 300) -> subprocess.Com
     )
 
 
+# Below those that the system gives to whoever asks for any; other processes that run tests begin elsewhere.
+PORTS = itertools.cycle(range(10_000, 32_000))
+next(itertools.islice(PORTS, os.getpid() * 100 % 22_000, None))
+
+
+def free_port() -> int:
+    """A port on which nothing listens, another one at each call."""
+    for port in PORTS:
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("", port))
+            return port
+    raise AssertionError("ports never end")
+
+
 @contextmanager
 def started_ranks(n_ranks: int, *arguments: object) -> Iterator[list[Forked]]:
     """A program as `n_ranks` processes that find each other by the environment that torchrun would give them."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n_ranks)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(n_ranks)}
     with ExitStack() as stack:
         yield [
             stack.enter_context(started(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **place))
@@ -203,7 +219,7 @@ def started_ranks(n_ranks: int, *arguments: object) -> Iterator[list[Forked]]:
         ]
 
 
-def run_ranks(n_ranks: int, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run_ranks(n_ranks: int, *arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run a program as `n_ranks` processes to their end: the worst status, and what they wrote, rank after rank."""
     with started_ranks(n_ranks, *arguments) as ranks:
         written = [process.communicate(timeout) for process in ranks]

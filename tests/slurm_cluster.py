@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "sinfo", "squeue")
 HOSTS = Path("/etc/hosts")
@@ -155,7 +155,7 @@ def _write_settings(folder: Path, host: str, nodes: list[str], by_cgroup: bool) 
     for number in range(4):
         _make_device(folder / f"gpu{number}")
     (folder / "state").mkdir()
-    control, *ports = _free_ports(1 + len(nodes))
+    control, *ports = (free_port() for _ in range(1 + len(nodes)))
     machines = "\n".join(
         f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=64 RealMemory=4000 Gres=gpu:4"
         for node, port in zip(nodes, ports, strict=True)
@@ -227,14 +227,6 @@ def _end_daemon(pid_file: Path, timeout_s: float = 10) -> None:
         os.kill(pid, signal.SIGKILL)
     except (FileNotFoundError, ProcessLookupError, ValueError):
         return
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _logs(folder: Path) -> str:

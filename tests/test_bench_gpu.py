@@ -50,7 +50,7 @@ def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
-def new_report(out: Path, seconds: float = 60.0) -> Report:
+def new_report(out: Path, seconds: float = 300.0) -> Report:
     return Report("piece", ["piece"], out, time.monotonic() + seconds)
 
 
@@ -311,7 +311,8 @@ def test_a_run_goes_from_device_to_device(capsys):
 
 
 def test_the_graph_is_compared_with_eager_updates():
-    assert set(ranks.graph_against_eager(False, TINY_SUDOKU)) == {"graph", "again"}
+    """On a CPU the two are one."""
+    assert ranks.graph_against_eager(False, TINY_SUDOKU) == {"graph": 0.0, "again": 0.0}
 
 
 def test_differences_are_relative():

@@ -150,6 +150,7 @@ def test_a_table_of_zeros_changes_nothing() -> None:
 def test_weights_start_at_standard_deviation_002(shape: dict[str, Any]) -> None:
     """As Qwen2's do; the published code starts wider."""
     model = Transformer(model_settings(**shape | {"hidden_size": 128, "intermediate_size": 256}))
+    model.reset_parameters(random_generator(0))
     for name, tensor in model.weights().items():
         if tensor.ndim == 2:
             standard_error = 0.02 / tensor.numel() ** 0.5

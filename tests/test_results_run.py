@@ -171,8 +171,7 @@ def test_an_experiment_runs_once_and_continues(
         with pytest.raises(SystemExit) as stop:
             run.main(["tiny", *places])
         assert stop.value.code == 0
-        times = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/tiny/*/final.json"))]
-        assert len(times) == 5
+        assert len(list(tmp_path.glob("runs/tiny/*/final.json"))) == 5
     with pytest.raises(SystemExit) as stop:
         run.main(["tiny", *places, "training.learning_rate=2.0e-3"])
     assert stop.value.code == 2, "runs of other settings are not taken for these"

@@ -109,10 +109,14 @@ def test_the_seed_decides_and_neighbouring_seeds_have_nothing_in_common():
         assert count_shared_puzzles(data[0], other) == 0
 
 
+@pytest.fixture(scope="module")
+def alone():
+    return generate(6, 1700, 30, 14, 22)
+
+
 @pytest.mark.parametrize("n_workers", [2, 3, 8])
-def test_the_number_of_workers_changes_nothing(n_workers):
-    alone, together = (generate(6, 1700, 30, 14, 22, n_workers=n) for n in (1, n_workers))
-    for ours, theirs in zip(alone, together, strict=True):
+def test_the_number_of_workers_changes_nothing(n_workers, alone):
+    for ours, theirs in zip(alone, generate(6, 1700, 30, 14, 22, n_workers=n_workers), strict=True):
         assert ours is not None
         assert theirs is not None
         assert np.array_equal(ours.boards, theirs.boards)

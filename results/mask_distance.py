@@ -66,7 +66,7 @@ from runtime.distributed import World, autocast, autocast_dtype, start_world
 from runtime.figures import COLORS
 from runtime.machine import device_name
 from samplers.build import build_sampler
-from samplers.step import choose
+from samplers.step import Filling
 from training.run import build_run, restore_run
 
 N_STAGES = 8  # of the table; need not be the K of the runs
@@ -119,15 +119,12 @@ def sampler_orders(model: Transformer, config: Config, x0: Tensor, maskable: Ten
     xt = x0.masked_fill(maskable, config.mask_id)
     with autocast(xt.device, autocast_dtype(config.training.precision, xt.device)):
         samples = build_sampler(config)(model, xt, config.mask_id, DEFAULT_RULE)
-        teacher_forced = torch.zeros_like(xt)
-        unused_keys = torch.zeros_like(xt)  # the rule draws no random numbers
-        for step in range(1, int(maskable.sum(1).max()) + 1):
-            masked = xt == config.mask_id
-            predicted = model.predict(xt, masked, config.mask_id)
-            filled = choose(masked, predicted, unused_keys, DEFAULT_RULE)
-            xt[filled] = x0[filled]
-            teacher_forced += step * filled
-    return {"sampler": samples.order, "teacher_forced": teacher_forced, "tokens": samples.tokens}
+        forced, number = Filling(xt, config.mask_id, DEFAULT_RULE, seed=0, row_ids=None, record=None), 0
+        while len(rows := forced.unfinished(0, xt.shape[1])):
+            number += 1
+            forced.make_pass(model, rows, 0, xt.shape[1], number=number)
+            forced.tokens = torch.where(forced.tokens == config.mask_id, config.mask_id, x0)
+    return {"sampler": samples.order, "teacher_forced": forced.order, "tokens": samples.tokens}
 
 
 def swap_distance(masked: Tensor, maskable: Tensor, order: Tensor) -> Tensor:

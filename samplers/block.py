@@ -60,9 +60,8 @@ def sample_blocks(
         while len(active):
             before_pass()
             number += 1
-            begin = cache.length if cache is not None else 0
-            filling.make_pass(model, active, begin, start, end, number=number, cache=cache)
-            if finished is not None and cache is not None and begin < start:
+            filling.make_pass(model, active, start, end, number=number, cache=cache)
+            if finished is not None and cache is not None and cache.length < start:
                 finished.close(active, cache, start)
             unfinished = (tokens[active, start:end] == mask_id).any(1)
             if cache is not None and not unfinished.all():

@@ -13,7 +13,7 @@ from torch import Tensor
 from config import DEFAULT_RULE, SamplingRule
 from model.token_predictions import mix_keys, predict_tokens
 from model.transformer import Transformer
-from samplers.step import Filling, Samples, nothing
+from samplers.step import Filling, Samples, nothing, spread
 
 # Finished rows are removed once they are this share of the batch: removing rows copies the whole cache.
 REMOVED_SHARE = 1 / 8
@@ -76,8 +76,8 @@ def sample_causal(
         nfe[sampled] += 1
         tokens[sampled, position], order[sampled, position] = predicted.token, nfe[sampled]
         if record is not None:
-            here = torch.ones(len(sampled), 1, dtype=torch.bool)
-            filling.record(sampled, position, here, here, predicted)
+            here = torch.ones(len(sampled), 1, dtype=torch.bool, device=tokens.device)
+            filling.record(sampled, position, here, spread(predicted, here.nonzero(as_tuple=True), here.shape))
         if eos_id is not None:
             ended = sampled[predicted.token == eos_id]
             rest = tokens[ended] == mask_id  # [n, L]

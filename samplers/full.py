@@ -46,5 +46,5 @@ def sample_full(
     while len(rows := filling.unfinished(0, xt.shape[1])):
         before_pass()
         number += 1
-        filling.make_pass(model, rows, 0, 0, xt.shape[1], number=number)
+        filling.make_pass(model, rows, 0, xt.shape[1], number=number)
     return filling.samples()

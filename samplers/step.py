@@ -6,21 +6,19 @@ rows, D width, k candidates.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import Confidence, SamplingRule
+from config import SamplingRule
 from model.attention import KeyValueCache
-from model.token_predictions import TokenPredictions, hash_uniform, mix_keys
+from model.token_predictions import TokenPredictions, mix_keys
 from model.transformer import Transformer
-from unmasking import reveal_bounded, reveal_top
-
-# KLASS: so many passes in a row must have moved a position's distribution by less than the bound.
-STABLE_PASSES = 2
+from samplers.rules import Seen, choose, draws_numbers
 
 
 @dataclass(frozen=True)
@@ -82,14 +80,8 @@ class Filling:
         self.keys = row_keys(xt, seed, row_ids)  # [B]
         self._passes: list[Pass] | None = None if record is None else []
         self._confidence = None if record is None else torch.full(xt.shape, torch.nan)
-        # For rules that revise: log-probability of the written token, or the largest so far.
-        self._kept_log_prob: Tensor | None = None
-        if rule.revise is not None:
-            self._kept_log_prob = torch.full(xt.shape, -torch.inf, device=xt.device)
-        # For a rule with a KL bound: states of the last pass [B, L, D], and for how many passes each position has been
-        # stable; -1 before its first pass.
-        self._last_states: Tensor | None = None
-        self._n_stable = torch.full_like(xt, -1) if rule.kl_bound is not None else None
+        self._memory = torch.full(xt.shape, -torch.inf, device=xt.device)  # of the rule, see `samplers.rules.Seen`
+        self._states: Tensor | None = None  # [B, L, D], of the last pass at each position, for a rule with a KL bound
 
     def unfinished(self, start: int, end: int) -> Tensor:
         """Rows (int64 [b]) that have masked positions in start..end-1."""
@@ -99,129 +91,79 @@ class Filling:
         self,
         model: Transformer,
         rows: Tensor,
-        begin: int,
         start: int,
         end: int,
         *,
         number: int,
         cache: KeyValueCache | None = None,
     ) -> None:
-        """One forward pass of rows (int64 [b]) over positions begin..end-1, which fills some of start..end-1.
+        """One forward pass of rows (int64 [b]), which fills some of the positions start..end-1.
 
         Args:
-            begin: 0, or with a cache the first position that is not in it.
             number: of the pass among those over these positions, from 1.
+            cache: holds the first positions; the pass is over those from there to `end`.
         """
-        rule, span = self.rule, slice(start, end)
+        rule, span, begin = self.rule, slice(start, end), cache.length if cache is not None else 0
         self.nfe[rows] += 1
-        tokens, maskable = self.tokens[rows, span], self.maskable[rows, span]  # [b, W]
+        tokens, order, maskable = (each[rows, span] for each in (self.tokens, self.order, self.maskable))  # [b, W]
         masked = tokens == self.mask_id
         wanted = maskable if rule.revise == "plan" else masked  # N positions
-        inside = F.pad(wanted, (start - begin, 0))
-        positions = torch.arange(start, end, device=tokens.device)
-        noise = noise_keys(self.keys[rows], self.nfe[rows], positions)  # [b, W]
-        last_states = None
-        if rule.kl_bound is not None:
-            if self._last_states is None:
-                width = model.lm_head.weight.shape[1]
-                self._last_states = torch.zeros(*self.tokens.shape, width, device=tokens.device)
-            last_states = self._last_states[rows, span][wanted]  # [N, D]
+        where = wanted.nonzero(as_tuple=True)  # row of b and column of W, int64 [N] each; all indexing uses it
+        keys = None
+        if draws_numbers(rule):
+            positions = torch.arange(start, end, device=tokens.device)
+            keys = noise_keys(self.keys[rows], self.nfe[rows], positions)  # [b, W]
+        if rule.kl_bound is not None and self._states is None:
+            self._states = torch.zeros(*self.tokens.shape, model.lm_head.weight.shape[1], device=tokens.device)
+        states, place = self._states, (rows[where[0]], start + where[1])
         predicted = model.predict(
             self.tokens[rows, begin:end],
-            inside,
+            F.pad(wanted, (start - begin, 0)),
             self.mask_id,
             temperature=rule.temperature,
-            noise_key=noise[wanted],
+            noise_key=keys[where] if keys is not None else None,
             n_candidates=self.n_candidates,
-            current=tokens[wanted] if rule.revise == "plan" else None,
-            previous=last_states,
+            current=tokens[where] if rule.revise == "plan" else None,
+            previous=states[place] if states is not None else None,  # [N, D]
             cache=cache,
         )
-        if rule.revise is None:
-            written = choose(masked, predicted, noise, rule, self._stable(rows, span, masked, predicted))
-            remasked = None
-        else:
-            written, remasked = self._revise(rows, span, masked, maskable, predicted, number)
-            tokens[remasked] = self.mask_id
-        tokens[written] = predicted.token[written[wanted]]
-        self.tokens[rows, span] = tokens
+        if states is not None and predicted.hidden is not None:
+            states[place] = predicted.hidden.to(states.dtype)
+        predicted = spread(predicted, where, masked.shape)  # [b, W]
+        written, remasked, memory = choose(
+            rule, Seen(masked, maskable, predicted, keys, memory=self._memory[rows, span], number=number)
+        )
+        tokens = torch.where(written, predicted.token, tokens)
+        order = torch.where(written, self.nfe[rows, None], order)
         if remasked is not None:
-            self.order[rows, span] *= ~remasked
-        self.order[rows, span] += written * self.nfe[rows, None]
-        self.record(rows, start, wanted, written, predicted)
+            tokens, order = tokens.masked_fill(remasked, self.mask_id), order.masked_fill(remasked, 0)
+        self.tokens[rows, span], self.order[rows, span] = tokens, order
+        if memory is not None:
+            self._memory[rows, span] = memory
+        self.record(rows, start, written, predicted)
 
-    def _stable(self, rows: Tensor, span: slice, masked: Tensor, predicted: TokenPredictions) -> Tensor | None:
-        """Which of the N masked positions have come to rest (bool [N]); None if the rule does not ask."""
-        if self._n_stable is None:
-            return None
-        assert self._last_states is not None
-        assert predicted.hidden is not None
-        assert predicted.kl is not None
-        assert self.rule.kl_bound is not None
-        before = self._n_stable[rows, span]  # [b, W]
-        small = torch.zeros_like(masked)
-        small[masked] = predicted.kl < self.rule.kl_bound
-        n_stable = torch.where((before >= 0) & small, before + 1, 0)
-        self._n_stable[rows, span] = torch.where(masked, n_stable, before)
-        states = self._last_states[rows, span]
-        states[masked] = predicted.hidden.to(states.dtype)
-        self._last_states[rows, span] = states
-        return n_stable[masked] >= STABLE_PASSES
-
-    def _revise(
-        self, rows: Tensor, span: slice, masked: Tensor, maskable: Tensor, predicted: TokenPredictions, number: int
-    ) -> tuple[Tensor, Tensor]:
-        """Positions to write the predictions at and positions to mask again, both bool [b, W]; see `SamplingRule`."""
-        rule = self.rule
-        assert self._kept_log_prob is not None
-        assert rule.n_passes is not None
-        n_maskable = maskable.sum(1)  # [b]
-        target = -(-number * n_maskable // rule.n_passes)  # [b], rounded up
-        kept_log_prob = self._kept_log_prob[rows, span]  # [b, W]
-        if rule.revise == "plan":
-            assert predicted.current_log_prob is not None
-            score = kept_log_prob
-            score[maskable] = torch.where(masked[maskable], predicted.log_prob, predicted.current_log_prob)
-        elif rule.revise == "running_confidence":
-            score = kept_log_prob
-            score[masked] = torch.maximum(score[masked], predicted.log_prob)
-        else:
-            score = kept_log_prob.clone()
-            score[masked] = predicted.log_prob
-            n_filled = n_maskable - masked.sum(1)
-            share = (rule.remask_share * n_filled.double()).ceil().long()
-            n_remask = torch.minimum(share, n_maskable - target)  # [b]
-            remasked = reveal_top(-score, maskable & ~masked, n_remask)
-            written = reveal_top(score, masked, target - n_filled + n_remask)
-            self._kept_log_prob[rows, span] = torch.where(written, score, kept_log_prob)
-            return written, remasked
-        self._kept_log_prob[rows, span] = score
-        kept = reveal_top(score, maskable, target)
-        return kept & masked, ~kept & maskable & ~masked
-
-    def record(self, rows: Tensor, start: int, wanted: Tensor, written: Tensor, predicted: TokenPredictions) -> None:
+    def record(self, rows: Tensor, start: int, written: Tensor, predicted: TokenPredictions) -> None:
         """Record a pass over W positions from `start` on, if passes are recorded.
 
         Args:
             rows: int64 [b].
-            wanted: bool [b, W], the N positions that were predicted.
-            written: bool [b, W], those of them that got the predicted token.
-            predicted: at the N positions.
+            written: bool [b, W], the positions that got the predicted token.
+            predicted: see `spread`.
         """
         if self._passes is None or self._confidence is None:
             return
-        rows, wanted, written, now = rows.cpu(), wanted.cpu(), written.cpu(), self.tokens[rows].cpu()
-        span = slice(start, start + wanted.shape[1])
+        rows, written, now = rows.cpu(), written.cpu(), self.tokens[rows].cpu()
+        span = slice(start, start + written.shape[1])
         confidence = self._confidence[rows]  # [b, L]
-        confidence[:, span][written] = predicted.log_prob.exp().cpu()[written[wanted]]
+        confidence[:, span] = torch.where(written, predicted.log_prob.exp().cpu(), confidence[:, span])
         confidence[now == self.mask_id] = torch.nan
         self._confidence[rows] = confidence
-        n_candidates = 0 if predicted.candidates is None else predicted.candidates.shape[1]
+        n_candidates = 0 if predicted.candidates is None else predicted.candidates.shape[2]
         candidates = torch.full((*now.shape, n_candidates), -1)  # [b, L, k]
         probabilities = torch.zeros(candidates.shape)
         if predicted.candidates is not None and predicted.candidate_log_probs is not None:
-            candidates[:, span][wanted] = predicted.candidates.cpu()
-            probabilities[:, span][wanted] = predicted.candidate_log_probs.exp().cpu()
+            candidates[:, span] = predicted.candidates.cpu()
+            probabilities[:, span] = predicted.candidate_log_probs.exp().cpu()
         self._passes.append(Pass(rows, now, confidence, candidates, probabilities))
 
     def samples(self) -> Samples:
@@ -244,42 +186,18 @@ def noise_keys(row_keys: Tensor, step: Tensor, positions: Tensor) -> Tensor:
     return mix_keys(mix_keys(row_keys, step)[:, None], positions)
 
 
-def choose(
-    masked: Tensor, predicted: TokenPredictions, keys: Tensor, rule: SamplingRule, stable: Tensor | None = None
-) -> Tensor:
-    """Which masked positions to fill in a pass by a rule that does not revise.
-
-    Which token a position gets is decided in `model.token_predictions.predict_tokens`.
+def spread(predicted: TokenPredictions, where: tuple[Tensor, ...], shape: Sequence[int]) -> TokenPredictions:
+    """Predictions at N positions as tensors [b, W], and candidates [b, W, k]: -1 and -inf where nothing is predicted.
 
     Args:
-        masked: bool [b, W].
-        predicted: predictions at the N masked positions.
-        keys: int64 [b, W], random; see `noise_keys`.
-        stable: bool [N], masked positions that may be filled for being above the threshold; None: all.
-
-    Returns:
-        bool [b, W].
+        predicted: at N positions; its states are left out.
+        where: the rows and columns of these positions, int64 [N] each, as `nonzero` gives them.
+        shape: (b, W).
     """
-    score = torch.full(masked.shape, -torch.inf, device=masked.device)
-    score[masked] = _confidence(rule.confidence, predicted, keys[masked])
-    if rule.entropy_bound is not None:
-        entropy = torch.zeros_like(score)
-        entropy[masked] = -predicted.neg_entropy
-        return reveal_bounded(score, entropy, masked, rule.entropy_bound)
-    n_fill = torch.full((len(masked),), rule.tokens_per_step, device=masked.device)
-    filled = reveal_top(score, masked, n_fill)  # [b, W]
-    if rule.threshold is not None:
-        sure = predicted.log_prob > math.log(rule.threshold)
-        filled[masked] |= sure if stable is None else sure & stable
-    return filled
 
+    def spread_one(values: Tensor) -> Tensor:
+        empty = -torch.inf if values.is_floating_point() else -1
+        return values.new_full((*shape, *values.shape[1:]), empty).index_put_(where, values)
 
-def _confidence(name: Confidence, predicted: TokenPredictions, keys: Tensor) -> Tensor:
-    """Confidence of each masked position, float32 [N]; higher is filled first."""
-    if name == "top_prob":  # of the chosen token
-        return predicted.log_prob
-    if name == "top_prob_margin":  # difference to the second most probable token (Kim et al. 2025)
-        return predicted.margin
-    if name == "neg_entropy":
-        return predicted.neg_entropy
-    return hash_uniform(mix_keys(keys, -1)).float()  # random
+    columns: list[Any] = [None if each is None else spread_one(each) for each in predicted._replace(hidden=None)]
+    return TokenPredictions(*columns)

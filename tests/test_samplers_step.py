@@ -1,4 +1,4 @@
-"""What samplers record of their passes."""
+"""What samplers record of their passes, and when they draw random numbers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from helpers import random_generator, random_model
 from torch import Tensor
 
 from config import SamplingRule
+from samplers import step
 from samplers.block import sample_blocks
 from samplers.causal import sample_causal
 from samplers.full import sample_full
@@ -100,3 +101,28 @@ def test_recording_changes_nothing_and_nothing_is_recorded_unasked(name: str) ->
         assert torch.equal(getattr(plain, part), getattr(recorded, part))
     assert recorded.passes
     assert all(each.candidates.shape[2] == 0 for each in recorded.passes)
+
+
+@pytest.mark.parametrize(
+    ("rule", "draws"),
+    [
+        (SamplingRule(), False),
+        (SamplingRule(temperature=0.5), True),
+        (SamplingRule(confidence="random"), True),
+        (SamplingRule(revise="remask", n_passes=4), False),
+        (SamplingRule(revise="plan", n_passes=4, temperature=0.5), True),
+    ],
+)
+def test_a_pass_makes_random_keys_only_for_a_rule_that_draws_numbers(
+    rule: SamplingRule, draws: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    make_keys = step.noise_keys
+
+    def counted(*arguments: Tensor) -> Tensor:
+        made.append(make_keys(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(step, "noise_keys", counted)
+    found = sample_full(random_model(), prompts(), MASK_ID, rule)
+    assert len(made) == (int(found.nfe.max()) if draws else 0)

@@ -8,13 +8,14 @@ model's predictions.
 A row advances as one segment; for block diffusion each of its blocks is a segment (`progressive_block.py`). There is no
 host sync: finished rows are given by a mask, and all shapes are fixed.
 
-Shapes: M batches of B rows in the pool, L positions, S segments per row. Functions take any rows; the pool calls them
-with segments.
+Shapes: M batches of B rows in the pool, n rows, L positions, S segments per row. Functions take any rows [B, L]; the
+pool calls them with segments [n * S, L / S].
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def stage_of(n_revealed: Tensor, n_maskable: Tensor, n_stages: int) -> Tensor:
     return (n_revealed * n_stages // n_maskable.clamp(min=1)).clamp(max=n_stages - 1)
 
 
-def advance(
+def reveal_next_stage(
     masked: Tensor,
     stage: Tensor,
     maskable: Tensor,
@@ -63,7 +64,7 @@ def advance(
     generator: torch.Generator,
     random_order: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Advance every row by one stage.
+    """Move every row to its next stage and reveal positions up to its target (docs/algorithm.md, steps 3, 4 and 7).
 
     Args:
         masked: bool [B, L].
@@ -117,6 +118,39 @@ def count_pool_rows(uniform_fraction: float, n_rows: int, rank: int, n_ranks: in
     return rows.stop - rows.start
 
 
+@dataclass
+class Rows:
+    """Rows in flight."""
+
+    x0: Tensor  # int64 [n, L], the clean sequences
+    maskable: Tensor  # bool [n, L], False on prompts
+    masked: Tensor  # bool [n, L]
+    stage: Tensor  # int64 [n, S]; K if the segment has finished
+    age: Tensor  # int64 [n], number of updates that have trained the row
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All fields by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def take(self, index: Tensor) -> Rows:
+        """Copies of the rows at `index` (int64 [n])."""
+        return Rows(**{name: own[index] for name, own in self.tensors().items()})
+
+    def put(self, index: Tensor, rows: Rows) -> None:
+        """Overwrite the rows at `index` in place, since a CUDA graph uses the same memory at every step."""
+        for name, own in self.tensors().items():
+            own.index_copy_(0, index, getattr(rows, name))
+
+    def replace(self, which: Tensor, others: Rows) -> Rows:
+        """These rows, but `others` where `which` (bool [n]) is True."""
+        return Rows(
+            **{
+                name: torch.where(which.view(-1, *[1] * (own.ndim - 1)), getattr(others, name), own)
+                for name, own in self.tensors().items()
+            }
+        )
+
+
 class PumaPool:
     """The rows in flight on one rank: M batches of B rows; updates train and advance one batch each, in turn.
 
@@ -125,12 +159,8 @@ class PumaPool:
     so that neighbouring updates share no sequences.
 
     Attributes:
+        rows: the M * B rows, batch after batch; each has at least one masked position.
         turn: int64 scalar, the batch (of M) that the next update trains.
-        x0: int64 [M * B, L], the clean sequences, batch after batch.
-        maskable: bool [M * B, L], False on prompts.
-        masked: bool [M * B, L]; at least one True in each row.
-        stage: int64 [M * B * S]; K if the segment has finished and its row has not.
-        age: int64 [M * B], number of updates that have trained the row.
         n_finished, n_finished_steps: int64 scalars, number of retired sequences and sum of their trajectory lengths.
     """
 
@@ -155,14 +185,13 @@ class PumaPool:
         for _ in range(n_batches):
             batches.append(queue.take_next(n_rows))
             queue.top_up()  # the queue prefetches rows for one batch
-        self.x0, self.maskable = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        x0, maskable = (torch.cat(parts) for parts in zip(*batches, strict=True))
         n = n_batches * n_rows * n_segments
         spread = torch.arange(n, device=device) * n_stages // n
-        self.stage, self.masked = self._enter(
-            self.maskable, spread[torch.randperm(n, generator=generator, device=device)]
-        )
-        self.turn, self.age, self.n_finished, self.n_finished_steps = (
-            torch.zeros(shape, dtype=torch.long, device=device) for shape in ((), len(self.x0), (), ())
+        stage = spread[torch.randperm(n, generator=generator, device=device)].view(-1, n_segments)
+        self.rows = self._enter(x0, maskable, stage)
+        self.turn, self.n_finished, self.n_finished_steps = (
+            torch.zeros((), dtype=torch.long, device=device) for _ in range(3)
         )
 
     def set_n_stages(self, n_stages: int) -> None:
@@ -170,66 +199,46 @@ class PumaPool:
         if n_stages == self.n_stages:
             return
         self.n_stages = n_stages
-        n_maskable, n_masked = self._segments(self.maskable).sum(1), self._segments(self.masked).sum(1)
-        self.stage.copy_(torch.where(n_masked > 0, stage_of(n_maskable - n_masked, n_maskable, n_stages), n_stages))
+        n_maskable, n_masked = (self._segments(each).sum(1) for each in (self.rows.maskable, self.rows.masked))
+        stage = torch.where(n_masked > 0, stage_of(n_maskable - n_masked, n_maskable, n_stages), n_stages)
+        self.rows.stage.copy_(stage.view_as(self.rows.stage))
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """The batch that the next update trains: x0 int64 [B, L] and masked bool [B, L], copies."""
-        rows = self._rows()
-        return self.x0[rows], self.masked[rows]
+        index = self._batch_index()
+        return self.rows.x0[index], self.rows.masked[index]
 
     def advance(self, confidence: Tensor) -> None:
         """Reveal positions of `batch()` by confidence (float32 [B, L]) and replace finished rows by fresh ones.
 
         Then it is the turn of the next batch.
         """
-        rows = self._rows()
-        x0, maskable, age = self.x0[rows], self.maskable[rows], self.age[rows] + 1
-        masked, stage, finished = advance(
-            self._segments(self.masked[rows]),
-            self.stage.view(-1, self.n_segments)[rows].flatten(),
-            self._segments(maskable),
-            self._segments(confidence),
-            n_stages=self.n_stages,
-            collapse_threshold=self.collapse_threshold,
-            generator=self.generator,
-            random_order=self.random_order,
-        )
-        masked = (masked & ~finished[:, None]).view_as(maskable)
-        stage = stage.masked_fill(finished, self.n_stages)
-        retired = finished.view(self.n_rows, -1).all(1)  # [B]
+        index = self._batch_index()
+        batch = self.rows.take(index)
+        batch.age += 1
+        batch.masked, batch.stage = self._reveal(batch, confidence)
+        retired = (batch.stage == self.n_stages).all(1)  # [B]
         self.n_finished += retired.sum()
-        self.n_finished_steps += (age * retired).sum()
-        fresh_x0, fresh_maskable = self.queue.take(retired)
-        x0, maskable = (
-            torch.where(retired[:, None], fresh, old) for fresh, old in ((fresh_x0, x0), (fresh_maskable, maskable))
-        )
-        fresh_stage, fresh_masked = self._enter(maskable, torch.zeros_like(stage))
-        masked = torch.where(retired[:, None], fresh_masked, masked)
-        stage = torch.where(retired.repeat_interleave(self.n_segments), fresh_stage, stage)
-        # In place, since a CUDA graph uses the same memory at every step.
-        self.x0.index_copy_(0, rows, x0)
-        self.maskable.index_copy_(0, rows, maskable)
-        self.masked.index_copy_(0, rows, masked)
-        self.stage.view(-1, self.n_segments).index_copy_(0, rows, stage.view(-1, self.n_segments))
-        self.age.index_copy_(0, rows, age * ~retired)
+        self.n_finished_steps += (batch.age * retired).sum()
+        fresh = self._enter(*self.queue.take(retired), torch.zeros_like(batch.stage))
+        self.rows.put(index, batch.replace(retired, fresh))
         self.turn.add_(1).remainder_(self.n_batches)
 
     def metrics(self) -> dict[str, Tensor]:
         """Metrics of the pool; the stage histogram ([K]) has shares of the segments in flight."""
-        counts = self.stage.bincount(minlength=self.n_stages)[: self.n_stages]
+        counts = self.rows.stage.flatten().bincount(minlength=self.n_stages)[: self.n_stages]
         return {
             "n_stages": torch.tensor(self.n_stages),
             "stage_histogram": counts / counts.sum(),
-            "masked_fraction": (self.masked.sum(1) / self.maskable.sum(1)).mean(),
+            "masked_fraction": (self.rows.masked.sum(1) / self.rows.maskable.sum(1)).mean(),
             "sequences_finished": self.n_finished,
             "sequences_finished_steps": self.n_finished_steps,
         }
 
     def state_dict(self) -> dict[str, Any]:
         """State for a restart, without the generator and the queue."""
-        state = {key: getattr(self, key) for key in ("x0", "maskable", "masked", "stage", "age")}
-        return state | {
+        rows = self.rows.tensors() | {"stage": self.rows.stage.flatten()}
+        return rows | {
             "n_stages": self.n_stages,
             "n_batches": self.n_batches,
             "turn": int(self.turn),
@@ -239,15 +248,17 @@ class PumaPool:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        for key, own in self.state_dict().items():
+            if isinstance(own, Tensor) and (state[key].shape, state[key].dtype) != (own.shape, own.dtype):
+                raise ValueError(f"the pool's {key} is {state[key].dtype} {list(state[key].shape)}")
         self.n_stages = state["n_stages"]
         self.turn.fill_(state.get("turn", 0))  # absent in older checkpoints, where M was 1
-        for key in ("x0", "maskable", "masked", "stage", "age", "n_finished", "n_finished_steps"):
-            own = getattr(self, key)
-            if (state[key].shape, state[key].dtype) != (own.shape, own.dtype):
-                raise ValueError(f"the pool's {key} is {state[key].dtype} {list(state[key].shape)}")
-            setattr(self, key, state[key].to(self.generator.device))
+        for name, own in self.rows.tensors().items():
+            own.copy_(state[name].view_as(own))
+        self.n_finished.copy_(state["n_finished"])
+        self.n_finished_steps.copy_(state["n_finished_steps"])
 
-    def _rows(self) -> Tensor:
+    def _batch_index(self) -> Tensor:
         """Indices of the rows of the current batch, int64 [B]; on the device, so that a CUDA graph can capture it."""
         return self.turn * self.n_rows + torch.arange(self.n_rows, device=self.turn.device)
 
@@ -255,16 +266,32 @@ class PumaPool:
         """Reshape rows ([n, L]) to one row per segment, [n * S, L / S]."""
         return values.reshape(len(values) * self.n_segments, -1)
 
-    def _enter(self, maskable: Tensor, stage: Tensor) -> tuple[Tensor, Tensor]:
-        """Stage (int64 [n * S]) and masks (bool [n, L]) of sequences (`maskable`, bool [n, L]) that enter at `stage`.
+    def _reveal(self, rows: Rows, confidence: Tensor) -> tuple[Tensor, Tensor]:
+        """Masks (bool [n, L]) and stages (int64 [n, S]) of rows one stage later; finished segments have no masks."""
+        masked, stage, finished = reveal_next_stage(
+            self._segments(rows.masked),
+            rows.stage.flatten(),
+            self._segments(rows.maskable),
+            self._segments(confidence),
+            n_stages=self.n_stages,
+            collapse_threshold=self.collapse_threshold,
+            generator=self.generator,
+            random_order=self.random_order,
+        )
+        masked, stage = masked & ~finished[:, None], stage.masked_fill(finished, self.n_stages)
+        return masked.view_as(rows.masked), stage.view_as(rows.stage)
+
+    def _enter(self, x0: Tensor, maskable: Tensor, stage: Tensor) -> Rows:
+        """Rows of sequences (`maskable`, bool [n, L]) that enter at `stage` (int64 [n, S]).
 
         Random positions are revealed up to the stage's target. Segments without maskable positions have finished.
         """
         segments = self._segments(maskable)  # [n * S, L / S]
         n_maskable = segments.sum(1)
-        target = draw_target(stage, self.n_stages, n_maskable, self.generator)
+        target = draw_target(stage.flatten(), self.n_stages, n_maskable, self.generator)
         masked = segments & ~reveal_random(segments, target, self.generator)
-        return torch.where(n_maskable > 0, stage, self.n_stages), masked.view_as(maskable)
+        stage = torch.where(n_maskable.view_as(stage) > 0, stage, self.n_stages)
+        return Rows(x0, maskable, masked.view_as(maskable), stage, age=torch.zeros_like(stage[:, 0]))
 
 
 class PumaObjective(MaskedObjective):

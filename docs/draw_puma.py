@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.sudoku import SudokuData
 from model.hub import load_model
-from progressive import advance
+from progressive import reveal_next_stage
 from unmasking import mask_uniformly, row_weights
 
 HIDDEN, SHOWN, FRESH = "#d5dae3", "#ffffff", "#f6c667"
@@ -44,7 +44,7 @@ def trajectory(run_dir: Path, row: int, seed: int) -> tuple[Tensor, Tensor, list
     for _ in range(n_stages):
         pool.append(masked[0, -n_cells:])
         scores = model(tokens.masked_fill(masked, data.mask_id), tokens, row_weights(masked, 1))
-        masked, stage, _ = advance(
+        masked, stage, _ = reveal_next_stage(
             masked,
             stage,
             maskable,

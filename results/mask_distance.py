@@ -94,11 +94,11 @@ def training_rows(objective: Objective, n_rows: int, seed: int) -> Rows:
     """
     if isinstance(objective, PumaObjective):
         pool = objective.pool
-        if n_rows > len(pool.x0):
-            raise ValueError(f"--rows {n_rows}: the pool has {len(pool.x0)} rows; set at most that")
-        chosen = torch.randperm(len(pool.x0), generator=torch.Generator().manual_seed(seed))[:n_rows]
-        chosen = chosen.to(pool.x0.device)
-        return Rows(pool.x0[chosen], pool.maskable[chosen], pool.masked[chosen])
+        if n_rows > len(pool.rows.x0):
+            raise ValueError(f"--rows {n_rows}: the pool has {len(pool.rows.x0)} rows; set at most that")
+        chosen = torch.randperm(len(pool.rows.x0), generator=torch.Generator().manual_seed(seed))[:n_rows]
+        chosen = chosen.to(pool.rows.x0.device)
+        return Rows(pool.rows.x0[chosen], pool.rows.maskable[chosen], pool.rows.masked[chosen])
     assert isinstance(objective, UniformObjective), objective
     batches = []
     for _ in range(0, n_rows, objective.n_rows):

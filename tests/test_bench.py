@@ -200,16 +200,16 @@ def test_the_pool_advances_alike(tau):
     queue = RowQueue(SequenceStream(numbered_rows(200, length=20), 0), n_rows, CPU)
     ours = PumaPool(queue, n_rows, n_stages, tau, random_generator(0))
     for step in range(4):
-        confidence = random_log_probs(ours.x0.shape, seed=step)
+        confidence = random_log_probs(ours.rows.x0.shape, seed=step)
         twin = random_generator(0)  # draws what the pool is about to draw
         twin.set_state(ours.generator.get_state())
-        targets = draw_target(ours.stage + 1, n_stages, ours.maskable.sum(1), twin)
+        targets = draw_target(ours.rows.stage.flatten() + 1, n_stages, ours.rows.maskable.sum(1), twin)
         plain = [
             dense.advance_row(
-                ours.masked[i].clone(),
-                ours.maskable[i],
+                ours.rows.masked[i].clone(),
+                ours.rows.maskable[i],
                 confidence[i],
-                int(ours.stage[i]),
+                int(ours.rows.stage[i]),
                 int(targets[i]),
                 n_stages,
                 tau,
@@ -221,8 +221,8 @@ def test_the_pool_advances_alike(tau):
         assert int(ours.n_finished) - n_finished == sum(stage == n_stages for _, stage in plain)
         for i, (masked, stage) in enumerate(plain):
             if stage < n_stages:
-                assert torch.equal(ours.masked[i], masked)
-                assert int(ours.stage[i]) == stage
+                assert torch.equal(ours.rows.masked[i], masked)
+                assert int(ours.rows.stage[i]) == stage
     assert int(ours.n_finished) > 0
 
 

@@ -181,7 +181,7 @@ def fresh_rows(objective: Objective, batch: Microbatch) -> list[int]:
         return numbers
     assert isinstance(objective, PumaObjective)
     pool = objective.pool
-    age = pool.age.view(pool.n_batches, -1)[pool.turn].tolist()
+    age = pool.rows.age.view(pool.n_batches, -1)[pool.turn].tolist()
     entered = [number for number, steps in zip(numbers, age, strict=False) if steps == 0]
     return entered + numbers[len(age) :]
 
@@ -191,7 +191,7 @@ def waiting_rows(objective: Objective) -> Counter[int]:
     if isinstance(objective, UniformObjective):
         return Counter()
     assert isinstance(objective, PumaObjective)
-    return Counter(objective.pool.x0[objective.pool.age == 0, 0].tolist())
+    return Counter(objective.pool.rows.x0[objective.pool.rows.age == 0, 0].tolist())
 
 
 @every_objective
@@ -272,8 +272,8 @@ def test_one_pass_serves_the_loss_and_the_pool() -> None:
             built.observe(microbatch, confidence[microbatch.rows])
         built.end_step()
         built.prefetch()
-        for row in (built.pool.age > 0).nonzero().flatten().tolist():
-            revealed = masked[row] & ~built.pool.masked[row]
+        for row in (built.pool.rows.age > 0).nonzero().flatten().tolist():
+            revealed = masked[row] & ~built.pool.rows.masked[row]
             n_revealed += int(revealed.sum())
             if revealed.any():  # a target may equal the one before
                 assert confidence[row][revealed].min() > confidence[row][masked[row] & ~revealed].max()
@@ -286,7 +286,7 @@ def test_the_k_schedule_takes_effect_at_its_step() -> None:
     found = []
     for step in range(9):
         list(built.microbatches(step))
-        assert built.pool.stage.max() < built.pool.n_stages
+        assert built.pool.rows.stage.max() < built.pool.n_stages
         found.append(int(built.metrics()["n_stages"]))
         run_step(built, step)
     assert found == [3, 3, 3, 3, 5, 5, 2, 2, 2]
@@ -298,7 +298,7 @@ def test_a_k_switch_keeps_the_rows_in_flight() -> None:
     built = make_objective({"name": "puma", "k_schedule": ((4, 0), (9, 3))}, data)
     for step in range(3):
         run_step(built, step)
-    before, masked, n_before = built.pool.x0.clone(), built.pool.masked.clone(), n_drawn(built)
+    before, masked, n_before = built.pool.rows.x0.clone(), built.pool.rows.masked.clone(), n_drawn(built)
     (batch,) = built.microbatches(3)
     assert int(built.metrics()["n_stages"]) == 9
     assert torch.equal(batch.x0, before)
@@ -315,7 +315,7 @@ def test_uniform_fraction_is_the_share_of_fresh_uniformly_masked_rows(
     """A share asked for is never rounded away, nor is the pool."""
     data = numbered_rows(400, 12)
     built = make_objective(PUMA | {"uniform_fraction": fraction}, data, n_rows)
-    assert len(built.pool.age) == n_rows - n_uniform
+    assert len(built.pool.rows.age) == n_rows - n_uniform
     previous: set[int] = set()
     for step in range(10):
         _, x0, _ = run_step(built, step)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.row_queue import RowQueue
 from data.stream import SequenceStream
-from progressive import PumaPool, advance, draw_target, stage_of
+from progressive import PumaPool, draw_target, reveal_next_stage, stage_of
 
 SEEDS = st.integers(0, 2**32)
 STAGES = st.integers(1, 12)
@@ -119,7 +119,7 @@ def test_advance_equals_the_oracle(
     masked[:, 0] = True
     stage = torch.randint(n_stages, (n_rows,), generator=generator)
     confidence = random_log_probs((n_rows, length), seed + 1).masked_fill(~masked, -torch.inf)
-    after, new_stage, finished = advance(
+    after, new_stage, finished = reveal_next_stage(
         masked.clone(),
         stage.clone(),
         maskable,
@@ -144,7 +144,7 @@ def test_advance_equals_the_oracle(
 def test_without_a_threshold_only_the_target_is_revealed() -> None:
     """However sure the model is."""
     masked = torch.ones(1, 100, dtype=torch.bool)
-    after, stage, finished = advance(
+    after, stage, finished = reveal_next_stage(
         masked,
         torch.tensor([0]),
         masked,
@@ -161,7 +161,7 @@ def test_a_threshold_reveals_all_above_it_and_sets_the_stage_from_the_ratio() ->
     """70 of 100 positions are above tau, which is stage 7 of 10 though the row came from stage 0."""
     masked = torch.ones(1, 100, dtype=torch.bool)
     confidence = torch.where(torch.arange(100) < 70, 0.91, 0.89).log()[None]
-    after, stage, finished = advance(
+    after, stage, finished = reveal_next_stage(
         masked,
         torch.tensor([0]),
         masked,
@@ -177,7 +177,7 @@ def test_a_threshold_reveals_all_above_it_and_sets_the_stage_from_the_ratio() ->
 def test_a_threshold_of_1_reveals_nothing_more() -> None:
     """No probability exceeds 1, not even that of a model which is sure."""
     masked = torch.ones(1, 100, dtype=torch.bool)
-    after, _, finished = advance(
+    after, _, finished = reveal_next_stage(
         masked,
         torch.tensor([0]),
         masked,
@@ -196,7 +196,7 @@ def test_a_random_order_ignores_the_confidence_and_reveals_every_position_equall
     masked = torch.ones(n_rows, length, dtype=torch.bool)
     for collapse_threshold, n_sure in ((None, 0), (0.9, 5)):
         confidence = torch.where(torch.arange(length) < n_sure, 0.0, -1.0 - torch.arange(length)).expand(n_rows, -1)
-        after, _, _ = advance(
+        after, _, _ = reveal_next_stage(
             masked,
             torch.zeros(n_rows, dtype=torch.long),
             masked,
@@ -217,7 +217,7 @@ def test_a_short_row_is_never_sent_back_by_its_ratio() -> None:
     """One maskable position stays masked at every stage, so its ratio is always 0: it must retire after K steps."""
     masked, stage = torch.ones(1, 1, dtype=torch.bool), torch.tensor([0])
     for expected in range(1, 5):
-        masked, stage, finished = advance(
+        masked, stage, finished = reveal_next_stage(
             masked,
             stage,
             torch.ones(1, 1, dtype=torch.bool),
@@ -241,14 +241,15 @@ def test_prompts_never_change_and_every_row_has_a_masked_position(
     data = numbered_rows(23, 12, seed % 1000)
     pool = make_pool(n_rows, n_stages, collapse_threshold, seed, data, n_segments, n_batches)
     for number in range(3 * n_stages):
-        tokens, prompt_mask = data.rows(np.array(row_numbers(pool.x0)))
-        assert np.array_equal(pool.x0.numpy(), tokens)
-        assert np.array_equal(pool.maskable.numpy(), ~prompt_mask)
-        assert not (pool.masked & ~pool.maskable).any()
-        assert pool.masked.any(1).all()
-        in_flight = pool.masked.view(n_batches * n_rows * n_segments, -1).any(1)
-        assert ((pool.stage >= 0) & (pool.stage < n_stages))[in_flight].all()
-        assert (pool.stage == n_stages)[~in_flight].all()
+        tokens, prompt_mask = data.rows(np.array(row_numbers(pool.rows.x0)))
+        assert np.array_equal(pool.rows.x0.numpy(), tokens)
+        assert np.array_equal(pool.rows.maskable.numpy(), ~prompt_mask)
+        assert not (pool.rows.masked & ~pool.rows.maskable).any()
+        assert pool.rows.masked.any(1).all()
+        stage = pool.rows.stage.flatten()
+        in_flight = pool.rows.masked.view(n_batches * n_rows * n_segments, -1).any(1)
+        assert ((stage >= 0) & (stage < n_stages))[in_flight].all()
+        assert (stage == n_stages)[~in_flight].all()
         step(pool, seed + number)
 
 
@@ -259,16 +260,15 @@ def test_every_transition_of_the_pool_is_one_of_the_oracles(
 ) -> None:
     """Segments of rows that stay follow the oracle; a row leaves if and only if the oracle lets all of them finish."""
     pool = make_pool(6, n_stages, collapse_threshold, seed, n_segments=n_segments, n_batches=n_batches)
-    n_rows = 6 * n_batches
     for number in range(2 * n_stages * n_batches):
-        masked, stage, maskable, x0 = (part.clone() for part in (pool.masked, pool.stage, pool.maskable, pool.x0))
+        x0, maskable, masked, stage, _ = (part.clone() for part in pool.rows.tensors().values())
         confidence = step(pool, seed + number)
-        stayed = (pool.age > 0).tolist()
+        stayed = (pool.rows.age > 0).tolist()
         first = number % n_batches * 6
         for row in range(first, first + 6):
             possible = possible_transitions(
                 masked[row].view(n_segments, -1),
-                stage.view(n_rows, n_segments)[row].tolist(),
+                stage[row].tolist(),
                 maskable[row].view(n_segments, -1),
                 confidence[row - first].view(n_segments, -1),
                 n_stages,
@@ -277,11 +277,9 @@ def test_every_transition_of_the_pool_is_one_of_the_oracles(
             if not stayed[row]:
                 assert all(any(transition.finished for transition in segment) for segment in possible)
                 continue
-            assert torch.equal(pool.x0[row], x0[row])
-            assert pool.masked[row].any()
-            segments = zip(
-                possible, pool.masked[row].view(n_segments, -1), pool.stage.view(n_rows, -1)[row], strict=True
-            )
+            assert torch.equal(pool.rows.x0[row], x0[row])
+            assert pool.rows.masked[row].any()
+            segments = zip(possible, pool.rows.masked[row].view(n_segments, -1), pool.rows.stage[row], strict=True)
             for transitions, left, new_stage in segments:
                 if left.any():
                     assert oracle.Transition(frozenset(places(left)), int(new_stage), finished=False) in transitions
@@ -323,37 +321,41 @@ def test_what_is_revealed_stays_revealed(seed: int, collapse_threshold: float | 
     for number in range(12):
         if number == 7:
             pool.set_n_stages(9)
-        masked = pool.masked.clone()
+        masked = pool.rows.masked.clone()
         step(pool, seed + number)
-        stayed = pool.age > 0
-        assert not (pool.masked & ~masked)[stayed].any()
+        stayed = pool.rows.age > 0
+        assert not (pool.rows.masked & ~masked)[stayed].any()
 
 
 def test_a_fully_revealed_row_retires_at_once() -> None:
     """The published code keeps a finished row for the rest of its stages, though it can give no loss."""
     pool = make_pool(8, n_stages=16, collapse_threshold=0.9)
-    before = row_numbers(pool.x0)
-    pool.advance(torch.zeros(pool.x0.shape))  # sure of everything
-    assert (pool.age == 0).all()
+    before = row_numbers(pool.rows.x0)
+    pool.advance(torch.zeros(pool.rows.x0.shape))  # sure of everything
+    assert (pool.rows.age == 0).all()
     assert int(pool.n_finished) == 8
-    assert not set(before) & set(row_numbers(pool.x0))
-    assert pool.masked.any(1).all()
+    assert not set(before) & set(row_numbers(pool.rows.x0))
+    assert pool.rows.masked.any(1).all()
 
 
 @pytest.mark.parametrize(("n_rows", "n_stages"), [(12, 4), (13, 4), (3, 8), (8, 8), (5, 1)])
 def test_stages_are_spread_evenly_at_the_start(n_rows: int, n_stages: int) -> None:
     pool = make_pool(n_rows, n_stages, data=numbered_rows(40, 12))
-    counts = pool.stage.bincount(minlength=n_stages)
+    counts = pool.rows.stage.flatten().bincount(minlength=n_stages)
     assert len(counts) == n_stages
     assert int(counts.max() - counts.min()) <= 1
-    n_maskable = pool.maskable.sum(1)
-    for j, n, masked in zip(pool.stage.tolist(), n_maskable.tolist(), pool.masked.sum(1).tolist(), strict=True):
+    n_maskable = pool.rows.maskable.sum(1)
+    for j, n, masked in zip(
+        pool.rows.stage.flatten().tolist(), n_maskable.tolist(), pool.rows.masked.sum(1).tolist(), strict=True
+    ):
         assert n - masked in oracle.possible_targets(j, n_stages, n)
 
 
 def test_stages_are_shuffled_over_the_rows_at_the_start() -> None:
     """Else the split into microbatches, or the shares of the ranks, would see few stages each."""
-    starts = [make_pool(32, 8, seed=seed, data=numbered_rows(40, 12)).stage.tolist() for seed in range(4)]
+    starts = [
+        make_pool(32, 8, seed=seed, data=numbered_rows(40, 12)).rows.stage.flatten().tolist() for seed in range(4)
+    ]
     assert all(stages != sorted(stages) for stages in starts)
     assert len({tuple(stages) for stages in starts}) == 4
 
@@ -366,9 +368,9 @@ def test_a_fresh_row_enters_at_stage_0_with_random_positions_revealed() -> None:
     ranks = torch.zeros(n_maskable, dtype=torch.long)
     for number in range(100):
         step(pool, number)
-        assert (pool.age == 0).all()
-        assert (pool.stage == 0).all()
-        revealed = (pool.maskable & ~pool.masked)[pool.maskable].view(64, n_maskable)
+        assert (pool.rows.age == 0).all()
+        assert (pool.rows.stage == 0).all()
+        revealed = (pool.rows.maskable & ~pool.rows.masked)[pool.rows.maskable].view(64, n_maskable)
         counts += revealed.sum(1).bincount(minlength=n_maskable)
         ranks += revealed.sum(0)
     expected = [oracle.target_probability(target, 0, 1, n_maskable) for target in range(n_maskable)]
@@ -380,7 +382,7 @@ def test_a_trajectory_takes_k_steps_without_a_threshold() -> None:
     pool = make_pool(6, 5, data=numbered_rows(60, 12, n_maskable=11))
     for number in range(5):  # the first rows start anywhere
         step(pool, number)
-    assert pool.age.max() < 5
+    assert pool.rows.age.max() < 5
     finished_before, steps_before = int(pool.n_finished), int(pool.n_finished_steps)
     for number in range(20):
         step(pool, number)
@@ -404,8 +406,8 @@ def test_batches_take_turns_and_the_others_rest(
         first = number % n_batches * 5
         own = slice(first, first + 5)
         x0, masked = pool.batch()
-        assert torch.equal(x0, pool.x0[own])
-        assert torch.equal(masked, pool.masked[own])
+        assert torch.equal(x0, pool.rows.x0[own])
+        assert torch.equal(masked, pool.rows.masked[own])
         before = everything(pool)
         step(pool, seed + number)
         changed = (everything(pool) != before).any(1)
@@ -416,8 +418,7 @@ def test_batches_take_turns_and_the_others_rest(
 
 def everything(pool: PumaPool) -> Tensor:
     """All that is known of each row, int64 [M * B, ...]."""
-    stage = pool.stage.view(len(pool.age), -1)
-    return torch.cat([pool.x0, pool.masked, pool.maskable, stage, pool.age[:, None]], dim=1)
+    return torch.cat([tensor.view(len(pool.rows.age), -1) for tensor in pool.rows.tensors().values()], dim=1)
 
 
 def test_a_deeper_pool_spreads_the_visits_of_a_sequence() -> None:
@@ -444,8 +445,8 @@ def test_a_threshold_that_nothing_exceeds_is_none(seed: int, n_stages: int, n_se
     for number in range(2 * n_stages):
         for pool in pools:
             step(pool, seed + number)
-        for key in ("x0", "masked", "stage", "age", "n_finished_steps"):
-            assert torch.equal(*(getattr(pool, key) for pool in pools)), key
+        first, second = (pool.state_dict() for pool in pools)
+        assert all(torch.equal(first[key], second[key]) for key in ("x0", "masked", "stage", "age", "n_finished_steps"))
 
 
 # The data
@@ -453,11 +454,11 @@ def test_a_threshold_that_nothing_exceeds_is_none(seed: int, n_stages: int, n_se
 
 def run_and_count(pool: PumaPool, n_steps: int) -> list[Counter[int]]:
     """How often each row of the data has been in the pool: at the start, then after each step."""
-    used = Counter(row_numbers(pool.x0))
+    used = Counter(row_numbers(pool.rows.x0))
     history = [used.copy()]
     for number in range(n_steps):
         step(pool, number)
-        used.update(row_numbers(pool.x0[pool.age == 0]))
+        used.update(row_numbers(pool.rows.x0[pool.rows.age == 0]))
         history.append(used.copy())
     return history
 
@@ -488,19 +489,19 @@ def test_a_k_switch_neither_restarts_the_data_nor_drops_rows() -> None:
     data = numbered_rows(40, 12)
     pool = make_pool(8, 4, data=data)
     used = run_and_count(pool, 5)[-1]
-    numbers, masked, age = row_numbers(pool.x0), pool.masked.clone(), pool.age.clone()
+    numbers, masked, age = row_numbers(pool.rows.x0), pool.rows.masked.clone(), pool.rows.age.clone()
     pool.set_n_stages(7)
-    assert row_numbers(pool.x0) == numbers
-    assert torch.equal(pool.masked, masked)
-    assert torch.equal(pool.age, age)
+    assert row_numbers(pool.rows.x0) == numbers
+    assert torch.equal(pool.rows.masked, masked)
+    assert torch.equal(pool.rows.age, age)
     expected = [
         oracle.stage_of_ratio(n - m, n, 7)
-        for n, m in zip(pool.maskable.sum(1).tolist(), masked.sum(1).tolist(), strict=True)
+        for n, m in zip(pool.rows.maskable.sum(1).tolist(), masked.sum(1).tolist(), strict=True)
     ]
-    assert pool.stage.tolist() == expected
+    assert pool.rows.stage.flatten().tolist() == expected
     for number in range(10):
         step(pool, number)
-        used.update(row_numbers(pool.x0[pool.age == 0]))
+        used.update(row_numbers(pool.rows.x0[pool.rows.age == 0]))
     assert used == Counter(row_numbers(SequenceStream(data, 0).draw(used.total())[0]))
 
 
@@ -508,11 +509,11 @@ def test_segments_that_have_finished_stay_so_under_another_k() -> None:
     pool = make_pool(8, 4, collapse_threshold=0.6, n_segments=3)
     for number in range(3):
         step(pool, number)
-    finished = ~pool.masked.view(24, -1).any(1)
+    finished = ~pool.rows.masked.view(24, -1).any(1)
     assert finished.any()
     assert not finished.all()
     pool.set_n_stages(6)
-    assert torch.equal(pool.stage == 6, finished)
+    assert torch.equal(pool.rows.stage.flatten() == 6, finished)
 
 
 def test_setting_the_same_k_changes_nothing() -> None:
@@ -520,28 +521,28 @@ def test_setting_the_same_k_changes_nothing() -> None:
     pool = make_pool(8, 5, data=numbered_rows(40, 4))  # short rows, whose ratio lags behind their stage
     for number in range(6):
         step(pool, number)
-        stage = pool.stage.clone()
+        stage = pool.rows.stage.clone()
         pool.set_n_stages(5)
-        assert torch.equal(pool.stage, stage)
+        assert torch.equal(pool.rows.stage, stage)
 
 
 def test_metrics_describe_the_pool() -> None:
     pool = make_pool(8, 4, collapse_threshold=0.8)
-    age = pool.age.clone()
+    age = pool.rows.age.clone()
     n_finished = n_steps = 0
     for number in range(20):
         step(pool, number)
-        gone = pool.age == 0
+        gone = pool.rows.age == 0
         n_finished += int(gone.sum())
         n_steps += int((age + 1)[gone].sum())
-        age = pool.age.clone()
+        age = pool.rows.age.clone()
     metrics = pool.metrics()
     assert int(metrics["n_stages"]) == 4
     assert int(metrics["sequences_finished"]) == n_finished > 0
     assert int(metrics["sequences_finished_steps"]) == n_steps
-    shares = [pool.stage.tolist().count(stage) / 8 for stage in range(4)]
+    shares = [pool.rows.stage.flatten().tolist().count(stage) / 8 for stage in range(4)]
     assert metrics["stage_histogram"].tolist() == pytest.approx(shares)
-    masked = [int(m) / int(n) for m, n in zip(pool.masked.sum(1), pool.maskable.sum(1), strict=True)]
+    masked = [int(m) / int(n) for m, n in zip(pool.rows.masked.sum(1), pool.rows.maskable.sum(1), strict=True)]
     assert float(metrics["masked_fraction"]) == pytest.approx(sum(masked) / 8)
 
 
@@ -560,8 +561,9 @@ def test_a_restored_pool_goes_on_exactly(n_steps: int, n_batches: int) -> None:
     second.generator.set_state(first.generator.get_state())
     second.load_state_dict(state)
     for number in range(30):
-        for key in ("turn", "x0", "maskable", "masked", "stage", "age", "n_finished", "n_finished_steps"):
-            assert torch.equal(getattr(first, key), getattr(second, key)), key
+        ours, theirs = first.state_dict(), second.state_dict()
+        for key, value in ours.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[key])), key
         step(first, number)
         step(second, number)
     assert int(first.queue.n_taken) == int(second.queue.n_taken) > len(data)

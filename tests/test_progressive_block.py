@@ -200,15 +200,15 @@ def test_blocks_follow_their_own_confidence_and_rows_retire_with_their_last_bloc
     assert isinstance(objective, PumaObjective)
     pool, threshold = objective.pool, np.log(tau) if tau else np.inf
     for step in range(60):
-        x0, masked, maskable = pool.x0.clone(), pool.masked.clone(), pool.maskable.clone()
-        stage, n_taken = pool.stage.view(10, -1).clone(), int(objective.queue.n_taken)
+        x0, masked, maskable = pool.rows.x0.clone(), pool.rows.masked.clone(), pool.rows.maskable.clone()
+        stage, n_taken = pool.rows.stage.clone(), int(objective.queue.n_taken)
         xt, trained, weight = run_step(objective, step)
         assert torch.equal(trained, x0)
         assert torch.equal(xt, x0.masked_fill(masked, MASK))
         assert torch.equal(weight > 0, masked)
         assert masked.any(1).all(), "every row gives a loss"
         assert torch.equal(stage < n_stages, masked.view(10, -1, BLOCK).any(2)), "finished blocks say so"
-        assert not (pool.masked & ~pool.maskable).any(), "prompts never change"
+        assert not (pool.rows.masked & ~pool.rows.maskable).any(), "prompts never change"
         confidence = invented_confidence(x0, step)
         for row in range(10):
             blocks = [slice(first, first + BLOCK) for first in range(0, LENGTH, BLOCK)]
@@ -220,15 +220,15 @@ def test_blocks_follow_their_own_confidence_and_rows_retire_with_their_last_bloc
                 assert_next_of_the_data(pool, row, data, n_taken)
                 n_taken, n_retired = n_taken + 1, n_retired + 1
                 continue
-            assert torch.equal(pool.x0[row], x0[row]), "a row stays until its last block has finished"
+            assert torch.equal(pool.rows.x0[row], x0[row]), "a row stays until its last block has finished"
             for block, end, now in zip(blocks, ends, stage[row].tolist(), strict=True):
                 if end:
-                    assert not pool.masked[row, block].any(), "a finished block is clean until its row retires"
+                    assert not pool.rows.masked[row, block].any(), "a finished block is clean until its row retires"
                 else:
                     assert_revealed_by_confidence(
-                        masked[row, block], pool.masked[row, block], confidence[row, block], threshold
+                        masked[row, block], pool.rows.masked[row, block], confidence[row, block], threshold
                     )
-                    n_maskable, n_masked = int(maskable[row, block].sum()), int(pool.masked[row, block].sum())
+                    n_maskable, n_masked = int(maskable[row, block].sum()), int(pool.rows.masked[row, block].sum())
                     lowest, highest = (
                         min(round(edge / n_stages * n_maskable), n_maskable - 1) for edge in (now + 1, now + 2)
                     )
@@ -243,11 +243,11 @@ def assert_next_of_the_data(pool: PumaPool, row: int, data: Rows, n_taken: int) 
     """The row holds the sequence that comes after the first `n_taken` of the stream, at its very beginning."""
     stream = SequenceStream(data, 0)
     x0, prompt_mask = (part[-1] for part in stream.draw(n_taken + 1))
-    assert torch.equal(pool.x0[row], x0)
-    assert torch.equal(pool.maskable[row], ~prompt_mask)
-    assert pool.age[row] == 0
+    assert torch.equal(pool.rows.x0[row], x0)
+    assert torch.equal(pool.rows.maskable[row], ~prompt_mask)
+    assert pool.rows.age[row] == 0
     starts = (~prompt_mask).view(-1, BLOCK).any(1)
-    assert torch.equal(pool.stage.view(10, -1)[row], torch.where(starts, 0, pool.n_stages)), "all prompt: finished"
+    assert torch.equal(pool.rows.stage[row], torch.where(starts, 0, pool.n_stages)), "all prompt: finished"
 
 
 def assert_revealed_by_confidence(before: Tensor, after: Tensor, confidence: Tensor, threshold: float) -> None:
@@ -263,10 +263,10 @@ def test_finished_blocks_stay_finished_when_the_number_of_stages_changes():
     objective = build(puma(n_stages=None, k_schedule=((2, 0), (7, 1)), collapse_threshold=0.8), 20)
     assert isinstance(objective, PumaObjective)
     run_step(objective, 0)
-    finished = ~objective.pool.masked.view(20, -1, BLOCK).any(2)
+    finished = ~objective.pool.rows.masked.view(20, -1, BLOCK).any(2)
     assert finished.any()
     next(iter(objective.microbatches(1)))
-    stage = objective.pool.stage.view(20, -1)
+    stage = objective.pool.rows.stage
     assert objective.pool.n_stages == 7
     assert (stage[finished] == 7).all()
     assert (stage[~finished] < 7).all()

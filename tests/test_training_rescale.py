@@ -57,7 +57,7 @@ def run_step(objective: Any, seed: int) -> list[int]:
     objective.prefetch()
     if pool is None:
         return rows
-    ages = pool.age.view(pool.n_batches, -1)[turn].tolist()
+    ages = pool.rows.age.view(pool.n_batches, -1)[turn].tolist()
     retired = [row for row, age in zip(before, ages, strict=True) if age == 0]
     return retired + rows[len(before) :]
 
@@ -102,13 +102,13 @@ def test_the_sequences_of_every_epoch_are_those_of_an_undisturbed_run(case, chai
                 assert torch.equal(in_flight(objectives), rows), "all rows in flight, in order"
                 assert sum(int(pool.n_finished) for pool in pools) == n_finished
                 assert sum(int(pool.n_finished_steps) for pool in pools) == n_steps
-                assert all(bool(pool.masked.any(1).all()) for pool in pools)
+                assert all(bool(pool.rows.masked.any(1).all()) for pool in pools)
         for number in range(9):
             for rank, objective in enumerate(objectives):
                 finished.update(run_step(objective, 10_000 * phase + 100 * number + 10 * rank))
     (last,) = objectives
     n_drawn = int(last.metrics()["sequences_drawn"])
-    flying = last.pool.x0[:, 0].tolist() if hasattr(last, "pool") else []
+    flying = last.pool.rows.x0[:, 0].tolist() if hasattr(last, "pool") else []
     assert finished.total() + len(flying) == n_drawn, "the count goes on over all changes"
     assert n_drawn >= 3 * N_ROWS, "the test must cross epochs"
     state = last.state_dict()["queue"]
@@ -141,7 +141,8 @@ def test_the_next_record_is_the_mean_over_all_steps():
 def test_the_pool_has_as_many_rows_on_any_number_of_ranks(fraction):
     data = numbered_rows(40, LENGTH)
     sizes = {
-        n: [len(each.pool.age) for each in ranks_of(PUMA | {"uniform_fraction": fraction}, data, n)] for n in (1, 2)
+        n: [len(each.pool.rows.age) for each in ranks_of(PUMA | {"uniform_fraction": fraction}, data, n)]
+        for n in (1, 2)
     }
     assert sum(sizes[1]) == sum(sizes[2]) == BATCH_SIZE - max(1, round(fraction * BATCH_SIZE))
     assert abs(sizes[2][0] - sizes[2][1]) <= 1

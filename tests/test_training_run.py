@@ -73,15 +73,15 @@ class Ages:
     """The trajectory lengths of the rows that leave a pool, from the ages of its rows alone."""
 
     def __init__(self, objective: PumaObjective) -> None:
-        self.objective, self.before = objective, objective.pool.age.clone()
+        self.objective, self.before = objective, objective.pool.rows.age.clone()
         self.lengths: list[int] = []
 
     def update(self) -> None:
         """After an update: a row of the batch that was trained has age 0 if it is a fresh one."""
         pool = self.objective.pool
-        trained = torch.arange(len(pool.age)) // pool.n_rows == (int(pool.turn) - 1) % pool.n_batches
-        self.lengths += (self.before + 1)[trained & (pool.age == 0)].tolist()
-        self.before = pool.age.clone()
+        trained = torch.arange(len(pool.rows.age)) // pool.n_rows == (int(pool.turn) - 1) % pool.n_batches
+        self.lengths += (self.before + 1)[trained & (pool.rows.age == 0)].tolist()
+        self.before = pool.rows.age.clone()
 
     def mean(self) -> float:
         """Mean since the last call."""

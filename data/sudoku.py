@@ -100,8 +100,8 @@ class SudokuSettings(DataSettings):
             problems.append("source 'files' needs train_file and test_file")
         if self.source == "hub" and not self.hub_name:
             problems.append("source 'hub' needs hub_name")
+        # Not those of generated boards: a run has them, and `data.source=files` evaluates it on other boards.
         for keys, sources in (
-            (("n_train", "n_test", "min_clues", "max_clues", "seed"), ("generated", "published_or_generated")),
             (("train_file", "test_file"), ("files",)),
             (("hub_name", "train_split", "test_split", "puzzle_column", "solution_column"), ("hub",)),
             (("rating_column",), ("files", "hub")),

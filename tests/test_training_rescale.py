@@ -78,7 +78,9 @@ def states_of(objectives: list[Any]) -> list[dict[str, Any]]:
 def in_flight(objectives: list[Any]) -> Tensor:
     """Everything known of the rows in flight, ranks in order: x0, masks, stages and ages, int64 [M, B, ...]."""
     pools = [each.pool for each in objectives]
-    parts = [torch.cat([p.x0, p.masked, p.maskable, p.stage.view(len(p.age), -1), p.age[:, None]], 1) for p in pools]
+    parts = [
+        torch.cat([each.view(len(pool.rows.age), -1) for each in pool.rows.tensors().values()], 1) for pool in pools
+    ]
     return torch.cat([part.view(pools[0].n_batches, -1, part.shape[1]) for part in parts], dim=1)
 
 

@@ -247,7 +247,7 @@ class TrainingSettings(Settings):
     cuda_graph: Literal["auto"] | bool = Field(
         "auto",
         description="capture an update once and replay it, for models bound by kernel launches; auto: with one process "
-        "on a GPU and a small vocabulary",
+        "on a GPU and a small vocabulary; not with gradient_checkpointing",
         json_schema_extra=FREE_ON_RESUME,  # it changes no number
     )
     log_every: int = Field(50, gt=0, description="steps between records", json_schema_extra=FREE_ON_RESUME)

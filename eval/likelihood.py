@@ -54,6 +54,7 @@ from runtime.distributed import (
     stop_world,
     sum_over_ranks,
 )
+from runtime.signals import INTERRUPTED
 from samplers.step import nothing
 from unmasking import reveal_top
 
@@ -305,6 +306,8 @@ def main(arguments: list[str] | None = None) -> None:
         print("\n".join(table(rows)))  # last, since standard output may be closed
     except (ValueError, OSError) as error:
         fail_once(error)
+    except KeyboardInterrupt:
+        fail_once("interrupted", status=INTERRUPTED)
     finally:
         stop_world()
 

@@ -40,7 +40,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
@@ -446,14 +445,14 @@ def main(arguments: list[str] | None = None) -> None:
     if options.rows < 1:
         parser.error(f"--rows must be at least 1, got {options.rows}")
     records_file = options.out / "records.json"
-    if not options.draw:
-        with ends_with_message():
+    with ends_with_message():
+        if not options.draw:
             collect(options.run_dirs, options.rows, options.seed, records_file)
-    if not records_file.exists():
-        sys.exit(f"{records_file} is missing: name run directories to measure")
-    records = json.loads(records_file.read_text(encoding="utf-8"))
-    write_text(options.out / "README.md", report(records))
-    draw(records, options.out / "curves.png")
+        if not records_file.exists():
+            raise ValueError(f"{records_file} is missing: name run directories to measure")
+        records = json.loads(records_file.read_text(encoding="utf-8"))
+        write_text(options.out / "README.md", report(records))
+        draw(records, options.out / "curves.png")
     print(f"wrote {options.out}/README.md")
 
 

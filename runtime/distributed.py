@@ -96,7 +96,7 @@ def start_world(device: str) -> World:
             _patient = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
         except dist.DistError as error:
             place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-            reason = str(error).splitlines()[0].rstrip(".")
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise OSError(
                 f"the {n_ranks} processes of the run cannot reach each other by {place} ({reason}): "
                 "check that all were started, and MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME"

@@ -197,7 +197,7 @@ def _call(sender: Connection, log: Path, function: Callable[..., Any], arguments
         message = True, function(*arguments)
     except (Exception, SystemExit) as error:
         traceback.print_exc()
-        message = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        message = False, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     sys.stdout.flush()
     sender.send(message)
 

@@ -87,7 +87,8 @@ print("imported all")
 @pytest.mark.slow
 @pytest.mark.parametrize("piece", ["tests", "speed", "block", "ranks", "experiments"])
 def test_a_piece_from_end_to_end(piece, bare_machine, tmp_path):
-    options = ["--out", tmp_path / "out", "--runs", tmp_path / "runs", "--tiny", "--deadline-s", 900]
+    options = ["--out", tmp_path / "out", "--runs", tmp_path / "runs", "--deadline-s", 900]
+    options += ["--tiny"] * (piece != "tests")
     names = ["--names", "word_problems", "--jobs", 2]
     more = [f"data.data_dir={tmp_path}", *names] if piece == "experiments" else []
     result = run_fresh_python("-m", "bench.gpu", piece, *options, *more, timeout=1000)

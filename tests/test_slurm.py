@@ -39,7 +39,7 @@ def submit(cluster, tmp_path):
     cluster.idle()
 
 
-N_STEPS = 4000  # of a run on one process: more than a fast machine makes before a signal arrives
+N_STEPS = 2500  # of a run on one process: more than a fast machine makes before a signal arrives
 
 
 def write_config(path: Path, data_dir: Path, n_steps: int, objective: dict = PUMA) -> Path:
@@ -89,7 +89,7 @@ def test_the_header_asks_for_what_a_cluster_has(cluster):
 
 
 def test_two_nodes_train_stop_requeue_and_resume_where_they_were(cluster, submit, tmp_path, data_dir):
-    n_steps = 1000
+    n_steps = 600
     config = write_config(tmp_path / "tiny.yaml", data_dir, n_steps, UNIFORM)
     run_dir = tmp_path / "stopped"
     without_slurm = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "train.py"]

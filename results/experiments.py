@@ -271,7 +271,7 @@ EXPERIMENTS = {
             "From the autoregressive model PUMA reaches 90% after 750 updates, uniform masks after 917; the ranges of "
             "the seeds overlap. Uniform masks end 2.6 points higher (1.0 to 5.2 by seed). With a pool of 16 batches "
             "PUMA ends higher than with one in every seed (0.4, 2.4 and 2.2 points) and 0.9 points below uniform "
-            "masks: 0.6 and 3.0 below, 0.8 above. PUMA has drawn a quarter of the distinct problems at 90% and 32 to "
+            "masks: 0.6 and 3.0 below, 0.8 above. PUMA has drawn a quarter of the distinct problems at 90% and 35 to "
             "43% at the end. From random weights neither has been run to its end. Accuracy during training is of 100 "
             "problems. Seconds are not comparable: the machine was shared."
         ),

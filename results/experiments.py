@@ -105,7 +105,7 @@ EXPERIMENTS = {
         targets=(0.1, 0.9),
     ),
     "sudoku_few_clues": Experiment(
-        "9x9 Sudoku, 22 to 28 clues: PUMA and uniform masks, at the rate and batch that ended highest on 30 to 40 clues",
+        "9x9 Sudoku, 22 to 28 clues: PUMA and uniform masks, at the rate and batch that were best on 30 to 40 clues",
         SUDOKU_MINI,
         baseline="uniform",
         note=(
@@ -336,6 +336,7 @@ EXPERIMENTS = {
             "puma, units first",
             "puma, units first, pool of 16",
             "puma, units first, pool of 16, tau 0.9",
+            "puma, units first, random order",
         ),
         overrides=("training.max_steps=1500",),
         targets=(0.5, 0.9),

@@ -38,6 +38,8 @@ from runtime.metrics import read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 POLL_S = 0.5
 N_COLUMNS = 10  # at most, in the table of accuracy by update
+WIDTH = 12.0  # of the figure, inches
+LEGEND_LINE, LEGEND_LETTER = 0.8, 0.08  # inches that a label needs in the legend, besides and for each letter
 
 Number = Annotated[float | int, Field(ge=0, le=1e100)]  # larger ones overflow in the library that draws
 Text = Annotated[str, Field(max_length=1000)]
@@ -436,13 +438,16 @@ def draw(experiment: Experiment, records: dict[str, Any], out: Path) -> None:
     from matplotlib.figure import Figure
 
     axes = axes_of(experiment)
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     plots = figure.subplots(1, len(axes), sharey=True)
     shown = [curve for curve in curves_of(records) if curve.setting in (experiment.shown or runs_by_arm(records))]
     for plot, axis in zip(plots, axes, strict=True):
         plot_accuracy(plot, shown, axis, experiment.targets[-1:])
         plot.label_outer()
-    figure.legend(*plots[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    handles, labels = plots[0].get_legend_handles_labels()
+    longest = max(len(label) for label in labels)
+    n_columns = max(1, min(4, int(WIDTH / (LEGEND_LINE + LEGEND_LETTER * longest))))
+    figure.legend(handles, labels, loc="outside upper center", ncols=n_columns, frameon=False)
     figure.savefig(out, dpi=110)
 
 

@@ -327,7 +327,7 @@ EXPERIMENTS = {
             "batches the mean is at or above that of uniform masks, with and without the threshold; one of three "
             "seeds without it ends 5 points below them and loses the chains of 5 to 8. With the highest digit first "
             "it is the same: one batch 61.4, 49.6 and 61.2%, 16 batches and tau = 0.9 83.9 and 68.8%, uniform masks "
-            "80.0, 70.1 and 73.0%. A quarter of uniform rows has one seed there. Seeds differ by as much as 14 "
+            "80.0, 70.1 and 73.0%. A quarter of uniform rows has one seed there. Seeds differ by as much as 15 "
             "points. Groups of carry chains are named by their shortest: 3 is 3 to 4, 5 is 5 to 8, 9 is 9 to 12. "
             "Accuracy during training is of 200 questions. Seconds are not comparable: runs were paused and shared "
             "the machine."

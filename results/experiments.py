@@ -35,6 +35,7 @@ class Experiment:
 
 MINUTES = ("training.compile=true", "validation.n_examples=100", "validation.n_final_examples=500")
 PAPER = ("objective.collapse_threshold=null", "objective.pool_batches=1")  # K = 8 as in the paper's Sudoku
+POOL_OF_16, RANDOM_ORDER = "objective.pool_batches=16", "objective.reveal_order=random"
 SUDOKU_MINI = (
     Arm("puma, pool of 16, tau 0.9", "sudoku_mini_puma.yaml"),
     Arm("puma as in the paper", "sudoku_mini_puma.yaml", PAPER),
@@ -57,7 +58,7 @@ EXPERIMENTS = {
         "The paper's Sudoku experiment: 9x9 boards of 30 to 40 clues, 6.8M parameters, one GPU, PUMA and uniform masks",
         (
             Arm("puma as in the paper", "sudoku_puma.yaml"),
-            Arm("puma, pool of 16", "sudoku_puma.yaml", ("objective.pool_batches=16",)),
+            Arm("puma, pool of 16", "sudoku_puma.yaml", (POOL_OF_16,)),
             Arm("uniform", "sudoku_baseline.yaml"),
         ),
         baseline="uniform",
@@ -84,10 +85,13 @@ EXPERIMENTS = {
         "9x9 Sudoku on a CPU, 30 to 40 clues: PUMA and uniform masks, the same model, batch, schedule and updates",
         (
             *SUDOKU_MINI,
-            Arm(
-                "puma as in the paper, random order",
-                "sudoku_mini_puma.yaml",
-                (*PAPER, "objective.reveal_order=random"),
+            *(
+                Arm(label, "sudoku_mini_puma.yaml", (*PAPER, *overrides))
+                for label, overrides in (
+                    ("puma as in the paper, random order", (RANDOM_ORDER,)),
+                    ("puma, pool of 16", (POOL_OF_16,)),
+                    ("puma, pool of 16, random order", (POOL_OF_16, RANDOM_ORDER)),
+                )
             ),
         ),
         baseline="uniform",
@@ -245,7 +249,7 @@ EXPERIMENTS = {
                 for rate in ("2.0e-3", "4.0e-3", "1.0e-3")
                 for name, file in (("puma", "puma"), ("uniform", "baseline"))
             ),
-            Arm("puma, rate 2.0e-3, pool of 16", "tinygsm_mini_puma.yaml", ("objective.pool_batches=16",)),
+            Arm("puma, rate 2.0e-3, pool of 16", "tinygsm_mini_puma.yaml", (POOL_OF_16,)),
             Arm("puma, rate 2.0e-3, no threshold", "tinygsm_mini_puma.yaml", ("objective.collapse_threshold=null",)),
         ),
         baseline="uniform, rate 2.0e-3",
@@ -266,7 +270,7 @@ EXPERIMENTS = {
             Arm(
                 "puma from AR, pool of 16",
                 "tinygsm_mini_hard_puma_from_arm.yaml",
-                ("objective.pool_batches=16",),
+                (POOL_OF_16,),
                 starts_from="autoregressive",
             ),
             Arm("puma from random weights", "tinygsm_mini_hard_puma.yaml", ("training.max_steps=1500",), seeds=(0,)),
@@ -298,25 +302,25 @@ EXPERIMENTS = {
             Arm(
                 "puma, units first, pool of 16, tau 0.9",
                 "addition_puma.yaml",
-                ("data.order=least_first", "objective.pool_batches=16", "objective.collapse_threshold=0.9"),
+                ("data.order=least_first", POOL_OF_16, "objective.collapse_threshold=0.9"),
             ),
             Arm(
                 "puma, highest first, pool of 16, tau 0.9",
                 "addition_puma.yaml",
-                ("data.order=most_first", "objective.pool_batches=16", "objective.collapse_threshold=0.9"),
+                ("data.order=most_first", POOL_OF_16, "objective.collapse_threshold=0.9"),
             ),
             Arm(
                 "puma, units first, pool of 16",
                 "addition_puma.yaml",
-                ("data.order=least_first", "objective.pool_batches=16"),
+                ("data.order=least_first", POOL_OF_16),
             ),
             *(
                 Arm(
                     f"puma, units first, {pool}random order",
                     "addition_puma.yaml",
-                    ("data.order=least_first", *overrides, "objective.reveal_order=random"),
+                    ("data.order=least_first", *overrides, RANDOM_ORDER),
                 )
-                for pool, overrides in (("", ()), ("pool of 16, ", ("objective.pool_batches=16",)))
+                for pool, overrides in (("", ()), ("pool of 16, ", (POOL_OF_16,)))
             ),
         ),
         baseline="uniform, units first",

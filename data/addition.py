@@ -151,6 +151,7 @@ class Addition(DataSet):
         return self._data(self.test.operands[::2])
 
     @cached_property
+    @override
     def test(self) -> AdditionData:
         """The test questions: at odd indices stratified by carry chain."""
         n_test, max_digits = self.settings.n_test, self.settings.max_digits
@@ -160,16 +161,6 @@ class Addition(DataSet):
         operands = draw_operands(rng, n_test, max_digits)
         operands[1::2] = draw_chains(rng, 1 + np.arange(n_test // 2) % max_digits, max_digits)
         return self._data(operands)
-
-    @property
-    @override
-    def n_questions(self) -> int:
-        return len(self.test)
-
-    @override
-    def prompts(self, indices: np.ndarray) -> np.ndarray:
-        tokens, prompt_mask = self.test.rows(indices)
-        return np.where(prompt_mask, tokens, self.mask_id)
 
     @override
     def judge(self, tokens: np.ndarray, indices: np.ndarray) -> Judged:

@@ -174,13 +174,19 @@ class DataSet(ABC):
         """Rows for the validation loss, not used in training."""
 
     @property
-    @abstractmethod
-    def n_questions(self) -> int:
-        """Number of questions in the test."""
+    def test(self) -> SequenceData:
+        """Rows whose prompts are the questions of the test: by default those of `validation`."""
+        return self.validation
 
-    @abstractmethod
+    @property
+    def n_questions(self) -> int:
+        """Number of questions in the test: by default one per row of `test`."""
+        return len(self.test)
+
     def prompts(self, indices: np.ndarray) -> np.ndarray:
-        """Questions as rows, int64 [n, L], with mask tokens in place of the answer."""
+        """Questions as rows, int64 [n, L], with mask tokens in place of the answer: by default those of `test`."""
+        tokens, prompt_mask = self.test.rows(indices)
+        return np.where(prompt_mask, tokens, self.test.mask_id)
 
     @abstractmethod
     def judge(self, tokens: np.ndarray, indices: np.ndarray) -> Judged:

@@ -170,16 +170,6 @@ class Sudoku(DataSet):
         """The test split; its puzzles are also the test questions."""
         return load_split(self.settings, "test")
 
-    @property
-    @override
-    def n_questions(self) -> int:
-        return len(self.validation)
-
-    @override
-    def prompts(self, indices: np.ndarray) -> np.ndarray:
-        tokens, prompt_mask = self.validation.rows(indices)
-        return np.where(prompt_mask, tokens, self.validation.mask_id)
-
     @override
     def judge(self, tokens: np.ndarray, indices: np.ndarray) -> Judged:
         """See `judge_boards`; samples are the boards as lines of cells."""

@@ -221,6 +221,7 @@ class Text(TextPairs):
         return self._tokenized(self.settings.source, "train")
 
     @cached_property
+    @override
     def test(self) -> TinyGsmData:
         """The rows of the test."""
         source = self.settings.test_source
@@ -270,16 +271,6 @@ class Text(TextPairs):
                 tokenizer_path_may_differ=True,
             )
         return folder
-
-    @property
-    @override
-    def n_questions(self) -> int:
-        return len(self.test)
-
-    @override
-    def prompts(self, indices: np.ndarray) -> np.ndarray:
-        tokens, prompt_mask = self.test.rows(indices)
-        return np.where(prompt_mask, tokens, self.mask_id)
 
     @override
     def judge(self, tokens: np.ndarray, indices: np.ndarray) -> Judged:

@@ -151,7 +151,7 @@ class TinyGsm(TextPairs):
         return tokenizer
 
     @cached_property
-    def test(self) -> Prompts:
+    def test_prompts(self) -> Prompts:
         """The test problems as prompts."""
         if self.settings.source == "word_problems":
             problems = read_problems(str(self.folder / TEST_FILE))
@@ -162,17 +162,17 @@ class TinyGsm(TextPairs):
     @property
     @override
     def n_questions(self) -> int:
-        return len(self.test.problems)
+        return len(self.test_prompts.problems)
 
     @override
     def prompts(self, indices: np.ndarray) -> np.ndarray:
-        return self.test.xt[indices]
+        return self.test_prompts.xt[indices]
 
     @override
     def judge(self, tokens: np.ndarray, indices: np.ndarray) -> Judged:
         """See `DataSet`; runs the programs."""
-        problems = [self.test.problems[i] for i in indices]
-        programs = decode_programs(self.tokenizer, tokens, self.test.xt[indices] != self.mask_id)
+        problems = [self.test_prompts.problems[i] for i in indices]
+        programs = decode_programs(self.tokenizer, tokens, self.test_prompts.xt[indices] != self.mask_id)
         # The ranks on a machine share its cores.
         n_workers = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         verdicts = grade(programs, [problem.answer for problem in problems], n_workers=n_workers)
@@ -230,7 +230,7 @@ class TinyGsm(TextPairs):
     @override
     def question(self, index: int) -> Question:
         """A problem and its number."""
-        problem = self.test.problems[index]
+        problem = self.test_prompts.problems[index]
         return Question(problem.question, problem.answer)
 
 

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from config import Config
 from data.dataset import DataSet
 from data.files import WriteError, reported, say, write_text
-from data.foreign import CommandParser, escape, shorten
+from data.foreign import INTERRUPTED, CommandParser, escape, shorten
 from eval.accuracy import check_n_examples
 from eval.evaluate import Evaluation, as_json, evaluate
 from model.hub import check_init_from
@@ -53,7 +53,7 @@ from runtime.final import FINAL_FILE, read_final
 from runtime.history import Session
 from runtime.lock import lock_run
 from runtime.metrics import METRICS_FILE, Recorder
-from runtime.signals import INTERRUPTED, StopRequested, StopVote, raise_at_interrupt
+from runtime.signals import StopRequested, StopVote, raise_at_interrupt
 from sampling import Trained
 from training.run import (
     Run,

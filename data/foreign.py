@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from grader.text import escape
 
+INTERRUPTED = 128 + signal.SIGINT  # exit status after Ctrl-C, as shells have it
 MAX_MESSAGE = 300  # characters of a line
 MAX_NAME = 170  # characters of that for what is read, whose paths may be long
 MAX_COMMAND = 4000  # characters of a command line in a message
@@ -126,7 +127,7 @@ def ends_with_message(interrupted: str = "interrupted") -> Iterator[None]:
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
-        fail(interrupted, status=128 + signal.SIGINT)  # as shells have it
+        fail(interrupted, INTERRUPTED)
 
 
 class CommandParser(argparse.ArgumentParser):

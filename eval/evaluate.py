@@ -37,14 +37,13 @@ from runtime.distributed import (
     World,
     autocast,
     autocast_dtype,
-    fail_once,
+    ends_once,
     main_first,
     on_main,
     start_world,
-    stop_world,
     sum_over_ranks,
 )
-from runtime.signals import INTERRUPTED, StopVote
+from runtime.signals import StopVote
 from samplers.options import rule_in_words
 
 # Seed of the masks of the validation loss: the same in all runs, so that their losses can be compared.
@@ -276,7 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.sweep:
         _sweep(options)
         return
-    try:
+    with ends_once():
         opened = open_model(options.checkpoint, options.overrides)
         config = opened.config
         world = start_world(config.training.device)
@@ -291,12 +290,6 @@ def main(arguments: list[str] | None = None) -> None:
             if options.samples:
                 write_text(options.samples, "".join(json.dumps(row) + "\n" for row in evaluation.samples))
             print(evaluation.table())  # last, since standard output may be closed
-    except (ValueError, OSError) as error:
-        fail_once(error)
-    except KeyboardInterrupt:
-        fail_once("interrupted", status=INTERRUPTED)
-    finally:
-        stop_world()
 
 
 def _sweep(options: Namespace) -> None:
@@ -304,19 +297,13 @@ def _sweep(options: Namespace) -> None:
     from eval.sweep import load_swept, sweep, sweep_table
 
     more, overrides = split_overrides(options.overrides)
-    try:
+    with ends_once("interrupted; the same command continues"):
         checkpoints = [load_swept(each, overrides) for each in (options.checkpoint, *more)]
         world = start_world(checkpoints[0].config.training.device)
         out = options.out or Path("sweep")
         points = sweep(checkpoints, world, out, overrides, names=options.rules, max_passes=options.max_passes)
         if world.is_main:
             print("\n".join(sweep_table(points)))
-    except (ValueError, OSError) as error:
-        fail_once(error)
-    except KeyboardInterrupt:
-        fail_once("interrupted; the same command continues", status=INTERRUPTED)
-    finally:
-        stop_world()
 
 
 if __name__ == "__main__":

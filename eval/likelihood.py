@@ -48,13 +48,11 @@ from runtime.distributed import (
     World,
     autocast,
     autocast_dtype,
-    fail_once,
+    ends_once,
     main_first,
     start_world,
-    stop_world,
     sum_over_ranks,
 )
-from runtime.signals import INTERRUPTED
 from samplers.step import nothing
 from unmasking import reveal_top
 
@@ -291,7 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--draws", type=whole_number(2, 1 << 16), default=16, help="masks per row, an even number")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     options = parser.parse_args(arguments)
-    try:
+    with ends_once():
         if options.draws % REPLICATES:
             raise ValueError(f"--draws {options.draws}: give an even number, since the error comes from two halves")
         names, overrides = split_overrides(options.checkpoints)
@@ -304,12 +302,6 @@ def main(arguments: list[str] | None = None) -> None:
             content: list[dict[str, Any]] = [vars(row) for row in rows]
             write_text(options.json, json.dumps(content, indent=1) + "\n")
         print("\n".join(table(rows)))  # last, since standard output may be closed
-    except (ValueError, OSError) as error:
-        fail_once(error)
-    except KeyboardInterrupt:
-        fail_once("interrupted", status=INTERRUPTED)
-    finally:
-        stop_world()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.foreign import fail
+from data.foreign import INTERRUPTED, fail
 
 # A collective of training that takes longer means that a rank hangs.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -170,6 +170,23 @@ def stop_world() -> None:
     _patient = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def ends_once(interrupted: str = "interrupted") -> Iterator[None]:
+    """`ends_with_message` for a command of several processes, which leave the process group at its end.
+
+    Args:
+        interrupted: the message for Ctrl-C.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail_once(error)
+    except KeyboardInterrupt:
+        fail_once(interrupted, INTERRUPTED)
+    finally:
+        stop_world()
 
 
 def barrier() -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from data.foreign import fail
-from runtime.signals import EARLY_SIGNALS, INTERRUPTED
+from data.foreign import INTERRUPTED, fail
+from runtime.signals import EARLY_SIGNALS
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

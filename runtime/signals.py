@@ -26,7 +26,6 @@ EARLY_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 EXCHANGE_EVERY_S = 0.1
 HEARD_EVERY_S = 0.5  # between two looks at what other ranks have received, during an evaluation
 STOP_KEY = "puma/stop"  # in the store of the process group
-INTERRUPTED = 130  # exit status, as shells have it
 
 _owner = 0  # process that installed the handlers; forked processes inherit them but must not use them
 _received = 0  # number of the last signal that requested a stop; 0: none
@@ -75,7 +74,7 @@ def raise_at_interrupt() -> None:
 def _quit(number: int, _: FrameType | None) -> None:
     if os.environ.get("RANK", "0") == "0":
         _say("interrupted before the start")
-    os._exit(INTERRUPTED)
+    os._exit(128 + number)  # as shells have it
 
 
 def _note(number: int, _: FrameType | None) -> None:

@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 # FlexAttention's kernels need heads of at least this width.
 MIN_FLEX_HEAD_WIDTH = 16
+FLEX_TILE = 128  # queries or keys; a pass within one tile has nothing to skip, and takes another kernel
 
 
 def noisy_and_clean(xt: Tensor, x0: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -39,11 +40,12 @@ def training_mask(length: int, block_size: int, device: torch.device, head_width
 
     Returns:
         None if a row is one block, which needs no mask. On a GPU a BlockMask for FlexAttention, which skips fully
-        masked tiles; on a CPU, and for heads too narrow for FlexAttention, bool [Q, K].
+        masked tiles; on a CPU, for heads too narrow for FlexAttention, and for rows of one tile, bool [Q, K].
     """
     if length == block_size:
         return None
-    flex = device.type == "cuda" and head_width >= MIN_FLEX_HEAD_WIDTH
+    has_tiles = 2 * length - block_size > FLEX_TILE
+    flex = device.type == "cuda" and head_width >= MIN_FLEX_HEAD_WIDTH and has_tiles
     return flex_mask(length, block_size, device) if flex else dense_mask(length, block_size, device)
 
 

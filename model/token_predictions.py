@@ -58,6 +58,8 @@ def predict_tokens(
     matrix = product_matrix(head, compute_dtype(head))
     n_candidates = min(n_candidates, len(head) - 1)
     n_rows, n_tokens = tile_shape(matrix)
+    if matrix.is_cuda and temperature > 0:  # noise in float64, and the keys it is made from, take four times the logits
+        n_rows = max(1, n_rows // 4)
     buffer = torch.empty(min(n_rows, len(hidden)), n_tokens, device=hidden.device)
     chunks = []
     for start in range(0, max(1, len(hidden)), n_rows):

@@ -2,7 +2,7 @@
 
 Each rank keeps a shard of every parameter, of its average and of AdamW's moments. Parameters are gathered layer by
 layer in the forward and the backward pass. Gradients are reduce-scattered after every microbatch: accumulating full
-gradients would need the memory that sharding saves. (Not run on GPUs yet.)
+gradients would need the memory that sharding saves. (On GPUs run with one rank only.)
 
 A sharded parameter is a `DTensor`. Checkpoints hold full tensors, so they do not depend on the number of ranks and open
 on one process. They are not written by `torch.distributed.checkpoint`, whose reader unpickles an index file, which may

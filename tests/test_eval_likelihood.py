@@ -24,7 +24,7 @@ from runtime.config_file import parse_config
 from runtime.distributed import World
 
 MASK_ID, LENGTH = 22, 6
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BLOCK = {"name": "block_uniform", "block_size": 3, "block_attention": "prefix"}
 
 
@@ -43,9 +43,16 @@ def rows(n_rows: int, seed: int = 0) -> ArrayData:
     return ArrayData(rng.integers(0, 6, (n_rows, LENGTH)), prompt_mask, MASK_ID, eos_id=0)
 
 
-def measure(model: Any, data: ArrayData, objective: dict[str, Any], n_draws: int, batch_size: int = 5) -> Likelihood:
+def measure(
+    model: Any,
+    data: ArrayData,
+    objective: dict[str, Any],
+    n_draws: int,
+    batch_size: int = 5,
+    device: torch.device = CPU,
+) -> Likelihood:
     config = config_of(objective, batch_size)
-    return likelihood(model, config, data, World(0, 1, CPU), n_rows=len(data), n_draws=n_draws)
+    return likelihood(model.to(device), config, data, World(0, 1, device), n_rows=len(data), n_draws=n_draws)
 
 
 @torch.no_grad()
@@ -76,6 +83,16 @@ def test_the_bound_is_the_sum_over_all_masks(objective: dict[str, Any], block_si
     expected = sum(enumerated(model, data, block_size)) / found.n_tokens.sum()
     assert 0 < found.mask_error < 0.03 * expected
     assert abs(found.nats_per_token - expected) < 4 * found.mask_error
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("objective", [UNIFORM, BLOCK], ids=["full", "blocks"])
+def test_a_gpu_finds_the_bound_of_a_cpu(objective: dict[str, Any]) -> None:
+    model, data = random_model(), rows(9)
+    expected = measure(model, data, objective, n_draws=4)
+    found = measure(model, data, objective, n_draws=4, device=GPU)
+    assert found.nats_per_token == pytest.approx(expected.nats_per_token, rel=1e-4)
+    assert found.mask_error == pytest.approx(expected.mask_error, rel=1e-2)
 
 
 def test_more_draws_shrink_the_error_as_the_square_root_of_their_number() -> None:

@@ -21,6 +21,7 @@ from samplers.step import Samples
 
 MASK_ID, EOS = 22, 3
 LENGTH, BLOCK, N_CANDIDATES = 12, 4, 5
+GPU = torch.device("cuda")
 TWO_PER_PASS = SamplingRule(tokens_per_step=2)
 
 
@@ -101,6 +102,33 @@ def test_recording_changes_nothing_and_nothing_is_recorded_unasked(name: str) ->
         assert torch.equal(getattr(plain, part), getattr(recorded, part))
     assert recorded.passes
     assert all(each.candidates.shape[2] == 0 for each in recorded.passes)
+
+
+RULES = {
+    "margin": SamplingRule(confidence="top_prob_margin", tokens_per_step=2),
+    "entropy": SamplingRule(confidence="neg_entropy"),
+    "random": SamplingRule(confidence="random", tokens_per_step=2),
+    "threshold": SamplingRule(threshold=0.3),
+    "kl_bound": SamplingRule(threshold=0.2, kl_bound=0.5),
+    "entropy_bound": SamplingRule(entropy_bound=2.0),
+    "remask": SamplingRule(revise="remask", n_passes=6, remask_share=0.3),
+    "plan": SamplingRule(revise="plan", n_passes=6),
+    "running_confidence": SamplingRule(revise="running_confidence", n_passes=6),
+    "temperature": SamplingRule(temperature=0.7),
+}
+ON_A_GPU = [(name, rule) for name in ("full", "block") for rule in RULES] + [("causal", "temperature")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "rule"), ON_A_GPU)
+def test_a_gpu_samples_what_a_cpu_samples(name: str, rule: str) -> None:
+    """Random numbers are a function of seed, row and position, on every device."""
+    sampler, causal, _ = SAMPLERS[name]
+    model, xt = random_model(causal=causal), prompts()
+    expected = sampler(model, xt, MASK_ID, RULES[rule])
+    found = sampler(model.to(GPU), xt.to(GPU), MASK_ID, RULES[rule])
+    for part in ("tokens", "order", "nfe"):
+        assert torch.equal(getattr(found, part).cpu(), getattr(expected, part)), part
 
 
 @pytest.mark.parametrize(

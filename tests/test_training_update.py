@@ -18,6 +18,7 @@ from training.update import Updater, apply_update, check_graph, uses_graph
 OBJECTIVES = {
     "uniform": UNIFORM,
     "puma": PUMA,
+    "random_order": {"name": "puma", "n_stages": 4, "reveal_order": "random"},
     "mixed": {"name": "puma", "n_stages": 4, "uniform_fraction": 0.25},
     "block_puma": {"name": "block_puma", "n_stages": 4, "block_size": 8, "block_attention": "block_causal"},
     "autoregressive": {"name": "autoregressive"},
@@ -97,6 +98,26 @@ def test_a_recorded_update_does_what_an_eager_one_does(objective, data_dir, tmp_
             updater.step()
     for ours, theirs in zip(*(run.model.parameters() for run in runs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_recorded_update_with_flex_attention_does_what_an_eager_one_does(compile, data_dir, tmp_path):
+    """Heads wide enough and rows long enough for FlexAttention."""
+    runs = []
+    for graph in (False, True):
+        settings = tiny_settings(OBJECTIVES["block_puma"], data_dir)
+        settings["objective"] = settings["objective"] | {"block_size": 27}
+        settings["data"] |= {"size": 9, "min_clues": 30, "max_clues": 40}
+        settings["model"] |= {"vocab_size": 11, "hidden_size": 32, "learned_positions": 162}
+        settings["training"] |= {"device": "cuda", "cuda_graph": graph, "compile": compile}
+        config = parse_config(settings, "test")
+        runs.append(build_run(config, World(0, 1, torch.device("cuda")), tmp_path, config.open_data().train))
+        updater = Updater(runs[-1])
+        for _ in range(12):
+            updater.step()
+    for ours, theirs in zip(*(run.model.parameters() for run in runs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_a_graph_is_taken_where_an_update_can_be_captured(data_dir):

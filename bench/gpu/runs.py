@@ -1,10 +1,10 @@
-"""The detached Sudoku runs: their folders, and how a piece that takes times pauses them."""
+"""The detached Sudoku runs: their folders, and how a piece that takes times pauses them and all their work."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +12,9 @@ from pathlib import Path
 from data.files import write_text
 
 SUDOKU = {"puma": "sudoku_puma", "uniform": "sudoku_baseline"}  # name of a run and of its YAML file
-PIDS_FILE = "sudoku_pids.json"
+PID_FILE = "sudoku.pid"
 PAUSE_FILE = "sudoku_paused"
+POLL_S = 0.5
 
 # 4x4 boards and one small layer, for `--tiny`.
 TINY_MODEL = [
@@ -42,19 +43,21 @@ TINY_SUDOKU = [
 ]
 
 
-def write_pids(folder: Path, pids: list[int]) -> None:
-    """Record the processes that train."""
-    write_text(folder / PIDS_FILE, json.dumps(pids))
-
-
-def is_paused(folder: Path) -> bool:
-    """Whether no run may start now."""
-    return (folder / PAUSE_FILE).exists()
+@contextmanager
+def attending(folder: Path) -> Iterator[None]:
+    """Let `paused` stop this process and all that it starts. If there is a pause now, it begins after that."""
+    write_text(folder / PID_FILE, str(os.getpid()))
+    try:
+        while (folder / PAUSE_FILE).exists():
+            time.sleep(POLL_S)
+        yield
+    finally:
+        (folder / PID_FILE).unlink(missing_ok=True)
 
 
 @contextmanager
 def paused(folder: Path) -> Iterator[int]:
-    """Stop the runs meanwhile, so that they take no part of the GPU; gives their number.
+    """Stop the runs meanwhile, so that they take no part of the GPU or its cores; gives the number of processes.
 
     A paused run continues from the same update; its recorded seconds include the pause.
     """
@@ -73,12 +76,21 @@ def resume(folder: Path) -> None:
 
 
 def _signal(folder: Path, number: signal.Signals) -> int:
-    """Signal the runs; the number of those that are there."""
-    path, n_found = folder / PIDS_FILE, 0
-    for pid in json.loads(path.read_text(encoding="utf-8")) if path.exists() else []:
-        command = Path(f"/proc/{pid}/cmdline")
-        # The number of a run that has ended may belong to another program by now.
-        if command.exists() and b"train.py" in command.read_bytes():
-            os.kill(pid, number)
-            n_found += 1
-    return n_found
+    """Signal the process that attends the runs and all that it has started; their number."""
+    path = folder / PID_FILE
+    if not path.exists():
+        return 0
+    pid = int(path.read_text(encoding="utf-8"))
+    command = Path(f"/proc/{pid}/cmdline")
+    # The number of a process that has ended may belong to another program by now.
+    return _signal_tree(pid, number) if command.exists() and b"bench.gpu" in command.read_bytes() else 0
+
+
+def _signal_tree(pid: int, number: signal.Signals) -> int:
+    """Signal a process, then those below it, so that a process that is stopped starts no more; their number."""
+    try:
+        os.kill(pid, number)
+        children = [path.read_text(encoding="utf-8") for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    except OSError:  # it has ended
+        return 0
+    return 1 + sum(_signal_tree(int(child), number) for child in " ".join(children).split())

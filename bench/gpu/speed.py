@@ -32,7 +32,7 @@ N_SYNC_STEPS = 20
 def run(options: Namespace, report: Report) -> None:
     """Measure all variants."""
     with paused(options.runs) as n_paused:
-        report.details["paused runs"] = n_paused
+        report.details["paused processes"] = n_paused
         for number, (experiment, switches) in enumerate(VARIANTS):
             if number == 2:  # after the two variants that have goals
                 add_memory_and_syncs(options, report)
@@ -80,7 +80,7 @@ def add_memory_and_syncs(options: Namespace, report: Report) -> None:
     for experiment in (SUDOKU, TINYGSM):
         checked = report.measure(f"{experiment}, host syncs", steps_without_syncs, words(options, experiment))
         if checked is not None:
-            report.add(f"{experiment}: updates without a host sync", checked if checked else "needs a GPU")
+            report.add(f"{experiment}: updates without a sync of the stream", checked if checked else "needs a GPU")
 
 
 def peak_gib(arguments: list[str]) -> float:
@@ -90,6 +90,8 @@ def peak_gib(arguments: list[str]) -> float:
 
 def steps_without_syncs(arguments: list[str]) -> int:
     """Number of updates that ran in the mode of PyTorch in which a host sync is an error; 0 on a CPU, which has none.
+
+    The mode does not see waits for an event, of which a large vocabulary has one per pass.
 
     Raises:
         RuntimeError: an update waited for the device.

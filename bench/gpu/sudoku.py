@@ -5,8 +5,9 @@ With --attached the command does the work itself: it generates the boards on all
 2,000 boards with all rules of the YAML files.
 
 By default a run has 62,500 updates, which are two epochs of a million boards. Expected for ten minutes of a card: 60 to
-100 s for the boards, 30 s to start, and with 2.5 ms for an update of one run alone 5 ms for one of each, 310 s; 13
-evaluations of 500 boards and the last one take a minute. Whatever else shares the card comes on top.
+100 s for the boards, 30 s to start, and, with training.compile=true, 3.3 ms for an update of one run alone, about 7 ms
+for one of each, 410 s (without it 11 ms, 700 s); 13 evaluations of 500 boards and the last one take a minute. Whatever
+else shares the card comes on top.
 """
 
 from __future__ import annotations
@@ -19,14 +20,13 @@ from argparse import Namespace
 from pathlib import Path
 
 from bench.gpu.report import ROOT, Report
-from bench.gpu.runs import SUDOKU, TINY_SUDOKU, is_paused, write_pids
+from bench.gpu.runs import POLL_S, SUDOKU, TINY_SUDOKU, attending
 from bench.inputs import YAML_FILES
 from grader.cores import count_cores
 from runtime.checkpoint import step_folders
 from runtime.config_file import read_config
 
 N_UPDATES = 62_500
-POLL_S = 0.5
 ONE_RULE = ["validation.confidence=[top_prob]", "validation.tokens_per_step=[1]"]
 GRAPH = "training.cuda_graph=true"
 
@@ -39,7 +39,8 @@ def run(options: Namespace, report: Report) -> None:
     for yaml in SUDOKU.values():
         read_config(YAML_FILES / f"{yaml}.yaml", overrides)  # ValueError now, not in the log
     if options.attached:
-        attend(runs, overrides, report)
+        with attending(runs):
+            attend(runs, overrides, report)
         return
     # A folder of its own, since its table is not that of this command; and no deadline.
     words = ["-m", "bench.gpu", "sudoku", "--attached", "--out", runs / "attached", "--runs", runs, "--deadline-s", 1e6]
@@ -70,8 +71,6 @@ def attend(runs: Path, overrides: list[str], report: Report) -> None:
     start = time.monotonic()
     read_config(YAML_FILES / f"{SUDOKU['puma']}.yaml", overrides).open_data().load(train=True)  # both use the same
     report.add("boards", time.monotonic() - start, "s")
-    while is_paused(runs):
-        time.sleep(POLL_S)
     statuses = train_both(runs, overrides)
     for name, status in statuses.items():
         if status:
@@ -96,7 +95,6 @@ def train_both(runs: Path, overrides: list[str]) -> dict[str, int]:
     statuses: dict[str, int] = {}
     try:
         while running:
-            write_pids(runs, [process.pid for process in running.values()])
             time.sleep(POLL_S)
             for name, process in list(running.items()):
                 status = process.poll()
@@ -114,7 +112,6 @@ def train_both(runs: Path, overrides: list[str]) -> dict[str, int]:
             process.terminate()
         for process in running.values():
             process.wait()
-        write_pids(runs, [])
     return statuses
 
 

@@ -306,12 +306,19 @@ class _RuleOptions(Settings):
         "the probability now, running_confidence by the largest so far; null: filled positions stay",
     )
     n_passes: int | None = Field(
-        None, gt=0, description="with revise: forward passes of a row (of each block, if filled by blocks)"
+        None, gt=0, description="with revise: most forward passes of a row (of each block, if filled by blocks)"
     )
     remask_share: Fraction = Field(
-        0.1, description="with revise remask: largest share of the filled positions masked again in one pass"
+        0.1,
+        description="with revise remask: largest share of the filled positions masked again in one pass, rounded up",
     )
-    temperature: float = Field(0.0, ge=0.0, description="0: most probable token; else sampled with Gumbel noise")
+    temperature: float = Field(
+        0.0,
+        ge=0.0,
+        le=1000.0,  # far above, the mask token's logit is no longer lower than all others
+        description="0: most probable token; else sampled with Gumbel noise (what confidence does to that: "
+        "docs/algorithm.md)",
+    )
 
     def _problems(self, confidence: str, tokens_per_step: int) -> list[str]:
         """What does not go together, each with the remedy."""
@@ -354,7 +361,7 @@ class SamplingRule(_RuleOptions):
       `remask` (ReMDM, arXiv 2503.00307) masks the filled positions whose tokens had the lowest probabilities when they
       were written, at most remask_share of them and no more than the schedule leaves masked (the paper's sigma_t,
       where it draws positions in proportion to their lack of confidence, we take the least confident);
-      `plan` (self-planning P2, arXiv 2502.03540) ranks masked positions by the probability of their best token and
+      `plan` (self-planning P2, arXiv 2502.03540) ranks masked positions by the probability of their token and
       filled ones by that of their token in this pass, and keeps the best;
       `running_confidence` (MDPO, arXiv 2508.13148) ranks all by the largest probability that they had in any pass in
       which they were masked, and keeps the best.

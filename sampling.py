@@ -27,6 +27,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Number
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -244,8 +245,10 @@ class Trained:
         """The answer to one question, or a list of answers to a list."""
         texts = [questions] if isinstance(questions, str) else list(questions)
         right: list[Gold | None] = (
-            [golds] if isinstance(golds, str | int | float) else list(golds or [None] * len(texts))
+            [golds] if isinstance(golds, str | int | float | Number) else list(golds or [None] * len(texts))
         )
+        if any(gold is not None for gold in right) and not self.data.takes_gold:
+            raise ValueError(f"gold: {self.data.questions} need no right answers, leave it out")
         if len(right) != len(texts):
             raise ValueError(f"{len(right)} gold answers for {len(texts)} prompts: give one each, or none")
         noun = "template" if holes else "question" if len(texts) > 1 else None  # None: nothing to tell apart
@@ -276,6 +279,8 @@ class Trained:
                 model.
         """
         rule.check(causal=self.config.causal)
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} must be at least 1")
         prompts, golds = self._encode(questions, holes)
         return self._sample(questions, prompts, golds, rule, seed, batch_size, trace, holes)
 
@@ -536,6 +541,8 @@ def _questions(options: argparse.Namespace, trained: Trained) -> list[Question]:
         texts = getattr(options, option)
         if texts and option != "template":
             trained.check_option(option, f"--{option}")
+        if options.gold and not trained.data.takes_gold:
+            raise ValueError(f"--gold: {trained.data.questions} need no right answers, leave it out")
         golds = options.gold if option == "prompt" and options.gold else [None] * len(texts)
         sources = [f"--{option} {number}" if len(texts) > 1 else "" for number in range(1, len(texts) + 1)]
         questions += [Question(*each) for each in zip(texts, golds, sources, strict=True)]
@@ -594,8 +601,10 @@ def main(arguments: list[str] | None = None) -> None:
                 traced += [answer] if answer.trace is not None else []
         if options.out is not None:
             print(f"wrote {options.out}")
-        if len(verdicts) > 1 and any(right is not None for right in verdicts):
-            print(f"{verdicts.count(True)} of {len(verdicts)} right")
+        n_known = len(verdicts) - verdicts.count(None)
+        if len(verdicts) > 1 and n_known:
+            unknown = f", {verdicts.count(None)} unknown" if n_known < len(verdicts) else ""
+            print(f"{verdicts.count(True)} of {n_known} right{unknown}")
         if options.trace is not None:
             _save_traces(traced, options.trace)
             print(f"wrote {options.trace}")

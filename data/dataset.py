@@ -162,6 +162,7 @@ class DataSet(ABC):
     figures: tuple[str, ...] = ("accuracy",)  # names of the figures that `judge` reports; accuracy comes first
     questions: str = "questions"  # a noun for messages: "solved 95.9% of 2000 unseen puzzles"
     question_option: str = "prompt"  # the option of sampling.py that takes a question
+    takes_gold: bool = False  # whether `verdicts` needs right answers: they do not follow from the questions
 
     @property
     @abstractmethod

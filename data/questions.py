@@ -19,6 +19,7 @@ from data.foreign import MAX_TEXT_BYTES, parse_object, read_text, reading
 
 STANDARD_INPUT = "-"
 # Of several the first decides, also if it is empty: files that sampling.py wrote have the model's own `answer`.
+BYTE_ORDER_MARK = "\ufeff"  # spreadsheets write one
 GOLD_KEYS = ("gold", "answer", "completion")
 SUFFIXES = (".txt", ".csv", ".jsonl")
 
@@ -45,7 +46,7 @@ def read_questions(path: str, name: str) -> list[Question]:
     shown = "standard input" if path == STANDARD_INPUT else path
     with reading(f"questions {shown}", remedy):
         if path == STANDARD_INPUT:
-            text = sys.stdin.read(MAX_TEXT_BYTES + 1)
+            text = sys.stdin.read(MAX_TEXT_BYTES + 1).removeprefix(BYTE_ORDER_MARK)
             if len(text) > MAX_TEXT_BYTES:
                 raise ValueError(f"it has more than {MAX_TEXT_BYTES:,} characters")
             suffix = ".jsonl" if text.lstrip().startswith("{") else ".txt"
@@ -53,7 +54,7 @@ def read_questions(path: str, name: str) -> list[Question]:
             suffix = Path(path).suffix.lower()
             if suffix not in SUFFIXES:
                 raise ValueError(f"its suffix is {suffix!r}")
-            text = read_text(Path(path)).removeprefix("\ufeff")  # spreadsheets write a byte order mark
+            text = read_text(Path(path)).removeprefix(BYTE_ORDER_MARK)
         read = {".txt": _read_lines, ".csv": _read_csv, ".jsonl": _read_jsonl}[suffix]
         questions = list(read(text, name, shown))
         if not questions:

@@ -87,6 +87,7 @@ class TextPairs(DataSet):
     """Base of data sets of tokenized pairs: rows, tokenizer, prompts."""
 
     settings: PairSettings
+    takes_gold = True
 
     def __init__(self, settings: PairSettings, vocab_size: int) -> None:
         self.settings, self.vocab_size, self.mask_id = settings, vocab_size, settings.mask_id_in(vocab_size)

@@ -105,6 +105,7 @@ class TinyGsmSettings(PairSettings):
             data_dir=str(folder),
             max_len=self.max_len,
             mask_id=self.mask_id,
+            n_held_out=self.n_held_out,
             tokenizer=str(folder),
         )
 

@@ -125,7 +125,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
         state = "is unfinished" if (folder / LABELS_FILE).exists() else "does not exist"
         raise ValueError(
             f"{path} is missing: the tokenized data {state}. "
-            f"`python data/tiny_gsm.py --out {folder}` writes it, or continues if it was interrupted"
+            f"`python data/tiny_gsm.py --out {folder}` writes it, or continues if it was interrupted; or set "
+            "data.data_dir to a folder that has it"
         )
     with reading(f"{path}", f"delete {folder.name} and write it again, or copy it again"):
         meta = read_json(path)

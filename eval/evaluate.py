@@ -12,6 +12,7 @@ Shapes: B rows, L positions.
 from __future__ import annotations
 
 import json
+import math
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -126,7 +127,12 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
     if evaluation.likelihood is not None:
         found = evaluation.likelihood
         values["likelihood"] = {
-            key: getattr(found, key) for key in ("exact", "nats_per_token", "standard_error", "mask_error")
+            "exact": found.exact,
+            "nats_per_token": found.nats_per_token,
+            "padding_per_token": found.padding_per_token,
+            # A single row has no error: JSON has no nan.
+            "standard_error": None if math.isnan(found.standard_error) else found.standard_error,
+            "mask_error": found.mask_error,
         }
     if evaluation.reference is not None:
         name, accuracy = evaluation.reference
@@ -243,6 +249,8 @@ def _check_options(parser: ArgumentParser, options: Namespace) -> None:
 
 def _check_files(options: Namespace) -> None:
     """Raise ValueError if a file cannot be written."""
+    if options.json and options.samples and options.json.resolve() == options.samples.resolve():
+        raise ValueError(f"--json and --samples: both name {options.json}; give two files")
     for path, option in ((options.json, "--json"), (options.samples, "--samples")):
         if path is not None:
             check_out(path, option)
@@ -257,7 +265,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     parser.add_argument(
-        "--samples", type=Path, metavar="FILE", help="write sampled programs and verdicts to FILE (JSONL)"
+        "--samples",
+        type=Path,
+        metavar="FILE",
+        help="write validation.n_table_rows answers of each rule to FILE (JSONL)",
     )
     parser.add_argument("--sweep", action="store_true", help="measure all sampling rules, each over its dial")
     parser.add_argument("--rules", nargs="+", metavar="RULE", help="with --sweep: only these rules")

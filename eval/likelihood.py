@@ -15,6 +15,9 @@ add up (the chain rule); with blocks of one token, and for an autoregressive mod
 The masks depend on the number of the row, the draw and the block size alone: models on the same data get the same
 masks, and differences between them are known better than each bound.
 
+A masked diffusion model predicts the padding after the first EOS too, so its bound includes it and is one of the answer
+all the more; an autoregressive value ends with the EOS.
+
 Shapes: B rows, L positions, S positions of a block (L without blocks).
 """
 
@@ -66,13 +69,19 @@ class Likelihood:
 
     exact: bool  # False: an upper bound
     per_row: np.ndarray  # float64 [n], nats of all maskable positions of a row
-    n_tokens: np.ndarray  # int64 [n]; padding after the first EOS is predicted, but not counted
+    padding: np.ndarray  # float64 [n], the part of `per_row` for padding after the first EOS; 0 if autoregressive
+    n_tokens: np.ndarray  # int64 [n], without padding
     mask_variance: float  # of the sum of `per_row`, due to the draws of masks; 0 if exact
 
     @property
     def nats_per_token(self) -> float:
-        """Mean over all tokens."""
+        """Mean over all tokens; padding included, which an answer with its padding cannot be more probable than."""
         return float(self.per_row.sum() / self.n_tokens.sum())
+
+    @property
+    def padding_per_token(self) -> float:
+        """The part of `nats_per_token` for padding."""
+        return float(self.padding.sum() / self.n_tokens.sum())
 
     @property
     def standard_error(self) -> float:
@@ -117,13 +126,15 @@ def likelihood(
     n_rows, device = min(n_rows, len(data)), world.device
     layout = block_layout(config.objective, data.length)
     single_tokens = not config.causal and layout.size == 1
-    per_row, n_tokens = np.zeros((REPLICATES, n_rows)), np.zeros(n_rows, dtype=np.int64)
+    per_row, padding = np.zeros((2, REPLICATES, n_rows))
+    n_tokens = np.zeros(n_rows, dtype=np.int64)
     mine = np.arange(world.rank, n_rows, world.n_ranks)
     for start in range(0, len(mine), config.validation.batch_size):
         part = mine[start : start + config.validation.batch_size]
         x0, prompt_mask = (torch.from_numpy(each) for each in data.rows(part))
         maskable = ~prompt_mask  # [B, L]
-        n_tokens[part] = _answer(x0, maskable, data.eos_id).sum(1).numpy()
+        answer = _answer(x0, maskable, data.eos_id)  # [B, L]
+        n_tokens[part] = answer.sum(1).numpy()
         if config.causal:
             before_pass()
             target = next_token_targets(x0, maskable, data.eos_id).float().to(device)
@@ -138,18 +149,20 @@ def likelihood(
                 before_pass()
                 xt = x0.masked_fill(masked, data.mask_id)
                 for each in layout.microbatches(xt.to(device), x0.to(device), weight.to(device), len(part)):
-                    nats = (each.weight * model(each.xt, each.x0, each.weight).nll).double().sum(1)  # [B]
-                    per_row[replicate, part[each.rows]] += nats.cpu().numpy() / n_passes
+                    nats = (each.weight * model(each.xt, each.x0, each.weight).nll).double().cpu() / n_passes
+                    per_row[replicate, part[each.rows]] += nats.sum(1).numpy()
+                    after = ~answer[each.rows, : nats.shape[1]]
+                    padding[replicate, part[each.rows]] += (nats * after).sum(1).numpy()
         if bar is not None:
             bar.update(len(part) * world.n_ranks)
     # Every row belongs to one rank, so the sum over ranks is the whole.
-    sums = torch.from_numpy(np.concatenate([per_row, n_tokens[None]])).to(device)  # float64 [3, n]
-    *halves, counts = sum_over_ranks(sums).cpu().numpy()
-    per_row, n_tokens = np.stack(halves), counts.astype(np.int64)
+    sums = torch.from_numpy(np.concatenate([per_row, padding, n_tokens[None]])).to(device)  # float64 [5, n]
+    parts = sum_over_ranks(sums).cpu().numpy()
+    per_row, padding, n_tokens = parts[:REPLICATES], parts[REPLICATES:-1], parts[-1].astype(np.int64)
     exact = config.causal or single_tokens
     # The variance of a mean of two is a quarter of their squared difference.
     mask_variance = 0.0 if exact else float(((per_row[0] - per_row[1]) ** 2).sum() / 4)
-    return Likelihood(exact, per_row.mean(0), n_tokens, mask_variance)
+    return Likelihood(exact, per_row.mean(0), padding.mean(0), n_tokens, mask_variance)
 
 
 def draw_masks(
@@ -207,10 +220,11 @@ class Row:
     n_tokens: int
     n_draws: int  # masks per row; 0 if exact
     nats_per_token: float
+    padding_per_token: float  # the part of that for padding
     standard_error: float
     mask_error: float
     bits_per_byte: float | None
-    # Nats per token less those of the first checkpoint, on the same rows and masks; None if the rows differ.
+    # Nats per token less those of the first checkpoint, on the same rows and masks; None if rows or prompts differ.
     difference: float | None
     difference_error: float | None
 
@@ -220,14 +234,14 @@ def compare(checkpoints: list[str], overrides: list[str], n_rows: int, n_draws: 
     loaded = [(name, *load_model(name, overrides=overrides)) for name in checkpoints]
     world = start_world(loaded[0][2].training.device)
     rows: list[Row] = []
-    first: tuple[Likelihood, np.ndarray] | None = None
+    first: tuple[Likelihood, tuple[np.ndarray, np.ndarray]] | None = None
     with tqdm(total=n_rows * len(loaded), desc="likelihood", unit="row", disable=None) as bar:
         for name, model, config in loaded:
             data = main_first(world, config.open_data)
             found = _measure(model, config, data, world, n_rows, n_draws, bar)
-            tokens = data.validation.rows(np.arange(len(found.per_row)))[0]
-            first = first or (found, tokens)
-            same = np.array_equal(first[1], tokens)
+            own = data.validation.rows(np.arange(len(found.per_row)))
+            first = first or (found, own)
+            same = all(map(np.array_equal, first[1], own))
             gap = found.per_row - first[0].per_row if same else None
             size = n_bytes(data, n_rows)
             rows.append(
@@ -238,6 +252,7 @@ def compare(checkpoints: list[str], overrides: list[str], n_rows: int, n_draws: 
                     n_tokens=int(found.n_tokens.sum()),
                     n_draws=0 if found.exact else n_draws,
                     nats_per_token=found.nats_per_token,
+                    padding_per_token=found.padding_per_token,
                     standard_error=found.standard_error,
                     mask_error=found.mask_error,
                     bits_per_byte=float(found.per_row.sum()) / math.log(2) / size if size else None,
@@ -259,10 +274,10 @@ def _measure(
 def table(rows: list[Row]) -> list[str]:
     """Lines of a Markdown table, with 95% intervals."""
     lines = [
-        f"The first {rows[0].n_rows} held-out rows, {rows[0].n_tokens:,} tokens. In brackets half of the 95% interval.",
+        f"The first {rows[0].n_rows} held-out rows. In brackets half of the 95% interval.",
         "",
-        "| checkpoint | nats per token | masks alone | less the first | bits per byte | masks per row |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| checkpoint | tokens | nats per token | for padding | masks alone | less the first | bits per byte | masks |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         sign = "" if row.exact else "<= "
@@ -270,9 +285,10 @@ def table(rows: list[Row]) -> list[str]:
         if row.difference is not None and row is not rows[0]:
             gap = f"{row.difference:+.3g} ({_half(row.difference_error)})"
         bits = "-" if row.bits_per_byte is None else f"{sign}{row.bits_per_byte:.4g}"
+        n_draws = "exact" if row.exact else row.n_draws
         lines.append(
-            f"| {row.checkpoint} | {sign}{row.nats_per_token:.4g} ({_half(row.standard_error)}) | "
-            f"{_half(row.mask_error)} | {gap} | {bits} | {'exact' if row.exact else row.n_draws} |"
+            f"| {row.checkpoint} | {row.n_tokens:,} | {sign}{row.nats_per_token:.4g} ({_half(row.standard_error)}) | "
+            f"{row.padding_per_token:.2g} | {_half(row.mask_error)} | {gap} | {bits} | {n_draws} |"
         )
     return lines
 
@@ -288,7 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=whole_number(2, 1 << 24), default=500, help="held-out rows")
     parser.add_argument("--draws", type=whole_number(2, 1 << 16), default=16, help="masks per row, an even number")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     with ends_once():
         if options.draws % REPLICATES:
             raise ValueError(f"--draws {options.draws}: give an even number, since the error comes from two halves")

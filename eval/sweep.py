@@ -143,8 +143,11 @@ def n_fixed_passes(dial: str, rule: SamplingRule, masked: np.ndarray, block_size
     n_masked = masked.reshape(len(masked), -1, block_size).sum(2)  # [n, L / S]
     if dial == "tokens_per_step":
         passes = -(-n_masked // rule.tokens_per_step)
+    elif rule.n_passes is not None:
+        # Pass i leaves ceil(i * n / P) of n positions filled, which is n as soon as i is above P * (n - 1) / n.
+        passes = np.where(n_masked > 0, rule.n_passes * (n_masked - 1) // n_masked.clip(1) + 1, 0)
     else:
-        passes = (n_masked > 0) * (rule.n_passes or 0)
+        return 0
     return int(passes.sum(1).max())
 
 

@@ -26,7 +26,7 @@ from data.files import reported, write_text
 from data.foreign import CommandParser, ends_with_message, read_json, reading
 from model.transformer import POSITIONS, Transformer, build_model, count_parameters
 from runtime.checkpoint import MANIFEST, Checkpoint, find_checkpoint
-from runtime.config_file import dump_config, read_config
+from runtime.config_file import dump_config, override_config, read_config
 
 CONFIG_FILE = "config.json"
 SETTINGS_FILE = "config.yaml"
@@ -85,7 +85,8 @@ def load_model(path: str, overrides: Sequence[str] = ()) -> tuple[Transformer, C
 def open_model(path: str, overrides: Sequence[str] = ()) -> OpenedModel:
     """The model of a run directory (its newest checkpoint), a checkpoint folder or a folder written by this file.
 
-    With averaged weights if there are any. The data settings of a folder written by this file read only that folder.
+    With averaged weights if there are any. The data settings of a folder written by this file read only that folder,
+    unless overrides name other data.
 
     Args:
         overrides: `section.key=value` settings that replace the run's.
@@ -96,11 +97,13 @@ def open_model(path: str, overrides: Sequence[str] = ()) -> OpenedModel:
     folder = Path(path)
     if not _is_written_here(folder):
         return _open_checkpoint(find_checkpoint(path), overrides)
-    config = read_config(folder / SETTINGS_FILE, overrides)
+    config = read_config(folder / SETTINGS_FILE)
+    config = config.model_copy(update={"data": config.data.in_folder(folder)})
+    config = override_config(config.model_dump(mode="json"), overrides, str(folder / SETTINGS_FILE))
     with reading(f"{folder / WEIGHTS_FILE}", "write the folder again, or copy it again"):
         weights = load_file(folder / WEIGHTS_FILE)
     model = _model_with(weights, config, str(folder))
-    return OpenedModel(model, config.model_copy(update={"data": config.data.in_folder(folder)}), path, None)
+    return OpenedModel(model, config, path, None)
 
 
 def _is_written_here(folder: Path) -> bool:
@@ -356,11 +359,11 @@ def pack_run(path: str, out: Path) -> str:
     _check_out(out)
     model, config = load_model(path)
     tokenizer = config.open_data().tokenizer
-    out.mkdir(parents=True, exist_ok=True)
-    if tokenizer is not None:
-        write_tokenizer(out, tokenizer)
     weights = {name: tensor.bfloat16().contiguous() for name, tensor in model.weights().items()}
-    with reported(out / WEIGHTS_FILE):
+    with reported(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if tokenizer is not None:
+            write_tokenizer(out, tokenizer)
         save_file(weights, out / WEIGHTS_FILE, metadata={"format": "pt"})
     write_text(out / SETTINGS_FILE, dump_config(config))
     n_bytes = sum(file.stat().st_size for file in out.iterdir())
@@ -393,9 +396,11 @@ def export_run(path: str, out: Path) -> str:
     eos_id = pad_id = None
     if tokenizer is not None:
         eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-        write_tokenizer(out, tokenizer)
     exported = Pretrained(path, config.model, config.shifted, model.weights())
-    write_qwen2(out, exported, causal=config.causal, mask_id=config.mask_id, eos_id=eos_id, pad_id=pad_id)
+    with reported(out):
+        if tokenizer is not None:
+            write_tokenizer(out, tokenizer)
+        write_qwen2(out, exported, causal=config.causal, mask_id=config.mask_id, eos_id=eos_id, pad_id=pad_id)
     write_text(out / SETTINGS_FILE, dump_config(config))
     lines = [f"wrote {out}: {', '.join(sorted(file.name for file in out.iterdir()))}"]
     if not config.causal:

@@ -75,17 +75,22 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ValueError: the file is missing or not a YAML mapping, or a setting is wrong; the message lists all problems.
     """
-    raw = read_sections(path)
+    return override_config(read_sections(path), overrides, str(path))
+
+
+def override_config(raw: dict[str, Any], overrides: Sequence[str], source: str) -> Config:
+    """`read_config` for a mapping read from `source` (for error messages), which is changed."""
     # Overrides of the objective or data set first, so that overrides of its settings may be in any order.
     for text in sorted(overrides, key=lambda text: not text.startswith(TAGS)):
         with reading(f"override {text!r}", REMEDY):
             _apply_override(raw, text)
-    return parse_config(raw, str(path))
+    return parse_config(raw, source)
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Words of a command line as names (of runs) and overrides (`section.key=value`)."""
-    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    """Words of a command line as names (of runs) and overrides (`section.key=value`); a path that exists is a name."""
+    names = [word for word in words if "=" not in word or Path(word).exists()]
+    return names, [word for word in words if word not in names]
 
 
 def read_sections(path: str | Path) -> dict[str, Any]:

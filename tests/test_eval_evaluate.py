@@ -271,6 +271,22 @@ def test_files_are_checked_before_work(option, run_dir, tmp_path, capsys, monkey
     assert f"{option} {tmp_path}/none/out: the folder {tmp_path}/none does not exist" in capsys.readouterr().err
 
 
+def test_results_and_samples_need_two_files(run_dir, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(run_dir), "--json", str(tmp_path / "a"), "--samples", f"{tmp_path}/../{tmp_path.name}/a"])
+    assert stop.value.code == 2
+    assert "--json and --samples: both name" in capsys.readouterr().err
+
+
+def test_a_single_row_has_no_error_and_its_file_no_nan(run_dir, tmp_path):
+    out = tmp_path / "out.json"
+    changes = ["validation.n_loss_rows=1", "validation.n_likelihood_draws=2", "validation.n_final_examples=2"]
+    evaluation.main([str(run_dir), "--json", str(out), *changes])
+    found = json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert found["likelihood"]["standard_error"] is None
+    assert found["likelihood"]["nats_per_token"] > 0
+
+
 @pytest.mark.parametrize("key", ["n_examples", "n_final_examples"])
 def test_more_examples_than_there_are_is_refused(key, run_dir, capsys):
     with pytest.raises(SystemExit) as stop:

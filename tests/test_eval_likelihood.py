@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def measure(
     device: torch.device = CPU,
 ) -> Likelihood:
     config = config_of(objective, batch_size)
-    return likelihood(model.to(device), config, data, World(0, 1, device), n_rows=len(data), n_draws=n_draws)
+    return likelihood(model, config, data, World(0, 1, device), n_rows=len(data), n_draws=n_draws)
 
 
 @torch.no_grad()
@@ -90,7 +91,7 @@ def test_the_bound_is_the_sum_over_all_masks(objective: dict[str, Any], block_si
 def test_a_gpu_finds_the_bound_of_a_cpu(objective: dict[str, Any]) -> None:
     model, data = random_model(), rows(9)
     expected = measure(model, data, objective, n_draws=4)
-    found = measure(model, data, objective, n_draws=4, device=GPU)
+    found = measure(model.to(GPU), data, objective, n_draws=4, device=GPU)
     assert found.nats_per_token == pytest.approx(expected.nats_per_token, rel=1e-4)
     assert found.mask_error == pytest.approx(expected.mask_error, rel=1e-2)
 
@@ -152,12 +153,32 @@ def test_blocks_of_one_token_take_one_pass_each_and_are_exact(attention: str) ->
 
 
 @torch.no_grad()
+def test_the_part_for_padding_is_that_after_the_first_end() -> None:
+    """With blocks of one token, so that all is exact."""
+    model, data = random_model(), rows(6)
+    found = measure(model, data, BLOCK | {"block_size": 1}, n_draws=2)
+    expected = np.zeros(6)
+    for row, tokens in enumerate(torch.from_numpy(data.tokens)):
+        ended = False
+        for place in (place for place in range(LENGTH) if not data.prompt_mask[row, place]):
+            if ended:
+                xt = torch.cat([tokens[:place], torch.tensor([MASK_ID])])
+                expected[row] -= float(oracle.log_softmax(model.logits(xt[None])[0, -1])[tokens[place]])
+            ended |= int(tokens[place]) == 0
+    assert expected.any()
+    np.testing.assert_allclose(found.padding, expected, rtol=1e-5)
+    assert (found.padding < found.per_row).all()
+    assert found.padding_per_token == pytest.approx(expected.sum() / found.n_tokens.sum())
+
+
+@torch.no_grad()
 def test_an_autoregressive_model_gets_the_chain_rule_up_to_the_first_end() -> None:
     model, data = random_model(causal=True), rows(7)
     model.shifted = True
     found = measure(model, data, {"name": "autoregressive"}, n_draws=2)
     assert found.exact
     assert found.mask_error == 0
+    assert not found.padding.any()
     for row in range(7):
         tokens, expected, n = torch.from_numpy(data.tokens[row]), 0.0, 0
         for place in (place for place in range(1, LENGTH) if not data.prompt_mask[row, place]):
@@ -188,6 +209,39 @@ def test_the_error_of_a_ratio_is_that_of_drawn_rows() -> None:
     stated = np.mean([ratio_error(nats[i], n_tokens[i]) for i in range(2000)])
     assert stated == pytest.approx(ratios.std(), rel=0.06)
     assert math.isnan(ratio_error(nats[0, :1], n_tokens[0, :1]))
+
+
+@pytest.mark.parametrize("differs", ["nothing", "a token", "a prompt"])
+def test_a_difference_is_given_only_for_the_same_rows_and_prompts(
+    differs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sudoku boards in place with other clues have the same tokens."""
+    first, second = rows(4), rows(4)
+    if differs == "a token":
+        second.tokens[0, -1] += 1
+    elif differs == "a prompt":
+        second.prompt_mask[0, 1] ^= True
+    config = config_of(UNIFORM)
+    monkeypatch.setattr(command, "start_world", lambda device: World(0, 1, CPU))
+    data = {
+        name: SimpleNamespace(validation=each, tokenizer=None) for name, each in (("first", first), ("second", second))
+    }
+    monkeypatch.setattr(
+        command,
+        "load_model",
+        lambda name, overrides: (random_model(), SimpleNamespace(**vars(config), open_data=lambda: data[name])),
+    )
+    monkeypatch.setattr(command, "likelihood", lambda model, _, *rest, **more: likelihood(model, config, *rest, **more))
+    found = command.compare(["first", "second"], [], 4, 2)
+    assert (found[1].difference is None) == (differs != "nothing")
+
+
+def test_options_may_come_before_more_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(command, "compare", lambda *words: asked.append(words))
+    monkeypatch.setattr(command, "table", lambda rows: ["table"])
+    command.main(["first", "--rows", "4", "second", "training.seed=1"])
+    assert asked == [(["first", "second"], ["training.seed=1"], 4, 16)]
 
 
 def test_the_file_is_checked_before_work(

@@ -90,15 +90,18 @@ def test_the_table_marks_the_best_of_each_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("block_size", [None, 4])
+@pytest.mark.parametrize("n_masked", [(12, 5, 0), (2, 1, 0)])
 @pytest.mark.parametrize("name", ["top_prob", "plan"])
-def test_passes_by_design_are_those_that_a_sampler_takes(name: str, block_size: int | None) -> None:
-    """Of the row that takes most; with blocks, those of all its blocks."""
+def test_passes_by_design_are_those_that_a_sampler_takes(
+    name: str, block_size: int | None, n_masked: tuple[int, ...]
+) -> None:
+    """Of the row that takes most; with blocks, those of all its blocks. A rule that revises may need fewer."""
     model, mask_id = random_model(), 22
     xt = torch.randint(0, 22, (3, 12), generator=torch.Generator().manual_seed(0))
-    for row, n_masked in enumerate((12, 5, 0)):
-        xt[row, 12 - n_masked :] = mask_id
+    for row, n in enumerate(n_masked):
+        xt[row, 12 - n :] = mask_id
     dial, _, rest = RULES[name]
-    for value in (1, 3, 4):
+    for value in (1, 3, 4, 9):
         rule = SamplingRule(**rest, **{dial: value})
         sampled = (
             sample_full(model, xt, mask_id, rule)

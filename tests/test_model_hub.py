@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PUMA, ROOT, SHARED, UNIFORM, run_python, tiny_settings
+from conftest import PUMA, ROOT, SHARED, UNIFORM, run_python, tiny_gsm_settings, tiny_settings
 from safetensors.torch import load, save_file
 from torch import Tensor
 
 import train
 from config import Config, ModelSettings
+from data.files import WriteError
 from data.text import load_tokenizer
 from data.word_problems import generate_problems
 from model import hub
@@ -474,3 +475,31 @@ def test_experiments_from_an_autoregressive_model_change_nothing_else(name):
         own = {key: value for key, value in source.items() if key.startswith(f"{section}.")}
         more = {"model.learned_positions"} if section == "model" else set()  # a causal model needs none
         assert {key for key in own if own[key] != plain[key]} == more, section
+
+
+def test_overrides_give_a_packed_model_rows_to_be_evaluated_on(tmp_path):
+    """A folder of its own has a tokenizer and no rows."""
+    path = tmp_path / "tiny.json"
+    settings = tiny_gsm_settings(tmp_path / "rows")
+    settings["training"]["max_steps"] = 1
+    path.write_text(json.dumps(settings))
+    train.main(["--config", str(path), "--run-dir", str(tmp_path / "run")])
+    hub.pack_run(str(tmp_path / "run"), tmp_path / "packed")
+    with pytest.raises(ValueError, match=r"set data\.data_dir to a folder that has it"):
+        hub.open_model(str(tmp_path / "packed")).config.open_data().load(train=False)
+    changes = [f"data.{key}={settings['data'][key]}" for key in ("data_dir", "test_source")]
+    data = hub.open_model(str(tmp_path / "packed"), changes).config.open_data().load(train=False)
+    assert data.n_questions == 4
+
+
+def test_a_folder_that_cannot_be_written_is_named(autoregressive_run, tmp_path, monkeypatch):
+    """The tokenizers library raises a bare Exception, the one for tensors an error of its own."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise Exception("File too large")
+
+    monkeypatch.setattr(hub, "save_file", fail)
+    for write in (hub.pack_run, hub.export_run):
+        with pytest.raises(WriteError, match=r"out cannot be written \(File too large"):
+            write(str(autoregressive_run), tmp_path / "out")
+        shutil.rmtree(tmp_path / "out")

@@ -24,7 +24,8 @@ from torch import Tensor
 import sampling
 import train
 from config import Confidence, SamplingRule
-from data.sudoku import parse_puzzle
+from data.dataset import AnswerVerdict
+from data.sudoku import Sudoku, parse_puzzle
 from data.text import decode_whole
 from eval import evaluate as evaluation
 from model.hub import pack_run
@@ -442,7 +443,7 @@ def test_many_questions_from_options_files_and_standard_input(
     (tmp_path / "in.csv").write_text(f"puzzle,solution\n{PUZZLE},{SOLUTION}\n{other},{SOLUTION}\n")
     (tmp_path / "in.txt").write_text(f"{PUZZLE}\n\n{other}\n")
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"puzzle": text}) + "\n" for text in (PUZZLE, other)))
-    monkeypatch.setattr("sys.stdin", StringIO(f"{PUZZLE}\n{other}\n"))
+    monkeypatch.setattr("sys.stdin", StringIO(f"\ufeff{PUZZLE}\n{other}\n"))  # as spreadsheets write
     found = []
     for i, questions in enumerate(
         [["--puzzle", PUZZLE, "--puzzle", other]]
@@ -468,6 +469,15 @@ def test_many_questions_from_options_files_and_standard_input(
     sampling.main(["--checkpoint", str(run_dir), "--input", str(tmp_path / "in.txt")])
     printed = capsys.readouterr().out
     assert printed.index(PUZZLE) < printed.index("13 network") < printed.index(other) < printed.index("2 network")
+
+
+def test_answers_that_nobody_can_judge_are_not_counted_as_wrong(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts = [AnswerVerdict("", right) for right in (True, None, False, None)]
+    monkeypatch.setattr(Sudoku, "verdicts", lambda *_: verdicts)
+    sampling.main(["--checkpoint", str(run_dir), *["--puzzle", PUZZLE] * 4])
+    assert "1 of 2 right, 2 unknown" in capsys.readouterr().out
 
 
 def test_colours_only_on_a_terminal_that_wants_them(
@@ -502,6 +512,8 @@ def test_answers_in_python(run_dir: Path, tmp_path: Path, monkeypatch: pytest.Mo
         model.complete("1+1")
     with pytest.raises(ValueError, match=r"2 of 3 puzzles are invalid\n  question 1: .*\n  question 3: "):
         model.solve(["1", PUZZLE, "2"])
+    with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
+        model.solve([PUZZLE], batch_size=0)
     with pytest.raises(ValueError, match="device 'gpu' must be one of auto, cpu, cuda"):
         sampling.load(run_dir, "gpu")
     pack_run(str(run_dir), tmp_path / "packed")
@@ -543,6 +555,23 @@ def test_questions_and_files_that_cannot_be_used_end_with_one_message(
     assert not any(tmp_path.iterdir())
 
 
+def test_right_answers_are_refused_where_they_follow_from_the_questions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tiny_settings(dict(UNIFORM), tmp_path)
+    settings["data"] = {"dataset": "addition", "max_digits": 3, "n_train": 50, "n_test": 20}
+    settings["model"] |= {"vocab_size": 13, "learned_positions": 12}
+    settings["training"]["max_steps"] = 1
+    (tmp_path / "tiny.json").write_text(json.dumps(settings))
+    train.main(["--config", str(tmp_path / "tiny.json"), "--run-dir", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stop:
+        sampling.main(["--checkpoint", str(tmp_path / "run"), "--prompt", "1+2", "--gold", "3"])
+    assert stop.value.code == 2
+    assert "--gold: additions need no right answers, leave it out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="gold: additions need no right answers"):
+        sampling.load(tmp_path / "run", "cpu").complete("1+2", gold=3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -552,6 +581,7 @@ def test_questions_and_files_that_cannot_be_used_end_with_one_message(
         (["--seed", "-1"], "--seed: must be an integer from 0 to 4294967295, got -1"),
         (["--gold", "1"], "--gold: 1 for 0 of --prompt"),
         (["--temperature", "-1"], "--temperature -1.0: input should be greater than or equal to 0"),
+        (["--temperature", "1e30"], "--temperature 1e+30: input should be less than or equal to 1000"),
     ],
 )
 def test_the_command_refuses_bad_input_with_status_2(

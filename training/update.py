@@ -1,8 +1,8 @@
 """One update of the weights: forward, loss, backward, clipping, optimizer, average, pool.
 
 There is no host sync, so the host runs ahead of the device; with a large vocabulary it waits once per pass for a number
-that is known before the backbone runs (`model/token_scores.py`). A small model on a GPU is bound by the launches of hundreds
-of kernels; `training.cuda_graph` captures the update once and replays it with one launch.
+that is known before the backbone runs (`model/token_scores.py`). A small model on a GPU is bound by the launches of
+hundreds of kernels; `training.cuda_graph` captures the update once and replays it with one launch.
 """
 
 from __future__ import annotations

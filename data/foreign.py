@@ -101,8 +101,13 @@ def fail(message: object, status: int = 2) -> NoReturn:
     paths, or a text of the command itself. Indented lines may have `MAX_COMMAND`: a command to copy must be whole, and
     items of lists are short already.
 
-    With PUMA_TRACEBACK=1 in the environment, the traceback of the exception that is handled comes first.
+    With PUMA_TRACEBACK=1 in the environment, the traceback of the exception that is handled comes first. Output that
+    cannot be written is dropped, since Python would try again at its end and report that as well.
     """
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if os.environ.get("PUMA_TRACEBACK") == "1" and sys.exc_info()[0] is not None:
         traceback.print_exc()
     limit = MAX_MESSAGE if isinstance(message, Exception) and not isinstance(message, BadInput) else MAX_COMMAND
@@ -119,11 +124,14 @@ def fail(message: object, status: int = 2) -> NoReturn:
 def ends_with_message(interrupted: str = "interrupted") -> Iterator[None]:
     """End a command with one message: status 2 for ValueError and OSError, which bad input raises, 130 for Ctrl-C.
 
+    What is printed inside is also written inside, so a full disk or a closed pipe ends with a message too.
+
     Args:
         interrupted: the message for Ctrl-C.
     """
     try:
         yield
+        print(end="", flush=True)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:

@@ -318,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
             if not curves:
                 raise ValueError("no run has been evaluated yet")
             print("\n".join(target_table(curves, options.target, baseline=list(by_setting_and_rule(curves))[-1][0])))
-    print(f"wrote {options.out}")
+        print(f"wrote {options.out}")
 
 
 if __name__ == "__main__":

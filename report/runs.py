@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not options.folder.is_dir():
             raise ValueError(f"{options.folder} is not a folder: give one with runs")
         runs = [summarize(run_dir) for run_dir in find_runs(options.folder)]
-    print(json.dumps([asdict(run) for run in runs], indent=1) if options.json else table(runs, options.folder))
+        print(json.dumps([asdict(run) for run in runs], indent=1) if options.json else table(runs, options.folder))
 
 
 if __name__ == "__main__":

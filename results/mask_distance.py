@@ -453,7 +453,7 @@ def main(arguments: list[str] | None = None) -> None:
         records = json.loads(records_file.read_text(encoding="utf-8"))
         write_text(options.out / "README.md", report(records))
         draw(records, options.out / "curves.png")
-    print(f"wrote {options.out}/README.md")
+        print(f"wrote {options.out}/README.md")
 
 
 if __name__ == "__main__":

@@ -490,7 +490,7 @@ def main(arguments: list[str] | None = None) -> None:
         records = read_records(records_file)
         write_text(folder / "README.md", report(experiment, records))
         draw(experiment, records, folder / "curves.png")
-    print(f"wrote {folder}/README.md" + ("" if complete else "; incomplete: the same command continues"))
+        print(f"wrote {folder}/README.md" + ("" if complete else "; incomplete: the same command continues"))
     sys.exit(0 if complete else 1)
 
 

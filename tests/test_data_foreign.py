@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_python
+from conftest import ROOT, run_python
 
 from data.foreign import (
     MAX_LINES,
@@ -90,6 +92,28 @@ def test_ctrl_c_ends_a_command_with_one_line_and_the_status_of_shells(capsys):
     with pytest.raises(SystemExit) as stop, ends_with_message():
         raise KeyboardInterrupt
     assert (stop.value.code, capsys.readouterr().err) == (130, "error: interrupted\n")
+
+
+PRINTS = "from data.foreign import ends_with_message\nwith ends_with_message():\n    print('done')"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(("output", "reason"), [("full", "No space left on device"), ("pipe", "Broken pipe")])
+def test_output_that_cannot_be_written_ends_with_one_message(output, reason, unbuffered):
+    """Whether the line is written when it is printed or from the buffer."""
+    if output == "full":
+        descriptor = os.open("/dev/full", os.O_WRONLY)
+    else:
+        read_end, descriptor = os.pipe()
+        os.close(read_end)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-c", PRINTS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=descriptor, stderr=subprocess.PIPE, text=True)
+    os.close(descriptor)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: [Errno ")
+    assert done.stderr.endswith(f"] {reason}\n")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("value", "expected"), [("1", True), ("", False), ("0", False)])

@@ -147,3 +147,13 @@ def test_a_folder_without_runs_is_refused(tmp_path, capsys):
         main([str(tmp_path)])
     assert stop.value.code == 2
     assert "has no runs" in capsys.readouterr().err
+
+
+def test_a_list_that_cannot_be_printed_ends_with_one_message(tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.yaml").touch()
+    with open("/dev/full", "w", buffering=1, encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as stop:
+            main([str(tmp_path)])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"

@@ -139,6 +139,18 @@ def test_an_interrupted_experiment_ends_with_status_130(tmp_path, monkeypatch, c
     assert capsys.readouterr().err == "error: interrupted; the same command continues\n"
 
 
+def test_a_result_that_cannot_be_printed_ends_with_one_message(tmp_path, capsys, monkeypatch):
+    (tmp_path / "positions").mkdir()
+    (tmp_path / "positions/records.json").write_text(json.dumps(records()))
+    monkeypatch.setattr(run, "draw", lambda *_: None)
+    with open("/dev/full", "w", buffering=1, encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as stop:
+            run.main(["positions", "--draw", "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+
 def fork(command: list[str], cwd: Path, env: dict[str, str], stdout: IO[bytes], stderr: IO[bytes]) -> Forked:
     """`subprocess.Popen` for programs of the repository."""
     assert (command[0], cwd, stdout) == (sys.executable, ROOT, stderr)

@@ -138,7 +138,10 @@ class DataSettings(Settings, ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """One line: which data a run uses, and the reason if the settings leave the choice open."""
+        """One line: which data a run uses, and the reason if the settings leave the choice open.
+
+        Runs of different descriptions are not compared as seeds of one setting.
+        """
 
     @abstractmethod
     def open(self, vocab_size: int) -> DataSet:

@@ -134,9 +134,14 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def setting_name(config: Config) -> str:
-    """A name that runs share if their settings differ only in the seed or in what does not change the result."""
+    """A name that runs share if their settings differ only in the seed or in what does not change the result.
+
+    A resumed run may find its data in another folder, since their hashes are compared. Here nothing but the folder
+    tells which data they are, so the description of the data, which names the folder where it is the source, counts.
+    """
     free = {*_free_settings(config), "training.seed"}
     facts = {key: value for key, value in flatten(config).items() if key not in free}
+    facts["data"] = config.data.describe()
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return f"{config.data.dataset}_{config.objective.name}_{digest[:6]}"
 

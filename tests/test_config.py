@@ -15,7 +15,15 @@ from conftest import PUMA, ROOT, UNIFORM, tiny_settings
 from helpers import project_trees
 
 from config import BlockPumaSettings, Config, PumaSettings, SamplingRule, Settings
-from runtime.config_file import changed_settings, dump_config, flatten, parse_config, read_config, settings_table
+from runtime.config_file import (
+    changed_settings,
+    dump_config,
+    flatten,
+    parse_config,
+    read_config,
+    setting_name,
+    settings_table,
+)
 
 SHIPPED = sorted((ROOT / "yaml_files").glob("*.yaml"))
 
@@ -510,3 +518,29 @@ def test_another_objective_shows_up_key_by_key(tiny):
 
 def test_a_mapping_can_be_checked_without_a_file(tmp_path):
     assert parse_config(tiny_settings(PUMA, tmp_path), "memory").model.vocab_size == 6
+
+
+FILES = {"dataset": "tiny_gsm", "data_dir": "a", "max_len": 128}
+PROBLEMS = FILES | {"source": "word_problems", "n_train": 2000, "n_test": 9, "seed": 0}
+TEXT = {"dataset": "text", "data_dir": "a", "source": "pairs.jsonl"}
+BOARDS = {"dataset": "sudoku", "data_dir": "a", "size": 9}
+
+
+@pytest.mark.parametrize(
+    ("data", "change", "is_other"),
+    [
+        (FILES, {"data_dir": "b"}, True),
+        (FILES, {"test_source": "test.jsonl"}, True),
+        (PROBLEMS, {"data_dir": "b"}, False),
+        (TEXT, {"data_dir": "b"}, False),
+        (BOARDS | {"source": "published"}, {"data_dir": "b"}, True),
+        (BOARDS | {"source": "generated"}, {"data_dir": "b"}, False),
+    ],
+)
+def test_runs_on_other_data_are_of_another_setting(data, change, is_other, tmp_path):
+    """A folder counts where it is the source of the data, and not where it keeps what other settings give."""
+    settings = tiny_settings(UNIFORM, tmp_path)
+    settings["model"] |= {"vocab_size": 600, "learned_positions": None}
+    first, second = (parse_config(settings | {"data": values}, "test") for values in (data, data | change))
+    assert (setting_name(first) != setting_name(second)) == is_other
+    assert not changed_settings(first, second), "a resumed run compares the hashes of its data instead"

@@ -372,16 +372,15 @@ def _final_table(records: dict[str, Any]) -> list[str]:
 
 
 def _progress_table(records: dict[str, Any]) -> list[str]:
-    """Accuracy by update."""
+    """Accuracy by update; as in the figure, only updates that all seeds have."""
     steps = sorted({point["step"] for run in records["runs"] for point in run["points"]})
     steps = steps[len(steps) % -(-len(steps) // N_COLUMNS) :: -(-len(steps) // N_COLUMNS)] if steps else []
     lines = [f"| solved, %, after updates | {' | '.join(f'{step:,}' for step in steps)} |"]
     lines.append("| --- |" + " ---: |" * len(steps))
     for label, runs in runs_by_arm(records).items():
+        by_step = [{point["step"]: 100 * point["accuracy"] for point in run["points"]} for run in runs]
         cells = [
-            mean_and_range(
-                [100 * point["accuracy"] for run in runs for point in run["points"] if point["step"] == step], ".0f"
-            )
+            mean_and_range([seed[step] for seed in by_step] if all(step in seed for seed in by_step) else [], ".0f")
             for step in steps
         ]
         lines.append(f"| {label} | {' | '.join(cells)} |")

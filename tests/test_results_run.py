@@ -56,6 +56,17 @@ def test_the_page_says_what_was_reached_and_when():
     assert all(fact in page for fact in ("# Which?", "Seeds differ.", "python -m results.run x"))
 
 
+def test_progress_is_shown_where_all_seeds_have_been():
+    """As in the figure: else a mean would change because seeds drop out of it."""
+    found = records()
+    for each in found["runs"]:
+        each["final"] = None
+    del found["runs"][2]["points"][1]  # of "a", seed 1
+    page = run.report(QUESTION, found)
+    assert "| a | 36 (25 to 48) | - |" in page
+    assert "| b | 15 (10 to 20) | 30 (20 to 40) |" in page
+
+
 @pytest.mark.parametrize(("comparable", "n_axes"), [(False, 2), (True, 3)])
 def test_seconds_are_compared_only_where_the_experiment_says_so(comparable, n_axes, tmp_path, monkeypatch):
     experiment = replace(QUESTION, seconds_comparable=comparable)

@@ -11,7 +11,9 @@ directory or in the records, are not repeated, so an experiment can be continued
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -27,7 +29,7 @@ from tqdm import tqdm
 from typing_extensions import NotRequired, TypedDict
 
 from data.files import write_text
-from data.foreign import MAX_INTEGER, CommandParser, ends_with_message, read_text, reading, whole_number
+from data.foreign import MAX_INTEGER, CommandParser, ends_with_message, read_text, reading, shorten, whole_number
 from report.curves import RUN_AXES, Curve, accuracy_points, mean_and_range, plot_accuracy, rules_of, target_table
 from results.experiments import EXPERIMENTS, Arm, Experiment
 from runtime.config_file import changed_settings, read_config
@@ -165,10 +167,16 @@ def check_settings(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, 
         recorded: runs in the records, by label and seed.
 
     Raises:
-        ValueError: a setting is wrong, or an existing run directory or record has other settings.
+        ValueError: a setting is wrong or overrides the seeds, or an existing run directory or record has other
+            settings.
     """
     for task in tasks:
         config, run_config = read_config(task.config, task.all_overrides), task.run_dir / "config.yaml"
+        if config.training.seed != task.seed:
+            raise ValueError(
+                f"training.seed={config.training.seed}: would replace seed {task.seed} of {task.arm.label!r}; leave it "
+                "out, or change the seeds of the experiment in results/experiments.py"
+            )
         if run_config.exists() and (differences := changed_settings(read_config(run_config), config)):
             lines = "\n".join(f"  {line}" for line in differences)
             raise ValueError(f"{task.run_dir} has other settings: delete it or choose another --runs\n{lines}")
@@ -303,7 +311,8 @@ def _final(run_dir: Path) -> dict[str, Any] | None:
 
 def read_records(path: Path) -> dict[str, Any]:
     """The records in a file; ValueError if they cannot be drawn."""
-    with reading(f"{path}", "run the experiment without --draw"):
+    remedy = "repair or delete it, or choose another --out" if path.exists() else "run the experiment without --draw"
+    with reading(f"{path}", remedy):
         return dict(TypeAdapter(Records).validate_json(read_text(path)))
 
 
@@ -450,6 +459,17 @@ def draw(experiment: Experiment, records: dict[str, Any], out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
+def seconds(text: str) -> float:
+    """The `type` of an argument: a time."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {shorten(text, 40)}")
+    return value
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = CommandParser(description="Run an experiment and write its table and figure.")
@@ -458,7 +478,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--jobs", type=whole_number(1, 1024), default=2, help="number of parallel runs, one thread each"
     )
-    parser.add_argument("--budget-s", type=float, help="seconds after which runs are told to save and stop")
+    parser.add_argument("--budget-s", type=seconds, help="seconds after which runs are told to save and stop")
     parser.add_argument(
         "--draw", action="store_true", help="run nothing; write the table and figure of existing records"
     )

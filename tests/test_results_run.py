@@ -119,14 +119,38 @@ def test_all_settings_of_an_experiment_are_read_and_differ(name, tmp_path):
         (["--jobs", "0"], "--jobs: must be an integer from 1 to 1024, got 0"),
         (["training.max_step=1"], "did you mean 'max_steps'?"),
         (["--draw", "training.max_steps=1"], "training.max_steps=1: not with --draw"),
+        (["training.seed=7"], "training.seed=7: would replace seed 0 of 'rotary and learned'; leave it out, or change"),
+        (["--budget-s", "nan"], "--budget-s: must be a finite number above 0, got nan"),
+        (["--budget-s", "inf"], "--budget-s: must be a finite number above 0, got inf"),
+        (["--budget-s", "-1"], "--budget-s: must be a finite number above 0, got -1"),
+        (["--budget-s", "soon"], "--budget-s: must be a finite number above 0, got soon"),
     ],
 )
-def test_bad_input_ends_with_one_message(words, expected, tmp_path, capsys):
+def test_bad_input_ends_with_one_message(words, expected, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "run_all", lambda *_: pytest.fail("work has begun"))
     with pytest.raises(SystemExit) as stop:
         run.main(["positions", "--runs", str(tmp_path), "--out", str(tmp_path), *words])
     assert stop.value.code == 2
     assert expected in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "remedy"),
+    [
+        ("{", [], "repair or delete it, or choose another --out"),
+        ("{", ["--draw"], "repair or delete it, or choose another --out"),
+        (None, ["--draw"], "run the experiment without --draw"),
+    ],
+)
+def test_records_that_cannot_be_read_end_with_one_message(content, words, remedy, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "positions").mkdir()
+        (tmp_path / "positions/records.json").write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        run.main(["positions", "--runs", str(tmp_path), "--out", str(tmp_path), *words])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"): {remedy}\n")
 
 
 @pytest.mark.parametrize("option", ["--runs", "--out"])
@@ -184,7 +208,7 @@ def test_an_experiment_runs_once_and_continues(
     monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=fork, run=subprocess.run))
     places = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stop:
-        run.main(["tiny", *places, "--budget-s", "0"])
+        run.main(["tiny", *places, "--budget-s", "1e-9"])
     assert "no run has been evaluated yet" in str(stop.value.code)
     assert not (tmp_path / "out").exists(), "nothing is replaced by nothing"
     for number in range(2):

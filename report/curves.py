@@ -106,8 +106,8 @@ def plot_accuracy(plot: Any, curves: Sequence[Curve], axis: str, targets: Sequen
         plot.plot(x, mean, style, color=color, marker=marker, markersize=3.5, linewidth=1.6, label=name)
         plot.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         for target in targets:
-            needed, complete = _needed(group, target, axis)
-            if complete:
+            needed, missed = _needed(group, target, axis)
+            if not missed:
                 plot.plot(statistics.mean(needed), 100 * target, marker, color=color, markersize=8, markeredgecolor="k")
     for target in targets:
         plot.axhline(100 * target, color="0.6", linewidth=0.8)
@@ -123,7 +123,8 @@ def target_table(curves: Sequence[Curve], target: float, baseline: str, axes: Se
 
     Values are means over seeds with the lowest and highest. A ratio of 2 means half of what the baseline needs; its
     spread is over all pairs of seeds. A seed that never reaches the target counts with its last evaluation, which is a
-    lower bound: the mean is then marked with >, and the ratio with > or <.
+    lower bound: the mean is then marked with >, and the ratio with > or <. The ends of a ratio's range that such a seed
+    leaves unknown are printed as ?.
 
     Args:
         baseline: the setting to compare with, for each sampling rule by that rule.
@@ -141,43 +142,65 @@ def target_table(curves: Sequence[Curve], target: float, baseline: str, axes: Se
         n_reached = sum(curve.first_reaching(target, "step") is not None for curve in group)
         cells = [f"{n_reached} of {len(group)}"]
         for axis in axes:
-            values, complete = _needed(group, target, axis)
-            others, all_reached = _needed(groups.get((baseline, rule), []), target, axis)
-            cells.append(mean_and_range(values, ",.0f", complete=complete))
+            values, missed = _needed(group, target, axis)
+            others, others_missed = _needed(groups.get((baseline, rule), []), target, axis)
+            cells.append(mean_and_range(values, ",.0f", missed))
             if setting == baseline:
                 cells.append("1")
-            elif not n_reached or not others or not (complete or all_reached):  # no bound can be given
+            elif not values or not (others or others_missed) or (missed and others_missed):  # no bound can be given
                 cells.append("-")
             else:
-                sign = "" if complete and all_reached else "> " if complete else "< "
                 ratios = [other / value for other in others for value in values]
-                low, high = f"{min(ratios):.1f}", f"{max(ratios):.1f}"
-                center = statistics.mean(others) / statistics.mean(values)
-                cells.append(f"{sign}{center:.1f}" + (f" ({low} to {high})" if low != high else ""))
+                bounds = [other / value for other in others for value in missed]  # upper ones
+                bounds += [other / value for other in others_missed for value in values]  # or lower ones
+                sign = "> " if others_missed else "< " if missed else ""
+                center = statistics.mean([*others, *others_missed]) / statistics.mean([*values, *missed])
+                low, high = _ends(ratios, bounds, ".1f", are_lower=not missed)
+                cells.append(f"{sign}{center:.1f}" + (f" ({low or '?'} to {high or '?'})" if low or high else ""))
         label = f"{setting}: {rule}" if several else setting
         lines.append(f"| {escape(label)} | {' | '.join(cells)} |")
     return lines
 
 
-def _needed(group: Sequence[Curve], target: float, axis: str) -> tuple[list[float], bool]:
-    """The value on `axis` at which each seed reaches the target, or its last one; and whether all reach it."""
-    found = [curve.first_reaching(target, axis) for curve in group]
-    values = [curve.points[-1][axis] if value is None else value for curve, value in zip(group, found, strict=True)]
-    return values, None not in found
+def _needed(group: Sequence[Curve], target: float, axis: str) -> tuple[list[float], list[float]]:
+    """The values on `axis` at which seeds reach the target, and the last ones of the seeds that never do."""
+    found = [(curve.first_reaching(target, axis), curve.points[-1][axis]) for curve in group]
+    return [value for value, _ in found if value is not None], [last for value, last in found if value is None]
 
 
-def mean_and_range(values: Sequence[float], form: str, *, complete: bool = True) -> str:
-    """Mean of the values, with the lowest and highest if they differ; - if there is none.
+def mean_and_range(values: Sequence[float], form: str, missed: Sequence[float] = ()) -> str:
+    """Mean of the values, with the lowest and highest if they differ and the lowest is known; - if there is none.
 
     Args:
         form: format of a number.
-        complete: False if some values are lower bounds of what was not reached.
+        missed: lower bounds of further values, which were not reached.
     """
-    if not values:
+    every = [*values, *missed]
+    if not every:
         return "-"
-    mean, low, high = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))
-    mean = mean if complete else f"> {mean}"
-    return mean if low == high else f"{mean} ({low} to {high if complete else 'not reached'})"
+    mean = ("> " if missed else "") + format(statistics.mean(every), form)
+    low, high = _ends(values, missed, form, are_lower=True)
+    return f"{mean} ({low} to {high or 'not reached'})" if low else mean
+
+
+def _ends(
+    values: Sequence[float], bounds: Sequence[float], form: str, *, are_lower: bool
+) -> tuple[str | None, str | None]:
+    """The lowest and highest of some values as text, None where it is unknown; both are None if all values are equal.
+
+    Args:
+        bounds: of further values, lower ones or upper ones. On the side from which they bound, an end is known only if
+            a value is as far out as all of them.
+    """
+    every = [*values, *bounds]
+    low, high = format(min(every), form), format(max(every), form)
+    if low == high:
+        return None, None
+    if bounds and are_lower:
+        return (low if min(every) in values else None), None
+    if bounds:
+        return None, (high if max(every) in values else None)
+    return low, high
 
 
 def read_curves(run_dirs: Sequence[Path], rule: str | None = None) -> list[Curve]:

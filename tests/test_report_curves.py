@@ -232,6 +232,28 @@ def test_a_seed_that_never_reaches_the_target_gives_a_bound():
     assert "| < 0.3 |" in target_table([fast, late, never], 0.9, "fast")[3]
 
 
+@pytest.mark.parametrize(
+    ("setting", "baseline", "needed", "ratio"),
+    [
+        # first evaluation at the target, or -n: not in n evaluations
+        ((1, 2), (2, -3), "150 (100 to 200)", "> 1.7 (1.0 to ?)"),
+        ((1, 2), (3, -2), "150 (100 to 200)", "> 1.7"),  # from 1.5, or less if the second seed of uniform comes soon
+        ((1, 2), (-3, -3), "150 (100 to 200)", "> 2.0"),
+        ((1, -3), (2, 3), "> 200 (100 to not reached)", "< 1.2 (? to 3.0)"),
+        ((3, -1), (2, 3), "> 200", "< 1.2"),  # the second seed may need fewer updates than the first, or more
+        ((-2, -3), (2, 3), "> 250", "-"),
+        ((1, -3), (2, -3), "> 200 (100 to not reached)", "-"),
+    ],
+)
+def test_ends_of_a_range_that_seeds_leave_unknown_are_not_given(setting, baseline, needed, ratio):
+    found = [
+        curve(name, *[0.1] * (n - 1 if n > 0 else -n), *[0.9] * (n > 0))
+        for name, seeds in (("puma", setting), ("uniform", baseline))
+        for n in seeds
+    ]
+    assert target_table(found, 0.9, "uniform", ["step"])[2].split(" | ")[2:] == [needed, f"{ratio} |"]
+
+
 def test_each_rule_is_compared_with_the_same_rule():
     found = [curve("puma", 0.9), curve("puma", 0.5, 0.9), curve("uniform", 0.1, 0.9), curve("uniform", 0.5, 0.5, 0.9)]
     found = [replace(each, rule=f"top_prob_{1 + number % 2}") for number, each in enumerate(found)]

@@ -21,11 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.files import check_out
 from data.foreign import CommandParser, ends_with_message, escape
 from runtime.config_file import read_config, setting_name
 from runtime.figures import COLORS, LINES, MARKERS, plain_label, set_grid, set_log_axis
 from runtime.metrics import HEADLINE, METRICS_FILE, read_metrics
 
+SUFFIXES = (".png", ".pdf", ".svg")  # of pictures
 MAX_RULES = 20  # of one run; a legend has no room for more
 MIN_LOG_SPREAD = 5.0  # ratio of the ends of two curves from which on the axis is logarithmic
 MAX_DRAWN = 1e100  # larger numbers overflow in the library that draws
@@ -328,9 +330,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--target", type=float, help="accuracy from 0 to 1: mark and print when each setting first reaches it"
     )
-    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture file (.png, .pdf, .svg)")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help=f"picture file ({', '.join(SUFFIXES)})")
     options = parser.parse_args(arguments)
     with ends_with_message():
+        if options.out.suffix.lower() not in SUFFIXES:
+            raise ValueError(f"--out {options.out}: the suffix must be {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+        check_out(options.out, "--out")
         if options.target is not None and not 0 < options.target <= 1:
             raise ValueError(f"--target {options.target}: give an accuracy above 0 and at most 1")
         targets = [] if options.target is None else [options.target]

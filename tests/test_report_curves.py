@@ -292,7 +292,7 @@ def test_a_run_that_has_not_been_evaluated_yet(tmp_path, drawn):
     assert not drawn[0].axes[1].lines
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf", "PNG"])
 def test_the_command_writes_a_picture(suffix, tmp_path, capsys):
     out = tmp_path / f"curves.{suffix}"
     (tmp_path / "run.log").touch()
@@ -305,8 +305,13 @@ def test_the_command_writes_a_picture(suffix, tmp_path, capsys):
     ("words", "expected"),
     [
         (["/nonexistent"], "/nonexistent holds no metrics.jsonl"),
-        (["RUN", "--out", "/nonexistent/out.png"], "/nonexistent"),
-        (["RUN", "--out", "curves.docx"], "docx"),
+        (
+            ["RUN", "--out", "/nonexistent/out.png"],
+            "--out /nonexistent/out.png: the folder /nonexistent does not exist",
+        ),
+        (["RUN", "--out", "curves.docx"], "--out curves.docx: the suffix must be .png, .pdf or .svg"),
+        (["RUN", "--out", "curves"], "--out curves: the suffix must be .png, .pdf or .svg"),
+        (["RUN", "--out", "RUN"], "run: the suffix must be .png, .pdf or .svg"),
         (["RUN", "--x", "hours"], "--x"),
         (["OLD", "--x", "tokens"], "old/metrics.jsonl does not record it; choose another axis"),
         (["RUN", "--rule", "entropy_1"], "the runs were evaluated by top_prob_1, top_prob_2"),

@@ -16,10 +16,11 @@ from __future__ import annotations
 import os
 import re
 import statistics
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.files import check_out
 from data.foreign import CommandParser, ends_with_message, escape
@@ -205,21 +206,36 @@ def _ends(
     return low, high
 
 
+class _Runs(NamedTuple):
+    """What is drawn of runs, by run directory."""
+
+    settings: dict[Path, str]  # names, see `_setting_names`
+    records: dict[Path, list[dict[str, Any]]]
+
+
+def _read_runs(run_dirs: Sequence[Path]) -> _Runs:
+    """Read runs. One that is named twice, perhaps by two paths, is one run, where it is named last."""
+    places = {os.path.realpath(run_dir): run_dir for run_dir in reversed(run_dirs)}
+    distinct = list(places.values())[::-1]
+    return _Runs(_setting_names(distinct), {run_dir: _records(run_dir) for run_dir in distinct})
+
+
 def read_curves(run_dirs: Sequence[Path], rule: str | None = None) -> list[Curve]:
-    """The curves of runs: one per run and sampling rule, or only those by `rule`.
+    """The curves of runs: one per run and sampling rule by which it was evaluated, or only those by `rule`.
 
     Raises:
         ValueError: a run directory holds no records, or no run was evaluated by `rule`.
     """
-    return _curves(_setting_names(run_dirs), {run_dir: _records(run_dir) for run_dir in run_dirs}, rule)
+    return _curves(_read_runs(run_dirs), rule)
 
 
-def _curves(names: dict[Path, str], records: dict[Path, list[dict[str, Any]]], rule: str | None) -> list[Curve]:
-    """`read_curves` of runs whose settings are named and whose records have been read."""
+def _curves(runs: _Runs, rule: str | None) -> list[Curve]:
+    """`read_curves` of runs that have been read."""
     curves = [
-        Curve(setting, name, accuracy_points(records[run_dir], name))
-        for run_dir, setting in names.items()
-        for name in rules_of(records[run_dir])
+        Curve(setting, name, points)
+        for run_dir, setting in runs.settings.items()
+        for name in rules_of(runs.records[run_dir])
+        if (points := accuracy_points(runs.records[run_dir], name))
     ]
     known = dict.fromkeys(curve.rule for curve in curves)
     if rule is not None and rule not in known:
@@ -239,18 +255,25 @@ def draw_curves(
     Raises:
         ValueError: a run directory holds no records, or no run was evaluated by `rule`.
     """
+    runs = _read_runs(run_dirs)
+    curves = _curves(runs, rule)
+    _draw(runs, curves, axis, out, targets)
+    return curves
+
+
+def _draw(runs: _Runs, curves: Sequence[Curve], axis: str, out: Path, targets: Sequence[float]) -> None:
+    """`draw_curves` of runs that have been read."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     loss_plot, accuracy_plot = figure.subplots(1, 2)
-    names = _setting_names(run_dirs)
-    settings = list(dict.fromkeys(names.values()))
-    records = {run_dir: _records(run_dir) for run_dir in run_dirs}
-    for run_dir, rows in records.items():
+    # Settings without a curve of accuracy come last, since `plot_accuracy` numbers the others.
+    settings = list(dict.fromkeys([*(curve.setting for curve in curves), *runs.settings.values()]))
+    for run_dir, rows in runs.records.items():
         if not all(axis in row for row in rows):
             raise ValueError(f"--x {axis}: {run_dir / METRICS_FILE} does not record it; choose another axis")
-    for run_dir, setting in names.items():
-        rows, color = records[run_dir], COLORS[settings.index(setting) % len(COLORS)]
+    for run_dir, setting in runs.settings.items():
+        rows, color = runs.records[run_dir], COLORS[settings.index(setting) % len(COLORS)]
         for key, style in (("train/loss", {"alpha": 0.3}), ("validation/loss", {"marker": "."})):
             found = [
                 (row[axis], row[key]) for row in rows if can_be_drawn(row.get(axis)) and can_be_drawn(row.get(key))
@@ -258,7 +281,6 @@ def draw_curves(
             loss_plot.plot([x for x, _ in found], [y for _, y in found], color=color, **style)
     loss_plot.set(xlabel=AXES[axis], ylabel="loss (faint: training, dots: validation)", yscale="log")
     set_grid(loss_plot, integers=axis != "seconds")
-    curves = _curves(names, records, rule)
     plot_accuracy(accuracy_plot, curves, axis, targets)
     if accuracy_plot.get_xscale() == "log":
         set_log_axis(loss_plot)
@@ -266,7 +288,6 @@ def draw_curves(
     if handles:
         figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize="small")
     figure.savefig(out, dpi=120)
-    return curves
 
 
 def can_be_drawn(value: object) -> bool:
@@ -287,7 +308,17 @@ def _setting_names(run_dirs: Sequence[Path]) -> dict[Path, str]:
     That is the run's folder, or what is common to the folders of all seeds, without `seed` and its number, with as many
     parents as distinguish it from the other settings.
     """
-    settings = {run_dir: _setting(run_dir) for run_dir in run_dirs}
+    found = {run_dir: _setting(run_dir) for run_dir in run_dirs}
+    settings = {run_dir: setting for run_dir, (setting, _) in found.items()}
+    first: dict[tuple[str, int | None], Path] = {}
+    for run_dir, each in found.items():
+        if first.setdefault(each, run_dir) != run_dir:
+            warnings.warn(
+                f"{first[each]} and {run_dir} are runs of one setting and the same seed {each[1]}: as two seeds they "
+                "make the band too narrow",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     groups: dict[str, list[Path]] = {}
     for run_dir, setting in settings.items():
         groups.setdefault(setting, []).append(Path(os.path.abspath(run_dir)))
@@ -313,12 +344,13 @@ def _common_parts(folders: Sequence[Path]) -> tuple[str, ...]:
     return (*folders[0].parent.parts, common) if common else Path(os.path.commonpath(folders)).parts
 
 
-def _setting(run_dir: Path) -> str:
-    """What seeds of a setting have in common; the folder if the run has no settings file, or one of other code."""
+def _setting(run_dir: Path) -> tuple[str, int | None]:
+    """What seeds of a setting have in common, and the seed; the folder if it holds no settings of this code."""
     try:
-        return setting_name(read_config(run_dir / "config.yaml"))
+        config = read_config(run_dir / "config.yaml")
+        return setting_name(config), config.training.seed
     except ValueError:
-        return str(run_dir)
+        return str(run_dir), None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -341,11 +373,18 @@ def main(arguments: list[str] | None = None) -> None:
         targets = [] if options.target is None else [options.target]
         # `runs/puma*` also names the logs beside the run directories
         run_dirs = [path for path in options.run_dirs if not path.is_file()] or options.run_dirs
-        curves = draw_curves(run_dirs, options.x, options.out, rule=options.rule, targets=targets)
+        runs = _read_runs(run_dirs)
+        curves, last = _curves(runs, options.rule), list(runs.settings)[-1]
+        baseline = runs.settings[last]
+        if targets and all(curve.setting != baseline for curve in curves):
+            rule = f" by {options.rule}" if options.rule else ""
+            raise ValueError(
+                f"--target: {last}, the last one named, is what the others are compared with, but it has no evaluation"
+                f"{rule} yet: name another run last"
+            )
+        _draw(runs, curves, options.x, options.out, targets)
         if targets:
-            if not curves:
-                raise ValueError("no run has been evaluated yet")
-            print("\n".join(target_table(curves, options.target, baseline=list(by_setting_and_rule(curves))[-1][0])))
+            print("\n".join(target_table(curves, options.target, baseline)))
         print(f"wrote {options.out}")
 
 

@@ -44,6 +44,13 @@ def write_run(run_dir: Path, speed: float = 1.0, share: float = 1.0) -> Path:
     return run_dir
 
 
+def young(run_dir: Path) -> Path:
+    """A run that has not been evaluated yet."""
+    records = write_run(run_dir) / METRICS_FILE
+    records.write_text("".join(records.read_text().splitlines(keepends=True)[:3]))
+    return run_dir
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """Every figure that is saved, instead of its file."""
@@ -166,6 +173,35 @@ def test_the_name_of_a_setting_lacks_the_seed(folders, name, tmp_path):
     assert {curve.setting for curve in read_curves(runs)} == {name}
 
 
+def test_a_run_that_is_named_twice_is_one_run(tmp_path, drawn, monkeypatch, capsys):
+    """By whatever paths; the place where it is named last counts, as the last one is what --target compares with."""
+    for name in ("uniform", "puma"):
+        write_run(tmp_path / name)
+    configured(tmp_path / "uniform", 0, name="uniform")
+    (tmp_path / "link").symlink_to(tmp_path / "uniform")
+    monkeypatch.chdir(tmp_path)
+    words = ["uniform", "puma", "./puma/", str(tmp_path / "uniform"), "link"]
+    assert len(read_curves(list(map(Path, words)), "top_prob_1")) == 2
+    curves.main([*words, "--rule", "top_prob_1", "--target", "0.5"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:4] for line in lines[2:4]] == [
+        ["| puma", "1 of 1", "100", "1.0"],
+        ["| uniform", "1 of 1", "100", "1"],
+    ]
+
+
+def test_two_runs_of_one_seed_are_warned_about(tmp_path):
+    runs = [
+        configured(write_run(tmp_path / f"puma_{number}"), seed, name="puma", n_stages=2)
+        for number, seed in enumerate((0, 3, 3))
+    ]
+    with pytest.warns(
+        RuntimeWarning, match=r"puma_1 and .*puma_2 are runs of one setting and the same seed 3"
+    ) as found:
+        read_curves(runs)
+    assert len(found) == 1
+
+
 def test_settings_are_read_once(tmp_path, drawn, monkeypatch):
     run_dir, n_read, read = configured(write_run(tmp_path / "run"), 0, name="puma", n_stages=2), count(), read_config
     monkeypatch.setattr(curves, "read_config", lambda path: (next(n_read), read(path))[1])
@@ -284,12 +320,40 @@ def test_the_target_is_printed_and_marked(tmp_path, drawn, capsys):
 
 
 def test_a_run_that_has_not_been_evaluated_yet(tmp_path, drawn):
-    run_dir = write_run(tmp_path / "young")
-    lines = (run_dir / METRICS_FILE).read_text().splitlines(keepends=True)
-    (run_dir / METRICS_FILE).write_text("".join(lines[:3]))
-    draw_curves([run_dir], "step", tmp_path / "out.png")
+    draw_curves([young(tmp_path / "young")], "step", tmp_path / "out.png")
     assert [len(points(drawn[0], 0, line)) for line in (0, 1)] == [3, 0]
     assert not drawn[0].axes[1].lines
+
+
+def test_colors_are_those_of_the_legend_if_a_run_has_not_been_evaluated(tmp_path, drawn):
+    runs = [young(tmp_path / "young"), write_run(tmp_path / "puma"), write_run(tmp_path / "uniform")]
+    draw_curves(runs, "step", tmp_path / "out.png", rule="top_prob_1")
+    loss, accuracy = ([line.get_color() for line in plot.lines] for plot in drawn[0].axes)
+    assert loss[2::2] == accuracy
+    assert len(set(loss)) == 3
+
+
+@pytest.mark.parametrize(("rule", "by"), [((), ""), (("--rule", "top_prob_1"), " by top_prob_1")])
+def test_a_target_is_not_compared_with_another_setting_than_the_last(rule, by, tmp_path, drawn, capsys):
+    runs = [write_run(tmp_path / "puma"), young(tmp_path / "uniform")]
+    with pytest.raises(SystemExit) as stop:
+        curves.main([*map(str, runs), *rule, "--target", "0.5", "--out", str(tmp_path / "out.png")])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --target: {runs[1]}, the last one named, is what the others are compared with")
+    assert error.endswith(f"but it has no evaluation{by} yet: name another run last\n")
+    assert not drawn
+
+
+def test_a_target_with_records_that_lack_an_axis(tmp_path, drawn, capsys):
+    """Of one run of two: it cannot be compared."""
+    runs = [write_run(tmp_path / "old"), write_run(tmp_path / "uniform")]
+    records = runs[0] / METRICS_FILE
+    records.write_text(re.sub(r'"seconds": [\d.]+, ', "", records.read_text()))
+    curves.main([*map(str, runs), "--rule", "top_prob_1", "--target", "0.5", "--out", str(tmp_path / "out.png")])
+    printed = capsys.readouterr().out
+    assert "| uniform | 1 of 1 | 100 | 1 |" in printed
+    assert "old" not in printed
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf", "PNG"])

@@ -9,7 +9,8 @@
 
 PUMA is meant to train on the masks that generation visits, uniform masking mostly on masks that it never visits (arXiv
 2602.10314). All checkpoints of the runs are measured, each once: the same command continues. The output is
-records.json, README.md and curves.png in results/mask_distance/.
+records.json, README.md and curves.png in results/mask_distance/. Runs that an earlier command has measured stay in it;
+a run is known by the name of its folder.
 
 Definitions, for a row (x0, M) with n maskable positions, of which M masks m and reveals r = n - m:
 
@@ -45,21 +46,23 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from math import comb
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import NotRequired, TypedDict
 
 from baselines import UniformObjective
 from config import DEFAULT_RULE, Config, ProgressiveSettings, PumaSettings, UniformSettings
 from data.dataset import SequenceData
 from data.files import write_text
-from data.foreign import CommandParser, ends_with_message
+from data.foreign import CommandParser, ends_with_message, read_text, reading
 from model.transformer import Transformer
 from objective import Objective
 from progressive import PumaObjective, stage_of
-from results.run import ROOT, commit
+from results.run import ROOT, Number, Share, Text, commit
 from runtime.checkpoint import Checkpoint, open_checkpoint, step_folders
 from runtime.distributed import World, autocast, autocast_dtype, start_world
 from runtime.figures import COLORS
@@ -72,6 +75,59 @@ N_STAGES = 8  # of the table; need not be the K of the runs
 SWAPS = (0, 1, 2, 4, 8)
 PATHS = {"sampler": "own tokens", "teacher_forced": "true tokens"}
 DRAWN_SWAPS = 4  # in the figure
+
+
+class Masks(TypedDict):
+    """Sums over the rows of a stage, for one kind of masks."""
+
+    distance: Number
+    within: Annotated[list[Number], Field(min_length=len(SWAPS), max_length=len(SWAPS))]
+
+
+class Stage(TypedDict):
+    """What `summarize` gives for a stage: the number of rows, and random masks and each of `PATHS`."""
+
+    n: Number
+    random: Masks
+    sampler: Masks
+    teacher_forced: Masks
+
+
+class Point(TypedDict):
+    """One checkpoint."""
+
+    step: Number
+    rows_right: Share
+    tokens_right: Share
+    stages: Annotated[list[Stage], Field(min_length=N_STAGES, max_length=N_STAGES)]
+
+
+class Provenance(TypedDict):
+    """How something was measured."""
+
+    command: Text
+    machine: Text
+    commit: Text
+    date: Text
+
+
+class MeasuredRun(TypedDict):
+    """One run in the records."""
+
+    label: Text
+    masks: Text
+    config: dict[str, Any]
+    points: Annotated[list[Point], Field(min_length=1)]
+    measured: NotRequired[Provenance]  # if by an earlier command than the last one
+
+
+class Records(Provenance):
+    """Content of records.json."""
+
+    rows: int
+    seed: int
+    note: NotRequired[str]  # written by hand: how the runs were trained, and what the figures show
+    runs: Annotated[list[MeasuredRun], Field(min_length=1)]
 
 
 class Rows(NamedTuple):
@@ -233,14 +289,35 @@ def measure(
     }
 
 
+def read_records(path: Path) -> dict[str, Any]:
+    """The records in a file; ValueError if they cannot be drawn."""
+    with reading(f"{path}", "repair or delete it, or choose another --out"):
+        return dict(TypeAdapter(Records).validate_json(read_text(path)))
+
+
 def collect(run_dirs: Sequence[Path], n_rows: int, seed: int, records_file: Path) -> None:
     """Measure all checkpoints of the runs; write the records, with command, commit and machine, after each.
 
     Checkpoints that `records_file` has with the same settings, commit, number of rows and seed are not measured again.
+    Its note and its other runs stay.
 
     Raises:
-        ValueError: a run cannot be measured; the message names it.
+        ValueError: a run cannot be measured, or not beside those of `records_file`; the message names it.
     """
+    labels = [run_dir.name for run_dir in run_dirs]
+    if repeated := [str(run_dir) for run_dir in run_dirs if labels.count(run_dir.name) > 1]:
+        raise ValueError(f"{', '.join(repeated)}: runs are recorded by the names of their folders; name each once")
+    earlier = read_records(records_file) if records_file.exists() else {"runs": []}
+    same_rows = (earlier.get("rows"), earlier.get("seed")) == (n_rows, seed)
+    runs: dict[str, dict[str, Any]] = {}
+    for run in earlier["runs"]:  # in their order
+        measured = run.get("measured") or {key: earlier[key] for key in Provenance.__annotations__}
+        runs[run["label"]] = run | {"measured": measured}
+        if run["label"] not in labels and not same_rows:
+            raise ValueError(
+                f"{records_file} has {run['label']!r}, measured with --rows {earlier['rows']} --seed "
+                f"{earlier['seed']}: use the same, name that run too, or choose another --out"
+            )
     checkpoints = {run_dir: readable_checkpoints(run_dir) for run_dir in run_dirs}
     records: dict[str, Any] = {
         "command": f"python -m results.mask_distance {shlex.join(map(str, run_dirs))} --rows {n_rows} --seed {seed}",
@@ -249,37 +326,36 @@ def collect(run_dirs: Sequence[Path], n_rows: int, seed: int, records_file: Path
         "machine": device_name(start_world("auto").device),
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "runs": [],
     }
-    earlier = json.loads(records_file.read_text(encoding="utf-8")) if records_file.exists() else {}
-    same = all(earlier.get(key) == records[key] for key in ("rows", "seed", "commit"))
     for run_dir, own in checkpoints.items():
         config = own[-1].config()
         run = {"label": run_dir.name, "masks": describe(config), "config": config.model_dump(mode="json")}
-        steps = [checkpoint.step for checkpoint in own]
-        known = [
-            point
-            for other in (earlier["runs"] if same else [])
-            if all(other[key] == run[key] for key in run)
-            for point in other["points"]
-            if point["step"] in steps
-        ]
-        records["runs"].append(run | {"points": known})
+        steps, other = [checkpoint.step for checkpoint in own], runs.get(run_dir.name)
+        is_same = other and all(other[key] == run[key] for key in run) and same_rows
+        known = other["points"] if other and is_same and other["measured"]["commit"] == records["commit"] else []
+        runs[run_dir.name] = run | {"points": [point for point in known if point["step"] in steps]}
+    records |= {"note": earlier["note"]} if "note" in earlier else {}
+
+    def write() -> None:
+        shown = [run for run in runs.values() if run["points"]]  # the others come when they have been measured
+        write_text(records_file, json.dumps(records | {"runs": shown}, indent=1) + "\n")
+
     n_points = sum(map(len, checkpoints.values()))
-    n_known = sum(len(run["points"]) for run in records["runs"])
+    n_known = sum(len(runs[label]["points"]) for label in labels)
     records_file.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=n_points * n_rows, initial=n_known * n_rows, unit="row") as bar:
-        for run, (run_dir, own) in zip(records["runs"], checkpoints.items(), strict=True):
-            config, known_steps = own[-1].config(), {point["step"] for point in run["points"]}
+        for run_dir, own in checkpoints.items():
+            points = runs[run_dir.name]["points"]
+            config, known_steps = own[-1].config(), {point["step"] for point in points}
             world, train = start_world(config.training.device), config.open_data().train
             for checkpoint in own:
                 if checkpoint.step in known_steps:
                     continue
                 bar.set_postfix_str(f"{run_dir.name}, update {checkpoint.step}")
-                run["points"].append(measure(checkpoint, train, world, n_rows, seed, bar))
-                run["points"].sort(key=lambda point: point["step"])
-                write_text(records_file, json.dumps(records, indent=1) + "\n")
-    write_text(records_file, json.dumps(records, indent=1) + "\n")
+                points.append(measure(checkpoint, train, world, n_rows, seed, bar))
+                points.sort(key=lambda point: point["step"])
+                write()
+    write()
 
 
 def describe(config: Config) -> str:
@@ -339,13 +415,17 @@ def _by_stage(run: dict[str, Any]) -> Iterator[str]:
         yield f"| {run['label']}: within {DRAWN_SWAPS} swaps, %, {tokens} | {' | '.join(cells)} |"
 
 
+def _provenance(facts: dict[str, Any]) -> str:
+    return f"`{facts['command']}`, commit {facts['commit']}, {facts['date']}, {facts['machine']}"
+
+
 def report(records: dict[str, Any]) -> str:
     """README.md: what was measured, over training and by stage."""
     runs = records["runs"]
     swaps = " / ".join(map(str, SWAPS))
     lines = ["# How far the masks of training are from the masks that the sampler visits", ""]
     lines += ["![Distance from the sampler's masks, over training and by stage](curves.png)", ""]
-    if "note" in records:  # written by hand: how the runs were trained, and what the figures show
+    if "note" in records:
         lines += [records["note"], ""]
     lines += [
         "The mask of a training row is compared with the mask of the same count that the sampler visits on that row: "
@@ -368,9 +448,9 @@ def report(records: dict[str, Any]) -> str:
         "| --- |" + " ---: |" * N_STAGES,
         *(line for run in runs for line in _by_stage(run)),
         "",
-        f"`{records['command']}`, commit {records['commit']}, {records['date']}, {records['machine']}. 'Solved' is the "
-        "share of these training rows that the sampler fills without an error. Random masks in the figure have the "
-        f"counts of the rows of {runs[0]['label']}.",
+        f"{_provenance(records)}. 'Solved' is the share of these training rows that the sampler fills without an "
+        f"error. Random masks in the figure have the counts of the rows of {runs[0]['label']}.",
+        *(f"\nEarlier: {run['label']}, {_provenance(run['measured'])}." for run in runs if "measured" in run),
     ]
     return "\n".join(lines) + "\n"
 
@@ -450,7 +530,7 @@ def main(arguments: list[str] | None = None) -> None:
             collect(options.run_dirs, options.rows, options.seed, records_file)
         if not records_file.exists():
             raise ValueError(f"{records_file} is missing: name run directories to measure")
-        records = json.loads(records_file.read_text(encoding="utf-8"))
+        records = read_records(records_file)
         write_text(options.out / "README.md", report(records))
         draw(records, options.out / "curves.png")
         print(f"wrote {options.out}/README.md")

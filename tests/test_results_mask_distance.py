@@ -20,6 +20,7 @@ from results.mask_distance import (
     N_STAGES,
     PATHS,
     SWAPS,
+    Provenance,
     Rows,
     random_distance,
     random_share,
@@ -172,7 +173,8 @@ def test_runs_are_measured_and_drawn(config_file, tmp_path, monkeypatch):
     records = json.loads((out / "records.json").read_text())
     assert [run["label"] for run in records["runs"]] == ["puma", "uniform"]
     assert records["runs"][0]["masks"] == (
-        "puma, K = 3, 5 from update 4, tau = 0.9, a pool of 2 batches, 8 rows per update, seed 0"
+        "puma, K = 3, 5 from update 4, tau = 0.9, a pool of 2 batches, 8 rows per update, "
+        "seed 0"
     )
     for run in records["runs"]:
         assert [point["step"] for point in run["points"]] == [3, 6]
@@ -190,7 +192,8 @@ def test_runs_are_measured_and_drawn(config_file, tmp_path, monkeypatch):
         """Updates of the checkpoints of `puma` that the command measures now."""
         steps.clear()
         mask_distance.main([str(puma), "--rows", "16", "--out", str(out)])
-        (run,) = json.loads((out / "records.json").read_text())["runs"]
+        run, other = json.loads((out / "records.json").read_text())["runs"]
+        assert other == records["runs"][1] | {"measured": {key: records[key] for key in Provenance.__annotations__}}
         assert run["points"] == [point for point in records["runs"][0]["points"] if point["step"] in kept]
         return steps
 
@@ -210,6 +213,82 @@ def test_runs_are_measured_and_drawn(config_file, tmp_path, monkeypatch):
     kept.remove(3)
     with pytest.warns(RuntimeWarning, match=r"model\.safetensors has 7 bytes.*left out"):
         assert measured() == [6], "again, with the same result"
+
+
+def test_the_note_and_other_runs_stay(config_file, tmp_path, monkeypatch, capsys):
+    """Each with what measured it; rows that cannot be compared with them are refused."""
+    old, new = (trained(config_file, tmp_path / name, UNIFORM) for name in ("old", "new"))
+    out, records_file = tmp_path / "out", tmp_path / "out/records.json"
+    monkeypatch.setattr(mask_distance, "commit", lambda: "first")
+    mask_distance.main([str(old), "--rows", "8", "--out", str(out)])
+    records = json.loads(records_file.read_text())
+    records_file.write_text(json.dumps(records | {"note": "By hand."}))
+    monkeypatch.setattr(mask_distance, "commit", lambda: "second")
+    mask_distance.main([str(new), "--rows", "8", "--out", str(out)])
+    added = json.loads(records_file.read_text())
+    assert added["note"] == "By hand."
+    assert added["runs"][0] == records["runs"][0] | {
+        "measured": {key: records[key] for key in ("command", "machine", "commit", "date")}
+    }
+    assert [run["label"] for run in added["runs"]] == ["old", "new"]
+    page = (out / "README.md").read_text()
+    assert "By hand." in page
+    assert f"`{added['command']}`, commit second" in page
+    assert f"Earlier: old, `{records['command']}`, commit first" in page
+
+    capsys.readouterr()
+    for words in (["--rows", "7"], ["--rows", "8", "--seed", "1"]):
+        with pytest.raises(SystemExit) as stop:
+            mask_distance.main([str(new), *words, "--out", str(out)])
+        assert stop.value.code == 2
+        assert (
+            "has 'old', measured with --rows 8 --seed 0: use the same, name that run too, or" in capsys.readouterr().err
+        )
+        assert json.loads(records_file.read_text()) == added
+    mask_distance.main([str(new), str(old), "--rows", "8", "--out", str(out)])
+    again = json.loads(records_file.read_text())["runs"]
+    assert [(run["label"], "measured" in run) for run in again] == [("old", False), ("new", False)]
+
+
+def test_an_interrupted_measurement_leaves_what_can_be_drawn(config_file, tmp_path, monkeypatch):
+    runs = [trained(config_file, tmp_path / name, UNIFORM) for name in ("a", "b")]
+    measure, steps = mask_distance.measure, []
+
+    def interrupted(checkpoint: Checkpoint, *rest: Any) -> dict[str, Any]:
+        steps.append(checkpoint.step)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return measure(checkpoint, *rest)
+
+    monkeypatch.setattr(mask_distance, "measure", interrupted)
+    command = ["--rows", "8", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        mask_distance.main([*map(str, runs), *command])
+    assert stop.value.code == 130
+    mask_distance.main(["--draw", "--out", str(tmp_path / "out")])
+    mask_distance.main([*map(str, runs), *command])
+    assert steps == [3, 6, 3, 3, 6]
+
+
+def test_runs_of_one_name_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        mask_distance.main([f"{tmp_path}/a/puma", f"{tmp_path}/b/puma"])
+    assert stop.value.code == 2
+    assert f"{tmp_path}/a/puma, {tmp_path}/b/puma: runs are recorded by the names of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--draw"], ["run"]])
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"runs": []}', '{"runs": {"a": 1}}', "null"])
+def test_wrong_records_end_with_one_message(content, words, tmp_path, capsys, monkeypatch):
+    (tmp_path / "records.json").write_text(content)
+    monkeypatch.setattr(mask_distance, "readable_checkpoints", lambda _: [])
+    with pytest.raises(SystemExit) as stop:
+        mask_distance.main([*words, "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/records.json cannot be read (")
+    assert error.endswith("): repair or delete it, or choose another --out\n")
+    assert (tmp_path / "records.json").read_text() == content
 
 
 @pytest.mark.parametrize(

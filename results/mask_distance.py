@@ -368,6 +368,7 @@ def describe(config: Config) -> str:
         facts += [
             f"K = {stages}",
             f"tau = {settings.collapse_threshold}",
+            f"reveal order {settings.reveal_order}",
             f"a pool of {settings.pool_batches} batches",
         ]
     return ", ".join([*facts, f"{config.training.batch_size} rows per update, seed {config.training.seed}"])

@@ -22,6 +22,7 @@ from results.mask_distance import (
     SWAPS,
     Provenance,
     Rows,
+    describe,
     random_distance,
     random_share,
     relative_distance,
@@ -173,7 +174,7 @@ def test_runs_are_measured_and_drawn(config_file, tmp_path, monkeypatch):
     records = json.loads((out / "records.json").read_text())
     assert [run["label"] for run in records["runs"]] == ["puma", "uniform"]
     assert records["runs"][0]["masks"] == (
-        "puma, K = 3, 5 from update 4, tau = 0.9, a pool of 2 batches, 8 rows per update, "
+        "puma, K = 3, 5 from update 4, tau = 0.9, reveal order confidence, a pool of 2 batches, 8 rows per update, "
         "seed 0"
     )
     for run in records["runs"]:
@@ -289,6 +290,11 @@ def test_wrong_records_end_with_one_message(content, words, tmp_path, capsys, mo
     assert error.startswith(f"error: {tmp_path}/records.json cannot be read (")
     assert error.endswith("): repair or delete it, or choose another --out\n")
     assert (tmp_path / "records.json").read_text() == content
+
+
+def test_random_order_is_told_from_the_order_of_confidence(config_file):
+    config = read_config(config_file(PUMA | {"reveal_order": "random"}))
+    assert ", reveal order random, " in describe(config)
 
 
 @pytest.mark.parametrize(

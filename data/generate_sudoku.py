@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         assert data is not None
         write_csv(options.out, data)
-    print(f"wrote {len(data)} puzzles to {options.out}")
+        print(f"wrote {len(data)} puzzles to {options.out}")
 
 
 if __name__ == "__main__":

@@ -325,9 +325,9 @@ def main(arguments: list[str] | None = None) -> None:
         )
         if not Path(options.source).exists():  # now, since the nodes of a cluster often have no network
             read_problems(HUB_NAME, cache_dir=options.out)
-    seconds = time.monotonic() - start
-    speed = "already complete" if finished else f"{(done.n_read - before) / seconds:,.0f} rows/s"
-    print(f"{options.out}: {done.n_written:,} rows, {done.n_left_out:,} left out (question too long); {speed}")
+        seconds = time.monotonic() - start
+        speed = "already complete" if finished else f"{(done.n_read - before) / seconds:,.0f} rows/s"
+        print(f"{options.out}: {done.n_written:,} rows, {done.n_left_out:,} left out (question too long); {speed}")
 
 
 def _n_read(out: Path) -> int:

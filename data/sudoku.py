@@ -533,10 +533,10 @@ def main(arguments: list[str] | None = None) -> None:
         bad = check_boards(tokens, options.size)
         good = np.setdiff1d(np.arange(len(tokens)), [row for row, _ in bad])
         several = check_uniqueness(tokens[good, : options.size**2].astype(np.uint8), options.size)
-    bad = sorted(bad + [(int(good[row]), reason) for row, reason in several])
-    if bad:
-        fail(f"{options.file}: {format_bad_rows(bad, len(tokens))}")
-    print(f"{len(tokens)} good rows, one solution each")
+        bad = sorted(bad + [(int(good[row]), reason) for row, reason in several])
+        if bad:
+            fail(f"{options.file}: {format_bad_rows(bad, len(tokens))}")
+        print(f"{len(tokens)} good rows, one solution each")
 
 
 if __name__ == "__main__":

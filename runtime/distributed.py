@@ -181,6 +181,7 @@ def ends_once(interrupted: str = "interrupted") -> Iterator[None]:
     """
     try:
         yield
+        print(end="", flush=True)
     except (ValueError, OSError) as error:
         fail_once(error)
     except KeyboardInterrupt:

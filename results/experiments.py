@@ -231,6 +231,7 @@ EXPERIMENTS = {
         "Word problems from random weights: PUMA and uniform masks, the same model, batch, schedule and updates",
         (
             Arm("puma", "tinygsm_mini_puma.yaml"),
+            Arm("puma, no threshold", "tinygsm_mini_puma.yaml", ("objective.collapse_threshold=null",)),
             Arm("uniform", "tinygsm_mini_baseline.yaml"),
         ),
         baseline="uniform",
@@ -239,7 +240,6 @@ EXPERIMENTS = {
             "Accuracy during training is of 100 problems. Seconds are not comparable: the machine was shared with "
             "other work in changing amounts."
         ),
-        shown=("puma", "uniform"),
     ),
     "word_problems_variants": Experiment(
         "Word problems from random weights: learning rates, and what the pool and the threshold of PUMA change",

@@ -251,6 +251,7 @@ EXPERIMENTS = {
             ),
             Arm("puma, rate 2.0e-3, pool of 16", "tinygsm_mini_puma.yaml", (POOL_OF_16,)),
             Arm("puma, rate 2.0e-3, no threshold", "tinygsm_mini_puma.yaml", ("objective.collapse_threshold=null",)),
+            Arm("puma, rate 2.0e-3, random order", "tinygsm_mini_puma.yaml", (RANDOM_ORDER,)),
         ),
         baseline="uniform, rate 2.0e-3",
         overrides=("training.max_steps=1500", "training.eval_every=125"),

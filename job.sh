@@ -85,11 +85,14 @@ else
     # The first task's job ID is that of the whole array: SLURM would signal or requeue all tasks.
     job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     task=$SLURM_ARRAY_TASK_ID count=${#configs[@]}
-    [[ "${others[*]-}" == *%a* ]] || ((task < count)) || die "array task $task of $count configs would repeat another" \
+    [[ "${configs[*]} ${others[*]-}" == *%a* ]] || ((task < count)) || die "array task $task of $count configs would repeat another" \
         "task: number the tasks from 0 to $((count - 1)), or use %a in a setting, as in training.seed=%a"
     config=${configs[task % count]}
-    run_dir=${run_dir:-runs/$(basename "$config" .yaml)_%a}
+    name=$(basename "$config" .yaml)
+    [[ $name == *%a* ]] || name+=_%a
+    run_dir=${run_dir:-runs/$name}
     [[ $run_dir == *%a* ]] || die "--run-dir $run_dir: each task of an array needs its own; put %a into its name"
+    config=${config//%a/$task}
     run_dir=${run_dir//%a/$task}
     others=(${others[@]+"${others[@]//%a/$task}"})
 fi
@@ -174,9 +177,14 @@ if [[ -n $ending ]]; then
     exit 143 # SLURM decides whether to requeue
 elif [[ -f $run_dir/final.json ]]; then
     exit "$status"
-elif [[ -n $stopping ]] || ((status == 0)); then # stopped on request, saved or not
+elif [[ -n $stopping ]] || { ((status == 0)) && compgen -G "$run_dir/checkpoints/step_*" > /dev/null; }; then
+    # Stopped on request; without a checkpoint it was not training that ended, but --help, say.
     requeue && exit 0
     exit 1
+fi
+if ((status == 0)); then
+    echo "job.sh: training ended without a checkpoint; not requeued" >&2
+    exit 0
 fi
 echo "job.sh: training failed with status $status; not requeued" >&2
 exit "$status"

@@ -5,6 +5,8 @@ Does not import torch.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import glob
 import os
 import shutil
@@ -40,10 +42,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with _scratch_of(path) as scratch:
         yield scratch
-        with open(scratch, "rb") as file:
-            os.fsync(file.fileno())
+        sync(scratch)
         scratch.replace(path)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 @contextmanager
@@ -56,7 +57,10 @@ def making_folder(path: Path) -> Iterator[Path]:
     with _scratch_of(path) as scratch:
         scratch.mkdir(parents=True)
         yield scratch
+        for written in (*scratch.rglob("*"), scratch):
+            sync(written)
         scratch.rename(path)
+        sync(path.parent)
 
 
 @contextmanager
@@ -82,6 +86,27 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Let one process at a time write a file or folder; the others wait for its end, and say so.
+
+    The kernel releases the lock when its process ends for any reason. Calls for the same path may not be nested.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    with reported(path):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    with open(lock, "w", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            with suppress(OSError):  # a file system without locks
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    say(f"waiting for another process that writes {path}")
+                fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 def say(line: str) -> None:
@@ -135,8 +160,8 @@ def reported(path: Path) -> Iterator[None]:
         raise WriteError(f"{path} cannot be written ({reason})") from error
 
 
-def sync_folder(path: Path) -> None:
-    """Sync a folder, so that a rename in it survives a power failure."""
+def sync(path: Path) -> None:
+    """Sync a file, or a folder, so that a rename in it survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

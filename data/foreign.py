@@ -139,7 +139,14 @@ def ends_with_message(interrupted: str = "interrupted") -> Iterator[None]:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser whose messages are one line without control characters, whatever the arguments are."""
+    """An ArgumentParser whose messages are one line without control characters, whatever the arguments are.
+
+    Options cannot be abbreviated: scripts that pass them on, as job.sh does, know only the whole names.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        """See `argparse.ArgumentParser`."""
+        super().__init__(**options, allow_abbrev=False)
 
     @override
     def error(self, message: str) -> NoReturn:

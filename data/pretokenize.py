@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.files import reported, write_text
+from data.files import alone, reported, write_text
 from data.foreign import (
     MAX_INTEGER,
     CommandParser,
@@ -45,6 +45,7 @@ from grader.cores import count_cores
 
 PROGRESS_FILE = ".progress.json"
 COLUMNS = ("question", "code")  # of TinyGSM
+SPLITS = ("train", "test", "valid", "dev")  # how the names of their files begin
 KINDS = {".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}  # readers of `datasets`, by file name
 CHUNK_ROWS = 500  # rows per task of a worker process: 1 MiB of labels
 MAX_PENDING_CHUNKS = 4  # per worker
@@ -80,6 +81,8 @@ def pretokenize(
 ) -> Progress:
     """Tokenize `source` into `out`, continuing an earlier call; interruptions do not change the result.
 
+    One process writes at a time; others wait, and find what it has written.
+
     Args:
         source: see `read_rows`.
         tokenizer_name, eos_token: see `data.text.load_tokenizer`.
@@ -103,48 +106,57 @@ def pretokenize(
         job["columns"] = list(columns)
     if not truncate:
         job["too_long"] = "left out"
-    done, finished = _read_progress(out, job, {"tokenizer"} if tokenizer_path_may_differ else set())
-    if finished:
+    free = {"tokenizer"} if tokenizer_path_may_differ else set()
+    done, finished = _read_progress(out, job, free)
+    if finished:  # also where nothing can be written
         return done
-    tokenizer = load_tokenizer(tokenizer_name, eos_token)
-    work = partial(encode_rows, tokenizer.backend_tokenizer, tokenizer.eos_token_id, max_len=max_len, truncate=truncate)
-    with reported(out / TOKENIZER_DIR):
-        tokenizer.save_pretrained(out / TOKENIZER_DIR)  # creates `out` too
-    n_bytes = {LABELS_FILE: done.n_written * max_len * 4, PROMPT_FILE: done.n_written * max_len // 8}
-    with (
-        open(out / LABELS_FILE, "ab", buffering=0) as labels_file,  # so that closing them writes nothing
-        open(out / PROMPT_FILE, "ab", buffering=0) as prompt_file,
-        tqdm(total=limit, initial=done.n_read, desc="tokenizing", unit="row", unit_scale=True) as bar,
-    ):
-        files = (labels_file, prompt_file)
-        for file, size in zip(files, n_bytes.values(), strict=True):
-            if os.fstat(file.fileno()).st_size < size:
-                raise ValueError(f"{file.name} is shorter than {PROGRESS_FILE} records: delete {out} and start again")
-            file.truncate(size)  # rows after the last save are written again
-        saved_at = -SAVE_EVERY_S
-        for labels, prompt_bits, n_left_out in _encode_chunks(
-            read_rows(source, columns, split, done.n_read, limit), work, n_workers
+    with alone(out):
+        done, finished = _read_progress(out, job, free)
+        if finished:  # meanwhile, by another process
+            return done
+        tokenizer = load_tokenizer(tokenizer_name, eos_token)
+        work = partial(
+            encode_rows, tokenizer.backend_tokenizer, tokenizer.eos_token_id, max_len=max_len, truncate=truncate
+        )
+        with reported(out / TOKENIZER_DIR):
+            tokenizer.save_pretrained(out / TOKENIZER_DIR)  # creates `out` too
+        n_bytes = {LABELS_FILE: done.n_written * max_len * 4, PROMPT_FILE: done.n_written * max_len // 8}
+        with (
+            open(out / LABELS_FILE, "ab", buffering=0) as labels_file,  # so that closing them writes nothing
+            open(out / PROMPT_FILE, "ab", buffering=0) as prompt_file,
+            tqdm(total=limit, initial=done.n_read, desc="tokenizing", unit="row", unit_scale=True) as bar,
         ):
-            _write(labels_file, labels)
-            _write(prompt_file, prompt_bits)
-            done = Progress(
-                done.n_read + len(labels) + n_left_out,
-                done.n_written + len(labels),
-                done.n_left_out + n_left_out,
-                max(done.max_token_id, int(labels.max(initial=0))),
-            )
-            bar.update(len(labels) + n_left_out)
-            if time.monotonic() - saved_at > SAVE_EVERY_S:
-                _sync(files)
-                write_text(out / PROGRESS_FILE, json.dumps({"job": job, "done": asdict(done)}))
-                saved_at = time.monotonic()
-        _sync(files)
-    if done.n_written == 0:
-        raise ValueError(f"{source} has no row that fits {max_len} tokens: raise max_len")
-    facts = job | {"eos_id": tokenizer.eos_token_id, "num_left_out": done.n_left_out}
-    write_meta(out, facts, done.n_written, done.max_token_id)
-    (out / PROGRESS_FILE).unlink(missing_ok=True)
-    return done
+            files = (labels_file, prompt_file)
+            for file, size in zip(files, n_bytes.values(), strict=True):
+                if os.fstat(file.fileno()).st_size < size:
+                    raise ValueError(
+                        f"{file.name} is shorter than {PROGRESS_FILE} records: delete {out} and start again"
+                    )
+                file.truncate(size)  # rows after the last save are written again
+            saved_at = -SAVE_EVERY_S
+            for labels, prompt_bits, n_left_out in _encode_chunks(
+                read_rows(source, columns, split, done.n_read, limit), work, n_workers
+            ):
+                _write(labels_file, labels)
+                _write(prompt_file, prompt_bits)
+                done = Progress(
+                    done.n_read + len(labels) + n_left_out,
+                    done.n_written + len(labels),
+                    done.n_left_out + n_left_out,
+                    max(done.max_token_id, int(labels.max(initial=0))),
+                )
+                bar.update(len(labels) + n_left_out)
+                if time.monotonic() - saved_at > SAVE_EVERY_S:
+                    _sync(files)
+                    write_text(out / PROGRESS_FILE, json.dumps({"job": job, "done": asdict(done)}))
+                    saved_at = time.monotonic()
+            _sync(files)
+        if done.n_written == 0:
+            raise ValueError(f"{source} has no row that fits {max_len} tokens: raise max_len")
+        facts = job | {"eos_id": tokenizer.eos_token_id, "num_left_out": done.n_left_out}
+        write_meta(out, facts, done.n_written, done.max_token_id)
+        (out / PROGRESS_FILE).unlink(missing_ok=True)
+        return done
 
 
 def _read_progress(out: Path, job: dict[str, Any], free: set[str]) -> tuple[Progress, bool]:
@@ -224,16 +236,25 @@ def find_files(path: Path) -> list[str]:
     Raises:
         ValueError: there are none or several kinds, or they are several splits of a data set.
     """
+    if (path / "state.json").exists():  # of `Dataset.save_to_disk`, which leaves files of its cache beside the rows
+        saved = [path / file["filename"] for file in read_json(path / "state.json")["_data_files"]]
+        for file in saved:
+            check_file(file)
+        return [str(file) for file in saved]
     splits = path / "dataset_dict.json"
     if splits.exists():
         names = read_json(splits).get("splits")
         raise ValueError(f"it holds the splits {names}: give the folder of one, such as {path}/train")
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    found = [file for file in files if file.suffix in KINDS]
+    hidden = [file for file in files if any(part.startswith(".") for part in file.relative_to(path).parts)]
+    found = [file for file in files if file.suffix in KINDS and file not in hidden]
     if not found:
         raise ValueError(f"{path}: no {' or '.join(KINDS)} file found")
     if len({file.suffix for file in found}) > 1:
         raise ValueError(f"{path} has several kinds of files ({', '.join(KINDS)}): give a folder with one kind")
+    named = {name for file in found for name in SPLITS if file.name.lower().startswith(name)}
+    if len(named) > 1:
+        raise ValueError(f"{path} has files of several splits ({', '.join(sorted(named))}): give those of one")
     for file in found:
         check_file(file)
     return [str(file) for file in found]

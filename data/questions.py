@@ -18,8 +18,8 @@ from pathlib import Path
 from data.foreign import MAX_TEXT_BYTES, parse_object, read_text, reading
 
 STANDARD_INPUT = "-"
-# Of several the first decides, also if it is empty: files that sampling.py wrote have the model's own `answer`.
 BYTE_ORDER_MARK = "\ufeff"  # spreadsheets write one
+# Of several the first decides, also if it is empty: files that sampling.py wrote have the model's own `answer`.
 GOLD_KEYS = ("gold", "answer", "completion")
 SUFFIXES = (".txt", ".csv", ".jsonl")
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.foreign import check_file, reading
+from data.foreign import check_file, reading, shorten
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -165,6 +165,9 @@ def encode_rows(
     """
     prompts = encode_prompts(tokenizer, questions)
     programs = encode_programs(tokenizer, codes)
+    for text, ids in zip(codes, programs, strict=True):
+        if eos_id in ids:  # answers would be cut there
+            raise ValueError(f"the EOS token {eos_id} occurs in {shorten(text, 60)!r}: choose another EOS token")
     kept = [
         (prompt, prompt + program)
         for prompt, program in zip(prompts, programs, strict=True)

@@ -13,12 +13,10 @@ Shapes: B rows, L positions.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -29,7 +27,7 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from data.dataset import AnswerVerdict, DataSet, DataSettings, Judged
-from data.files import making_folder, say
+from data.files import alone, making_folder, say
 from data.foreign import check_file, escape, reading, shorten
 from data.hashes import cached_hash, hash_file
 from data.pretokenize import find_files, pretokenize, read_rows
@@ -41,12 +39,13 @@ from data.text import (
     TOKENIZER_FILE,
     check_tokens,
     decode_programs,
+    encode_programs,
     encode_prompts,
     load_tokenizer,
     prompt_fits,
     train_byte_pairs,
 )
-from data.token_files import TinyGsmData, open_tiny_gsm, read_meta
+from data.token_files import TinyGsmData, count_shared_rows, open_tiny_gsm, read_meta
 
 MAX_LENGTH = 1 << 20  # tokens per sequence
 VERSION = 1  # of the files that are written; a new one when the same settings give other files
@@ -242,8 +241,10 @@ class Text(TextPairs):
         columns = (settings.prompt_column, settings.completion_column)
         facts = [VERSION, _identity(settings.source), columns, self.vocab_size]
         folder = Path(settings.data_dir) / f"tokenizer_{_digest(facts)}"
-        with _alone(folder):
-            if not folder.exists():
+        if folder.exists():
+            return str(folder)
+        with alone(folder):
+            if not folder.exists():  # now, by another process
                 say(f"training a tokenizer of {self.vocab_size} tokens in {folder}")
                 chunks = islice(read_rows(settings.source, columns), N_TOKENIZER_CHUNKS)
                 texts = (text for chunk in chunks for column in chunk for text in column)
@@ -258,19 +259,18 @@ class Text(TextPairs):
         columns = (settings.prompt_column, settings.completion_column)
         facts = [VERSION, _identity(source), split, columns, _tokenizer_identity(name), settings.eos_token]
         folder = Path(settings.data_dir) / f"{split}_{settings.max_len}_{_digest(facts)}"
-        with _alone(folder):
-            pretokenize(
-                source,
-                name,
-                folder,
-                settings.max_len,
-                n_workers=1,
-                columns=columns,
-                split=split,
-                truncate=False,
-                eos_token=settings.eos_token,
-                tokenizer_path_may_differ=True,
-            )
+        pretokenize(
+            source,
+            name,
+            folder,
+            settings.max_len,
+            n_workers=1,
+            columns=columns,
+            split=split,
+            truncate=False,
+            eos_token=settings.eos_token,
+            tokenizer_path_may_differ=True,
+        )
         return folder
 
     @override
@@ -307,7 +307,7 @@ class Text(TextPairs):
         verdicts = []
         for prompt, row, gold in zip(prompts, tokens, golds or [None] * len(tokens), strict=True):
             text = self.completion(prompt, row)
-            right = None if gold is None else _words(text) == _words(gold)
+            right = None if gold is None else _words(text) == _words(self._kept(gold))
             shown = shorten(escape(" ".join(_words(gold or ""))), MAX_SHOWN_GOLD)
             reason = {True: "right", False: f"wrong; right is {shown}", None: ""}[right]
             verdicts.append(AnswerVerdict(text, right, reason, {"gold": gold}))
@@ -323,14 +323,22 @@ class Text(TextPairs):
 
     @override
     def warnings(self) -> Sequence[str]:
-        """Warn about pairs that are left out because they are too long."""
+        """Warn about pairs that are left out because they are too long, and about test pairs that are trained on."""
         folders = {self.folder, self.test.folder}
         counts = {folder: read_meta(folder).get("num_left_out") or 0 for folder in folders if folder is not None}
-        return [
+        found = [
             f"{n:,} pairs are left out of {folder}: they do not fit data.max_len {self.settings.max_len}"
             for folder, n in sorted(counts.items())
             if n
         ]
+        if n_shared := count_shared_rows(self.train, self.test):
+            found.append(f"{n_shared:,} of the {len(self.test):,} test pairs are also in the training set")
+        return found
+
+    def _kept(self, text: str) -> str:
+        """What the tokenizer keeps of a completion, as `judge` compares it."""
+        (ids,) = encode_programs(self.tokenizer.backend_tokenizer, [text])
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def _prompt(self, tokens: np.ndarray) -> str:
         """The text of the tokens of a prompt."""
@@ -362,13 +370,3 @@ def _tokenizer_identity(name: str) -> str:
 
 def _digest(facts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let one process at a time write `folder`: two runs on new data may start at once."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
-        with suppress(OSError):  # a file system without locks
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        yield

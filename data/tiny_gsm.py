@@ -11,7 +11,6 @@ Shapes: n questions, L positions.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from functools import cached_property
@@ -33,7 +32,7 @@ from data.text import decode_programs, load_tokenizer
 from data.text_pairs import PairSettings, TextPairs
 from data.token_files import META_FILE, read_meta, tokenizer_of
 from data.word_problems import TEST_FILE, Difficulty, cached_word_problems, count_operations
-from grader.cores import count_cores
+from grader.cores import count_own_cores
 from grader.grade import gold_number, grade, reason_shares
 
 
@@ -174,9 +173,7 @@ class TinyGsm(TextPairs):
         """See `DataSet`; runs the programs."""
         problems = [self.test_prompts.problems[i] for i in indices]
         programs = decode_programs(self.tokenizer, tokens, self.test_prompts.xt[indices] != self.mask_id)
-        # The ranks on a machine share its cores.
-        n_workers = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        verdicts = grade(programs, [problem.answer for problem in problems], n_workers=n_workers)
+        verdicts = grade(programs, [problem.answer for problem in problems], n_workers=count_own_cores())
         shares = [{"accuracy": float(verdict.verdict)} | reason_shares([verdict]) for verdict in verdicts]
         figures = {name: np.array([share[name] for share in shares], dtype=np.float32) for name in self.figures}
         samples = [

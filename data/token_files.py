@@ -113,7 +113,8 @@ def scan_labels(path: Path, labels: np.ndarray, mask_id: int) -> tuple[int, bool
             highest, mask_is_used = max(highest, int(chunk.max())), mask_is_used or bool((chunk == mask_id).any())
         return {"highest": highest, "mask_is_used": mask_is_used}
 
-    cache, arguments = path.with_name(f".{path.name}.scan.json"), {"shape": list(labels.shape), "mask_id": mask_id}
+    cache = path.with_name(f".{path.name}.scan_{mask_id}.json")
+    arguments = {"shape": list(labels.shape), "mask_id": mask_id}
     found = cached_findings(path, cache, scan, {"highest": int, "mask_is_used": bool}, arguments)
     return found["highest"], found["mask_is_used"]
 
@@ -137,6 +138,24 @@ def read_meta(folder: Path) -> dict[str, Any]:
             if not (meta.get(key) is None or (type(meta[key]) is int and 0 <= meta[key] < MAX_INTEGER)):
                 raise ValueError(f"{key} is {meta[key]!r}, not a number of this kind")
     return meta
+
+
+def count_shared_rows(train: TinyGsmData, test: TinyGsmData) -> int:
+    """Number of test rows that are also training rows; cached beside the training rows if these are in files."""
+    tests = [row.tobytes() for row in test.labels]
+
+    def scan() -> dict[str, Any]:
+        wanted, seen = set(tests), set()
+        for start in range(0, len(train), N_CHECKED):
+            seen |= wanted & {row.tobytes() for row in train.labels[start : start + N_CHECKED]}
+        return {"shared": sum(row in seen for row in tests)}
+
+    if train.folder is None:
+        return int(scan()["shared"])
+    path = train.folder / LABELS_FILE
+    arguments = {"n_train": len(train), "test": hash_arrays(test.labels)}
+    cache = path.with_name(f".{path.name}.test.json")
+    return int(cached_findings(path, cache, scan, {"shared": int}, arguments)["shared"])
 
 
 def write_token_files(folder: Path, labels: np.ndarray, prompt_bits: np.ndarray, facts: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ cannot be read is renamed to `step_00001000.damaged`, which every reader ignores
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -29,8 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config import Config
-from data.files import WriteError, reported, sync_folder, write_text
-from data.foreign import MAX_INTEGER, check_archive, read_json, reading
+from data.files import WriteError, reported, sync, write_text
+from data.foreign import MAX_INTEGER, BadInput, check_archive, read_json, reading
 from data.hashes import hash_file
 from runtime.config_file import dump_config, read_config
 from runtime.distributed import World, gather
@@ -39,8 +40,14 @@ MANIFEST = "manifest.json"
 FORMAT = 2
 STEP_NAME = re.compile(r"step_([0-9]{8,})")
 REMEDY = "delete the checkpoint, or copy it again"
+# Errors of reading that come of the checkpoint itself: a file is missing or of another kind, or a block unreadable.
+DAMAGED = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}
 
 T = TypeVar("T")
+
+
+class OtherVersion(BadInput):
+    """A checkpoint in the format of another version of this code."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ def save_checkpoint(
             if target.exists():
                 _delete(target)
             scratch.rename(target)
-            sync_folder(folder)
+            sync(folder)
         _prune(run_dir, config.training.keep_checkpoints, written=target)
 
     _together(prepare if world.is_main else None)
@@ -186,11 +193,20 @@ def _together(work: Callable[[], T] | None) -> list[T | None]:
 
 
 def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint whose files match its manifest; damaged ones are skipped with a warning."""
+    """The newest checkpoint whose files match its manifest; damaged ones are skipped with a warning.
+
+    Raises:
+        OtherVersion: it was written by another version of this code.
+        OSError: it cannot be read now, though it may be in order (permissions, the network).
+    """
     for path in step_folders(run_dir):
         try:
             return _open_step(path)
+        except OtherVersion:
+            raise
         except ValueError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno not in DAMAGED:
+                raise error.__cause__ from None
             warnings.warn(f"{error}; trying the previous one", RuntimeWarning, stacklevel=2)
     return None
 
@@ -236,7 +252,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     with reading(f"checkpoint {path}: {MANIFEST}", REMEDY):
         manifest = read_json(path / MANIFEST)
         if manifest["format"] != FORMAT:
-            raise ValueError(f"format {manifest['format']!r}, this code reads {FORMAT}")
+            raise OtherVersion(
+                f"checkpoint {path} has format {manifest['format']!r}, this code reads {FORMAT}: use the version of "
+                "the code that wrote it"
+            )
         if manifest.pop("sha256") != _own_digest(manifest):
             raise ValueError("its content has changed since it was written")
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}

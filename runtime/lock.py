@@ -13,8 +13,12 @@ import errno
 import fcntl
 import os
 import socket
+import time
 import warnings
 from pathlib import Path
+
+LOOK_S = 0.5  # longer than `is_locked` holds a lock
+REQUEUED_S = 180.0  # a job that SLURM has started again waits for the server to give up the lock of a crashed node
 
 _held: int | None = None  # descriptor of the locked file; closing it releases the lock
 
@@ -23,7 +27,7 @@ def lock_run(run_dir: Path) -> None:
     """Lock `run_dir` until this process ends or locks another directory.
 
     Raises:
-        ValueError: another process holds the lock; the message names it.
+        ValueError: another process holds the lock and keeps it; the message names it.
         OSError: the directory is not writable.
     """
     global _held
@@ -31,8 +35,17 @@ def lock_run(run_dir: Path) -> None:
         os.close(_held)
         _held = None
     descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    until = time.monotonic() + (REQUEUED_S if requeued else LOOK_S)
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while True:
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN) or time.monotonic() > until:
+                    raise
+                time.sleep(LOOK_S / 5)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"

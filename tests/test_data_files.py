@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-from data.files import LEFTOVER_S, WriteError, check_out, making_folder, replacing, reported, write_text
+from data import files
+from data.files import LEFTOVER_S, WriteError, alone, check_out, making_folder, replacing, reported, write_text
 
 
 @pytest.mark.parametrize(
@@ -115,3 +120,50 @@ def test_a_folder_that_another_process_has_written_stays(tmp_path: Path) -> None
     with pytest.raises(WriteError, match="Directory not empty"), making_folder(tmp_path / "a") as scratch:
         (scratch / "ours").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "theirs"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from data.files import alone
+with alone(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_one_process_at_a_time_writes_and_the_others_say_that_they_wait(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "new" / "rows"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == "held\n"
+        got = threading.Event()
+
+        def write() -> None:
+            with alone(path):
+                got.set()
+
+        waiting = threading.Thread(target=write)
+        waiting.start()
+        assert not got.wait(0.5)
+        other.stdin.write("\n")
+        other.stdin.flush()
+        waiting.join(30)
+        assert got.is_set()
+    assert capsys.readouterr().out == f"waiting for another process that writes {path}\n"
+
+
+def test_what_a_folder_holds_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(files, "sync", lambda path: synced.append(path.name.split(".")[-1]))
+    with making_folder(tmp_path / "rows") as scratch:
+        (scratch / "one").touch()
+        assert not synced
+    assert synced == ["one", "incomplete", tmp_path.name]

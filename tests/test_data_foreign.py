@@ -161,6 +161,9 @@ def test_arguments_are_bounded(capsys):
     parser = CommandParser()
     parser.add_argument("--count", type=whole_number(1, 10))
     assert parser.parse_args(["--count", "10"]).count == 10
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--coun", "10"])  # which a script that reads its options would not know
+    capsys.readouterr()
     for wrong in ("0", "11", "-3", "9" * 5000, "1e3", "٣", "", "--\x1b[31m"):
         with pytest.raises(SystemExit) as end:
             parser.parse_args([f"--count={wrong}"])

@@ -15,8 +15,9 @@ import yaml
 from conftest import ROOT, tiny_settings
 
 import train
+from data.pretokenize import find_files
 from data.questions import Question
-from data.text import load_tokenizer
+from data.text import decode_programs, load_tokenizer
 from data.text_pairs import Text, TextSettings
 
 VOCAB = 300
@@ -151,6 +152,67 @@ def test_a_bare_tokenizer_file_needs_the_name_of_its_eos(tmp_path):
     assert data.eos_id == 0
     assert len(data.rows) == 54
     assert load_tokenizer(str(data.folder / "tokenizer")).eos_token == "[SEP]", "the copy knows it"
+
+
+def lower_case_tokenizer(path: Path) -> Path:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    words = ["[SEP]", "\n", " ", "a", "b", "c"]
+    bare = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=" "))
+    bare.normalizer, bare.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Split("", "isolated")
+    bare.save(str(path))
+    return path
+
+
+def test_a_verdict_compares_what_the_tokenizer_keeps(tmp_path):
+    """As the accuracy of the test does."""
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    data = open_text(
+        tmp_path, tokenizer=str(lower_case_tokenizer(tmp_path / "low.json")), eos_token="[SEP]", max_len=64
+    )
+    tokens, prompt_mask = data.test.rows(np.array([0]))
+    gold = decode_programs(data.tokenizer, tokens, prompt_mask)[0].upper()
+    prompts = np.where(prompt_mask, tokens, data.mask_id)
+    assert [verdict.right for verdict in data.verdicts(prompts, tokens, [gold])] == [True]
+    assert [verdict.right for verdict in data.verdicts(prompts, tokens, [gold + " a"])] == [False]
+
+
+def test_a_completion_with_the_end_of_all_is_refused(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "completion": "a b c"}\n')
+    tokenizer = str(lower_case_tokenizer(tmp_path / "low.json"))
+    with pytest.raises(ValueError, match="the EOS token 4 occurs in 'a b c': choose another EOS token"):
+        _ = open_text(tmp_path, tokenizer=tokenizer, eos_token="b").rows
+
+
+def test_test_pairs_that_are_trained_on_give_a_warning(tmp_path):
+    rows = write_pairs(tmp_path / "pairs.jsonl", 60)
+    (tmp_path / "test.jsonl").write_text(
+        "".join(json.dumps(rows[i]) + "\n" for i in (3, 5, 3)) + json.dumps({"prompt": "c c", "completion": "c c"})
+    )
+    data = open_text(tmp_path, test_source=str(tmp_path / "test.jsonl"))
+    for _ in range(2):  # the second time from the cache
+        assert data.warnings()[-1] == "3 of the 4 test pairs are also in the training set"
+    assert "in the training set" not in str(open_text(tmp_path).warnings())
+
+
+def test_hidden_files_and_caches_are_no_rows_and_splits_are_not_mixed(tmp_path):
+    from datasets import Dataset
+
+    folder = tmp_path / "rows"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    for name in ("a.jsonl", ".ipynb_checkpoints/a.jsonl", "b.jsonl"):
+        write_pairs(folder / name, 5)
+    assert find_files(folder) == [str(folder / "a.jsonl"), str(folder / "b.jsonl")]
+    (folder / "a.jsonl").rename(folder / "train.jsonl")
+    (folder / "b.jsonl").rename(folder / "test.jsonl")
+    with pytest.raises(ValueError, match=r"has files of several splits \(test, train\): give those of one"):
+        find_files(folder)
+    saved = tmp_path / "saved"
+    Dataset.from_list([{"prompt": "a", "completion": "b"}] * 3).save_to_disk(saved)
+    expected = find_files(saved)
+    (saved / "cache-0123.arrow").write_bytes(b"of Dataset.map")
+    assert find_files(saved) == expected
+    assert len(expected) == 1
 
 
 @pytest.mark.parametrize(

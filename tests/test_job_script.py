@@ -150,6 +150,8 @@ def test_an_array_puts_its_number_for_percent_a(checkout):
     assert trained(checkout) == expected
     run_job(checkout, "--config", "a.yaml", "training.seed=%a", "--run-dir", "runs/%a/a", **array)
     assert trained(checkout)[3] == "runs/12/a"
+    run_job(checkout, "--config", "exp_%a.yaml", **array)
+    assert trained(checkout) == ["--config", "exp_12.yaml", "--run-dir", "runs/exp_12"]
 
 
 @pytest.mark.parametrize(
@@ -205,6 +207,7 @@ def test_outside_a_job_it_submits_itself_with_the_site_in_its_environment(checko
 
 
 WARNED = "kill -USR1 $PPID; until [[ -s scancel.txt ]]; do sleep 0.05; done"  # training lives until it is told
+SAVED = "mkdir -p runs/sudoku_puma/checkpoints/step_00000005"
 DONE = "mkdir -p runs/sudoku_puma; touch runs/sudoku_puma/final.json"
 
 
@@ -213,7 +216,8 @@ DONE = "mkdir -p runs/sudoku_puma; touch runs/sudoku_puma/final.json"
     [
         (DONE, 0, False),
         ("exit 2", 2, False),  # bad settings
-        ("exit 0", 0, True),  # saved on SIGUSR1 that only the processes got
+        (f"{SAVED}; exit 0", 0, True),  # on SIGUSR1 that only the processes got
+        ("exit 0", 0, False),  # --help
         (WARNED, 0, True),
         (f"{WARNED}; exit 9", 0, True),  # not in time, but another start may get further
         (f"{WARNED}; {DONE}", 0, False),  # finished in spite of it
@@ -231,7 +235,7 @@ def test_a_job_comes_back_only_if_it_was_stopped(training, status, requeued, che
 
 
 def test_the_last_restart_does_not_requeue(checkout):
-    result = run_job(checkout, TRAINING="exit 0", SLURM_RESTART_COUNT=3, MAX_RESTARTS=3)
+    result = run_job(checkout, TRAINING=f"{SAVED}; exit 0", SLURM_RESTART_COUNT=3, MAX_RESTARTS=3)
     assert result.returncode == 1
     assert "submit the same command again" in result.stderr
     assert not (checkout / "scontrol.txt").exists()

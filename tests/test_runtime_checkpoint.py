@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -284,6 +285,35 @@ def test_a_file_that_the_disk_cannot_read_is_damaged(call, tmp_path, monkeypatch
     with pytest.warns(RuntimeWarning, match="step_00000002 is damaged and was renamed"):
         save(tmp_path, 3)
     assert names(tmp_path) == ["step_00000001", "step_00000002.damaged", "step_00000003"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.ETIMEDOUT])
+def test_one_that_cannot_be_read_now_is_not_damaged(number, tmp_path, monkeypatch):
+    """The start ends; nothing is set aside, and no older one is taken."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    original = module.hash_file
+
+    def failing(path: Path) -> str:
+        if path == folder(tmp_path, 2) / "train.pt":
+            raise OSError(number, os.strerror(number), str(path))
+        return original(path)
+
+    monkeypatch.setattr(module, "hash_file", failing)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        resumable_checkpoint(tmp_path)
+    assert names(tmp_path) == ["step_00000001", "step_00000002"]
+
+
+def test_one_of_another_version_is_not_damaged(tmp_path, monkeypatch):
+    with monkeypatch.context() as newer:
+        newer.setattr(module, "FORMAT", 99)
+        save(tmp_path, 1)
+    with pytest.raises(
+        ValueError, match=r"has format 99, this code reads \d: use the version of the code that wrote it"
+    ):
+        resumable_checkpoint(tmp_path)
+    assert names(tmp_path) == ["step_00000001"]
 
 
 def test_a_run_with_nothing_but_damage_has_no_checkpoint(tmp_path):

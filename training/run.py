@@ -27,7 +27,7 @@ from objective import Microbatch, Objective
 from progressive import PumaObjective
 from progressive_block import block_layout
 from runtime.checkpoint import Checkpoint, save_checkpoint, score_checkpoint
-from runtime.distributed import World, autocast, autocast_dtype, main_first, sum_over_ranks
+from runtime.distributed import World, autocast, autocast_dtype, on_main, sum_over_ranks
 from runtime.history import Session
 from runtime.metrics import peak_memory_gib, reduce_metrics
 from runtime.optim import build_ema, build_optimizer, learning_rate
@@ -129,7 +129,7 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
         n_steps=n_steps,
         length=train.length,
         n_train=len(train),
-        data_fingerprint=main_first(world, lambda: fingerprint(train)),
+        data_fingerprint=on_main(lambda: fingerprint(train)),
         model=model,
         wrapped=wrapped,
         ema=ema,

@@ -549,7 +549,7 @@ def test_the_check_of_all_rows_is_cached_until_the_file_changes(good, tmp_path, 
     shutil.copytree(good / "words", tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(hashes, "SETTLED_NS", -1)
     assert len(open_tiny_gsm(tmp_path, 128, 511, 512)) == 40
-    (cache,) = tmp_path.glob(".labels.bin.scan.json")
+    (cache,) = tmp_path.glob(".labels.bin.scan_511.json")
     edit(cache, highest=600)
     with pytest.raises(ValueError, match="contains token 600"):  # the file is not read
         open_tiny_gsm(tmp_path, 128, 511, 512)

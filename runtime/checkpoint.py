@@ -251,10 +251,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     with reading(f"checkpoint {path}: {MANIFEST}", REMEDY):
         manifest = read_json(path / MANIFEST)
-        if manifest["format"] != FORMAT:
+        version = manifest["format"]
+        if type(version) is not int or not 0 < version < 1000:
+            raise ValueError(f"format {version!r} is not the number of one")
+        if version != FORMAT:
             raise OtherVersion(
-                f"checkpoint {path} has format {manifest['format']!r}, this code reads {FORMAT}: use the version of "
-                "the code that wrote it"
+                f"checkpoint {path} has format {version}, this code reads {FORMAT}: use the version of the code that "
+                "wrote it"
             )
         if manifest.pop("sha256") != _own_digest(manifest):
             raise ValueError("its content has changed since it was written")

@@ -232,6 +232,11 @@ class Trained:
             other = {"solve": "complete", "complete": "solve"}.get(name, f"--{wanted}")
             raise ValueError(f"{name}: this model was trained on {self.config.data.dataset}; use {other}")
 
+    def check_takes_gold(self, name: str) -> None:
+        """Raise ValueError if right answers follow from the questions; `name` is the argument or option."""
+        if not self.data.takes_gold:
+            raise ValueError(f"{name}: {self.data.questions} need no right answers, leave it out")
+
     def _ask(
         self,
         questions: str | list[str] | tuple[str, ...],
@@ -247,8 +252,8 @@ class Trained:
         right: list[Gold | None] = (
             [golds] if isinstance(golds, str | int | float | Number) else list(golds or [None] * len(texts))
         )
-        if any(gold is not None for gold in right) and not self.data.takes_gold:
-            raise ValueError(f"gold: {self.data.questions} need no right answers, leave it out")
+        if any(gold is not None for gold in right):
+            self.check_takes_gold("gold")
         if len(right) != len(texts):
             raise ValueError(f"{len(right)} gold answers for {len(texts)} prompts: give one each, or none")
         noun = "template" if holes else "question" if len(texts) > 1 else None  # None: nothing to tell apart
@@ -537,12 +542,12 @@ def _parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, S
 def _questions(options: argparse.Namespace, trained: Trained) -> list[Question]:
     """All questions of the command line: those of the options, then those of the file."""
     questions = []
+    if options.gold:
+        trained.check_takes_gold("--gold")
     for option in ("puzzle", "prompt", "template"):
         texts = getattr(options, option)
         if texts and option != "template":
             trained.check_option(option, f"--{option}")
-        if options.gold and not trained.data.takes_gold:
-            raise ValueError(f"--gold: {trained.data.questions} need no right answers, leave it out")
         golds = options.gold if option == "prompt" and options.gold else [None] * len(texts)
         sources = [f"--{option} {number}" if len(texts) > 1 else "" for number in range(1, len(texts) + 1)]
         questions += [Question(*each) for each in zip(texts, golds, sources, strict=True)]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+HELD = (errno.EACCES, errno.EAGAIN)  # errors of a lock that another process holds
 LEFTOVER_S = 24 * 3600  # after which an unfinished file or folder is taken for one of a killed process
 
 
@@ -103,7 +104,7 @@ def alone(path: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             with suppress(OSError):  # a file system without locks
-                if error.errno in (errno.EACCES, errno.EAGAIN):
+                if error.errno in HELD:
                     say(f"waiting for another process that writes {path}")
                 fcntl.lockf(file, fcntl.LOCK_EX)
         yield

@@ -121,21 +121,24 @@ def fail(message: object, status: int = 2) -> NoReturn:
 
 
 @contextmanager
-def ends_with_message(interrupted: str = "interrupted") -> Iterator[None]:
+def ends_with_message(
+    interrupted: str = "interrupted", end: Callable[[object, int], NoReturn] = fail
+) -> Iterator[None]:
     """End a command with one message: status 2 for ValueError and OSError, which bad input raises, 130 for Ctrl-C.
 
     What is printed inside is also written inside, so a full disk or a closed pipe ends with a message too.
 
     Args:
         interrupted: the message for Ctrl-C.
+        end: prints a message and exits with a status.
     """
     try:
         yield
         print(end="", flush=True)
     except (ValueError, OSError) as error:
-        fail(error)
+        end(error, 2)
     except KeyboardInterrupt:
-        fail(interrupted, INTERRUPTED)
+        end(interrupted, INTERRUPTED)
 
 
 class CommandParser(argparse.ArgumentParser):

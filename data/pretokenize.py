@@ -246,8 +246,11 @@ def find_files(path: Path) -> list[str]:
         names = read_json(splits).get("splits")
         raise ValueError(f"it holds the splits {names}: give the folder of one, such as {path}/train")
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    hidden = [file for file in files if any(part.startswith(".") for part in file.relative_to(path).parts)]
-    found = [file for file in files if file.suffix in KINDS and file not in hidden]
+    found = [
+        file
+        for file in files
+        if file.suffix in KINDS and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
     if not found:
         raise ValueError(f"{path}: no {' or '.join(KINDS)} file found")
     if len({file.suffix for file in found}) > 1:

@@ -49,7 +49,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import NotRequired, TypedDict
@@ -58,11 +58,11 @@ from baselines import UniformObjective
 from config import DEFAULT_RULE, Config, ProgressiveSettings, PumaSettings, UniformSettings
 from data.dataset import SequenceData
 from data.files import write_text
-from data.foreign import CommandParser, ends_with_message, read_text, reading
+from data.foreign import CommandParser, ends_with_message
 from model.transformer import Transformer
 from objective import Objective
 from progressive import PumaObjective, stage_of
-from results.run import ROOT, Number, Share, Text, commit
+from results.run import ROOT, Number, Share, Text, commit, read_records
 from runtime.checkpoint import Checkpoint, open_checkpoint, step_folders
 from runtime.distributed import World, autocast, autocast_dtype, start_world
 from runtime.figures import COLORS
@@ -289,12 +289,6 @@ def measure(
     }
 
 
-def read_records(path: Path) -> dict[str, Any]:
-    """The records in a file; ValueError if they cannot be drawn."""
-    with reading(f"{path}", "repair or delete it, or choose another --out"):
-        return dict(TypeAdapter(Records).validate_json(read_text(path)))
-
-
 def collect(run_dirs: Sequence[Path], n_rows: int, seed: int, records_file: Path) -> None:
     """Measure all checkpoints of the runs; write the records, with command, commit and machine, after each.
 
@@ -307,7 +301,7 @@ def collect(run_dirs: Sequence[Path], n_rows: int, seed: int, records_file: Path
     labels = [run_dir.name for run_dir in run_dirs]
     if repeated := [str(run_dir) for run_dir in run_dirs if labels.count(run_dir.name) > 1]:
         raise ValueError(f"{', '.join(repeated)}: runs are recorded by the names of their folders; name each once")
-    earlier = read_records(records_file) if records_file.exists() else {"runs": []}
+    earlier = read_records(records_file, Records) if records_file.exists() else {"runs": []}
     same_rows = (earlier.get("rows"), earlier.get("seed")) == (n_rows, seed)
     runs: dict[str, dict[str, Any]] = {}
     for run in earlier["runs"]:  # in their order
@@ -531,7 +525,7 @@ def main(arguments: list[str] | None = None) -> None:
             collect(options.run_dirs, options.rows, options.seed, records_file)
         if not records_file.exists():
             raise ValueError(f"{records_file} is missing: name run directories to measure")
-        records = read_records(records_file)
+        records = read_records(records_file, Records)
         write_text(options.out / "README.md", report(records))
         draw(records, options.out / "curves.png")
         print(f"wrote {options.out}/README.md")

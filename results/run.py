@@ -309,11 +309,11 @@ def _final(run_dir: Path) -> dict[str, Any] | None:
     return figures | {"n": result["n"], "groups": groups}
 
 
-def read_records(path: Path) -> dict[str, Any]:
-    """The records in a file; ValueError if they cannot be drawn."""
+def read_records(path: Path, kind: Any = Records) -> dict[str, Any]:
+    """The records of a `kind` (a TypedDict) in a file; ValueError if they cannot be drawn."""
     remedy = "repair or delete it, or choose another --out" if path.exists() else "run the experiment without --draw"
     with reading(f"{path}", remedy):
-        return dict(TypeAdapter(Records).validate_json(read_text(path)))
+        return dict(TypeAdapter(kind).validate_json(read_text(path)))
 
 
 def commit() -> str:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.foreign import INTERRUPTED, fail
+from data.foreign import ends_with_message, fail
 
 # A collective of training that takes longer means that a rank hangs.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -180,12 +180,8 @@ def ends_once(interrupted: str = "interrupted") -> Iterator[None]:
         interrupted: the message for Ctrl-C.
     """
     try:
-        yield
-        print(end="", flush=True)
-    except (ValueError, OSError) as error:
-        fail_once(error)
-    except KeyboardInterrupt:
-        fail_once(interrupted, INTERRUPTED)
+        with ends_with_message(interrupted, fail_once):
+            yield
     finally:
         stop_world()
 

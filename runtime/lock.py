@@ -9,13 +9,14 @@ On NFS the server keeps the lock. If a node crashes, the server releases its loc
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import socket
 import time
 import warnings
 from pathlib import Path
+
+from data.files import HELD
 
 LOOK_S = 0.5  # longer than `is_locked` holds a lock
 REQUEUED_S = 180.0  # a job that SLURM has started again waits for the server to give up the lock of a crashed node
@@ -36,18 +37,10 @@ def lock_run(run_dir: Path) -> None:
         _held = None
     descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    until = time.monotonic() + (REQUEUED_S if requeued else LOOK_S)
     try:
-        while True:
-            try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN) or time.monotonic() > until:
-                    raise
-                time.sleep(LOOK_S / 5)
+        _lock(descriptor, REQUEUED_S if requeued else LOOK_S)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
+        if error.errno in HELD:
             holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             raise ValueError(
@@ -63,6 +56,19 @@ def lock_run(run_dir: Path) -> None:
     _held = descriptor
 
 
+def _lock(descriptor: int, seconds: float) -> None:
+    """Lock a file, waiting so long for another process that holds the lock; OSError if it cannot be locked."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in HELD or time.monotonic() > until:
+                raise
+        time.sleep(LOOK_S / 5)
+
+
 def is_locked(run_dir: Path) -> bool:
     """Whether another process holds the lock of `run_dir`, so that a run is in progress there.
 
@@ -75,5 +81,5 @@ def is_locked(run_dir: Path) -> bool:
         with open(path, "rb") as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once, with the file
     except OSError as error:
-        return error.errno in (errno.EACCES, errno.EAGAIN)
+        return error.errno in HELD
     return False

@@ -35,6 +35,8 @@ class Experiment:
 
 MINUTES = ("training.compile=true", "validation.n_examples=100", "validation.n_final_examples=500")
 PAPER = ("objective.collapse_threshold=null", "objective.pool_batches=1")  # K = 8 as in the paper's Sudoku
+# The paper's Sudoku; on a schedule of one epoch of uniform masks.
+RATE_OF_PAPER = ("training.learning_rate=3e-4", "training.warmup_steps=1000", "training.max_steps=30000")
 POOL_OF_16, RANDOM_ORDER = "objective.pool_batches=16", "objective.reveal_order=random"
 SUDOKU_MINI = (
     Arm("puma, pool of 16, tau 0.9", "sudoku_mini_puma.yaml"),
@@ -60,6 +62,8 @@ EXPERIMENTS = {
             Arm("puma as in the paper", "sudoku_puma.yaml"),
             Arm("puma, pool of 16", "sudoku_puma.yaml", (POOL_OF_16,)),
             Arm("uniform", "sudoku_baseline.yaml"),
+            Arm("puma as in the paper, rate 3e-4", "sudoku_puma.yaml", RATE_OF_PAPER),
+            Arm("uniform, rate 3e-4", "sudoku_baseline.yaml", RATE_OF_PAPER),
         ),
         baseline="uniform",
         overrides=(

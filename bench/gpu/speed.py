@@ -21,11 +21,12 @@ SUDOKU, TINYGSM = "sudoku_puma", "tinygsm_puma"
 VARIANTS: tuple[tuple[str, list[str]], ...] = (
     (SUDOKU, ["--graph"]),
     (TINYGSM, ["--compile"]),
+    (SUDOKU, ["--compile", "--graph"]),
     (SUDOKU, []),
     (TINYGSM, []),
-    (SUDOKU, ["--compile", "--graph"]),
     (SUDOKU, ["--compile"]),
 )
+N_WITH_GOALS = 3  # of the variants, the first
 N_SYNC_STEPS = 20
 
 
@@ -34,7 +35,7 @@ def run(options: Namespace, report: Report) -> None:
     with paused(options.runs) as n_paused:
         report.details["paused processes"] = n_paused
         for number, (experiment, switches) in enumerate(VARIANTS):
-            if number == 2:  # after the two variants that have goals
+            if number == N_WITH_GOALS:
                 add_memory_and_syncs(options, report)
             name = f"{experiment}, {' '.join(switches).replace('--', '') or 'eager'}"
             limit_s = 900.0 if options.tiny else 240.0  # two busy cores take minutes to compile

@@ -35,8 +35,8 @@ class Experiment:
 
 MINUTES = ("training.compile=true", "validation.n_examples=100", "validation.n_final_examples=500")
 PAPER = ("objective.collapse_threshold=null", "objective.pool_batches=1")  # K = 8 as in the paper's Sudoku
-# The paper's Sudoku; on a schedule of one epoch of uniform masks.
-RATE_OF_PAPER = ("training.learning_rate=3e-4", "training.warmup_steps=1000", "training.max_steps=30000")
+ONE_EPOCH = ("training.max_steps=30000",)  # of uniform masks on a million boards
+RATE_OF_1E_3 = ("training.max_steps=50000", "training.learning_rate=1.0e-3", "training.warmup_steps=200")
 POOL_OF_16, RANDOM_ORDER = "objective.pool_batches=16", "objective.reveal_order=random"
 SUDOKU_MINI = (
     Arm("puma, pool of 16, tau 0.9", "sudoku_mini_puma.yaml"),
@@ -59,15 +59,14 @@ EXPERIMENTS = {
     "sudoku": Experiment(
         "The paper's Sudoku experiment: 9x9 boards of 30 to 40 clues, 6.8M parameters, one GPU, PUMA and uniform masks",
         (
-            Arm("puma as in the paper", "sudoku_puma.yaml"),
-            Arm("puma, pool of 16", "sudoku_puma.yaml", (POOL_OF_16,)),
-            Arm("uniform", "sudoku_baseline.yaml"),
-            Arm("puma as in the paper, rate 3e-4", "sudoku_puma.yaml", RATE_OF_PAPER),
-            Arm("uniform, rate 3e-4", "sudoku_baseline.yaml", RATE_OF_PAPER),
+            Arm("puma, rate 3e-4", "sudoku_puma.yaml", ONE_EPOCH),
+            Arm("uniform, rate 3e-4", "sudoku_baseline.yaml", ONE_EPOCH),
+            Arm("puma, rate 1e-3", "sudoku_puma.yaml", RATE_OF_1E_3),
+            Arm("puma, rate 1e-3, pool of 16", "sudoku_puma.yaml", (*RATE_OF_1E_3, POOL_OF_16)),
+            Arm("uniform, rate 1e-3", "sudoku_baseline.yaml", RATE_OF_1E_3),
         ),
-        baseline="uniform",
+        baseline="uniform, rate 3e-4",
         overrides=(
-            "training.max_steps=50000",
             "training.num_epochs=null",
             "training.compile=true",
             "training.cuda_graph=true",
@@ -344,6 +343,16 @@ EXPERIMENTS = {
                     ("data.order=least_first", *overrides, RANDOM_ORDER),
                 )
                 for pool, overrides in (("", ()), ("pool of 16, ", (POOL_OF_16,)))
+            ),
+            *(
+                Arm(
+                    f"{name}, units first, rate {rate}",
+                    f"addition_{file}.yaml",
+                    ("data.order=least_first", f"training.learning_rate={rate}"),
+                    seeds=(0,),
+                )
+                for rate in ("1.0e-3", "5.0e-4")
+                for name, file in (("puma", "puma"), ("uniform", "baseline"))
             ),
         ),
         baseline="uniform, units first",

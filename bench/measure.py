@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ LEGEND = {
     "ours_peak_gib": "the peak that a path adds to the imports, in a process of its own",
     "floor_ms": "gflop at the speed of a large matrix product, timed between the paths; utilisation is floor / ours",
 }
+
+N_KERNELS, N_GAPS, NAME_WIDTH = 40, 10, 110  # of the report of a GPU's kernels
 
 Call = Callable[[], object]
 Times = dict[str, list[float]]  # by path: ms per call of each round
@@ -163,13 +165,62 @@ def added_peak_gib(options: Namespace, name: str) -> float:
 
 
 def profile(options: Namespace, benchmark: Benchmark) -> None:
-    """Print where the first of our paths spends its time, by PyTorch operation; on a GPU, the GPU's time."""
-    kind, name = benchmark.device.type, benchmark.cases[0].ours
+    """Print where the first of our paths spends its time: by PyTorch operation, or by kernel of a GPU."""
+    name, n_calls = benchmark.cases[0].ours, 3
     time_ms(benchmark.paths[name], options.n_warmup, benchmark.device)
     with torch.profiler.profile() as spent:
-        time_ms(benchmark.paths[name], 3, benchmark.device)
-    print(f"# Three calls of {name}: {benchmark.title}")
-    print(spent.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=12, max_name_column_width=60))
+        time_ms(benchmark.paths[name], n_calls, benchmark.device)
+    print(f"# {n_calls} calls of {name}: {benchmark.title}")
+    if benchmark.device.type == "cpu":
+        print(spent.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=60))
+        return
+    intervals = [
+        Interval(event.name, event.time_range.start, event.time_range.end)
+        for event in spent.events() or ()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]
+    print("\n".join(kernel_report(intervals, n_calls)))
+
+
+class Interval(NamedTuple):
+    """One run of a kernel."""
+
+    name: str
+    start_us: float
+    end_us: float
+
+
+def kernel_report(intervals: list[Interval], n_calls: int) -> list[str]:
+    """Kernels by their time per call, then the longest times between two kernels, when the device was idle."""
+    intervals = sorted(intervals, key=lambda interval: interval.start_us)
+    spent: dict[str, list[float]] = {}
+    gaps: list[tuple[float, str, str]] = []
+    last, end_us = "", intervals[0].start_us
+    for name, start, end in intervals:
+        spent.setdefault(name, []).append(end - start)
+        if start > end_us:
+            gaps.append((start - end_us, last, name))
+        if end > end_us:
+            last, end_us = name, end
+    idle_ms = sum(gap for gap, _, _ in gaps) / n_calls / 1000
+    total_ms = (end_us - intervals[0].start_us) / n_calls / 1000
+    lines = [
+        f"{len(intervals) / n_calls:,.0f} kernels per call of {total_ms:.2f} ms, the device idle for {idle_ms:.2f} ms"
+    ]
+    rows: list[dict[str, Any]] = [
+        {"us per call": sum(times) / n_calls, "runs per call": len(times) / n_calls, "kernel": _short(name)}
+        for name, times in sorted(spent.items(), key=lambda item: -sum(item[1]))
+    ]
+    lines += ["", *table(rows[:N_KERNELS])]
+    longest = sorted(gaps, reverse=True)[:N_GAPS]
+    idle = [{"idle us": gap, "after": _short(before), "before": _short(after)} for gap, before, after in longest]
+    return [*lines, "", *table(idle)] if idle else lines
+
+
+def _short(name: str) -> str:
+    """A kernel's name without the templates of C++, in which most names differ only at their ends."""
+    name = name.replace("void ", "").replace("at::native::", "").replace("(anonymous namespace)::", "")
+    return name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 43]}...{name[-40:]}"
 
 
 def machine(device: torch.device, dtype: torch.dtype | None) -> str:

@@ -74,6 +74,19 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)  # compiled at its first call, once per shape
 
 
+def project(x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
+    """Several linear maps of x [..., D], whose biases all exist or none; [..., each width].
+
+    Compiled code computes them by one matrix product, whose matrix is put together where it is cast to the dtype of
+    autocast anyway; eager code would copy the matrices for that.
+    """
+    if not torch.compiler.is_compiling():
+        return tuple(projection(x) for projection in projections)
+    weight = torch.cat([projection.weight for projection in projections])
+    bias = None if projections[0].bias is None else torch.cat([projection.bias for projection in projections])
+    return F.linear(x, weight, bias).split([len(projection.weight) for projection in projections], dim=-1)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
@@ -102,7 +115,8 @@ class Attention(nn.Module):
             past: buffers for keys and values [B, G, K, E]; this pass writes their last L positions.
         """
         split = (*x.shape[:2], -1, self.head_width)
-        q, k, v = (proj(x).view(split).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projected = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (each.view(split).transpose(1, 2) for each in projected)
         # On a CPU the backward pass of attention is several times slower in bfloat16 than in float32.
         dtype = torch.float32 if x.device.type == "cpu" else v.dtype
         q, k, v = rotate(q, cos, sin).to(dtype), rotate(k, cos, sin).to(dtype), v.to(dtype)  # [B, H or G, L, E]

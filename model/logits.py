@@ -12,14 +12,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# A chunk of logits holds at most this many elements for any vocabulary: 128 MiB in float32, 512 MiB on a GPU, where
-# smaller matrix products would not fill the device.
+# A chunk of logits holds at most this many elements for any vocabulary: 128 MiB in float32, and on a GPU 512 MiB in
+# bfloat16. Smaller matrix products would not fill a GPU, and each chunk adds to the whole gradient of the head.
 CHUNK_ELEMENTS = 1 << 25
-CHUNK_ELEMENTS_GPU = 1 << 27
+CHUNK_ELEMENTS_GPU = 1 << 28
 # A CPU takes the vocabulary of a chunk in tiles of this many tokens, which stay in its caches between matrix product
 # and sums. (A product with a whole large matrix also runs at half the speed of products with its tiles.)
 TILE_TOKENS = 1024
 TILE_ELEMENTS = 1 << 18  # logits of a tile in sampling: 1 MiB
+TILE_ELEMENTS_GPU = 1 << 27  # there sampling takes the whole vocabulary, for few large kernels
 # Up to this vocabulary the head is cheap: it stays in float32 (bfloat16 logits tie where the model is confident) and
 # scores every position, so that all shapes are fixed.
 SMALL_VOCABULARY = 4096
@@ -46,13 +47,13 @@ def chunk_rows(head: Tensor) -> int:
 
 
 def tile_shape(head: Tensor) -> tuple[int, int]:
-    """Number of positions and of tokens of a tile in sampling; on a GPU the whole vocabulary, for few large kernels.
+    """Number of positions and of tokens of a tile in sampling.
 
     Args:
         head: of `product_matrix`.
     """
     if head.is_cuda:
-        return chunk_rows(head), head.shape[0]
+        return max(1, TILE_ELEMENTS_GPU // head.shape[0]), head.shape[0]
     n_tokens = min(TILE_TOKENS, head.shape[0])
     return max(1, TILE_ELEMENTS // n_tokens), n_tokens
 
@@ -122,7 +123,11 @@ def _score_logits(
         return nll, confidence, None
     # weight * (softmax - one-hot), from the exponentials in one pass.
     gradient = exponentials.mul_((weight / total)[:, None])
-    gradient.scatter_add_(1, target[:, None], -weight[:, None])
+    if torch.compiler.is_compiling():  # a scatter would have the float32 gradient written to memory and read again
+        is_target = torch.arange(logits.shape[1], device=logits.device) == target[:, None]  # [n, V]
+        gradient = gradient - torch.where(is_target, weight[:, None], 0.0)
+    else:
+        gradient.scatter_add_(1, target[:, None], -weight[:, None])
     return nll, confidence, gradient.to(logits.dtype)
 
 

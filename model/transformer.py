@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import Config, ModelSettings
 from data.foreign import check_memory
-from model.attention import Attention, KeyValueCache, rotary_tables
+from model.attention import Attention, KeyValueCache, project, rotary_tables
 from model.block_mask import decoding_mask, noisy_and_clean, training_mask
 from model.token_predictions import TokenPredictions, predict_tokens
 from model.token_scores import ScoredPositions, TokenScores, score_tokens
@@ -46,7 +46,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """MLP of x [B, L, D]; [B, L, D]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -103,6 +104,11 @@ class Backbone(nn.Module):
             self.embed_positions = nn.Embedding(settings.learned_positions, settings.hidden_size)
         self.layers = nn.ModuleList(Layer(settings, causal) for _ in range(settings.num_hidden_layers))
         self.norm = nn.RMSNorm(settings.hidden_size, settings.rms_norm_eps)
+        self.compiled: Callable[..., Tensor] | None = None
+
+    def compile_training(self) -> None:
+        """Compile the forward pass in train mode only: its shapes are fixed; those of evaluation vary between calls."""
+        self.compiled = torch.compile(self._compute)
 
     def forward(
         self,
@@ -134,7 +140,22 @@ class Backbone(nn.Module):
             mask = torch.arange(n_keys, device=tokens.device) <= positions[:, None]  # [L, K]
         # At position 0 the rotation is the identity.
         rotary_positions = positions if self.rotary else torch.zeros_like(positions)
+        # Not compiled: each layer's kernels would compute all powers, sines and cosines again.
         cos, sin = rotary_tables(rotary_positions, self.head_width, self.rope_theta)
+        compute = self.compiled if self.compiled is not None and self.training else self._compute
+        return compute(tokens, positions, cos, sin, mask, cache)
+
+    def _compute(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | BlockMask | None,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        """See `forward` and `rotary_tables`."""
+        n_keys = tokens.shape[1] + (cache.length if cache is not None else 0)
         x = self.embed_tokens(tokens)  # [B, L, D]
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
@@ -176,7 +197,6 @@ class Transformer(nn.Module):
         self.shifted, self.block_size = shifted, block_size
         self.model = Backbone(settings, causal)
         self.lm_head = nn.Linear(settings.hidden_size, settings.vocab_size, bias=False)
-        self.training_backbone: Callable[..., Tensor] | None = None
         self.tied = settings.tie_word_embeddings
         if self.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -199,22 +219,17 @@ class Transformer(nn.Module):
             assert isinstance(layer, Layer)
             layer.recomputed = True
 
-    def compile_training(self) -> None:
-        """Compile the forward pass in train mode only: its shapes are fixed; those of evaluation vary between calls."""
-        self.training_backbone = torch.compile(self.model.forward)
-
     def forward(self, xt: Tensor, x0: Tensor, weight: Tensor) -> TokenScores:
         """Loss, NLL and confidence of x0 given xt (int64 [B, L]) at positions of nonzero weight (float32 [B, L])."""
         scored = ScoredPositions(weight, self.lm_head.weight.shape[0])
-        compiled = self.training_backbone if self.training else None
-        backbone = compiled or self.model
         if self.block_size is None:
-            hidden = self._align(backbone(xt))
+            hidden = self._align(self.model(xt))
         else:
             tokens, positions = noisy_and_clean(xt, x0, self.block_size)
             mask = training_mask(xt.shape[1], self.block_size, xt.device, self.model.head_width)
-            hidden = backbone(tokens, positions=positions, mask=mask)[:, : xt.shape[1]]  # [B, L, D]
-        return score_tokens(hidden, self.lm_head.weight, x0, weight, scored, compiled=compiled is not None)
+            hidden = self.model(tokens, positions=positions, mask=mask)[:, : xt.shape[1]]  # [B, L, D]
+        compiled = self.training and self.model.compiled is not None
+        return score_tokens(hidden, self.lm_head.weight, x0, weight, scored, compiled)
 
     def predict(
         self,

@@ -16,7 +16,7 @@ from bench import dense
 from bench.__main__ import main
 from bench.head import NAMES, random_problem, run_head
 from bench.inputs import random_rows
-from bench.measure import time_in_turn
+from bench.measure import Interval, kernel_report, time_in_turn
 from bench.step import arithmetic
 from config import Config, SamplingRule
 from data.row_queue import RowQueue
@@ -103,6 +103,20 @@ def test_profile(config_file, capsys):
     text = capsys.readouterr().out
     assert "puma/ours" in text
     assert "aten::mm" in text
+
+
+def test_kernels_and_idle_times_of_a_gpu():
+    """Two calls: a kernel inside another one's time leaves no gap behind it."""
+    intervals = [
+        Interval("void at::native::add", 20, 30),
+        Interval("product", 0, 10),
+        Interval("copy", 2, 4),
+        Interval("product", 32, 42),
+    ]
+    head, _, *rows = kernel_report(intervals, 2)
+    assert head == "2 kernels per call of 0.02 ms, the device idle for 0.01 ms"
+    assert rows[2:5] == ["| 10 | 1 | product |", "| 5 | 0.5 | add |", "| 1 | 0.5 | copy |"]
+    assert rows[8:] == ["| 10 | product | add |", "| 2 | add | product |"]
 
 
 @pytest.mark.parametrize("options", [["--batch", 3], ["--config", TINYGSM, "--length", 32, "--vocab", 64]])

@@ -109,7 +109,7 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
     if training.gradient_checkpointing:
         model.recompute_layers()
     if training.compile:
-        model.compile_training()
+        model.model.compile_training()
     n_steps = training.max_steps or sys.maxsize
     if training.num_epochs is not None:
         n_steps = min(n_steps, int(training.num_epochs * len(train)) // training.batch_size)

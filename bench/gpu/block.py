@@ -43,10 +43,11 @@ def run(options: Namespace, report: Report) -> None:
         for key, error in (errors or {}).items():
             report.add(f"{name}: {key}", error, unit, ("<=", limit))
     limits = ["--no-memory", "--iterations", "3", "--seconds", "1" if options.tiny else "20"]
-    sizes = ["--config", str(YAML_FILES / "tinygsm_puma.yaml"), "--batch", "2", "--length", "32", *TINY_MODEL]
-    small = [*sizes, "--vocab", "64"] if options.tiny else []
+    tiny = ["--config", str(YAML_FILES / "tinygsm_puma.yaml"), "--batch", "2", "--length", "32", *TINY_MODEL]
+    # Rows of 512 tokens take minutes: hundreds of passes for a row, and four rounds of six decodings.
+    sizes = [*tiny, "--vocab", "64"] if options.tiny else ["--batch", "16", "--length", "256"]
     with paused(options.runs):
-        rows = report.measure("speed", bench_rows, ["block", *limits, *small, *options.overrides], limit_s=300)
+        rows = report.measure("speed", bench_rows, ["block", *limits, *sizes, *options.overrides], limit_s=300)
     report.details["speed"] = rows
     for row in rows or []:
         ours, dense = ("cached", "uncached") if row["unit"] == "tokens" else ("block_causal", "prefix")

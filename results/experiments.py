@@ -37,6 +37,7 @@ MINUTES = ("training.compile=true", "validation.n_examples=100", "validation.n_f
 PAPER = ("objective.collapse_threshold=null", "objective.pool_batches=1")  # K = 8 as in the paper's Sudoku
 ONE_EPOCH = ("training.max_steps=30000",)  # of uniform masks on a million boards
 RATE_OF_1E_3 = ("training.max_steps=50000", "training.learning_rate=1.0e-3", "training.warmup_steps=200")
+RATE_OF_7E_4 = "training.learning_rate=7.0e-4"
 POOL_OF_16, RANDOM_ORDER = "objective.pool_batches=16", "objective.reveal_order=random"
 SUDOKU_MINI = (
     Arm("puma, pool of 16, tau 0.9", "sudoku_mini_puma.yaml"),
@@ -98,6 +99,8 @@ EXPERIMENTS = {
                     ("puma, pool of 16, random order", (POOL_OF_16, RANDOM_ORDER)),
                 )
             ),
+            Arm("puma as in the paper, rate 7e-4", "sudoku_mini_puma.yaml", (*PAPER, RATE_OF_7E_4), seeds=(0,)),
+            Arm("uniform, rate 7e-4", "sudoku_mini_baseline.yaml", (RATE_OF_7E_4,), seeds=(0,)),
         ),
         baseline="uniform",
         note=(

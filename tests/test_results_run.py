@@ -110,7 +110,9 @@ def test_all_settings_of_an_experiment_are_read_and_differ(name, tmp_path):
         for arm in experiment.arms
     ]
     assert all(config not in configs[:number] for number, config in enumerate(configs))
-    assert len({config.training.max_steps for config in configs}) == 1, "all have the same number of updates"
+    schedules = {(config.training.learning_rate, config.training.max_steps) for config in configs}
+    rates = {rate for rate, _ in schedules}
+    assert len(schedules) == len(rates), "all variants of one learning rate have the same number of updates"
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,7 @@ EXPERIMENTS = {
         "Word problems from an autoregressive model: PUMA and uniform masks",
         from_autoregressive("tinygsm_mini"),
         baseline="uniform from AR",
-        overrides=("training.max_steps=1000", "training.eval_every=100"),
+        overrides=("training.max_steps=1000", "training.eval_every=25"),
     ),
     "word_problems_hard": Experiment(
         "Hard word problems (two to four operations, numbers to 999, one token per digit) from an autoregressive model",

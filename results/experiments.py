@@ -349,16 +349,6 @@ EXPERIMENTS = {
                 )
                 for pool, overrides in (("", ()), ("pool of 16, ", (POOL_OF_16,)))
             ),
-            *(
-                Arm(
-                    f"{name}, units first, rate {rate}",
-                    f"addition_{file}.yaml",
-                    ("data.order=least_first", f"training.learning_rate={rate}"),
-                    seeds=(0,),
-                )
-                for rate in ("1.0e-3", "5.0e-4")
-                for name, file in (("puma", "puma"), ("uniform", "baseline"))
-            ),
         ),
         baseline="uniform, units first",
         note=(
@@ -383,6 +373,22 @@ EXPERIMENTS = {
             "puma, units first, pool of 16, random order",
         ),
         overrides=("training.max_steps=1500",),
+        targets=(0.5, 0.9),
+    ),
+    "addition_rates": Experiment(
+        "Addition, units first, at lower learning rates than 2e-3: PUMA, its pool and order, and uniform masks",
+        tuple(
+            Arm(f"{name}, rate {rate}", f"addition_{file}.yaml", (f"training.learning_rate={rate}", *overrides))
+            for rate in ("1.0e-3", "5.0e-4")
+            for name, file, overrides in (
+                ("puma", "puma", ()),
+                ("uniform", "baseline", ()),
+                ("puma, pool of 16", "puma", (POOL_OF_16,)),
+                ("puma, random order", "puma", (RANDOM_ORDER,)),
+            )
+        ),
+        baseline="uniform, rate 1.0e-3",
+        overrides=("data.order=least_first", "training.max_steps=1500"),
         targets=(0.5, 0.9),
     ),
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 # bfloat16. Smaller matrix products would not fill a GPU, and each chunk adds to the whole gradient of the head.
 CHUNK_ELEMENTS = 1 << 25
 CHUNK_ELEMENTS_GPU = 1 << 28
+ROWS_OF_KERNEL = 128
 # A CPU takes the vocabulary of a chunk in tiles of this many tokens, which stay in its caches between matrix product
 # and sums. (A product with a whole large matrix also runs at half the speed of products with its tiles.)
 TILE_TOKENS = 1024
@@ -42,8 +43,11 @@ def compute_dtype(head: Tensor) -> torch.dtype:
 
 
 def chunk_rows(head: Tensor) -> int:
-    """Number of positions of a chunk."""
-    return max(1, (CHUNK_ELEMENTS_GPU if head.is_cuda else CHUNK_ELEMENTS) // head.shape[0])
+    """Number of positions of a chunk; on a GPU a multiple of what a kernel takes at once, if there are so many."""
+    if not head.is_cuda:
+        return max(1, CHUNK_ELEMENTS // head.shape[0])
+    n_rows = max(1, CHUNK_ELEMENTS_GPU // head.shape[0])
+    return n_rows - n_rows % ROWS_OF_KERNEL if n_rows > ROWS_OF_KERNEL else n_rows
 
 
 def tile_shape(head: Tensor) -> tuple[int, int]:
@@ -123,17 +127,36 @@ def _score_logits(
         return nll, confidence, None
     # weight * (softmax - one-hot), from the exponentials in one pass.
     gradient = exponentials.mul_((weight / total)[:, None])
-    if torch.compiler.is_compiling():  # a scatter would have the float32 gradient written to memory and read again
-        is_target = torch.arange(logits.shape[1], device=logits.device) == target[:, None]  # [n, V]
-        gradient = gradient - torch.where(is_target, weight[:, None], 0.0)
-    else:
-        gradient.scatter_add_(1, target[:, None], -weight[:, None])
+    gradient.scatter_add_(1, target[:, None], -weight[:, None])
     return nll, confidence, gradient.to(logits.dtype)
+
+
+def _score_by_expressions(
+    logits: Tensor, target: Tensor, weight: Tensor, with_gradient: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`_score_logits` for the compiler, which fuses this to two reads of the logits and one write.
+
+    Overwrites the logits with the gradient. A scatter would have the float32 gradient written to memory and read again,
+    and only sums that keep their dimension are taken together with the maximum.
+    """
+    wide = logits.float()
+    largest = wide.amax(dim=1, keepdim=True)
+    exponentials = (wide - largest).exp()
+    total = exponentials.sum(dim=1, keepdim=True)
+    log_total = total.log()
+    nll = (largest - wide.gather(1, target[:, None]) + log_total).squeeze(1)
+    confidence = -log_total.squeeze(1)
+    if not with_gradient:
+        return nll, confidence, None
+    is_target = torch.arange(logits.shape[1], device=logits.device) == target[:, None]  # [n, V]
+    gradient = exponentials * (weight[:, None] / total) - torch.where(is_target, weight[:, None], 0.0)
+    return nll, confidence, logits.copy_(gradient)
 
 
 @cache
 def _compiled_softmax() -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor | None]]:
-    return torch.compile(_score_logits, dynamic=True)
+    # For a number of rows, and again for any number, with the size of the vocabulary known.
+    return torch.compile(_score_by_expressions)
 
 
 def _score_in_tiles(

@@ -372,7 +372,7 @@ EXPERIMENTS = {
             "puma, units first, random order",
             "puma, units first, pool of 16, random order",
         ),
-        overrides=("training.max_steps=1500",),
+        overrides=("training.max_steps=1500", "training.learning_rate=2.0e-3"),
         targets=(0.5, 0.9),
     ),
     "addition_rates": Experiment(

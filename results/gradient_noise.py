@@ -1,0 +1,227 @@
+"""Measure how far the gradients of neighbouring updates repeat each other, with uniform masks and in PUMA's pools.
+
+    python -m results.gradient_noise RUN           # a run directory; its newest checkpoint gives model and settings
+    python -m results.gradient_noise RUN --draw    # only the table and figure, from existing records
+
+A row stays in the PUMA pool for K updates, so updates share rows, and what the choice of rows adds to the gradient (the
+noise) repeats. The output is records.json, README.md and curves.png in results/gradient_noise/NAME, after the run's
+folder.
+
+Definitions. The weights are those of the checkpoint and do not change, so gradients g_1 .. g_N of N successive updates
+differ by rows and masks alone; a pool first advances until all of its rows entered under these weights. With c_t = g_t
+minus the mean of all, the correlation at lag l is the mean of <c_t, c_{t+l}> over t, divided by the mean of <c_t, c_t>.
+The noise of w successive updates is their variance in units of the variance of w updates that are independent:
+1 + 2 * sum over l < w of (1 - l / w) * correlation(l). It is 1 for independent rows, and w if all updates are equal; as
+far as noise limits the learning rate, w updates are then worth w / noise.
+
+Shapes: N updates, P parameters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from tqdm import tqdm
+from typing_extensions import TypedDict
+
+from config import PumaSettings, UniformSettings
+from data.files import write_text
+from data.foreign import CommandParser, ends_with_message, whole_number
+from data.stream import SequenceStream
+from model.transformer import Transformer
+from objective import Objective
+from results.run import ROOT, Text, check_folder, commit, read_records
+from runtime.checkpoint import find_checkpoint
+from runtime.distributed import autocast, autocast_dtype, start_world
+from runtime.figures import COLORS
+from runtime.machine import device_name
+from training.run import build_objective, build_run
+
+N_LAGS = 40  # in the figure
+WINDOWS = (8, 32, 64)  # of the noise, in the table
+SHOWN_LAGS = (1, 2, 4, 7, 8, 16)  # of the correlation, in the table
+DEEP_POOL = 16
+N_STAGES = 8  # K, where the run has uniform masks
+
+
+class Series(TypedDict):
+    """The correlations of one objective at lags 0, 1, ..."""
+
+    label: Text
+    correlation: Annotated[list[Annotated[float, Field(ge=-2, le=2)]], Field(min_length=max(WINDOWS))]
+
+
+class Records(TypedDict):
+    """Content of records.json."""
+
+    command: Text
+    machine: Text
+    commit: Text
+    date: Text
+    run: Text
+    step: int
+    updates: int
+    n_stages: int
+    batch_size: int
+    series: Annotated[list[Series], Field(min_length=1)]
+
+
+def variants(n_stages: int) -> dict[str, PumaSettings | UniformSettings]:
+    """What is compared, by label."""
+    pools: dict[str, dict[str, Any]] = {
+        "one batch in the pool": {},
+        "one batch, random order": {"reveal_order": "random"},
+        f"{DEEP_POOL} batches in the pool": {"pool_batches": DEEP_POOL},
+    }
+    puma = {
+        label: PumaSettings.model_validate({"name": "puma", "n_stages": n_stages, **changes})
+        for label, changes in pools.items()
+    }
+    return {"uniform masks": UniformSettings(name="uniform"), **puma}
+
+
+def gradients(model: Transformer, objective: Objective, dtype: torch.dtype | None, n: int, n_before: int) -> Tensor:
+    """Gradients of n updates that do not change the weights, float32 [N, P]; `n_before` updates precede them."""
+    parameters = list(model.parameters())
+    device, found = parameters[0].device, []
+    for number in tqdm(range(n_before + n), unit="update", leave=False):
+        measured = number >= n_before
+        with torch.set_grad_enabled(measured):
+            for microbatch in objective.microbatches(0):
+                with autocast(device, dtype):
+                    scores = model(microbatch.xt, microbatch.x0, microbatch.weight)
+                if measured:
+                    scores.loss.backward()
+                objective.observe(microbatch, scores.confidence.detach())
+        objective.end_step()
+        objective.prefetch()
+        if measured:
+            flat = [
+                each.grad.flatten() if each.grad is not None else each.new_zeros(each.numel()) for each in parameters
+            ]
+            found.append(torch.cat(flat).cpu())
+            model.zero_grad()
+    return torch.stack(found)
+
+
+def correlations(gradient: Tensor) -> list[float]:
+    """Correlation of the noise at lags 0 .. N / 2, from gradients [N, P]."""
+    noise = gradient - gradient.mean(0)
+    products = (noise @ noise.T).double()  # [N, N]
+    return [float(products.diagonal(lag).mean() / products.diagonal().mean()) for lag in range(len(noise) // 2 + 1)]
+
+
+def noise_of_sum(correlation: Sequence[float], window: int) -> float:
+    """Variance of the sum of `window` successive gradients, in units of that of independent ones."""
+    return 1 + 2 * sum((1 - lag / window) * correlation[lag] for lag in range(1, window))
+
+
+def collect(run_dir: Path, n_updates: int, records_file: Path) -> None:
+    """Measure all variants on the newest checkpoint of a run, and write the records.
+
+    Raises:
+        ValueError: the run has no checkpoint, or its objective is neither puma nor uniform.
+    """
+    checkpoint = find_checkpoint(run_dir)
+    config = checkpoint.config(["training.compile=false"])
+    settings, training = config.objective, config.training
+    if not isinstance(settings, PumaSettings | UniformSettings):
+        raise ValueError(f"{run_dir}: objective.name {settings.name!r} must be puma or uniform")
+    n_stages = settings.n_stages_at(checkpoint.step) if isinstance(settings, PumaSettings) else N_STAGES
+    train, world = config.open_data().train, start_world(training.device)
+    model = build_run(config, world, run_dir, train, resuming=True).model
+    model.load_weights(checkpoint.weights("model") or {})
+    dtype, series = autocast_dtype(training.precision, world.device), []
+    for label, each in variants(n_stages).items():
+        objective = build_objective(each, training, SequenceStream(train, training.seed), train.mask_id, world.device)
+        # At most K visits of each row, and once more: the first rows enter a pool that is not yet in its steady state.
+        n_before = 2 * n_stages * each.pool_batches if isinstance(each, PumaSettings) else 0
+        found = correlations(gradients(model.train(), objective, dtype, n_updates, n_before))
+        series.append({"label": label, "correlation": [round(value, 4) for value in found]})
+    records = {
+        "command": f"python -m results.gradient_noise {run_dir} --updates {n_updates}",
+        "machine": device_name(world.device),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "run": run_dir.name,
+        "step": checkpoint.step,
+        "updates": n_updates,
+        "n_stages": n_stages,
+        "batch_size": training.batch_size,
+        "series": series,
+    }
+    write_text(records_file, json.dumps(records, indent=1) + "\n")
+
+
+def report(records: dict[str, Any]) -> str:
+    """README.md: the table."""
+    lags, windows = (" | ".join(map(str, each)) for each in (SHOWN_LAGS, WINDOWS))
+    lines = [
+        f"# How far neighbouring updates repeat each other: {records['run']}",
+        "",
+        "![Correlation of the gradient's noise by the number of updates in between](curves.png)",
+        "",
+        f"Gradients of {records['updates']:,} successive updates of {records['batch_size']} rows under the weights of "
+        f"update {records['step']:,}, K = {records['n_stages']}. *Correlation*: of the noise of two updates, by the "
+        "number of updates between them. *Noise of n updates*: the variance of their sum, 1 if they were independent, "
+        "n if they were equal. Definitions: [gradient_noise.py](../../gradient_noise.py).",
+        "",
+        f"| masks | correlation at lag {lags} | noise of {windows.replace(' | ', ' updates | ')} updates |",
+        "| --- |" + " ---: |" * (len(SHOWN_LAGS) + len(WINDOWS)),
+    ]
+    for each in records["series"]:
+        values = each["correlation"]
+        cells = [f"{values[lag]:.2f}" for lag in SHOWN_LAGS]
+        cells += [f"{noise_of_sum(values, window):.1f}" for window in WINDOWS]
+        lines.append(f"| {each['label']} | {' | '.join(cells)} |")
+    made = f"`{records['command']}`, commit {records['commit']}, {records['date']}, {records['machine']}."
+    return "\n".join([*lines, "", made]) + "\n"
+
+
+def draw(records: dict[str, Any], out: Path) -> None:
+    """Draw the correlations by lag."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    plot = figure.subplots()
+    for number, each in enumerate(records["series"]):
+        values = each["correlation"][: N_LAGS + 1]
+        style: dict[str, Any] = {"color": COLORS[number], "marker": "osD^"[number], "markersize": 3.5, "linewidth": 1.4}
+        plot.plot(range(len(values)), values, label=each["label"], **style)
+    plot.set(xlabel="updates in between", ylabel="correlation of the noise", xlim=(0, N_LAGS))
+    plot.grid(alpha=0.25)
+    plot.spines[["top", "right"]].set_visible(False)
+    plot.legend(frameon=False)
+    figure.savefig(out, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; bad input ends with one message and exit status 2."""
+    parser = CommandParser(description="Measure how far the gradients of neighbouring updates repeat each other.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory of puma or uniform")
+    parser.add_argument("--updates", type=whole_number(2 * max(WINDOWS)), default=2 * max(WINDOWS), help="N")
+    parser.add_argument("--draw", action="store_true", help="only the table and figure, from existing records")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "gradient_noise", help="parent output folder")
+    options = parser.parse_args(arguments)
+    folder = options.out / options.run_dir.name
+    records_file = folder / "records.json"
+    with ends_with_message():
+        check_folder(folder, "--out")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not options.draw:
+            collect(options.run_dir, options.updates, records_file)
+        records = read_records(records_file, Records)
+        write_text(folder / "README.md", report(records))
+        draw(records, folder / "curves.png")
+        print(f"wrote {folder}/README.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The correlation of gradients of neighbouring updates: on known series, and on a tiny run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import PUMA
+from helpers import random_generator
+
+import train
+from config import PumaSettings
+from results import gradient_noise
+from results.gradient_noise import WINDOWS, correlations, noise_of_sum, variants
+
+
+@pytest.mark.parametrize("n_shared", [1, 2, 8])
+def test_updates_that_share_rows_are_correlated_by_the_share(n_shared):
+    """Each row adds the same gradient to `n_shared` successive updates, as in a pool of one batch with K = n_shared."""
+    rows = torch.randn(400 + n_shared - 1, 2000, generator=random_generator(0))
+    gradient = rows.unfold(0, n_shared, 1).sum(-1) + 3  # [400, P], with a mean that is no noise
+    found = correlations(gradient)
+    assert found[0] == 1
+    for lag in range(1, 12):
+        assert found[lag] == pytest.approx(max(0, 1 - lag / n_shared), abs=0.1)
+    expected = 1 + 2 * sum((1 - lag / 8) * (1 - lag / n_shared) for lag in range(1, n_shared))
+    assert noise_of_sum(found, 8) == pytest.approx(expected, rel=0.15)
+
+
+def test_equal_updates_are_worth_one():
+    assert noise_of_sum([1.0] * 32, 32) == pytest.approx(32)
+
+
+def test_variants_differ_in_pool_and_order_alone():
+    puma = [each for each in variants(5).values() if isinstance(each, PumaSettings)]
+    assert {each.n_stages for each in puma} == {5}
+    assert [(each.pool_batches, each.reveal_order) for each in puma] == [
+        (1, "confidence"),
+        (1, "random"),
+        (16, "confidence"),
+    ]
+
+
+def test_a_run_is_measured_and_drawn(config_file, tmp_path):
+    """Repeated rows show, and the model is that of the checkpoint."""
+    path = config_file(PUMA, "run.yaml", data__n_train=2000)
+    run_dir, out = tmp_path / "run", tmp_path / "out"
+    train.main(["--config", str(path), "--run-dir", str(run_dir)])
+    gradient_noise.main([str(run_dir), "--out", str(out)])
+    records = json.loads((out / "run/records.json").read_text())
+    assert (records["step"], records["n_stages"], records["updates"]) == (6, 5, 2 * max(WINDOWS))
+    first = {each["label"]: each["correlation"][1] for each in records["series"]}
+    assert first["one batch in the pool"] > 0.3 > 0.2 > first["uniform masks"]
+    assert abs(first["16 batches in the pool"]) < 0.2
+    page = (out / "run/README.md").read_text()
+    assert page.count("\n| ") == 6
+    assert (out / "run/curves.png").read_bytes().startswith(b"\x89PNG")
+    (out / "run/README.md").unlink()
+    gradient_noise.main([str(run_dir), "--draw", "--out", str(out)])
+    assert (out / "run/README.md").read_text() == page, "made from the records alone"
+
+
+def test_a_folder_without_a_run_ends_with_a_message(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gradient_noise.main([str(tmp_path / "nothing"), "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "nothing" in capsys.readouterr().err

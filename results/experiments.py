@@ -62,9 +62,9 @@ EXPERIMENTS = {
         (
             Arm("puma, rate 3e-4", "sudoku_puma.yaml", ONE_EPOCH),
             Arm("uniform, rate 3e-4", "sudoku_baseline.yaml", ONE_EPOCH),
-            Arm("puma, rate 1e-3", "sudoku_puma.yaml", RATE_OF_1E_3),
-            Arm("puma, rate 1e-3, pool of 16", "sudoku_puma.yaml", (*RATE_OF_1E_3, POOL_OF_16)),
-            Arm("uniform, rate 1e-3", "sudoku_baseline.yaml", RATE_OF_1E_3),
+            Arm("puma, rate 1e-3", "sudoku_puma.yaml", RATE_OF_1E_3, seeds=(0,)),
+            Arm("puma, rate 1e-3, pool of 16", "sudoku_puma.yaml", (*RATE_OF_1E_3, POOL_OF_16), seeds=(0,)),
+            Arm("uniform, rate 1e-3", "sudoku_baseline.yaml", RATE_OF_1E_3, seeds=(0,)),
         ),
         baseline="uniform, rate 3e-4",
         overrides=(
@@ -85,7 +85,6 @@ EXPERIMENTS = {
             "not mend it here. One seed each, evaluated every 5,000 updates. The runs shared cards with each other "
             "and with other work, so the seconds mean nothing. The paper has PUMA ahead."
         ),
-        seeds=(0,),
     ),
     "sudoku_mini": Experiment(
         "9x9 Sudoku on a CPU, 30 to 40 clues: PUMA and uniform masks, the same model, batch, schedule and updates",

@@ -10,9 +10,10 @@ folder.
 Definitions. The weights are those of the checkpoint and do not change, so gradients g_1 .. g_N of N successive updates
 differ by rows and masks alone; a pool first advances until all of its rows entered under these weights. With c_t = g_t
 minus the mean of all, the correlation at lag l is the mean of <c_t, c_{t+l}> over t, divided by the mean of <c_t, c_t>.
-The noise of w successive updates is their variance in units of the variance of w updates that are independent:
-1 + 2 * sum over l < w of (1 - l / w) * correlation(l). It is 1 for independent rows, and w if all updates are equal; as
-far as noise limits the learning rate, w updates are then worth w / noise.
+The noise of K successive updates is the variance of their sum in units of the variance of K independent ones:
+1 + 2 * sum over l < K of (1 - l / K) * correlation(l). It is 1 for independent updates and K for equal ones; as far as
+noise limits the learning rate, K updates of B rows are like K independent ones of B / noise rows. Since c_t is relative
+to the mean of N updates, both figures are low: 1 - K / N instead of 1.
 
 Shapes: N updates, P parameters.
 """
@@ -45,8 +46,7 @@ from runtime.machine import device_name
 from training.run import build_objective, build_run
 
 N_LAGS = 40  # in the figure
-WINDOWS = (8, 32, 64)  # of the noise, in the table
-SHOWN_LAGS = (1, 2, 4, 7, 8, 16)  # of the correlation, in the table
+SHOWN_LAGS = (1, 2, 4, 7, 8, 16)  # in the table
 DEEP_POOL = 16
 N_STAGES = 8  # K, where the run has uniform masks
 
@@ -55,7 +55,7 @@ class Series(TypedDict):
     """The correlations of one objective at lags 0, 1, ..."""
 
     label: Text
-    correlation: Annotated[list[Annotated[float, Field(ge=-2, le=2)]], Field(min_length=max(WINDOWS))]
+    correlation: Annotated[list[Annotated[float, Field(ge=-2, le=2)]], Field(min_length=N_LAGS)]
 
 
 class Records(TypedDict):
@@ -162,24 +162,24 @@ def collect(run_dir: Path, n_updates: int, records_file: Path) -> None:
 
 def report(records: dict[str, Any]) -> str:
     """README.md: the table."""
-    lags, windows = (" | ".join(map(str, each)) for each in (SHOWN_LAGS, WINDOWS))
+    n_stages = records["n_stages"]
     lines = [
         f"# How far neighbouring updates repeat each other: {records['run']}",
         "",
-        "![Correlation of the gradient's noise by the number of updates in between](curves.png)",
+        "![Correlation of the noise of two gradients by the number of updates from one to the other](curves.png)",
         "",
         f"Gradients of {records['updates']:,} successive updates of {records['batch_size']} rows under the weights of "
-        f"update {records['step']:,}, K = {records['n_stages']}. *Correlation*: of the noise of two updates, by the "
-        "number of updates between them. *Noise of n updates*: the variance of their sum, 1 if they were independent, "
-        "n if they were equal. Definitions: [gradient_noise.py](../../gradient_noise.py).",
+        f"update {records['step']:,}, K = {n_stages}. *Correlation*: of the noise of two updates, by the number of "
+        f"updates from one to the other. *Noise of {n_stages} updates*: the variance of their sum, 1 if they were "
+        f"independent, {n_stages} if they were equal. Definitions: [gradient_noise.py](../../gradient_noise.py).",
         "",
-        f"| masks | correlation at lag {lags} | noise of {windows.replace(' | ', ' updates | ')} updates |",
-        "| --- |" + " ---: |" * (len(SHOWN_LAGS) + len(WINDOWS)),
+        f"| masks | correlation at lag {' | '.join(map(str, SHOWN_LAGS))} | noise of {n_stages} updates |",
+        "| --- |" + " ---: |" * (len(SHOWN_LAGS) + 1),
     ]
     for each in records["series"]:
         values = each["correlation"]
         cells = [f"{values[lag]:.2f}" for lag in SHOWN_LAGS]
-        cells += [f"{noise_of_sum(values, window):.1f}" for window in WINDOWS]
+        cells.append(f"{noise_of_sum(values, n_stages):.1f}")
         lines.append(f"| {each['label']} | {' | '.join(cells)} |")
     made = f"`{records['command']}`, commit {records['commit']}, {records['date']}, {records['machine']}."
     return "\n".join([*lines, "", made]) + "\n"
@@ -195,7 +195,7 @@ def draw(records: dict[str, Any], out: Path) -> None:
         values = each["correlation"][: N_LAGS + 1]
         style: dict[str, Any] = {"color": COLORS[number], "marker": "osD^"[number], "markersize": 3.5, "linewidth": 1.4}
         plot.plot(range(len(values)), values, label=each["label"], **style)
-    plot.set(xlabel="updates in between", ylabel="correlation of the noise", xlim=(0, N_LAGS))
+    plot.set(xlabel="updates from one to the other", ylabel="correlation of the noise", xlim=(0, N_LAGS))
     plot.grid(alpha=0.25)
     plot.spines[["top", "right"]].set_visible(False)
     plot.legend(frameon=False)
@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
     parser = CommandParser(description="Measure how far the gradients of neighbouring updates repeat each other.")
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory of puma or uniform")
-    parser.add_argument("--updates", type=whole_number(2 * max(WINDOWS)), default=2 * max(WINDOWS), help="N")
+    parser.add_argument("--updates", type=whole_number(2 * N_LAGS), default=128, help="N")
     parser.add_argument("--draw", action="store_true", help="only the table and figure, from existing records")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gradient_noise", help="parent output folder")
     options = parser.parse_args(arguments)

@@ -12,7 +12,7 @@ from helpers import random_generator
 import train
 from config import PumaSettings
 from results import gradient_noise
-from results.gradient_noise import WINDOWS, correlations, noise_of_sum, variants
+from results.gradient_noise import correlations, noise_of_sum, variants
 
 
 @pytest.mark.parametrize("n_shared", [1, 2, 8])
@@ -49,7 +49,7 @@ def test_a_run_is_measured_and_drawn(config_file, tmp_path):
     train.main(["--config", str(path), "--run-dir", str(run_dir)])
     gradient_noise.main([str(run_dir), "--out", str(out)])
     records = json.loads((out / "run/records.json").read_text())
-    assert (records["step"], records["n_stages"], records["updates"]) == (6, 5, 2 * max(WINDOWS))
+    assert (records["step"], records["n_stages"], records["updates"]) == (6, 5, 128)
     first = {each["label"]: each["correlation"][1] for each in records["series"]}
     assert first["one batch in the pool"] > 0.3 > 0.2 > first["uniform masks"]
     assert abs(first["16 batches in the pool"]) < 0.2

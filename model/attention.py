@@ -75,15 +75,14 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 
 def project(x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
-    """Several linear maps of x [..., D], whose biases all exist or none; [..., each width].
+    """Several linear maps with biases of x [..., D]; [..., each width].
 
     Compiled code computes them by one matrix product, whose matrix is put together where it is cast to the dtype of
     autocast anyway; eager code would copy the matrices for that.
     """
     if not torch.compiler.is_compiling():
         return tuple(projection(x) for projection in projections)
-    weight = torch.cat([projection.weight for projection in projections])
-    bias = None if projections[0].bias is None else torch.cat([projection.bias for projection in projections])
+    weight, bias = (torch.cat([getattr(each, name) for each in projections]) for name in ("weight", "bias"))
     return F.linear(x, weight, bias).split([len(projection.weight) for projection in projections], dim=-1)
 
 

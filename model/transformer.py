@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import Config, ModelSettings
 from data.foreign import check_memory
-from model.attention import Attention, KeyValueCache, project, rotary_tables
+from model.attention import Attention, KeyValueCache, rotary_tables
 from model.block_mask import decoding_mask, noisy_and_clean, training_mask
 from model.token_predictions import TokenPredictions, predict_tokens
 from model.token_scores import ScoredPositions, TokenScores, score_tokens
@@ -46,8 +46,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """MLP of x [B, L, D]; [B, L, D]."""
-        gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):

@@ -6,16 +6,24 @@ import ast
 import functools
 import math
 import os
+import shutil
+import sysconfig
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from conftest import ROOT
 from torch import Tensor
 
 from config import ModelSettings
 from model.transformer import Transformer
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="torch.compile needs g++ and Python.h on a CPU",
+)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from helpers import assert_distribution, random_generator
+from helpers import assert_distribution, needs_compiler, random_generator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -226,24 +226,28 @@ def test_no_tensor_of_rows_by_length_by_vocabulary_is_made(monkeypatch: pytest.M
     assert largest.numel * 8 < n_rows * length * vocabulary
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_softmax_of_whole_chunks_equals_that_in_tiles(dtype: torch.dtype) -> None:
+def test_the_softmax_of_whole_chunks_equals_that_in_tiles(dtype: torch.dtype, compiled: bool) -> None:
     """GPUs take whole chunks, CPUs tiles; bfloat16 rounds the logits and the gradient of both."""
     hidden, head, x0, weight = random_case(vocabulary=2500)
     states, matrix, target = hidden.detach().flatten(0, 1).to(dtype), head.detach().to(dtype), x0.flatten()
     in_tiles = sizes.chunk_scorer(matrix, len(matrix), len(states), compiled=False)(states, target, weight.flatten())
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    for score_logits in (sizes._score_logits, sizes._compiled_softmax()):
-        whole = score_logits(states @ matrix.T, target, weight.flatten(), True)
-        assert in_tiles[2].dtype == whole[2].dtype == dtype
-        for ours, theirs in zip(in_tiles, whole, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=1e-5)
+    score_logits = sizes._compiled_softmax() if compiled else sizes._score_logits
+    whole = score_logits(states @ matrix.T, target, weight.flatten(), True)
+    assert in_tiles[2].dtype == whole[2].dtype == dtype
+    for ours, theirs in zip(in_tiles, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=1e-5)
 
 
 # Not ("compiled", 0.9999): compiled for a CPU it adds token after token, so that small terms vanish beside a sum of 1.
 @pytest.mark.parametrize(
     ("way", "probability"),
-    [*product(["whole", "tiles"], [0.5, 0.99, 0.999, 0.9999]), *product(["compiled"], [0.5, 0.99, 0.999])],
+    [
+        *product(["whole", "tiles"], [0.5, 0.99, 0.999, 0.9999]),
+        *(pytest.param("compiled", probability, marks=needs_compiler) for probability in (0.5, 0.99, 0.999)),
+    ],
 )
 def test_the_gradient_at_the_true_token_survives_bfloat16(way: str, probability: float) -> None:
     """It is weight * (p - 1), which cancels in bfloat16: rounded only afterwards, it has an error of 2^-8."""

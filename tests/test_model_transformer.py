@@ -8,7 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from helpers import model_settings, random_generator, random_model
+from helpers import model_settings, needs_compiler, random_generator, random_model
 from torch import Tensor
 
 from config import ModelSettings
@@ -357,6 +357,25 @@ def test_the_compiled_pass_serves_training_alone(monkeypatch: pytest.MonkeyPatch
     trained = model.train()(xt, xt, weight).loss
     assert calls.count(model.model._compute) == 1
     torch.testing.assert_close(trained, evaluated)
+
+
+@needs_compiler
+def test_compiled_updates_learn_the_same() -> None:
+    """With one product for query, key and value, here of different widths and with biases that are not 0."""
+    model = random_model(num_attention_heads=4, num_key_value_heads=2, learned_positions=9).train()
+    xt, weight = random_tokens(4, 9), torch.full((4, 9), 1 / 36)
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            model.model.compile_training()
+        scores = model(xt, xt, weight)
+        found.append((scores.loss, *torch.autograd.grad(scores.loss, list(model.parameters()))))
+    for eager, compiled_one in zip(*found, strict=True):
+        torch.testing.assert_close(compiled_one, eager, rtol=1e-4, atol=1e-6)
+    biases = [
+        own for (name, _), own in zip(model.named_parameters(), found[0][1:], strict=True) if "v_proj.bias" in name
+    ]
+    assert all(bias.abs().max() > 1e-3 for bias in biases)
 
 
 def test_recomputed_blocks_keep_less_and_learn_the_same() -> None:

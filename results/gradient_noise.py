@@ -66,6 +66,7 @@ class Records(TypedDict):
     commit: Text
     date: Text
     run: Text
+    settings: Text
     step: int
     updates: int
     n_stages: int
@@ -151,6 +152,7 @@ def collect(run_dir: Path, n_updates: int, records_file: Path) -> None:
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "run": run_dir.name,
+        "settings": f"objective {settings.name}, rate {training.learning_rate:g}, seed {training.seed}",
         "step": checkpoint.step,
         "updates": n_updates,
         "n_stages": n_stages,
@@ -169,9 +171,10 @@ def report(records: dict[str, Any]) -> str:
         "![Correlation of the noise of two gradients by the number of updates from one to the other](curves.png)",
         "",
         f"Gradients of {records['updates']:,} successive updates of {records['batch_size']} rows under the weights of "
-        f"update {records['step']:,}, K = {n_stages}. *Correlation*: of the noise of two updates, by the number of "
-        f"updates from one to the other. *Noise of {n_stages} updates*: the variance of their sum, 1 if they were "
-        f"independent, {n_stages} if they were equal. Definitions: [gradient_noise.py](../../gradient_noise.py).",
+        f"update {records['step']:,} of the run ({records['settings']}), K = {n_stages}. *Correlation*: of the noise "
+        f"of two updates, by the number of updates from one to the other. *Noise of {n_stages} updates*: the variance "
+        f"of their sum, 1 if they were independent, {n_stages} if they were equal; how large that of one update is "
+        "differs between masks and is not compared. Definitions: [gradient_noise.py](../../gradient_noise.py).",
         "",
         f"| masks | correlation at lag {' | '.join(map(str, SHOWN_LAGS))} | noise of {n_stages} updates |",
         "| --- |" + " ---: |" * (len(SHOWN_LAGS) + 1),

@@ -173,8 +173,8 @@ def report(records: dict[str, Any]) -> str:
         f"Gradients of {records['updates']:,} successive updates of {records['batch_size']} rows under the weights of "
         f"update {records['step']:,} of the run ({records['settings']}), K = {n_stages}. *Correlation*: of the noise "
         f"of two updates, by the number of updates from one to the other. *Noise of {n_stages} updates*: the variance "
-        f"of their sum, 1 if they were independent, {n_stages} if they were equal; how large that of one update is "
-        "differs between masks and is not compared. Definitions: [gradient_noise.py](../../gradient_noise.py).",
+        f"of their sum, 1 if they were independent, {n_stages} if they were equal; the variance of one "
+        "update differs between masks and is not compared. Definitions: [gradient_noise.py](../../gradient_noise.py).",
         "",
         f"| masks | correlation at lag {' | '.join(map(str, SHOWN_LAGS))} | noise of {n_stages} updates |",
         "| --- |" + " ---: |" * (len(SHOWN_LAGS) + 1),

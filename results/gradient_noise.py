@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,14 +35,14 @@ from config import PumaSettings, UniformSettings
 from data.files import write_text
 from data.foreign import CommandParser, ends_with_message, whole_number
 from data.stream import SequenceStream
-from model.transformer import Transformer
+from model.transformer import Transformer, build_model
 from objective import Objective
-from results.run import ROOT, Text, check_folder, commit, read_records
+from results.run import ROOT, Provenance, Text, check_folder, provenance, provenance_in_words, read_records
 from runtime.checkpoint import find_checkpoint
 from runtime.distributed import autocast, autocast_dtype, start_world
 from runtime.figures import COLORS
 from runtime.machine import device_name
-from training.run import build_objective, build_run
+from training.run import build_objective
 
 N_LAGS = 40  # in the figure
 SHOWN_LAGS = (1, 2, 4, 7, 8, 16)  # in the table
@@ -58,13 +57,9 @@ class Series(TypedDict):
     correlation: Annotated[list[Annotated[float, Field(ge=-2, le=2)]], Field(min_length=N_LAGS)]
 
 
-class Records(TypedDict):
+class Records(Provenance):
     """Content of records.json."""
 
-    command: Text
-    machine: Text
-    commit: Text
-    date: Text
     run: Text
     settings: Text
     step: int
@@ -104,10 +99,7 @@ def gradients(model: Transformer, objective: Objective, dtype: torch.dtype | Non
         objective.end_step()
         objective.prefetch()
         if measured:
-            flat = [
-                each.grad.flatten() if each.grad is not None else each.new_zeros(each.numel()) for each in parameters
-            ]
-            found.append(torch.cat(flat).cpu())
+            found.append(torch.cat([each.grad.flatten() for each in parameters if each.grad is not None]).cpu())
             model.zero_grad()
     return torch.stack(found)
 
@@ -137,20 +129,17 @@ def collect(run_dir: Path, n_updates: int, records_file: Path) -> None:
         raise ValueError(f"{run_dir}: objective.name {settings.name!r} must be puma or uniform")
     n_stages = settings.n_stages_at(checkpoint.step) if isinstance(settings, PumaSettings) else N_STAGES
     train, world = config.open_data().train, start_world(training.device)
-    model = build_run(config, world, run_dir, train, resuming=True).model
+    model = build_model(config).to(world.device).train()
     model.load_weights(checkpoint.weights("model") or {})
     dtype, series = autocast_dtype(training.precision, world.device), []
     for label, each in variants(n_stages).items():
         objective = build_objective(each, training, SequenceStream(train, training.seed), train.mask_id, world.device)
         # At most K visits of each row, and once more: the first rows enter a pool that is not yet in its steady state.
         n_before = 2 * n_stages * each.pool_batches if isinstance(each, PumaSettings) else 0
-        found = correlations(gradients(model.train(), objective, dtype, n_updates, n_before))
+        found = correlations(gradients(model, objective, dtype, n_updates, n_before))
         series.append({"label": label, "correlation": [round(value, 4) for value in found]})
     records = {
-        "command": f"python -m results.gradient_noise {run_dir} --updates {n_updates}",
-        "machine": device_name(world.device),
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        **provenance(f"python -m results.gradient_noise {run_dir} --updates {n_updates}", device_name(world.device)),
         "run": run_dir.name,
         "settings": f"objective {settings.name}, rate {training.learning_rate:g}, seed {training.seed}",
         "step": checkpoint.step,
@@ -184,8 +173,7 @@ def report(records: dict[str, Any]) -> str:
         cells = [f"{values[lag]:.2f}" for lag in SHOWN_LAGS]
         cells.append(f"{noise_of_sum(values, n_stages):.1f}")
         lines.append(f"| {each['label']} | {' | '.join(cells)} |")
-    made = f"`{records['command']}`, commit {records['commit']}, {records['date']}, {records['machine']}."
-    return "\n".join([*lines, "", made]) + "\n"
+    return "\n".join([*lines, "", f"{provenance_in_words(records)}."]) + "\n"
 
 
 def draw(records: dict[str, Any], out: Path) -> None:

@@ -43,7 +43,6 @@ import json
 import shlex
 import warnings
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
 from math import comb
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -62,7 +61,7 @@ from data.foreign import CommandParser, ends_with_message
 from model.transformer import Transformer
 from objective import Objective
 from progressive import PumaObjective, stage_of
-from results.run import ROOT, Number, Share, Text, commit, read_records
+from results.run import ROOT, Number, Provenance, Share, Text, provenance, provenance_in_words, read_records
 from runtime.checkpoint import Checkpoint, open_checkpoint, step_folders
 from runtime.distributed import World, autocast, autocast_dtype, start_world
 from runtime.figures import COLORS
@@ -100,15 +99,6 @@ class Point(TypedDict):
     rows_right: Share
     tokens_right: Share
     stages: Annotated[list[Stage], Field(min_length=N_STAGES, max_length=N_STAGES)]
-
-
-class Provenance(TypedDict):
-    """How something was measured."""
-
-    command: Text
-    machine: Text
-    commit: Text
-    date: Text
 
 
 class MeasuredRun(TypedDict):
@@ -313,14 +303,9 @@ def collect(run_dirs: Sequence[Path], n_rows: int, seed: int, records_file: Path
                 f"{earlier['seed']}: use the same, name that run too, or choose another --out"
             )
     checkpoints = {run_dir: readable_checkpoints(run_dir) for run_dir in run_dirs}
-    records: dict[str, Any] = {
-        "command": f"python -m results.mask_distance {shlex.join(map(str, run_dirs))} --rows {n_rows} --seed {seed}",
-        "rows": n_rows,
-        "seed": seed,
-        "machine": device_name(start_world("auto").device),
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
+    command = f"python -m results.mask_distance {shlex.join(map(str, run_dirs))} --rows {n_rows} --seed {seed}"
+    facts = provenance(command, device_name(start_world("auto").device))
+    records: dict[str, Any] = {**facts, "rows": n_rows, "seed": seed}
     for run_dir, own in checkpoints.items():
         config = own[-1].config()
         run = {"label": run_dir.name, "masks": describe(config), "config": config.model_dump(mode="json")}
@@ -410,10 +395,6 @@ def _by_stage(run: dict[str, Any]) -> Iterator[str]:
         yield f"| {run['label']}: within {DRAWN_SWAPS} swaps, %, {tokens} | {' | '.join(cells)} |"
 
 
-def _provenance(facts: dict[str, Any]) -> str:
-    return f"`{facts['command']}`, commit {facts['commit']}, {facts['date']}, {facts['machine']}"
-
-
 def report(records: dict[str, Any]) -> str:
     """README.md: what was measured, over training and by stage."""
     runs = records["runs"]
@@ -443,9 +424,9 @@ def report(records: dict[str, Any]) -> str:
         "| --- |" + " ---: |" * N_STAGES,
         *(line for run in runs for line in _by_stage(run)),
         "",
-        f"{_provenance(records)}. 'Solved' is the share of these training rows that the sampler fills without an "
-        f"error. Random masks in the figure have the counts of the rows of {runs[0]['label']}.",
-        *(f"\nEarlier: {run['label']}, {_provenance(run['measured'])}." for run in runs if "measured" in run),
+        f"{provenance_in_words(records)}. 'Solved' is the share of these training rows that the sampler fills without "
+        f"an error. Random masks in the figure have the counts of the rows of {runs[0]['label']}.",
+        *(f"\nEarlier: {run['label']}, {provenance_in_words(run['measured'])}." for run in runs if "measured" in run),
     ]
     return "\n".join(lines) + "\n"
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -319,6 +320,26 @@ def read_records(path: Path, kind: Any = Records) -> dict[str, Any]:
 def commit() -> str:
     """The commit of the checkout, with `-dirty` if files are modified."""
     return git("describe", "--always", "--dirty", "--exclude=*") or "unknown"
+
+
+class Provenance(TypedDict):
+    """How something was measured."""
+
+    command: Text
+    machine: Text
+    commit: Text
+    date: Text
+
+
+def provenance(command: str, machine: str) -> Provenance:
+    """That of a measurement with this checkout, today."""
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    return {"command": command, "machine": machine, "commit": commit(), "date": date}
+
+
+def provenance_in_words(facts: Any) -> str:
+    """A `Provenance` for a page."""
+    return f"`{facts['command']}`, commit {facts['commit']}, {facts['date']}, {facts['machine']}"
 
 
 def runs_by_arm(records: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -311,7 +311,17 @@ EXPERIMENTS = {
                 (POOL_OF_16,),
                 starts_from="autoregressive",
             ),
-            Arm("puma from random weights", "tinygsm_mini_hard_puma.yaml", ("training.max_steps=1500",), seeds=(0,)),
+            *(
+                Arm(
+                    f"{name} from AR, rate {rate}",
+                    "tinygsm_mini_hard_puma_from_arm.yaml",
+                    (f"training.learning_rate={rate}", f"objective.name={name}"),
+                    seeds=(0,),
+                    starts_from="autoregressive",
+                )
+                for rate in ("2.0e-3", "5.0e-4")
+                for name in ("puma", "uniform")
+            ),
         ),
         baseline="uniform from AR",
         note=(
@@ -388,7 +398,7 @@ EXPERIMENTS = {
         targets=(0.5, 0.9),
     ),
     "addition_rates": Experiment(
-        "Addition, units first, at lower learning rates than 2e-3: PUMA, its pool and order, and uniform masks",
+        "Addition at lower learning rates than 2e-3: PUMA, its pool and order, and uniform masks",
         tuple(
             Arm(f"{name}, rate {rate}", f"addition_{file}.yaml", (f"training.learning_rate={rate}", *overrides))
             for name, file, rate, overrides in (
@@ -401,6 +411,8 @@ EXPERIMENTS = {
                 ("puma, tau 0.9", "puma", "1.0e-3", ("objective.collapse_threshold=0.9",)),
                 ("puma", "puma", "5.0e-4", ()),
                 ("uniform", "baseline", "5.0e-4", ()),
+                ("puma, highest first", "puma", "1.0e-3", ("data.order=most_first",)),
+                ("uniform, highest first", "baseline", "1.0e-3", ("data.order=most_first",)),
             )
         ),
         baseline="uniform, rate 1.0e-3",
@@ -419,6 +431,13 @@ EXPERIMENTS = {
             "are not comparable: runs shared the machine."
         ),
         overrides=("data.order=least_first", "training.max_steps=1500"),
+        targets=(0.5, 0.9),
+    ),
+    "addition_20_digits": Experiment(
+        "Addition of numbers of up to 20 digits, units first: PUMA and uniform masks",
+        (Arm("puma", "addition_puma.yaml"), Arm("uniform", "addition_baseline.yaml")),
+        baseline="uniform",
+        overrides=("data.max_digits=20", "model.learned_positions=63"),
         targets=(0.5, 0.9),
     ),
 }

@@ -13,7 +13,8 @@ minus the mean of all, the correlation at lag l is the mean of <c_t, c_{t+l}> ov
 The noise of K successive updates is the variance of their sum in units of the variance of K independent ones:
 1 + 2 * sum over l < K of (1 - l / K) * correlation(l). It is 1 for independent updates and K for equal ones; as far as
 noise limits the learning rate, K updates of B rows are like K independent ones of B / noise rows. Since c_t is relative
-to the mean of N updates, both figures are low: 1 - K / N instead of 1.
+to the mean of N updates, both figures are low: a noise n is measured as (n - K V) / (1 - V), where V is the variance of
+that mean in units of the variance of one update, 1 / N for independent ones and more for others.
 
 Shapes: N updates, P parameters.
 """
@@ -37,10 +38,10 @@ from data.foreign import CommandParser, ends_with_message, whole_number
 from data.stream import SequenceStream
 from model.transformer import Transformer, build_model
 from objective import Objective
-from results.run import ROOT, Provenance, Text, check_folder, provenance, provenance_in_words, read_records
+from results.records import ROOT, Provenance, Text, check_folder, provenance, provenance_in_words, read_records
 from runtime.checkpoint import find_checkpoint
 from runtime.distributed import autocast, autocast_dtype, start_world
-from runtime.figures import COLORS
+from runtime.figures import COLORS, set_grid
 from runtime.machine import device_name
 from training.run import build_objective
 
@@ -187,8 +188,7 @@ def draw(records: dict[str, Any], out: Path) -> None:
         style: dict[str, Any] = {"color": COLORS[number], "marker": "osD^"[number], "markersize": 3.5, "linewidth": 1.4}
         plot.plot(range(len(values)), values, label=each["label"], **style)
     plot.set(xlabel="updates from one to the other", ylabel="correlation of the noise", xlim=(0, N_LAGS))
-    plot.grid(alpha=0.25)
-    plot.spines[["top", "right"]].set_visible(False)
+    set_grid(plot, integers=True)
     plot.legend(frameon=False)
     figure.savefig(out, dpi=110)
 

@@ -61,7 +61,17 @@ from data.foreign import CommandParser, ends_with_message
 from model.transformer import Transformer
 from objective import Objective
 from progressive import PumaObjective, stage_of
-from results.run import ROOT, Number, Provenance, Share, Text, provenance, provenance_in_words, read_records
+from results.records import (
+    ROOT,
+    Number,
+    Provenance,
+    Share,
+    Text,
+    provenance,
+    provenance_in_words,
+    read_note,
+    read_records,
+)
 from runtime.checkpoint import Checkpoint, open_checkpoint, step_folders
 from runtime.distributed import World, autocast, autocast_dtype, start_world
 from runtime.figures import COLORS
@@ -116,7 +126,6 @@ class Records(Provenance):
 
     rows: int
     seed: int
-    note: NotRequired[str]  # written by hand: how the runs were trained, and what the figures show
     runs: Annotated[list[MeasuredRun], Field(min_length=1)]
 
 
@@ -283,7 +292,7 @@ def collect(run_dirs: Sequence[Path], n_rows: int, seed: int, records_file: Path
     """Measure all checkpoints of the runs; write the records, with command, commit and machine, after each.
 
     Checkpoints that `records_file` has with the same settings, commit, number of rows and seed are not measured again.
-    Its note and its other runs stay.
+    Its other runs stay.
 
     Raises:
         ValueError: a run cannot be measured, or not beside those of `records_file`; the message names it.
@@ -313,7 +322,6 @@ def collect(run_dirs: Sequence[Path], n_rows: int, seed: int, records_file: Path
         is_same = other and all(other[key] == run[key] for key in run) and same_rows
         known = other["points"] if other and is_same and other["measured"]["commit"] == records["commit"] else []
         runs[run_dir.name] = run | {"points": [point for point in known if point["step"] in steps]}
-    records |= {"note": earlier["note"]} if "note" in earlier else {}
 
     def write() -> None:
         shown = [run for run in runs.values() if run["points"]]  # the others come when they have been measured
@@ -395,15 +403,14 @@ def _by_stage(run: dict[str, Any]) -> Iterator[str]:
         yield f"| {run['label']}: within {DRAWN_SWAPS} swaps, %, {tokens} | {' | '.join(cells)} |"
 
 
-def report(records: dict[str, Any]) -> str:
-    """README.md: what was measured, over training and by stage."""
+def report(records: dict[str, Any], note: list[str]) -> str:
+    """README.md: what was measured, over training and by stage, and a note (`read_note`)."""
     runs = records["runs"]
     swaps = " / ".join(map(str, SWAPS))
     lines = ["# How far the masks of training are from the masks that the sampler visits", ""]
     lines += ["![Distance from the sampler's masks, over training and by stage](curves.png)", ""]
-    if "note" in records:
-        lines += [records["note"], ""]
     lines += [
+        *note,
         "The mask of a training row is compared with the mask of the same count that the sampler visits on that row: "
         "the distance is the number of positions to swap. The relative distance is 0 for the sampler's own masks and 1 "
         "for random masks. *Own tokens*: the sampler writes the tokens that the model predicts. *True tokens*: it "
@@ -507,7 +514,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not records_file.exists():
             raise ValueError(f"{records_file} is missing: name run directories to measure")
         records = read_records(records_file, Records)
-        write_text(options.out / "README.md", report(records))
+        write_text(options.out / "README.md", report(records, read_note(options.out)))
         draw(records, options.out / "curves.png")
         print(f"wrote {options.out}/README.md")
 

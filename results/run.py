@@ -5,8 +5,9 @@
     python -m results.run sudoku_mini --draw           # only the table and figure, from existing records
 
 The output is records.json, README.md and curves.png in results/EXPERIMENT/. Table and figure are made only from the
-records. Run directories are in runs/results/EXPERIMENT/. Interrupted runs are resumed. Runs that are complete, in a run
-directory or in the records, are not repeated, so an experiment can be continued on another machine.
+records; what is written by hand is in note.md there. Run directories are in runs/results/EXPERIMENT/. Interrupted runs
+are resumed. Runs that are complete, in a run directory or in the records, are not repeated, so an experiment can be
+continued on another machine.
 """
 
 from __future__ import annotations
@@ -21,32 +22,27 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 from tqdm import tqdm
 from typing_extensions import NotRequired, TypedDict
 
 from data.files import write_text
-from data.foreign import MAX_INTEGER, CommandParser, ends_with_message, read_text, reading, shorten, whole_number
+from data.foreign import MAX_INTEGER, CommandParser, ends_with_message, shorten, whole_number
 from report.curves import RUN_AXES, Curve, accuracy_points, mean_and_range, plot_accuracy, rules_of, target_table
-from results.experiments import EXPERIMENTS, Arm, Experiment
+from results.experiments import EXPERIMENTS, Experiment, Variant
+from results.records import ROOT, Number, Share, Text, check_folder, read_note, read_records
 from runtime.config_file import changed_settings, read_config
 from runtime.final import read_final
-from runtime.history import git, read_history
+from runtime.history import read_history
 from runtime.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
 POLL_S = 0.5
 N_COLUMNS = 10  # at most, in the table of accuracy by update
 WIDTH = 12.0  # of the figure, inches
 LEGEND_LINE, LEGEND_LETTER = 0.8, 0.08  # inches that a label needs in the legend, besides and for each letter
-
-Number = Annotated[float | int, Field(ge=0, le=1e100)]  # larger ones overflow in the library that draws
-Text = Annotated[str, Field(max_length=1000)]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Point(TypedDict):
@@ -83,7 +79,7 @@ class Final(TypedDict):
 class RecordedRun(TypedDict):
     """One run in the records."""
 
-    arm: Annotated[str, Field(max_length=200)]
+    variant: Annotated[str, Field(max_length=200)]
     seed: int
     settings: Text
     commit: Text
@@ -104,7 +100,7 @@ class Records(TypedDict):
 class Task:
     """One run of an experiment."""
 
-    arm: Arm
+    variant: Variant
     seed: int
     run_dir: Path
     config: Path
@@ -114,7 +110,7 @@ class Task:
     @property
     def key(self) -> tuple[str, int]:
         """Label and seed, by which records name a run."""
-        return self.arm.label, self.seed
+        return self.variant.label, self.seed
 
     @property
     def all_overrides(self) -> list[str]:
@@ -130,7 +126,7 @@ class Task:
     @property
     def settings(self) -> str:
         """What identifies the run in the records: its YAML file, overrides and the run that it starts from."""
-        start = [f"model.init_from=RUN of {self.arm.starts_from!r}"] if self.needs else []
+        start = [f"model.init_from=RUN of {self.variant.starts_from!r}"] if self.needs else []
         return " ".join([f"--config yaml_files/{self.config.name}", *self.overrides, *start])
 
     @property
@@ -152,12 +148,19 @@ def tasks_of(experiment: Experiment, folder: Path, run_overrides: list[str]) -> 
     def run_dir(label: str, seed: int) -> Path:
         return folder.resolve() / f"{re.sub(r'[^a-z0-9]+', '_', label.lower())}_seed{seed}"
 
-    runs = [(arm, seed) for seed in experiment.seeds for arm in experiment.arms if seed in (arm.seeds or [seed])]
+    runs = [
+        (variant, seed)
+        for seed in experiment.seeds
+        for variant in experiment.variants
+        if seed in (variant.seeds or [seed])
+    ]
     tasks = []
-    for arm, seed in sorted(runs, key=lambda run: run[0].seeds is not None):
-        overrides = [*experiment.overrides, *arm.overrides, f"training.seed={seed}", *run_overrides]
-        needs = run_dir(arm.starts_from, seed) if arm.starts_from else None
-        tasks.append(Task(arm, seed, run_dir(arm.label, seed), ROOT / "yaml_files" / arm.config, overrides, needs))
+    for variant, seed in sorted(runs, key=lambda run: run[0].seeds is not None):
+        overrides = [*experiment.overrides, *variant.overrides, f"training.seed={seed}", *run_overrides]
+        needs = run_dir(variant.starts_from, seed) if variant.starts_from else None
+        tasks.append(
+            Task(variant, seed, run_dir(variant.label, seed), ROOT / "yaml_files" / variant.config, overrides, needs)
+        )
     return tasks
 
 
@@ -175,8 +178,8 @@ def check_settings(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, 
         config, run_config = read_config(task.config, task.all_overrides), task.run_dir / "config.yaml"
         if config.training.seed != task.seed:
             raise ValueError(
-                f"training.seed={config.training.seed}: would replace seed {task.seed} of {task.arm.label!r}; leave it "
-                "out, or change the seeds of the experiment in results/experiments.py"
+                f"training.seed={config.training.seed}: would replace seed {task.seed} of {task.variant.label!r}; "
+                "leave it out, or change the seeds of the experiment in results/experiments.py"
             )
         if run_config.exists() and (differences := changed_settings(read_config(run_config), config)):
             lines = "\n".join(f"  {line}" for line in differences)
@@ -184,17 +187,9 @@ def check_settings(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, 
         record = recorded.get(task.key)
         if record and record["settings"] != task.settings:
             raise ValueError(
-                f"{records_file} has {task.arm.label!r}, seed {task.seed}, with other settings: delete that entry or "
-                f"choose another --out\n  {record['settings']}\n  {task.settings}"
+                f"{records_file} has {task.variant.label!r}, seed {task.seed}, with other settings: delete that entry "
+                f"or choose another --out\n  {record['settings']}\n  {task.settings}"
             )
-
-
-def check_folder(path: Path, option: str) -> None:
-    """Raise ValueError, before any work is done, if `path` is no folder and none can be created there."""
-    existing = next(each for each in (path, *path.absolute().parents) if each.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        where = f"{option} {path}" + (f": {existing}" if existing != path else "")
-        raise ValueError(f"{where} is not a folder that can be written: name another")
 
 
 def tasks_to_run(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, Any]]) -> list[Task]:
@@ -224,7 +219,7 @@ def run_all(tasks: list[Task], n_jobs: int, budget_s: float | None) -> bool:
                         break
                     waiting.remove(task)
                     running[start(task)] = task
-                    bar.set_postfix_str(", ".join(f"{each.arm.label} {each.seed}" for each in running.values()))
+                    bar.set_postfix_str(", ".join(f"{each.variant.label} {each.seed}" for each in running.values()))
                 if not running:  # what is left starts from runs that failed
                     break
                 time.sleep(POLL_S)
@@ -265,7 +260,7 @@ def recorded_runs(records_file: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """The runs in a records file by label and seed; empty if there is no file."""
     if not records_file.exists():
         return {}
-    return {(run["arm"], run["seed"]): run for run in read_records(records_file)["runs"]}
+    return {(run["variant"], run["seed"]): run for run in read_records(records_file, Records)["runs"]}
 
 
 def collect(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, Any]]) -> list[dict[str, Any]]:
@@ -283,12 +278,12 @@ def collect(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, Any]]) 
         if old and (not points or (old["final"] and not final) or (old["points"], old["final"]) == (points, final)):
             runs.append(old)
         elif points:
-            facts = {"arm": task.arm.label, "seed": task.seed, "settings": task.settings}
-            runs.append(facts | _provenance(task.run_dir) | {"final": final, "points": points})
+            facts = {"variant": task.variant.label, "seed": task.seed, "settings": task.settings}
+            runs.append(facts | _origin(task.run_dir) | {"final": final, "points": points})
     return runs
 
 
-def _provenance(run_dir: Path) -> dict[str, str]:
+def _origin(run_dir: Path) -> dict[str, str]:
     """Commit, date and machine of the last process that worked on a run."""
     last = (read_history(run_dir) or [{}])[-1]
     hardware = last.get("hardware") or {}
@@ -310,49 +305,17 @@ def _final(run_dir: Path) -> dict[str, Any] | None:
     return figures | {"n": result["n"], "groups": groups}
 
 
-def read_records(path: Path, kind: Any = Records) -> dict[str, Any]:
-    """The records of a `kind` (a TypedDict) in a file; ValueError if they cannot be drawn."""
-    remedy = "repair or delete it, or choose another --out" if path.exists() else "run the experiment without --draw"
-    with reading(f"{path}", remedy):
-        return dict(TypeAdapter(kind).validate_json(read_text(path)))
-
-
-def commit() -> str:
-    """The commit of the checkout, with `-dirty` if files are modified."""
-    return git("describe", "--always", "--dirty", "--exclude=*") or "unknown"
-
-
-class Provenance(TypedDict):
-    """How something was measured."""
-
-    command: Text
-    machine: Text
-    commit: Text
-    date: Text
-
-
-def provenance(command: str, machine: str) -> Provenance:
-    """That of a measurement with this checkout, today."""
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    return {"command": command, "machine": machine, "commit": commit(), "date": date}
-
-
-def provenance_in_words(facts: Any) -> str:
-    """A `Provenance` for a page."""
-    return f"`{facts['command']}`, commit {facts['commit']}, {facts['date']}, {facts['machine']}"
-
-
-def runs_by_arm(records: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def runs_by_variant(records: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Runs by the label of their variant, in order: the complete ones, or all if none is complete."""
-    arms: dict[str, list[dict[str, Any]]] = {}
+    variants: dict[str, list[dict[str, Any]]] = {}
     for run in records["runs"]:
-        arms.setdefault(run["arm"], []).append(run)
-    return {label: [run for run in runs if run["final"]] or runs for label, runs in arms.items()}
+        variants.setdefault(run["variant"], []).append(run)
+    return {label: [run for run in runs if run["final"]] or runs for label, runs in variants.items()}
 
 
 def curves_of(records: dict[str, Any]) -> list[Curve]:
-    """A curve per run of `runs_by_arm`."""
-    return [Curve(label, "", run["points"]) for label, runs in runs_by_arm(records).items() for run in runs]
+    """A curve per run of `runs_by_variant`."""
+    return [Curve(label, "", run["points"]) for label, runs in runs_by_variant(records).items() for run in runs]
 
 
 def axes_of(experiment: Experiment) -> tuple[str, ...]:
@@ -360,10 +323,9 @@ def axes_of(experiment: Experiment) -> tuple[str, ...]:
     return tuple(axis for axis in RUN_AXES if axis != "seconds" or experiment.seconds_comparable)
 
 
-def report(experiment: Experiment, records: dict[str, Any]) -> str:
-    """README.md of the experiment, from its records."""
-    lines = [f"# {experiment.question}", ""]
-    lines += [experiment.note, ""] if experiment.note else []
+def report(experiment: Experiment, records: dict[str, Any], note: list[str]) -> str:
+    """README.md of the experiment, from its records and a note (`read_note`)."""
+    lines = [f"# {experiment.question}", "", *note]
     lines += ["![Accuracy of each setting](curves.png)", ""]
     lines += [*_final_table(records), ""]
     for target in experiment.targets:
@@ -389,7 +351,7 @@ def _final_table(records: dict[str, Any]) -> list[str]:
         "| at the end | seeds | solved, % | of | updates | distinct sequences | seconds |",
         "| --- |" + " ---: |" * 6,
     ]
-    for label, runs in runs_by_arm(records).items():
+    for label, runs in runs_by_variant(records).items():
         complete = [run for run in runs if run["final"]]
         solved = mean_and_range([100 * run["final"]["accuracy"] for run in complete], ".1f")
         n = ", ".join(sorted({f"{run['final']['n']:,}" for run in complete})) or "-"
@@ -404,10 +366,10 @@ def _final_table(records: dict[str, Any]) -> list[str]:
 def _progress_table(records: dict[str, Any]) -> list[str]:
     """Accuracy by update; as in the figure, only updates that all seeds have."""
     steps = sorted({point["step"] for run in records["runs"] for point in run["points"]})
-    steps = steps[len(steps) % -(-len(steps) // N_COLUMNS) :: -(-len(steps) // N_COLUMNS)] if steps else []
+    steps = steps[:: -max(1, math.ceil(len(steps) / N_COLUMNS))][::-1]  # the last one included
     lines = [f"| solved, %, after updates | {' | '.join(f'{step:,}' for step in steps)} |"]
     lines.append("| --- |" + " ---: |" * len(steps))
-    for label, runs in runs_by_arm(records).items():
+    for label, runs in runs_by_variant(records).items():
         by_step = [{point["step"]: 100 * point["accuracy"] for point in run["points"]} for run in runs]
         cells = [
             mean_and_range([seed[step] for seed in by_step] if all(step in seed for seed in by_step) else [], ".0f")
@@ -418,46 +380,50 @@ def _progress_table(records: dict[str, Any]) -> list[str]:
 
 
 def _difficulty_table(records: dict[str, Any]) -> list[str]:
-    """Accuracy by difficulty after the last update, for each measure of difficulty; empty if there is none."""
+    """Accuracy by difficulty after the last update, for each measure of difficulty; empty if there is none.
+
+    A cell is empty unless all complete runs of the variant have that group.
+    """
     lines = []
     groups = [group for run in records["runs"] if run["final"] for group in run["final"]["groups"]]
     for by in dict.fromkeys(group["by"] for group in groups):
         values = sorted({group["value"] for group in groups if group["by"] == by})
-        n = {group["value"]: group["n"] for group in groups if group["by"] == by}
+        n = {
+            value: sorted({group["n"] for group in groups if (group["by"], group["value"]) == (by, value)})
+            for value in values
+        }
         lines += ["", f"| solved, %, by {by.replace('_', ' ')} | {' | '.join(f'{value:g}' for value in values)} |"]
         lines += [
             "| --- |" + " ---: |" * len(values),
-            f"| questions | {' | '.join(f'{n[value]:,}' for value in values)} |",
+            f"| questions | {' | '.join(' or '.join(f'{count:,}' for count in n[value]) for value in values)} |",
         ]
-        for label, runs in runs_by_arm(records).items():
+        for label, runs in runs_by_variant(records).items():
             finals = [run["final"] for run in runs if run["final"]]
-            cells = [
-                mean_and_range(
-                    [
-                        100 * group["accuracy"]
-                        for final in finals
-                        for group in final["groups"]
-                        if (group["by"], group["value"]) == (by, value)
-                    ],
-                    ".0f",
-                )
-                for value in values
-            ]
+            cells = []
+            for value in values:
+                found = [
+                    100 * group["accuracy"]
+                    for final in finals
+                    for group in final["groups"]
+                    if (group["by"], group["value"]) == (by, value)
+                ]
+                cells.append(mean_and_range(found if len(found) == len(finals) else [], ".0f"))
             lines.append(f"| {label} | {' | '.join(cells)} |")
     return lines
 
 
 def _run_table(records: dict[str, Any]) -> list[str]:
     """Settings, commit, date and machine of every run."""
-    lines = ["| setting | seed | solved, % (95% interval) | seconds | settings | commit | date | machine |"]
-    lines.append("| --- | ---: | ---: | ---: | --- | --- | --- | --- |")
+    lines = ["| setting | seed | solved, % (95% interval) | of | seconds | settings | commit | date | machine |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | --- | --- | --- | --- |")
     for run in records["runs"]:
-        final, solved = run["final"], "not finished"
+        final, solved, n = run["final"], "not finished", "-"
         if final:
+            n = f"{final['n']:,}"
             solved = f"{100 * final['accuracy']:.1f} ({100 * final['low']:.1f} to {100 * final['high']:.1f})"
         lines.append(
-            f"| {run['arm']} | {run['seed']} | {solved} | {run['points'][-1]['seconds']:,.0f} | `{run['settings']}` | "
-            f"{run['commit']} | {run['date']} | {run['machine']} |"
+            f"| {run['variant']} | {run['seed']} | {solved} | {n} | {run['points'][-1]['seconds']:,.0f} | "
+            f"`{run['settings']}` | {run['commit']} | {run['date']} | {run['machine']} |"
         )
     return lines
 
@@ -469,7 +435,7 @@ def draw(experiment: Experiment, records: dict[str, Any], out: Path) -> None:
     axes = axes_of(experiment)
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     plots = figure.subplots(1, len(axes), sharey=True)
-    shown = [curve for curve in curves_of(records) if curve.setting in (experiment.shown or runs_by_arm(records))]
+    shown = [curve for curve in curves_of(records) if curve.setting in (experiment.shown or runs_by_variant(records))]
     for plot, axis in zip(plots, axes, strict=True):
         plot_accuracy(plot, shown, axis, experiment.targets[-1:])
         plot.label_outer()
@@ -527,8 +493,8 @@ def main(arguments: list[str] | None = None) -> None:
             command = " ".join(["python -m results.run", options.experiment, *options.overrides])
             folder.mkdir(parents=True, exist_ok=True)
             write_text(records_file, json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
-        records = read_records(records_file)
-        write_text(folder / "README.md", report(experiment, records))
+        records = read_records(records_file, Records)
+        write_text(folder / "README.md", report(experiment, records, read_note(folder)))
         draw(experiment, records, folder / "curves.png")
         print(f"wrote {folder}/README.md" + ("" if complete else "; incomplete: the same command continues"))
     sys.exit(0 if complete else 1)

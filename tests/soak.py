@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import tiny_settings  # the tests' own settings
 
 import train
-from results.run import commit
+from results.records import commit
 from runtime.checkpoint import latest_checkpoint, step_folders
 from runtime.machine import processor_name
 from training.update import Updater

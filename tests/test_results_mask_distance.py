@@ -16,7 +16,7 @@ from helpers import random_generator, random_model
 import train
 from progressive_block import MaskedObjective
 from results import mask_distance
-from results import run as run_experiments
+from results import records as shared
 from results.mask_distance import (
     N_STAGES,
     PATHS,
@@ -202,7 +202,7 @@ def test_runs_are_measured_and_drawn(config_file, tmp_path, monkeypatch):
     steps: list[int] = []
     kept = [3, 6]
     measure = mask_distance.measure
-    monkeypatch.setattr(run_experiments, "commit", lambda: records["commit"])
+    monkeypatch.setattr(shared, "commit", lambda: records["commit"])
 
     def noted(checkpoint: Checkpoint, *rest: Any) -> dict[str, Any]:
         steps.append(checkpoint.step)
@@ -210,7 +210,7 @@ def test_runs_are_measured_and_drawn(config_file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(mask_distance, "measure", noted)
     assert measured() == [], "they are in the records"
-    monkeypatch.setattr(run_experiments, "commit", lambda: "other code")
+    monkeypatch.setattr(shared, "commit", lambda: "other code")
     (puma / "checkpoints/step_00000003/model.safetensors").write_bytes(b"damaged")
     kept.remove(3)
     with pytest.warns(RuntimeWarning, match=r"model\.safetensors has 7 bytes.*left out"):
@@ -221,14 +221,13 @@ def test_the_note_and_other_runs_stay(config_file, tmp_path, monkeypatch, capsys
     """Each with what measured it; rows that cannot be compared with them are refused."""
     old, new = (trained(config_file, tmp_path / name, UNIFORM) for name in ("old", "new"))
     out, records_file = tmp_path / "out", tmp_path / "out/records.json"
-    monkeypatch.setattr(run_experiments, "commit", lambda: "first")
+    monkeypatch.setattr(shared, "commit", lambda: "first")
     mask_distance.main([str(old), "--rows", "8", "--out", str(out)])
     records = json.loads(records_file.read_text())
-    records_file.write_text(json.dumps(records | {"note": "By hand."}))
-    monkeypatch.setattr(run_experiments, "commit", lambda: "second")
+    (out / "note.md").write_text("By hand.\n")
+    monkeypatch.setattr(shared, "commit", lambda: "second")
     mask_distance.main([str(new), "--rows", "8", "--out", str(out)])
     added = json.loads(records_file.read_text())
-    assert added["note"] == "By hand."
     assert added["runs"][0] == records["runs"][0] | {
         "measured": {key: records[key] for key in ("command", "machine", "commit", "date")}
     }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -18,17 +19,19 @@ from forked import Forked
 from matplotlib.figure import Figure
 
 from results import run
-from results.experiments import EXPERIMENTS, Arm, Experiment
+from results.experiments import EXPERIMENTS, Experiment, Variant
+from results.records import read_note
 from runtime.config_file import read_config
 from runtime.history import read_history
 
-QUESTION = Experiment("Which?", (), baseline="b", targets=(0.1, 0.45), note="Seeds differ.")
+QUESTION = Experiment("Which?", (), baseline="b", targets=(0.1, 0.45))
+NOTE = ["Seeds differ.", ""]
 
 
 def records() -> dict[str, Any]:
     """Two settings with two seeds; one run is not finished."""
     found = []
-    for arm, seed, accuracy in (("a", 0, 0.5), ("b", 0, 0.2), ("a", 1, 0.95), ("b", 1, 0.4)):
+    for variant, seed, accuracy in (("a", 0, 0.5), ("b", 0, 0.2), ("a", 1, 0.95), ("b", 1, 0.4)):
         points = [
             {"step": step, "sequences_distinct": 3 * step, "seconds": step / 2, "accuracy": accuracy * step / 20}
             | {"low": 0.0, "high": 1.0}
@@ -36,13 +39,20 @@ def records() -> dict[str, Any]:
         ]
         groups = [{"by": "clues", "value": clues, "n": 20, "accuracy": accuracy} for clues in (22, 25)]
         final = {"accuracy": accuracy, "low": 0.1, "high": 0.99, "n": 40, "groups": groups}
-        facts = {"arm": arm, "seed": seed, "settings": f"seed={seed}", "commit": "C", "date": "D", "machine": "M"}
-        found.append(facts | {"points": points, "final": final if (arm, seed) != ("b", 1) else None})
+        facts = {
+            "variant": variant,
+            "seed": seed,
+            "settings": f"seed={seed}",
+            "commit": "C",
+            "date": "D",
+            "machine": "M",
+        }
+        found.append(facts | {"points": points, "final": final if (variant, seed) != ("b", 1) else None})
     return {"command": "python -m results.run x", "runs": found}
 
 
 def test_the_page_says_what_was_reached_and_when():
-    page = run.report(QUESTION, records())
+    page = run.report(QUESTION, records(), NOTE)
     assert "| a | 2 | 72.5 (50.0 to 95.0) | 40 | 20 | 60 | 10 |" in page
     assert "| b | 1 | 20.0 | 40 | 20 | 60 | 10 |" in page, "only complete runs count"
     assert "| a | 2 of 2 | 15 (10 to 20) | > 1.3 |" in page
@@ -51,9 +61,18 @@ def test_the_page_says_what_was_reached_and_when():
     assert "| solved, %, by clues | 22 | 25 |" in page
     assert "| questions | 20 | 20 |" in page
     assert "| b | 20 | 20 |" in page
-    assert "| a | 0 | 50.0 (10.0 to 99.0) | 10 | `seed=0` | C | D | M |" in page
-    assert "| b | 1 | not finished | 10 |" in page
+    assert "| a | 0 | 50.0 (10.0 to 99.0) | 40 | 10 | `seed=0` | C | D | M |" in page
+    assert "| b | 1 | not finished | - | 10 |" in page
     assert all(fact in page for fact in ("# Which?", "Seeds differ.", "python -m results.run x"))
+
+
+def test_accuracy_by_difficulty_is_of_all_complete_runs_or_missing():
+    found = records()
+    del found["runs"][0]["final"]["groups"][1]  # of "a", seed 0
+    found["runs"][2]["final"]["groups"][0]["n"] = 10
+    page = run.report(QUESTION, found, [])
+    assert "| questions | 10 or 20 | 20 |" in page
+    assert "| a | 72 (50 to 95) | - |" in page
 
 
 def test_progress_is_shown_where_all_seeds_have_been():
@@ -62,15 +81,29 @@ def test_progress_is_shown_where_all_seeds_have_been():
     for each in found["runs"]:
         each["final"] = None
     del found["runs"][2]["points"][1]  # of "a", seed 1
-    page = run.report(QUESTION, found)
+    page = run.report(QUESTION, found, [])
     assert "| a | 36 (25 to 48) | - |" in page
     assert "| b | 15 (10 to 20) | 30 (20 to 40) |" in page
+
+
+@pytest.mark.parametrize("n_evaluations", [1, 10, 11, 24, 100])
+def test_progress_is_shown_in_ten_columns_at_most_to_the_last_update(n_evaluations):
+    found = records()
+    for each in found["runs"]:
+        each["points"] = [each["points"][0] | {"step": step} for step in range(5, 5 * n_evaluations + 1, 5)]
+    (line,) = (line for line in run.report(QUESTION, found, []).splitlines() if line.startswith("| solved, %, after"))
+    columns = [int(cell) for cell in line.split("|")[2:-1]]
+    assert len(columns) <= 10
+    assert columns[-1] == 5 * n_evaluations
+    assert len({b - a for a, b in pairwise(columns)}) <= 1
 
 
 @pytest.mark.parametrize(("comparable", "n_axes"), [(False, 2), (True, 3)])
 def test_seconds_are_compared_only_where_the_experiment_says_so(comparable, n_axes, tmp_path, monkeypatch):
     experiment = replace(QUESTION, seconds_comparable=comparable)
-    (target,) = (line for line in run.report(experiment, records()).splitlines() if line.startswith("| first at 45%"))
+    (target,) = (
+        line for line in run.report(experiment, records(), []).splitlines() if line.startswith("| first at 45%")
+    )
     assert target.count("| ratio ") == n_axes
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
@@ -89,10 +122,10 @@ def test_pages_are_those_of_their_records(path):
     if path.parent.name not in EXPERIMENTS:
         pytest.skip("records of another program")
     experiment, found = EXPERIMENTS[path.parent.name], json.loads(path.read_text())
-    assert (path.parent / "README.md").read_text() == run.report(experiment, found)
+    assert (path.parent / "README.md").read_text() == run.report(experiment, found, read_note(path.parent))
     tasks = run.tasks_of(experiment, Path("runs"), found["command"].split()[4:])
-    assert {(each["arm"], each["seed"], each["settings"]) for each in found["runs"]} <= {
-        (task.arm.label, task.seed, task.settings) for task in tasks
+    assert {(each["variant"], each["seed"], each["settings"]) for each in found["runs"]} <= {
+        (task.variant.label, task.seed, task.settings) for task in tasks
     }
 
 
@@ -101,13 +134,13 @@ def test_all_settings_of_an_experiment_are_read_and_differ(name, tmp_path):
     experiment = EXPERIMENTS[name]
     tasks = run.tasks_of(experiment, tmp_path, [])
     assert len({task.run_dir for task in tasks}) == len(tasks)
-    labels = [arm.label for arm in experiment.arms]
+    labels = [variant.label for variant in experiment.variants]
     assert experiment.baseline in labels
     assert set(experiment.shown) <= set(labels)
-    assert {arm.starts_from for arm in experiment.arms} <= {None, *labels}
+    assert {variant.starts_from for variant in experiment.variants} <= {None, *labels}
     configs = [
-        read_config(ROOT / "yaml_files" / arm.config, [*experiment.overrides, *arm.overrides])
-        for arm in experiment.arms
+        read_config(ROOT / "yaml_files" / variant.config, [*experiment.overrides, *variant.overrides])
+        for variant in experiment.variants
     ]
     assert all(config not in configs[:number] for number, config in enumerate(configs))
     schedules = {(config.training.learning_rate, config.training.max_steps) for config in configs}
@@ -199,12 +232,12 @@ def test_an_experiment_runs_once_and_continues(
 ) -> None:
     """Without time nothing runs; with time all does; a second call repeats nothing."""
     puma, uniform = config_file(PUMA, "puma.yaml"), config_file(UNIFORM, "uniform.yaml")
-    arms = (
-        Arm("from PUMA", str(uniform), ("model.shifted=false",), starts_from="with PUMA", seeds=(1,)),
-        Arm("with PUMA", str(puma)),
-        Arm("uniform", str(uniform)),
+    variants = (
+        Variant("from PUMA", str(uniform), ("model.shifted=false",), starts_from="with PUMA", seeds=(1,)),
+        Variant("with PUMA", str(puma)),
+        Variant("uniform", str(uniform)),
     )
-    tiny = Experiment("Which?", arms, baseline="uniform", seeds=(0, 1))
+    tiny = Experiment("Which?", variants, baseline="uniform", seeds=(0, 1))
     monkeypatch.setitem(EXPERIMENTS, "tiny", tiny)
     monkeypatch.setattr(run, "POLL_S", 0.02)
     monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=fork, run=subprocess.run))
@@ -230,7 +263,7 @@ def test_an_experiment_runs_once_and_continues(
     assert counts.pop("uniform_seed1") == 2, "it was damaged"
     assert set(counts.values()) == {1}, "each other ran once"
     kept = json.loads((tmp_path / "out/tiny/records.json").read_text())
-    assert [(each["arm"], each["seed"]) for each in kept["runs"]] == [
+    assert [(each["variant"], each["seed"]) for each in kept["runs"]] == [
         ("with PUMA", 0),
         ("uniform", 0),
         ("with PUMA", 1),

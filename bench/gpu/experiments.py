@@ -14,7 +14,7 @@ from typing import Any
 from bench.gpu.report import STOP_S, Report
 from bench.gpu.runs import TINY_MODEL
 from results.experiments import EXPERIMENTS
-from results.run import runs_by_arm
+from results.run import runs_by_variant
 
 # The mini models take a small part of a card, and a run spends much of its time on starting and on single passes.
 N_JOBS = 12
@@ -61,7 +61,7 @@ def run(options: Namespace, report: Report) -> None:
 
 def add_runs(report: Report, name: str, records: dict[str, Any]) -> None:
     """Rows with the number of complete runs of each variant and their accuracy."""
-    for label, found in runs_by_arm(records).items():
+    for label, found in runs_by_variant(records).items():
         last = [100 * (run["final"] or run["points"][-1])["accuracy"] for run in found]
         n_complete = sum(run["final"] is not None for run in found)
         report.add(f"{name}, {label}: solved, mean of {n_complete} complete runs", sum(last) / len(last), "%")

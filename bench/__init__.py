@@ -1,1 +1,1 @@
-"""Speed and memory of the project beside plain implementations of the same science."""
+"""Speed and memory of the project compared with plain implementations of the same computation."""

@@ -1,4 +1,4 @@
-"""Measure the project beside plain implementations of the same science, in one process.
+"""Measure the project compared with plain implementations of the same computation, in one process.
 
 python -m bench step --config yaml_files/tinygsm_puma.yaml --batch 4    # or head, sample, data, block; --help
 """

@@ -1,4 +1,4 @@
-"""The same science written plainly: what the fast paths are measured against.
+"""The same computation written plainly: what the fast paths are measured against.
 
 All logits [B, L, V], log-softmax over them, PyTorch's default optimizer, a Python loop over the rows of the pool and of
 the sampler. Nothing is made slow on purpose, and results are those of the fast paths (tests/test_bench.py).

@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from html import escape as html
+from html import escape as escape_html
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,11 @@ from config import Config
 from data.files import write_text
 from data.foreign import CommandParser, ends_with_message, escape, parse_object, read_lines, reading, shorten
 from data.sudoku import BOX_SHAPE, find_repeats
-from report.curves import (
-    AXES,
-    COLORS,
-    RUN_AXES,
-    accuracy_points,
-    can_be_drawn,
-    plot_accuracy,
-    read_curves,
-    rules_of,
-    set_grid,
-)
+from report.curves import AXES, RUN_AXES, accuracy_points, can_be_drawn, plot_accuracy, read_curves, rules_of
 from report.runs import RunSummary, summarize
 from report.trace import html_fragment, read_traces
 from runtime.config_file import parse_config, read_sections
+from runtime.figures import COLORS, set_grid
 from runtime.final import load_final
 from runtime.history import read_history
 from runtime.metrics import read_metrics
@@ -49,44 +40,6 @@ MAX_TITLE = 120  # characters of a trace's title
 MAX_TEXT = 2000  # characters of a sampled text
 INK = "#010203"  # stands for the colour of the theme in the figures
 BOARD_SIZES = {size**2: size for size in BOX_SHAPE}  # rows of boards, by number of cells
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --faint: #5b6570; --line: #d8dee4; --paper: #fff; --tint: #f4f6f8;
-  --good: #116329; --bad: #b42318; --curve: #0072b2; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e3e8ee; --faint: #98a4b0; --line: #343c45; --paper: #12161b;
-  --tint: #1b2128; --good: #56d364; --bad: #ff8a80; --curve: #56b4e9; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 68rem; padding: 1rem; color: var(--ink); background: var(--paper);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; margin: .5rem 0 0; line-height: 1.2; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
-h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
-p { margin: .4rem 0; } .faint { color: var(--faint); } .good { color: var(--good); } .bad { color: var(--bad); }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.4rem, 1fr)); gap: .6rem;
-  margin: 1rem 0; padding: 0; }
-.facts div { background: var(--tint); border-radius: .4rem; padding: .5rem .7rem; }
-.facts dt { color: var(--faint); font-size: .85rem; } .facts dd { margin: 0; font-size: 1.15rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--faint); font-weight: normal; font-size: .85rem; }
-th, td.n, td:first-child { white-space: nowrap; } td.n, th.n { text-align: right; }
-code, pre { font: .85rem/1.45 ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; }
-pre { background: var(--tint); border-radius: .4rem; padding: .6rem; margin: .3rem 0; white-space: pre-wrap; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1rem; }
-.figures svg { width: 100%; height: auto; display: block; }
-.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); gap: 1rem; }
-.samples article { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem; min-width: 0; }
-.samples dl { margin: 0; } .samples dt { color: var(--faint); font-size: .85rem; } .samples dd { margin: 0 0 .3rem; }
-.board { border: 2px solid var(--ink); margin: .4rem 0; } .board td { width: 1.75rem; height: 1.75rem; padding: 0;
-  text-align: center; vertical-align: middle; border: 1px solid var(--line); }
-.board td.right { border-right: 2px solid var(--ink); } .board tr.below td { border-bottom: 2px solid var(--ink); }
-.board td.clue { background: var(--tint); font-weight: 600; }
-.trace summary { cursor: pointer; padding: .3rem 0; font-weight: 600; } .trace .pt { --paper: inherit; }
-@media (min-width: 641px) { .trace .pt-has-board .pt-main {
-  grid-template-columns: minmax(0, 22rem) minmax(15rem, 1fr); } }
-.board td.bad { outline: 2px solid var(--bad); outline-offset: -3px; }
-"""
 
 
 def write_page(run_dir: Path, out: Path | None = None) -> Path:
@@ -108,6 +61,7 @@ def build_page(run_dir: Path) -> str:
     rows = list(read_metrics(run_dir))
     final = load_final(run_dir)
     name = run_dir.resolve().name
+    style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
     parts = [
         f"<h1>{text(name)}</h1>",
         f"<p class=faint>{text(summary.data or '')}</p>",
@@ -124,13 +78,15 @@ def build_page(run_dir: Path) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(name)}</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+        f"<title>{text(name)}</title><style>\n{style}</style></head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
     )
 
 
 def text(value: object) -> str:
     """A value as HTML text, control characters but line breaks and tabs as escapes."""
-    return html(escape(str(value), keep="\n\t"))
+    return escape_html(escape(str(value), keep="\n\t"))
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[object]], n_left: int = 1) -> str:

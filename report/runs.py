@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,8 +71,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 def summarize(run_dir: Path) -> RunSummary:
     """Read what a run directory says of its run; what cannot be read makes the run `damaged`."""
-    facts: dict[str, Any] = {}
-    problems = list(_read(run_dir, facts))
+    facts, problems = _read(run_dir)
     final, failed = facts.pop("final"), facts.pop("failed", False)
     if problems:
         state = "damaged"
@@ -86,9 +84,10 @@ def summarize(run_dir: Path) -> RunSummary:
     return RunSummary(str(run_dir), state, **facts, problem="; ".join(problems) or None)
 
 
-def _read(run_dir: Path, facts: dict[str, Any]) -> Iterator[str]:
-    """Add the facts of a run to `facts`; yields what cannot be read."""
-    facts["final"] = False
+def _read(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
+    """The facts of a run, and what cannot be read."""
+    facts: dict[str, Any] = {"final": False}
+    problems = []
     try:
         raw = read_sections(run_dir / "config.yaml")
         facts |= {"objective": _name(raw, "objective", "name"), "data": _name(raw, "data", "dataset")}
@@ -96,7 +95,7 @@ def _read(run_dir: Path, facts: dict[str, Any]) -> Iterator[str]:
             facts["data"] = parse_config(raw, "").data.describe()
         facts["n_steps"] = _number(raw, "training", "max_steps")
     except BadInput as error:
-        yield str(error)
+        problems.append(str(error))
     if sessions := read_history(run_dir):
         last = sessions[-1]
         facts |= {
@@ -115,13 +114,14 @@ def _read(run_dir: Path, facts: dict[str, Any]) -> Iterator[str]:
             best = max(points, key=lambda point: point["accuracy"])
             facts |= {"accuracy": best["accuracy"], "accuracy_step": int(best["step"])}
         if not rows and (run_dir / METRICS_FILE).exists() and (run_dir / METRICS_FILE).stat().st_size:
-            yield f"{run_dir / METRICS_FILE} holds no row that can be read"
+            problems.append(f"{run_dir / METRICS_FILE} holds no row that can be read")
     except BadInput as error:
-        yield str(error)
+        problems.append(str(error))
     try:
         facts["final"] = load_final(run_dir) is not None
     except BadInput as error:
-        yield str(error)
+        problems.append(str(error))
+    return facts, problems
 
 
 def _name(raw: dict[str, Any], section: str, key: str) -> str | None:

@@ -1,4 +1,4 @@
-"""How a sampled answer came about: an interactive page or page fragment (HTML), or a moving picture (GIF).
+"""How a sampled answer came about: an interactive page or page fragment (HTML), or an animated GIF.
 
     python sampling.py --puzzle 53..7.... --trace solved.html
     python sampling.py --puzzle 53..7.... --trace solved.gif
@@ -348,7 +348,7 @@ def _states(trace: Trace) -> list[dict[int, _Held]]:
 
 
 def draw_gif(trace: Trace, out: Path) -> None:
-    """Write a moving picture of a trace, for slides; it has at most `MAX_FRAMES` frames. Raises WriteError."""
+    """Write an animated GIF of a trace, for slides; it has at most `MAX_FRAMES` frames. Raises WriteError."""
     states = _states(trace)
     n_frames = min(len(states), MAX_FRAMES)
     numbers = [round(i * (len(states) - 1) / max(1, n_frames - 1)) for i in range(n_frames)]

@@ -57,7 +57,7 @@ from baselines import UniformObjective
 from config import DEFAULT_RULE, Config, ProgressiveSettings, PumaSettings, UniformSettings
 from data.dataset import SequenceData
 from data.files import write_text
-from data.foreign import CommandParser, ends_with_message
+from data.foreign import CommandParser, ends_with_message, whole_number
 from model.transformer import Transformer
 from objective import Objective
 from progressive import PumaObjective, stage_of
@@ -498,15 +498,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
     parser = CommandParser(description="Measure the distance of training masks from the sampler's masks.")
     parser.add_argument("run_dirs", nargs="*", type=Path, metavar="RUN", help="run directory of puma or uniform")
-    parser.add_argument("--rows", type=int, default=256, help="training rows per checkpoint")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample of the pool")
+    parser.add_argument("--rows", type=whole_number(1), default=256, help="training rows per checkpoint")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the sample of the pool")
     parser.add_argument("--draw", action="store_true", help="only the table and figure, from existing records")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "mask_distance", help="output folder")
     options = parser.parse_args(arguments)
     if options.draw == bool(options.run_dirs):
         parser.error("give run directories, or --draw without any")
-    if options.rows < 1:
-        parser.error(f"--rows must be at least 1, got {options.rows}")
     records_file = options.out / "records.json"
     with ends_with_message():
         if not options.draw:

@@ -288,7 +288,7 @@ def test_goals(tmp_path):
         (["speed", "--updates", "5"], "speed does not read updates"),
         (["tests", "training.seed=1"], "tests does not read overrides"),
         (["collect", "--tiny"], "collect does not read tiny"),
-        (["sudoku", "--updates", "0"], "updates must be positive"),
+        (["sudoku", "--updates", "0"], "--updates: must be an integer from 1 to"),
         (["collect", "--target", "2"], "target must be above 0"),
         (["experiments", "--names", "word_problems", "--deadline-s", "9"], "--deadline-s must be above"),
         (["experiments", "--names", "positions,chess"], "--names: 'chess' is not one of"),

@@ -324,7 +324,7 @@ def test_bad_input_ends_with_one_message(objective, expected, config_file, tmp_p
     [
         ([], "give run directories, or --draw without any"),
         (["run", "--draw"], "give run directories, or --draw without any"),
-        (["run", "--rows", "0"], "--rows must be at least 1, got 0"),
+        (["run", "--rows", "0"], "--rows: must be an integer from 1 to"),
     ],
 )
 def test_wrong_options_are_refused(words, expected, capsys):

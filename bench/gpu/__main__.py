@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench.gpu.report import Report
 from bench.gpu.runs import resume
-from data.foreign import CommandParser, ends_with_message
+from data.foreign import CommandParser, ends_with_message, whole_number
 
 PIECES = ("sudoku", "collect", "tests", "speed", "block", "ranks", "experiments")
 # Options that not all pieces read. Given to another piece they are errors, so that no option is ignored.
@@ -42,20 +42,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--runs", type=Path, default=Path("runs/gpu"), help="folder of the run directories, kept between pieces")
     add("--tiny", action="store_true", help="tiny sizes, to try the program")
     add("--deadline-s", type=float, default=540.0, help="seconds after which the piece ends with what it has")
-    add("--updates", type=int, help="sudoku: updates of each run, by default 62,500 (two epochs)")
+    add("--updates", type=whole_number(1), help="sudoku: updates of each run, by default 62,500 (two epochs)")
     add("--attached", action="store_true", help="sudoku: do not return before the end of the runs")
     add("--target", type=float, help="collect: accuracy from 0 to 1 whose first update is reported, by default 0.9")
-    add("--jobs", type=int, help="experiments: number of parallel runs on the card, by default 12")
+    add("--jobs", type=whole_number(1), help="experiments: number of parallel runs on the card, by default 12")
     add("--names", help="experiments: names of results/experiments.py with commas between")
     add("overrides", nargs="*", metavar="key=value", help="settings to change")
     options = parser.parse_intermixed_args(arguments)
     for name, pieces in READ_BY.items():
         if getattr(options, name) not in (None, False, []) and options.piece not in pieces:
             parser.error(f"{options.piece} does not read {name}; these do: {', '.join(pieces)}")
-    for name in ("updates", "jobs", "deadline_s"):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            parser.error(f"{name} must be positive, got {value}")
+    if options.deadline_s <= 0:
+        parser.error(f"deadline_s must be positive, got {options.deadline_s}")
     if options.target is not None and not 0 < options.target <= 1:
         parser.error(f"target must be above 0 and at most 1, got {options.target}")
     if options.piece == "experiments" and not options.names:

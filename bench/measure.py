@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +31,8 @@ LEGEND = {
     "floor_ms": "gflop at the speed of a large matrix product, timed between the paths; utilisation is floor / ours",
 }
 
-N_KERNELS, N_GAPS, NAME_WIDTH = 40, 10, 110  # of the report of a GPU's kernels
+N_KERNELS, N_GAPS, NAME_WIDTH = 40, 15, 110  # of the report of a GPU's kernels
+GAP_LIMITS_US = (3.0, 20.0)  # between launches one after another, waits for the launch of the next, and longer waits
 
 Call = Callable[[], object]
 Times = dict[str, list[float]]  # by path: ms per call of each round
@@ -196,20 +199,25 @@ class Interval(NamedTuple):
 
 
 def kernel_report(intervals: list[Interval], n_calls: int) -> list[str]:
-    """Kernels by their time per call, then the longest times between two kernels, when the device was idle."""
+    """Kernels by their time per call, then the times between two kernels, when the device was idle.
+
+    These by length, since a thousand short ones (launches) need another remedy than one long one (the host waits), and
+    by the kernels around them.
+    """
     if not intervals:
         return ["the profiler saw no kernel"]
     intervals = sorted(intervals, key=lambda interval: interval.start_us)
     spent: dict[str, list[float]] = {}
-    gaps: list[tuple[float, str, str]] = []
+    gaps: dict[tuple[str, str], list[float]] = {}  # by the kernels before and after
     last, end_us = "", intervals[0].start_us
     for name, start, end in intervals:
         spent.setdefault(name, []).append(end - start)
         if start > end_us:
-            gaps.append((start - end_us, last, name))
+            gaps.setdefault((_short(last), _short(name)), []).append(start - end_us)
         if end > end_us:
             last, end_us = name, end
-    idle_ms = sum(gap for gap, _, _ in gaps) / n_calls / 1000
+    all_gaps = [gap for times in gaps.values() for gap in times]
+    idle_ms = sum(all_gaps) / n_calls / 1000
     total_ms = (end_us - intervals[0].start_us) / n_calls / 1000
     lines = [
         f"{len(intervals) / n_calls:,.0f} kernels per call of {total_ms:.2f} ms, the device idle for {idle_ms:.2f} ms"
@@ -219,9 +227,25 @@ def kernel_report(intervals: list[Interval], n_calls: int) -> list[str]:
         for name, times in sorted(spent.items(), key=lambda item: -sum(item[1]))
     ]
     lines += ["", *table(rows[:N_KERNELS])]
-    longest = sorted(gaps, reverse=True)[:N_GAPS]
-    idle = [{"idle us": gap, "after": _short(before), "before": _short(after)} for gap, before, after in longest]
-    return [*lines, "", *table(idle)] if idle else lines
+    if not all_gaps:
+        return lines
+    lengths: list[dict[str, Any]] = []
+    for low, high in pairwise((0.0, *GAP_LIMITS_US, math.inf)):
+        found = [gap for gap in all_gaps if low <= gap < high]
+        words = f"{low:g} us or more" if high == math.inf else f"{low:g} to {high:g} us"
+        lengths.append(
+            {"idle us per call": sum(found) / n_calls, "times per call": len(found) / n_calls, "each": words}
+        )
+    places: list[dict[str, Any]] = [
+        {
+            "idle us per call": sum(times) / n_calls,
+            "times per call": len(times) / n_calls,
+            "after": before,
+            "before": after,
+        }
+        for (before, after), times in sorted(gaps.items(), key=lambda item: -sum(item[1]))
+    ]
+    return [*lines, "", *table(lengths), "", *table(places[:N_GAPS])]
 
 
 def _short(name: str) -> str:

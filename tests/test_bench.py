@@ -116,7 +116,8 @@ def test_kernels_and_idle_times_of_a_gpu():
     head, _, *rows = kernel_report(intervals, 2)
     assert head == "2 kernels per call of 0.02 ms, the device idle for 0.01 ms"
     assert rows[2:5] == ["| 10 | 1 | product |", "| 5 | 0.5 | add |", "| 1 | 0.5 | copy |"]
-    assert rows[8:] == ["| 10 | product | add |", "| 2 | add | product |"]
+    assert rows[8:11] == ["| 1 | 0.5 | 0 to 3 us |", "| 5 | 0.5 | 3 to 20 us |", "| 0 | 0 | 20 us or more |"]
+    assert rows[14:] == ["| 5 | 0.5 | product | add |", "| 1 | 0.5 | add | product |"]
 
 
 @pytest.mark.parametrize("options", [["--batch", 3], ["--config", TINYGSM, "--length", 32, "--vocab", 64]])

@@ -15,8 +15,9 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from io import FileIO
@@ -53,6 +54,8 @@ SAVE_EVERY_S = 5.0
 # Recorded in meta.json, so that a call never appends to rows that were encoded differently.
 WHITE_SPACE = {"outer_white_space": "stripped"}
 OLD_WHITE_SPACE = {"outer_white_space": "kept"}  # earlier versions of this code, which did not record it
+
+Rows = tuple[np.ndarray, np.ndarray, int]  # what `encode_rows` returns
 
 
 @dataclass(frozen=True)
@@ -120,43 +123,65 @@ def pretokenize(
         )
         with reported(out / TOKENIZER_DIR):
             tokenizer.save_pretrained(out / TOKENIZER_DIR)  # creates `out` too
-        n_bytes = {LABELS_FILE: done.n_written * max_len * 4, PROMPT_FILE: done.n_written * max_len // 8}
-        with (
-            open(out / LABELS_FILE, "ab", buffering=0) as labels_file,  # so that closing them writes nothing
-            open(out / PROMPT_FILE, "ab", buffering=0) as prompt_file,
-            tqdm(total=limit, initial=done.n_read, desc="tokenizing", unit="row", unit_scale=True) as bar,
-        ):
-            files = (labels_file, prompt_file)
-            for file, size in zip(files, n_bytes.values(), strict=True):
-                if os.fstat(file.fileno()).st_size < size:
-                    raise ValueError(
-                        f"{file.name} is shorter than {PROGRESS_FILE} records: delete {out} and start again"
-                    )
-                file.truncate(size)  # rows after the last save are written again
-            saved_at = -SAVE_EVERY_S
-            for labels, prompt_bits, n_left_out in _encode_chunks(
-                read_rows(source, columns, split, done.n_read, limit), work, n_workers
-            ):
-                _write(labels_file, labels)
-                _write(prompt_file, prompt_bits)
-                done = Progress(
-                    done.n_read + len(labels) + n_left_out,
-                    done.n_written + len(labels),
-                    done.n_left_out + n_left_out,
-                    max(done.max_token_id, int(labels.max(initial=0))),
-                )
-                bar.update(len(labels) + n_left_out)
-                if time.monotonic() - saved_at > SAVE_EVERY_S:
-                    _sync(files)
-                    write_text(out / PROGRESS_FILE, json.dumps({"job": job, "done": asdict(done)}))
-                    saved_at = time.monotonic()
-            _sync(files)
+        chunks = _encode_chunks(read_rows(source, columns, split, done.n_read, limit), work, n_workers)
+        done = _append_chunks(out, chunks, job, done, max_len=max_len, limit=limit)
         if done.n_written == 0:
             raise ValueError(f"{source} has no row that fits {max_len} tokens: raise max_len")
         facts = job | {"eos_id": tokenizer.eos_token_id, "num_left_out": done.n_left_out}
         write_meta(out, facts, done.n_written, done.max_token_id)
         (out / PROGRESS_FILE).unlink(missing_ok=True)
         return done
+
+
+def _append_chunks(
+    out: Path,
+    chunks: Generator[Rows, None, None],
+    job: dict[str, Any],
+    done: Progress,
+    *,
+    max_len: int,
+    limit: int | None,
+) -> Progress:
+    """Append encoded rows to the files of `out`, saving the progress every `SAVE_EVERY_S`; returns the final progress.
+
+    Args:
+        job: the arguments of the call, saved with the progress.
+        done: progress of earlier calls; what the files have beyond it is cut off.
+        limit: rows of the source that will have been read at the end; None: all.
+
+    Raises:
+        ValueError: a file is shorter than `done` says, or the source is bad.
+        WriteError: the files cannot be written.
+    """
+    n_bytes = {LABELS_FILE: done.n_written * max_len * 4, PROMPT_FILE: done.n_written * max_len // 8}
+    with (
+        open(out / LABELS_FILE, "ab", buffering=0) as labels_file,  # so that closing them writes nothing
+        open(out / PROMPT_FILE, "ab", buffering=0) as prompt_file,
+        tqdm(total=limit, initial=done.n_read, desc="tokenizing", unit="row", unit_scale=True) as bar,
+        closing(chunks),  # stops the worker processes before anything else, also after an exception
+    ):
+        files = (labels_file, prompt_file)
+        for file, size in zip(files, n_bytes.values(), strict=True):
+            if os.fstat(file.fileno()).st_size < size:
+                raise ValueError(f"{file.name} is shorter than {PROGRESS_FILE} records: delete {out} and start again")
+            file.truncate(size)  # rows after the last save are written again
+        saved_at = -SAVE_EVERY_S
+        for labels, prompt_bits, n_left_out in chunks:
+            _write(labels_file, labels)
+            _write(prompt_file, prompt_bits)
+            done = Progress(
+                done.n_read + len(labels) + n_left_out,
+                done.n_written + len(labels),
+                done.n_left_out + n_left_out,
+                max(done.max_token_id, int(labels.max(initial=0))),
+            )
+            bar.update(len(labels) + n_left_out)
+            if time.monotonic() - saved_at > SAVE_EVERY_S:
+                _sync(files)
+                write_text(out / PROGRESS_FILE, json.dumps({"job": job, "done": asdict(done)}))
+                saved_at = time.monotonic()
+        _sync(files)
+    return done
 
 
 def _read_progress(out: Path, job: dict[str, Any], free: set[str]) -> tuple[Progress, bool]:
@@ -263,14 +288,11 @@ def find_files(path: Path) -> list[str]:
     return [str(file) for file in found]
 
 
-Rows = tuple[np.ndarray, np.ndarray, int]  # what `encode_rows` returns
-
-
 def _encode_chunks(
     chunks: Iterator[tuple[list[str], list[str]]],
     work: Callable[[list[str], list[str]], Rows],
     n_workers: int | None,
-) -> Iterator[Rows]:
+) -> Generator[Rows, None, None]:
     """`work` on each chunk in worker processes, in order, with a bounded number of pending chunks."""
     n_workers = n_workers or count_cores()
     if n_workers == 1:
@@ -279,8 +301,8 @@ def _encode_chunks(
     executor = ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), _start_worker, (work,))
     pending: deque[Future[Rows]] = deque()
     try:
-        for questions, codes in chunks:
-            pending.append(executor.submit(_work, questions, codes))
+        for prompts, completions in chunks:
+            pending.append(executor.submit(_work, prompts, completions))
             if len(pending) >= MAX_PENDING_CHUNKS * n_workers:
                 yield pending.popleft().result()
         while pending:
@@ -308,8 +330,8 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def _work(questions: list[str], codes: list[str]) -> Rows:
-    return _encode(questions, codes)
+def _work(prompts: list[str], completions: list[str]) -> Rows:
+    return _encode(prompts, completions)
 
 
 def _write(file: FileIO, array: np.ndarray) -> None:

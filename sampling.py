@@ -235,7 +235,7 @@ class Trained:
     def check_takes_gold(self, name: str) -> None:
         """Raise ValueError if right answers follow from the questions; `name` is the argument or option."""
         if not self.data.takes_gold:
-            raise ValueError(f"{name}: {self.data.questions} need no right answers, leave it out")
+            raise ValueError(f"{name}: {self.data.question_noun} need no right answers, leave it out")
 
     def _ask(
         self,
@@ -312,7 +312,7 @@ class Trained:
                 problems.append(f"{question.source}: {error}" if question.source else str(error))
         if len(problems) > 1:
             listed = "\n".join(f"  {problem}" for problem in problems)
-            raise ValueError(f"{len(problems)} of {len(questions)} {self.data.questions} are invalid\n{listed}")
+            raise ValueError(f"{len(problems)} of {len(questions)} {self.data.question_noun} are invalid\n{listed}")
         if problems:
             raise ValueError(problems[0])
         return np.stack(rows) if rows else np.empty((0, 0), dtype=np.int64), golds
@@ -345,7 +345,7 @@ class Trained:
         precision = autocast_dtype(config.training.precision, self.device)
         ids = torch.arange(len(questions)) if row_ids is None else torch.tensor(row_ids)
         record: dict[str, Any] = {"record": N_CANDIDATES} if trace else {}
-        with _bar(len(questions), data.questions) as (advance, before_pass):
+        with _bar(len(questions), data.question_noun) as (advance, before_pass):
             for start in range(0, len(questions), batch_size):
                 rows = slice(start, min(start + batch_size, len(questions)))
                 with autocast(self.device, precision):

@@ -334,7 +334,7 @@ def stop_early(run: Run, stopped: Signals, recorder: Recorder | None) -> None:
 def print_result(config: Config, run_dir: Path, final: dict[str, Any]) -> None:
     """Print the accuracy of a complete run, what it has written, and a command that samples from it."""
     data = config.open_data()
-    say(f"solved {100 * final['accuracy']:.1f}% of {final['n']} unseen {data.questions}")
+    say(f"solved {100 * final['accuracy']:.1f}% of {final['n']} unseen {data.question_noun}")
     if "example" in final:  # not in older runs
         question = (f"--{data.question_option}", escape(str(final["example"])))
         command = shell_command("sampling.py", "--checkpoint", run_dir, *question)

@@ -13,7 +13,7 @@ from config import Config
 from data.dataset import SequenceData
 from data.sudoku import SudokuSettings
 from data.sudoku_boards import SudokuData
-from data.token_files import TinyGsmData
+from data.token_files import TokenFileData
 from model.logits import SMALL_VOCABULARY
 from runtime.config_file import parse_config, read_config
 from runtime.distributed import autocast_dtype, start_world
@@ -36,7 +36,7 @@ def random_rows(config: Config, length: int) -> SequenceData:
     n_prompt = length * rng.uniform(1 / 16, 1 / 4, (N_ROWS, 1))  # about 42% of all positions are masked, as in TinyGSM
     prompt_bits = np.packbits(np.arange(length) < n_prompt, axis=1, bitorder="little")
     tokens = rng.integers(0, config.mask_id, (N_ROWS, length), dtype=np.uint32)
-    return TinyGsmData(tokens, prompt_bits, config.mask_id, eos_id=config.mask_id)  # no row has an end
+    return TokenFileData(tokens, prompt_bits, config.mask_id, eos_id=config.mask_id)  # no row has an end
 
 
 def read_inputs(

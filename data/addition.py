@@ -40,7 +40,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import override
 
-from data.dataset import AnswerVerdict, DataSet, DataSettings, Judged
+from data.dataset import AnswerVerdict, DataSet, DataSettings, JudgedAnswers
 from data.foreign import check_memory
 from data.hashes import hash_arrays
 from data.questions import Question
@@ -122,7 +122,7 @@ class Addition(DataSet):
     """Additions to train on and to answer."""
 
     figures = ("accuracy", "digit_accuracy")
-    questions = "additions"
+    question_noun = "additions"
 
     def __init__(self, settings: AdditionSettings, mask_id: int) -> None:
         self.settings, self.mask_id = settings, mask_id
@@ -163,7 +163,7 @@ class Addition(DataSet):
         return self._data(operands)
 
     @override
-    def judge(self, tokens: np.ndarray, indices: np.ndarray) -> Judged:
+    def judge(self, tokens: np.ndarray, indices: np.ndarray) -> JudgedAnswers:
         """Accuracy, and the share of the N + 1 digits of the sum that are right, padding included."""
         expected, prompt_mask = self.test.rows(indices)
         right = ((tokens == expected) & ~prompt_mask).sum(1)  # [n]
@@ -176,7 +176,7 @@ class Addition(DataSet):
             samples.append(
                 {"question": question, "answer": answer, "sum": total, "verdict": "right" if is_right else "wrong"}
             )
-        return Judged(
+        return JudgedAnswers(
             {
                 "accuracy": (right == n_digits).astype(np.float32),
                 "digit_accuracy": (right / n_digits).astype(np.float32),

@@ -81,7 +81,7 @@ class ArrayData:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedAnswers:
     """Results of judging answers, row by row."""
 
     figures: dict[str, np.ndarray]  # by name, see `DataSet.figures`; float32 [n]
@@ -163,7 +163,7 @@ class DataSet(ABC):
     """
 
     figures: tuple[str, ...] = ("accuracy",)  # names of the figures that `judge` reports; accuracy comes first
-    questions: str = "questions"  # a noun for messages: "solved 95.9% of 2000 unseen puzzles"
+    question_noun: str = "questions"  # for messages: "solved 95.9% of 2000 unseen puzzles"
     question_option: str = "prompt"  # the option of sampling.py that takes a question
     takes_gold: bool = False  # whether `verdicts` needs right answers: they do not follow from the questions
 
@@ -193,7 +193,7 @@ class DataSet(ABC):
         return np.where(prompt_mask, tokens, self.test.mask_id)
 
     @abstractmethod
-    def judge(self, tokens: np.ndarray, indices: np.ndarray) -> Judged:
+    def judge(self, tokens: np.ndarray, indices: np.ndarray) -> JudgedAnswers:
         """Judge `tokens` (int64 [n, L]), sampled from the prompts with these indices."""
 
     @abstractmethod

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from typing_extensions import override
 
-from data.dataset import AnswerVerdict, Board, DataSet, DataSettings, Judged, Reference
+from data.dataset import AnswerVerdict, Board, DataSet, DataSettings, JudgedAnswers, Reference
 from data.foreign import CommandParser, ends_with_message, fail, shorten
 from data.questions import Question
 from data.settings import FREE_ON_RESUME, Seed
@@ -153,7 +153,7 @@ class Sudoku(DataSet):
     """Boards to train on and puzzles to solve."""
 
     figures = ("accuracy", "cell_accuracy")
-    questions = "puzzles"
+    question_noun = "puzzles"
     question_option = "puzzle"
 
     def __init__(self, settings: SudokuSettings) -> None:
@@ -171,7 +171,7 @@ class Sudoku(DataSet):
         return load_split(self.settings, "test")
 
     @override
-    def judge(self, tokens: np.ndarray, indices: np.ndarray) -> Judged:
+    def judge(self, tokens: np.ndarray, indices: np.ndarray) -> JudgedAnswers:
         """See `judge_boards`; samples are the boards as lines of cells."""
         data = self.validation
         grid, puzzles = tokens[:, -data.n_cells :], data.puzzles[indices]  # in both layouts
@@ -185,7 +185,7 @@ class Sudoku(DataSet):
             }
             for puzzle, cells, solved, is_changed in zip(puzzles, grid, figures["accuracy"], changed, strict=True)
         ]
-        return Judged(figures, samples)
+        return JudgedAnswers(figures, samples)
 
     @override
     def encode(self, question: str) -> np.ndarray:

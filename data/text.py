@@ -117,15 +117,15 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in encodings]
 
 
-def encode_prompts(tokenizer: Tokenizer, questions: Sequence[str]) -> list[list[int]]:
-    """Token ids of each question, with outer white space stripped, and the separator."""
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt, with outer white space stripped, and the separator."""
     separator = encode_texts(tokenizer, [SEPARATOR])[0]
-    return [ids + separator for ids in encode_texts(tokenizer, [question.strip() for question in questions])]
+    return [ids + separator for ids in encode_texts(tokenizer, [prompt.strip() for prompt in prompts])]
 
 
-def encode_programs(tokenizer: Tokenizer, codes: Sequence[str]) -> list[list[int]]:
-    """Token ids of each program, with outer white space stripped."""
-    return encode_texts(tokenizer, [code.strip() for code in codes])
+def encode_completions(tokenizer: Tokenizer, completions: Sequence[str]) -> list[list[int]]:
+    """Token ids of each completion, with outer white space stripped."""
+    return encode_texts(tokenizer, [completion.strip() for completion in completions])
 
 
 def check_tokens(ids: Sequence[int], mask_id: int, vocab_size: int | None, source: str) -> None:
@@ -141,15 +141,15 @@ def check_tokens(ids: Sequence[int], mask_id: int, vocab_size: int | None, sourc
 
 
 def prompt_fits(n_tokens: int, max_len: int) -> bool:
-    """Whether a prompt leaves room for one token of a program and EOS."""
+    """Whether a prompt leaves room for one token of a completion and EOS."""
     return n_tokens <= max_len - 2
 
 
 def encode_rows(
     tokenizer: Tokenizer,
     eos_id: int,
-    questions: Sequence[str],
-    codes: Sequence[str],
+    prompts: Sequence[str],
+    completions: Sequence[str],
     max_len: int,
     *,
     truncate: bool = True,
@@ -161,17 +161,17 @@ def encode_rows(
 
     Returns:
         labels uint32 [n, L], prompt bits uint8 [n, L / 8], and the number of rows left out because they are too long,
-        or because their question leaves no room for a program.
+        or because their prompt leaves no room for a completion.
     """
-    prompts = encode_prompts(tokenizer, questions)
-    programs = encode_programs(tokenizer, codes)
-    for text, ids in zip(codes, programs, strict=True):
+    prompt_ids = encode_prompts(tokenizer, prompts)
+    completion_ids = encode_completions(tokenizer, completions)
+    for text, ids in zip(completions, completion_ids, strict=True):
         if eos_id in ids:  # answers would be cut there
             raise ValueError(f"the EOS token {eos_id} occurs in {shorten(text, 60)!r}: choose another EOS token")
     kept = [
-        (prompt, prompt + program)
-        for prompt, program in zip(prompts, programs, strict=True)
-        if prompt_fits(len(prompt), max_len) and (truncate or len(prompt) + len(program) < max_len)
+        (prompt, prompt + completion)
+        for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
+        if prompt_fits(len(prompt), max_len) and (truncate or len(prompt) + len(completion) < max_len)
     ]
     labels = np.full((len(kept), max_len), eos_id, dtype=np.uint32)
     for row, (_, ids) in zip(labels, kept, strict=True):
@@ -179,22 +179,22 @@ def encode_rows(
         row[:n_tokens] = ids[:n_tokens]
     n_prompt = np.array([len(prompt) for prompt, _ in kept], dtype=np.int64).reshape(-1, 1)
     prompt_bits = np.packbits(np.arange(max_len) < n_prompt, axis=1, bitorder="little")
-    return labels, prompt_bits, len(questions) - len(kept)
+    return labels, prompt_bits, len(prompts) - len(kept)
 
 
-def decode_programs(tokenizer: Any, tokens: np.ndarray, prompt_mask: np.ndarray) -> list[str]:
+def decode_completions(tokenizer: Any, tokens: np.ndarray, prompt_mask: np.ndarray) -> list[str]:
     """The text after each prompt, up to the first EOS; `decode_whole` keeps all of a row.
 
     Args:
         tokens: int64 [B, L].
         prompt_mask: bool [B, L].
     """
-    programs = []
+    completions = []
     for row, given in zip(tokens, prompt_mask, strict=True):
         answer = row[~given]
         ends = np.flatnonzero(answer == tokenizer.eos_token_id)
-        programs.append(tokenizer.decode(answer[: ends[0]] if len(ends) else answer, skip_special_tokens=False))
-    return programs
+        completions.append(tokenizer.decode(answer[: ends[0]] if len(ends) else answer, skip_special_tokens=False))
+    return completions
 
 
 def decode_whole(tokenizer: Any, row: np.ndarray) -> str:

@@ -6,7 +6,7 @@
 A row is a prompt, a newline and a completion, padded with EOS (`data/text.py`). An answer is right if it equals the
 completion; differences in white space do not count. Pairs that do not fit `max_len` tokens are left out.
 
-`PairSettings` and `TextPairs` are also the base of TinyGSM (`data/tiny_gsm.py`), which judges answers in another way.
+`PairSettings` and `PairDataSet` are also the base of TinyGSM (`data/tiny_gsm.py`), which judges answers in another way.
 
 Shapes: B rows, L positions.
 """
@@ -26,7 +26,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from typing_extensions import override
 
-from data.dataset import AnswerVerdict, DataSet, DataSettings, Judged
+from data.dataset import AnswerVerdict, DataSet, DataSettings, JudgedAnswers
 from data.files import alone, making_folder, say
 from data.foreign import check_file, escape, reading, shorten
 from data.hashes import cached_hash, hash_file
@@ -38,14 +38,14 @@ from data.text import (
     MIN_TRAINED_VOCAB,
     TOKENIZER_FILE,
     check_tokens,
-    decode_programs,
-    encode_programs,
+    decode_completions,
+    encode_completions,
     encode_prompts,
     load_tokenizer,
     prompt_fits,
     train_byte_pairs,
 )
-from data.token_files import TinyGsmData, count_shared_rows, open_tiny_gsm, read_meta
+from data.token_files import TokenFileData, count_shared_rows, open_token_files, read_meta
 
 MAX_LENGTH = 1 << 20  # tokens per sequence
 VERSION = 1  # of the files that are written; a new one when the same settings give other files
@@ -82,7 +82,7 @@ class PairSettings(DataSettings):
         return vocab_size - 1 if self.mask_id is None else self.mask_id
 
 
-class TextPairs(DataSet):
+class PairDataSet(DataSet):
     """Base of data sets of tokenized pairs: rows, tokenizer, prompts."""
 
     settings: PairSettings
@@ -97,28 +97,28 @@ class TextPairs(DataSet):
         """The folder of the tokenized rows, which may be written on first use."""
 
     @cached_property
-    def rows(self) -> TinyGsmData:
+    def all_rows(self) -> TokenFileData:
         """All rows."""
         data, n_held_out = self.open_rows(self.folder), self.settings.n_held_out
         if len(data) <= n_held_out:
             raise ValueError(f"data.n_held_out {n_held_out} must be less than the {len(data)} rows of {self.folder}")
         return data
 
-    def open_rows(self, folder: Path) -> TinyGsmData:
+    def open_rows(self, folder: Path) -> TokenFileData:
         """The rows in a folder of token files; raises ValueError if they do not fit the settings or the model."""
-        return open_tiny_gsm(folder, self.settings.max_len, self.mask_id, self.vocab_size)
+        return open_token_files(folder, self.settings.max_len, self.mask_id, self.vocab_size)
 
     @property
     @override
-    def train(self) -> TinyGsmData:
+    def train(self) -> TokenFileData:
         """All rows but the last `n_held_out`."""
-        return self.rows.part(slice(0, len(self.rows) - self.settings.n_held_out))
+        return self.all_rows.part(slice(0, len(self.all_rows) - self.settings.n_held_out))
 
     @property
     @override
-    def validation(self) -> TinyGsmData:
+    def validation(self) -> TokenFileData:
         """The last `n_held_out` rows."""
-        return self.rows.part(slice(len(self.rows) - self.settings.n_held_out, None))
+        return self.all_rows.part(slice(len(self.all_rows) - self.settings.n_held_out, None))
 
     @property
     @override
@@ -138,7 +138,7 @@ class TextPairs(DataSet):
 
     def completion(self, prompt: np.ndarray, tokens: np.ndarray) -> str:
         """The text after the prompt of one row, up to EOS; both arguments are int64 [L]."""
-        return decode_programs(self.tokenizer, tokens[None], (prompt != self.mask_id)[None])[0]
+        return decode_completions(self.tokenizer, tokens[None], (prompt != self.mask_id)[None])[0]
 
     @override
     def show(self, prompt: np.ndarray, tokens: np.ndarray, order: np.ndarray) -> str:
@@ -205,14 +205,14 @@ class TextSettings(PairSettings):
         return self.model_copy(update={"tokenizer": str(folder)})
 
     @override
-    def open(self, vocab_size: int) -> Text:
-        return Text(self, vocab_size)
+    def open(self, vocab_size: int) -> TextData:
+        return TextData(self, vocab_size)
 
 
-class Text(TextPairs):
+class TextData(PairDataSet):
     """Pairs to train on, and prompts whose completion must be met exactly, apart from white space."""
 
-    questions = "prompts"
+    question_noun = "prompts"
     settings: TextSettings
 
     @cached_property
@@ -222,7 +222,7 @@ class Text(TextPairs):
 
     @cached_property
     @override
-    def test(self) -> TinyGsmData:
+    def test(self) -> TokenFileData:
         """The rows of the test."""
         source = self.settings.test_source
         return self.validation if source is None else self.open_rows(self._tokenized(source, "test"))
@@ -274,10 +274,10 @@ class Text(TextPairs):
         return folder
 
     @override
-    def judge(self, tokens: np.ndarray, indices: np.ndarray) -> Judged:
+    def judge(self, tokens: np.ndarray, indices: np.ndarray) -> JudgedAnswers:
         """Whether the text equals that of the test row; both are decoded, since a tokenizer may not keep a text."""
         expected, prompt_mask = self.test.rows(indices)
-        answers, completions = (decode_programs(self.tokenizer, rows, prompt_mask) for rows in (tokens, expected))
+        answers, completions = (decode_completions(self.tokenizer, rows, prompt_mask) for rows in (tokens, expected))
         right = [_words(answer) == _words(wanted) for answer, wanted in zip(answers, completions, strict=True)]
         samples = [
             {
@@ -290,7 +290,7 @@ class Text(TextPairs):
                 expected, prompt_mask, completions, answers, right, strict=True
             )
         ]
-        return Judged({"accuracy": np.array(right, dtype=np.float32)}, samples)
+        return JudgedAnswers({"accuracy": np.array(right, dtype=np.float32)}, samples)
 
     @override
     def difficulty(self, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -318,7 +318,7 @@ class Text(TextPairs):
         """A prompt of the test and its completion."""
         tokens, prompt_mask = self.test.rows(np.array([index]))
         return Question(
-            self._prompt(tokens[0][prompt_mask[0]]), decode_programs(self.tokenizer, tokens, prompt_mask)[0]
+            self._prompt(tokens[0][prompt_mask[0]]), decode_completions(self.tokenizer, tokens, prompt_mask)[0]
         )
 
     @override
@@ -337,7 +337,7 @@ class Text(TextPairs):
 
     def _kept(self, text: str) -> str:
         """What the tokenizer keeps of a completion, as `judge` compares it."""
-        (ids,) = encode_programs(self.tokenizer.backend_tokenizer, [text])
+        (ids,) = encode_completions(self.tokenizer.backend_tokenizer, [text])
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def _prompt(self, tokens: np.ndarray) -> str:

@@ -24,12 +24,12 @@ from typing_extensions import override
 if __name__ == "__main__":  # `python data/tiny_gsm.py` puts data/ on the path instead of the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.dataset import AnswerVerdict, Judged
+from data.dataset import AnswerVerdict, JudgedAnswers
 from data.gsm8k import HUB_NAME, Prompts, build_prompts, final_answer, read_problems
 from data.questions import Question
 from data.settings import FREE_ON_RESUME
-from data.text import decode_programs, load_tokenizer
-from data.text_pairs import PairSettings, TextPairs
+from data.text import decode_completions, load_tokenizer
+from data.text_pairs import PairDataSet, PairSettings
 from data.token_files import META_FILE, read_meta, tokenizer_of
 from data.word_problems import TEST_FILE, Difficulty, cached_word_problems, count_operations
 from grader.cores import count_own_cores
@@ -109,11 +109,11 @@ class TinyGsmSettings(PairSettings):
         )
 
 
-class TinyGsm(TextPairs):
+class TinyGsm(PairDataSet):
     """Questions with programs to train on, and questions to answer by a program, which is run."""
 
     figures = ("accuracy", "fails_to_parse", "fails_to_run", "out_of_time")
-    questions = "problems"
+    question_noun = "problems"
     settings: TinyGsmSettings
 
     @cached_property
@@ -169,10 +169,10 @@ class TinyGsm(TextPairs):
         return self.test_prompts.xt[indices]
 
     @override
-    def judge(self, tokens: np.ndarray, indices: np.ndarray) -> Judged:
+    def judge(self, tokens: np.ndarray, indices: np.ndarray) -> JudgedAnswers:
         """See `DataSet`; runs the programs."""
         problems = [self.test_prompts.problems[i] for i in indices]
-        programs = decode_programs(self.tokenizer, tokens, self.test_prompts.xt[indices] != self.mask_id)
+        programs = decode_completions(self.tokenizer, tokens, self.test_prompts.xt[indices] != self.mask_id)
         verdicts = grade(programs, [problem.answer for problem in problems], n_workers=count_own_cores())
         shares = [{"accuracy": float(verdict.verdict)} | reason_shares([verdict]) for verdict in verdicts]
         figures = {name: np.array([share[name] for share in shares], dtype=np.float32) for name in self.figures}
@@ -186,7 +186,7 @@ class TinyGsm(TextPairs):
             }
             for problem, program, verdict in zip(problems, programs, verdicts, strict=True)
         ]
-        return Judged(figures, samples)
+        return JudgedAnswers(figures, samples)
 
     @override
     def difficulty(self, indices: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """Tokenized rows in flat, memory-mapped files, in the format of the published PUMA code.
 
-`labels.bin`: uint32 [N, L]: question, newline, program, then EOS to the end. `prompt_mask.bin`: uint8 [N, L / 8], eight
-positions per byte, the first in the lowest bit. `meta.json`, written last: number of rows, their length and other
+`labels.bin`: uint32 [N, L]: prompt, newline, completion, then EOS to the end. `prompt_mask.bin`: uint8 [N, L / 8],
+eight positions per byte, the first in the lowest bit. `meta.json`, written last: number of rows, their length and other
 facts. `tokenizer/`: a copy of the tokenizer, only in folders written by this code. `data/pretokenize.py` and
 `data/word_problems.py` write them. The published code allocates its files for the expected number of rows and records
 in meta.json how many it wrote, so its files may be longer.
@@ -34,8 +34,8 @@ FORMAT = {"labels_dtype": "uint32", "prompt_mask_packed": True, "prompt_mask_bit
 
 
 @dataclass(frozen=True)
-class TinyGsmData:
-    """Rows in memory-mapped files; a `data.dataset.SequenceData`. Use `open_tiny_gsm` to open it."""
+class TokenFileData:
+    """Rows in memory-mapped files; a `data.dataset.SequenceData`. Use `open_token_files` to open it."""
 
     labels: np.ndarray  # uint32 [N, L]
     prompt_bits: np.ndarray  # uint8 [N, L / 8]
@@ -62,12 +62,12 @@ class TinyGsmData:
             return {"its rows": hash_arrays(self.labels, self.prompt_bits)}
         return {str(path): cached_hash(path) for path in (self.folder / LABELS_FILE, self.folder / PROMPT_FILE)}
 
-    def part(self, rows: slice) -> TinyGsmData:
+    def part(self, rows: slice) -> TokenFileData:
         """Consecutive rows."""
         return replace(self, labels=self.labels[rows], prompt_bits=self.prompt_bits[rows])
 
 
-def open_tiny_gsm(data_dir: str | Path, max_len: int, mask_id: int, vocab_size: int) -> TinyGsmData:
+def open_token_files(data_dir: str | Path, max_len: int, mask_id: int, vocab_size: int) -> TokenFileData:
     """Memory-map the files of `data_dir`; data after the number of rows in meta.json is ignored with a warning.
 
     Raises:
@@ -97,7 +97,7 @@ def open_tiny_gsm(data_dir: str | Path, max_len: int, mask_id: int, vocab_size: 
         raise ValueError(f"{folder} contains the mask token {mask_id}: set data.mask_id to a token that is in no row")
     # Every row ends in EOS, so it is known even if meta.json does not give it.
     eos_id = int(labels[0, -1]) if meta.get("eos_id") is None else meta["eos_id"]
-    return TinyGsmData(labels, prompt_bits, mask_id, eos_id, folder)
+    return TokenFileData(labels, prompt_bits, mask_id, eos_id, folder)
 
 
 def scan_labels(path: Path, labels: np.ndarray, mask_id: int) -> tuple[int, bool]:
@@ -140,7 +140,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def count_shared_rows(train: TinyGsmData, test: TinyGsmData) -> int:
+def count_shared_rows(train: TokenFileData, test: TokenFileData) -> int:
     """Number of test rows that are also training rows; cached beside the training rows if these are in files."""
     tests = [row.tobytes() for row in test.labels]
 

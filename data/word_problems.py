@@ -21,7 +21,7 @@ import numpy as np
 
 from data.files import WriteError, making_folder, say
 from data.foreign import check_memory
-from data.text import encode_programs, encode_prompts, encode_rows, train_byte_pairs
+from data.text import encode_completions, encode_prompts, encode_rows, train_byte_pairs
 from data.token_files import META_FILE, TOKENIZER_DIR, write_token_files
 
 Difficulty = Literal["easy", "hard"]
@@ -424,5 +424,5 @@ def count_operations(folder: Path) -> np.ndarray:
 def _longest(tokenizer: Any, questions: list[str], codes: list[str]) -> int:
     """Length of the longest row in tokens, including EOS."""
     prompts = encode_prompts(tokenizer.backend_tokenizer, questions)
-    programs = encode_programs(tokenizer.backend_tokenizer, codes)
+    programs = encode_completions(tokenizer.backend_tokenizer, codes)
     return max(len(prompt) + len(program) for prompt, program in zip(prompts, programs, strict=True)) + 1

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from config import Confidence, Config, SamplingRule
-from data.dataset import DataSet, Judged, Reference
+from data.dataset import DataSet, JudgedAnswers, Reference
 from model.transformer import Transformer
 from runtime.distributed import World, gather, sum_over_ranks
 from runtime.signals import StopVote
@@ -94,7 +94,9 @@ def wilson_interval(n_right: float, n: int) -> tuple[float, float]:
 def check_n_examples(n_examples: int, data: DataSet, setting: str) -> None:
     """Raise ValueError if `n_examples`, given by `setting`, exceeds the number of questions in the test."""
     if n_examples > data.n_questions:
-        raise ValueError(f"{setting} {n_examples}: the test has {data.n_questions} {data.questions}; set at most that")
+        raise ValueError(
+            f"{setting} {n_examples}: the test has {data.n_questions} {data.question_noun}; set at most that"
+        )
 
 
 def count_examples(config: Config, overrides: Sequence[str], data: DataSet) -> int:
@@ -112,7 +114,7 @@ def count_examples(config: Config, overrides: Sequence[str], data: DataSet) -> i
 
 
 @dataclass(frozen=True)
-class Questions:
+class TestQuestions:
     """The first questions of the test, with their difficulty and reference results."""
 
     data: DataSet
@@ -133,7 +135,7 @@ class Measured:
 def measure_rule(
     model: Transformer,
     config: Config,
-    test: Questions,
+    test: TestQuestions,
     world: World,
     rule: SamplingRule,
     bar: tqdm,
@@ -177,7 +179,7 @@ def measure_rule(
     )
 
 
-def _as_samples(judged: Judged, rows: np.ndarray, rule: SamplingRule) -> dict[int, dict[str, Any]]:
+def _as_samples(judged: JudgedAnswers, rows: np.ndarray, rule: SamplingRule) -> dict[int, dict[str, Any]]:
     """The first judged rows as records, by their number in the test."""
     by = {"confidence": rule.confidence, "tokens_per_step": rule.tokens_per_step}
     right = judged.figures["accuracy"] == 1  # [n]
@@ -187,7 +189,7 @@ def _as_samples(judged: Judged, rows: np.ndarray, rule: SamplingRule) -> dict[in
     }
 
 
-def _summarize(test: Questions, rule: SamplingRule, totals: dict[str, float], solved: np.ndarray) -> SamplerResult:
+def _summarize(test: TestQuestions, rule: SamplingRule, totals: dict[str, float], solved: np.ndarray) -> SamplerResult:
     """The result of a rule.
 
     Args:

@@ -28,7 +28,7 @@ from config import Config
 from data.dataset import DataSet, SequenceData
 from data.files import check_out, write_text
 from data.foreign import CommandParser, whole_number
-from eval.accuracy import NORMAL_95, Questions, SamplerResult, asking, count_examples, measure_rule, rank_batches
+from eval.accuracy import NORMAL_95, SamplerResult, TestQuestions, asking, count_examples, measure_rule, rank_batches
 from eval.likelihood import Likelihood, likelihood
 from model.hub import open_model
 from model.transformer import Transformer
@@ -170,7 +170,7 @@ def evaluate(
             loss = validation_loss(model, config, data.validation, world, vote)
             found = _likelihood(model, config, data.validation, world, vote)
             questions = np.arange(n_examples)
-            test = Questions(data, data.reference(questions), data.difficulty(questions), n_examples)
+            test = TestQuestions(data, data.reference(questions), data.difficulty(questions), n_examples)
             results = [measure_rule(model, config, test, world, rule, bar, vote) for rule in rules]
     finally:
         model.train(was_training)

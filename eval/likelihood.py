@@ -40,7 +40,7 @@ from config import Config
 from data.dataset import DataSet, SequenceData
 from data.files import check_out, write_text
 from data.foreign import CommandParser, whole_number
-from data.text import decode_programs
+from data.text import decode_completions
 from eval.accuracy import NORMAL_95
 from model.hub import load_model
 from model.token_predictions import hash_uniform, mix_keys
@@ -207,7 +207,7 @@ def n_bytes(data: DataSet, n_rows: int) -> int | None:
     if data.tokenizer is None:
         return None
     tokens, prompt_mask = data.validation.rows(np.arange(min(n_rows, len(data.validation))))
-    return sum(len(text.encode()) for text in decode_programs(data.tokenizer, tokens, prompt_mask))
+    return sum(len(text.encode()) for text in decode_completions(data.tokenizer, tokens, prompt_mask))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from data.dataset import DataSet
 from data.files import check_out, write_text
 from data.foreign import read_text, reading
 from data.hashes import hash_arrays
-from eval.accuracy import Questions, count_examples, measure_rule
+from eval.accuracy import TestQuestions, count_examples, measure_rule
 from model.hub import open_model
 from model.transformer import Transformer
 from progressive_block import block_layout
@@ -200,7 +200,7 @@ def sweep(
         n = count_examples(each.config, overrides, data)
         each.model.to(world.device)
         conditions = on_main(partial(_conditions_of, each, data, n, world))
-        loaded.append((each, Questions(data, None, {}, n), conditions))
+        loaded.append((each, TestQuestions(data, None, {}, n), conditions))
         allowed.append(_within(max_passes, each, choices, data, n))
     # One rule after the other, so that a sweep that is stopped has compared the checkpoints.
     tasks = [
@@ -295,7 +295,13 @@ def read_sweep(out: Path) -> list[Point]:
 
 
 def _measure(
-    each: Swept, questions: Questions, conditions: Conditions, name: str, dial: str, rule: SamplingRule, world: World
+    each: Swept,
+    questions: TestQuestions,
+    conditions: Conditions,
+    name: str,
+    dial: str,
+    rule: SamplingRule,
+    world: World,
 ) -> Point:
     config = each.config
     with (

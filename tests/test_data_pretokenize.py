@@ -18,8 +18,8 @@ from data import pretokenize as module
 from data.gsm8k import Problem, read_problems
 from data.pretokenize import pretokenize
 from data.stream import SequenceStream
-from data.text import decode_programs, load_tokenizer
-from data.token_files import FORMAT, open_tiny_gsm, read_meta, tokenizer_of, write_meta
+from data.text import decode_completions, load_tokenizer
+from data.token_files import FORMAT, open_token_files, read_meta, tokenizer_of, write_meta
 from data.word_problems import generate_problems, train_tokenizer
 from model.transformer import Transformer
 from runtime.config_file import read_config
@@ -75,14 +75,14 @@ def test_files_hold_what_a_slow_loop_finds(tmp_path, tokenizer_dir):
     bits = np.fromfile(tmp_path / "out" / "prompt_mask.bin", dtype=np.uint8)
     position = 7  # bit 7 of byte 0 is position 7: little-endian order
     assert [bool(byte >> position & 1) for byte in bits[:: MAX_LEN // 8]] == [mask[position] for _, mask in expected]
-    data = open_tiny_gsm(tmp_path / "out", MAX_LEN, len(tokenizer) - 1, len(tokenizer))
+    data = open_token_files(tmp_path / "out", MAX_LEN, len(tokenizer) - 1, len(tokenizer))
     tokens, prompt_mask = data.rows(np.arange(len(data)))
     assert tokens.dtype == np.int64
     assert tokens.tolist() == [ids for ids, _ in expected]
     assert prompt_mask.tolist() == [mask for _, mask in expected]
     kept = [row for row in rows if slow_row(tokenizer, row) is not None]
     whole = [i for i, row in enumerate(tokens) if row[-2] == tokenizer.eos_token_id]
-    programs = decode_programs(tokenizer, tokens[whole], prompt_mask[whole])
+    programs = decode_completions(tokenizer, tokens[whole], prompt_mask[whole])
     assert programs == [kept[i]["code"] for i in whole]
 
 
@@ -95,8 +95,8 @@ def test_white_space_around_the_texts_changes_nothing(tmp_path, tokenizer_dir):
         pretokenize(str(path), str(tokenizer_dir), tmp_path / name, MAX_LEN, n_workers=1)
     for file in ("labels.bin", "prompt_mask.bin"):
         assert (tmp_path / "spaced" / file).read_bytes() == (tmp_path / "bare" / file).read_bytes(), file
-    tokens, prompt_mask = open_tiny_gsm(tmp_path / "spaced", MAX_LEN, 511, 512).rows(np.arange(40))
-    programs = decode_programs(load_tokenizer(str(tokenizer_dir)), tokens, prompt_mask)
+    tokens, prompt_mask = open_token_files(tmp_path / "spaced", MAX_LEN, 511, 512).rows(np.arange(40))
+    programs = decode_completions(load_tokenizer(str(tokenizer_dir)), tokens, prompt_mask)
     assert "    return result" in programs[0], "inner white space is kept"
     assert programs == [row["code"] for row in rows]
 
@@ -225,7 +225,7 @@ def rewrite_meta(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize("missing", ["num_examples", "max_len"])
 def test_what_meta_lacks_follows_from_the_sizes(missing, files):
     rewrite_meta(files, max_token_id=None, num_left_out=None, limit=None, **{missing: None})
-    data = open_tiny_gsm(files, MAX_LEN, 511, 512)
+    data = open_token_files(files, MAX_LEN, 511, 512)
     assert len(data) == 45
     assert data.length == MAX_LEN
 
@@ -233,20 +233,20 @@ def test_what_meta_lacks_follows_from_the_sizes(missing, files):
 def test_sizes_that_do_not_fit_are_refused_with_both_numbers(files):
     rewrite_meta(files, num_examples=46)
     with pytest.raises(ValueError, match=rf"labels.bin has {45 * MAX_LEN * 4} bytes.* take {46 * MAX_LEN * 4}"):
-        open_tiny_gsm(files, MAX_LEN, 511, 512)
+        open_token_files(files, MAX_LEN, 511, 512)
     rewrite_meta(files, num_examples=45)
     with open(files / "prompt_mask.bin", "r+b") as file:
         file.truncate(45 * 8 - 1)
     with pytest.raises(ValueError, match=rf"prompt_mask.bin has {45 * 8 - 1} bytes.* take {45 * 8}"):
-        open_tiny_gsm(files, MAX_LEN, 511, 512)
+        open_token_files(files, MAX_LEN, 511, 512)
     rewrite_meta(files, num_examples=0)
     with pytest.raises(ValueError, match="has no rows"):
-        open_tiny_gsm(files, MAX_LEN, 511, 512)
+        open_token_files(files, MAX_LEN, 511, 512)
 
 
 def test_what_the_published_files_hold_beyond_their_rows_is_ignored_with_a_warning(files):
     """They are allocated for the rows that the data set is said to have, 52 here, and padded with zeros."""
-    expected = open_tiny_gsm(files, MAX_LEN, 511, 512)
+    expected = open_token_files(files, MAX_LEN, 511, 512)
     tokens, prompt_mask = expected.rows(np.arange(45))
     messages = []
     for name, row_bytes in (("labels.bin", MAX_LEN * 4), ("prompt_mask.bin", MAX_LEN // 8)):
@@ -254,7 +254,7 @@ def test_what_the_published_files_hold_beyond_their_rows_is_ignored_with_a_warni
         found = f"{files / name} has {52 * row_bytes} bytes, but the 45 rows of {MAX_LEN} tokens in meta.json take"
         messages.append(re.escape(f"{found} {45 * row_bytes}: the rest of the file is ignored"))
     with pytest.warns(UserWarning, match=messages[0]), pytest.warns(UserWarning, match=messages[1]):
-        data = open_tiny_gsm(files, MAX_LEN, 511, 512)
+        data = open_token_files(files, MAX_LEN, 511, 512)
     assert len(data) == 45
     again, mask_again = data.rows(np.arange(45))
     assert np.array_equal(again, tokens)
@@ -269,7 +269,7 @@ def test_files_that_are_longer_must_fit_where_a_number_follows_from_their_sizes(
     with open(files / "prompt_mask.bin", "ab") as file:
         file.write(b"x")
     with pytest.raises(ValueError, match=rf"prompt_mask.bin has {45 * 8 + 1} bytes.* take {45 * 8}"):
-        open_tiny_gsm(files, MAX_LEN, 511, 512)
+        open_token_files(files, MAX_LEN, 511, 512)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_files_that_are_longer_must_fit_where_a_number_follows_from_their_sizes(
 )
 def test_data_that_does_not_fit_the_settings_is_refused(arguments, message, files):
     with pytest.raises(ValueError, match=message):
-        open_tiny_gsm(files, *arguments)
+        open_token_files(files, *arguments)
 
 
 def test_a_row_with_nothing_to_predict_is_refused_by_number(files):
@@ -290,23 +290,23 @@ def test_a_row_with_nothing_to_predict_is_refused_by_number(files):
     bits[31] = 255
     bits.flush()
     with pytest.raises(ValueError, match="row 31"):
-        open_tiny_gsm(files, MAX_LEN, 511, 512)
+        open_token_files(files, MAX_LEN, 511, 512)
 
 
 def test_unreadable_meta_is_refused(files):
     rewrite_meta(files, labels_dtype="uint16")
     with pytest.raises(ValueError, match="labels_dtype is 'uint16', but only 'uint32'"):
-        open_tiny_gsm(files, MAX_LEN, 511, 512)
+        open_token_files(files, MAX_LEN, 511, 512)
     (files / "meta.json").write_text("[]")
     with pytest.raises(ValueError, match="must be a JSON object"):
-        open_tiny_gsm(files, MAX_LEN, 511, 512)
+        open_token_files(files, MAX_LEN, 511, 512)
     (files / "meta.json").unlink()
     with pytest.raises(ValueError, match="is missing: the tokenized data is unfinished"):
-        open_tiny_gsm(files, MAX_LEN, 511, 512)
+        open_token_files(files, MAX_LEN, 511, 512)
 
 
 def test_the_stream_hands_out_every_row_once_per_epoch(files):
-    data = open_tiny_gsm(files, MAX_LEN, 511, 512)
+    data = open_token_files(files, MAX_LEN, 511, 512)
     stream = SequenceStream(data, seed=3)
     tokens, prompt_mask = stream.draw(len(data))
     assert sorted(map(tuple, tokens.tolist())) == sorted(map(tuple, data.labels.tolist()))
@@ -334,7 +334,7 @@ def test_files_from_before_texts_were_stripped_are_not_continued(tmp_path, token
     rewrite_meta(files, outer_white_space=None)
     with pytest.raises(ValueError, match=message):
         pretokenize(*arguments, files, MAX_LEN, n_workers=1)
-    assert len(open_tiny_gsm(files, MAX_LEN, 511, 512)) == 45, "training still reads them"
+    assert len(open_token_files(files, MAX_LEN, 511, 512)) == 45, "training still reads them"
     rewrite_meta(files, num_left_out=None)  # as in a folder of the published code
     assert pretokenize(*arguments, files, MAX_LEN, n_workers=1).n_written == 45
 
@@ -366,7 +366,7 @@ def test_the_separator_is_a_token_of_its_own_and_special_text_is_text(tmp_path):
     rows = [{"question": "How many <|im_start|> are left?", "code": "def f():\n    return 1<|endoftext|>"}] * 3
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pretokenize(str(tmp_path / "rows.jsonl"), str(QWEN), tmp_path / "out", 64, n_workers=1)
-    data = open_tiny_gsm(tmp_path / "out", 64, 151644, 151645)
+    data = open_token_files(tmp_path / "out", 64, 151644, 151645)
     tokens, prompt_mask = data.rows(np.array([1]))
     assert tokens[0][prompt_mask[0]][-2:].tolist() == [30, 198], "'?' and the newline must not become one token"
     answer = tokens[0][~prompt_mask[0]]
@@ -378,9 +378,9 @@ def test_real_questions_and_programs_come_back(tmp_path):
     source = SHARED / "tinygsm_like" / "tinygsm_questions_programs.jsonl"
     done = pretokenize(str(source), str(QWEN), tmp_path / "out", 512, limit=600, n_workers=1)
     assert done.n_written == 600
-    data = open_tiny_gsm(tmp_path / "out", 512, 151644, 151645)
+    data = open_token_files(tmp_path / "out", 512, 151644, 151645)
     tokens, prompt_mask = data.rows(np.arange(600))
-    programs = decode_programs(load_tokenizer(str(QWEN)), tokens, prompt_mask)
+    programs = decode_completions(load_tokenizer(str(QWEN)), tokens, prompt_mask)
     with open(source, encoding="utf-8") as file:
         codes = [json.loads(next(file))["code"] for _ in range(600)]
     cut = [i for i in range(600) if programs[i] != codes[i]]

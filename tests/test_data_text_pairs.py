@@ -17,8 +17,8 @@ from conftest import ROOT, tiny_settings
 import train
 from data.pretokenize import find_files
 from data.questions import Question
-from data.text import decode_programs, load_tokenizer
-from data.text_pairs import Text, TextSettings
+from data.text import decode_completions, load_tokenizer
+from data.text_pairs import TextData, TextSettings
 
 VOCAB = 300
 LENGTH = 32
@@ -35,7 +35,7 @@ def write_pairs(path: Path, n: int, columns: tuple[str, str] = ("prompt", "compl
     return rows
 
 
-def open_text(folder: Path, **changes: Any) -> Text:
+def open_text(folder: Path, **changes: Any) -> TextData:
     settings = {"source": str(folder / "pairs.jsonl"), "data_dir": str(folder / "kept"), "max_len": LENGTH}
     return TextSettings(dataset="text", **{"n_held_out": 10} | settings | changes).open(VOCAB)
 
@@ -74,10 +74,10 @@ def test_every_kind_of_source_gives_the_same_rows(kind, tmp_path):
     source = {"parquet": "pairs.parquet", "folder": "parts", "on disk": "saved/train"}[kind]
     columns = {"prompt_column": "text", "completion_column": "target", "n_held_out": 5}
     first, second = open_text(tmp_path, **columns), open_text(tmp_path, **columns, source=str(tmp_path / source))
-    assert np.array_equal(first.rows.labels, second.rows.labels)
-    assert np.array_equal(first.rows.prompt_bits, second.rows.prompt_bits)
+    assert np.array_equal(first.all_rows.labels, second.all_rows.labels)
+    assert np.array_equal(first.all_rows.prompt_bits, second.all_rows.prompt_bits)
     with pytest.raises(ValueError, match=r"holds the splits \['train'\]: give the folder of one"):
-        _ = open_text(tmp_path, **columns, source=str(tmp_path / "saved")).rows
+        _ = open_text(tmp_path, **columns, source=str(tmp_path / "saved")).all_rows
 
 
 def test_an_answer_must_be_the_completion_but_for_white_space(tmp_path):
@@ -145,12 +145,12 @@ def test_a_bare_tokenizer_file_needs_the_name_of_its_eos(tmp_path):
     bare.save(str(tmp_path / "any.json"))
     chosen = {"tokenizer": str(tmp_path / "any.json"), "max_len": 16}
     with pytest.raises(ValueError, match="has no EOS token"):
-        _ = open_text(tmp_path, **chosen).rows
+        _ = open_text(tmp_path, **chosen).all_rows
     with pytest.raises(ValueError, match=r"eos_token '\[EOS\]' is no token"):
-        _ = open_text(tmp_path, **chosen, eos_token="[EOS]").rows
+        _ = open_text(tmp_path, **chosen, eos_token="[EOS]").all_rows
     data = open_text(tmp_path, **chosen, eos_token="[SEP]")
     assert data.eos_id == 0
-    assert len(data.rows) == 54
+    assert len(data.all_rows) == 54
     assert load_tokenizer(str(data.folder / "tokenizer")).eos_token == "[SEP]", "the copy knows it"
 
 
@@ -171,7 +171,7 @@ def test_a_verdict_compares_what_the_tokenizer_keeps(tmp_path):
         tmp_path, tokenizer=str(lower_case_tokenizer(tmp_path / "low.json")), eos_token="[SEP]", max_len=64
     )
     tokens, prompt_mask = data.test.rows(np.array([0]))
-    gold = decode_programs(data.tokenizer, tokens, prompt_mask)[0].upper()
+    gold = decode_completions(data.tokenizer, tokens, prompt_mask)[0].upper()
     prompts = np.where(prompt_mask, tokens, data.mask_id)
     assert [verdict.right for verdict in data.verdicts(prompts, tokens, [gold])] == [True]
     assert [verdict.right for verdict in data.verdicts(prompts, tokens, [gold + " a"])] == [False]
@@ -181,7 +181,7 @@ def test_a_completion_with_the_end_of_all_is_refused(tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "completion": "a b c"}\n')
     tokenizer = str(lower_case_tokenizer(tmp_path / "low.json"))
     with pytest.raises(ValueError, match="the EOS token 4 occurs in 'a b c': choose another EOS token"):
-        _ = open_text(tmp_path, tokenizer=tokenizer, eos_token="b").rows
+        _ = open_text(tmp_path, tokenizer=tokenizer, eos_token="b").all_rows
 
 
 def test_test_pairs_that_are_trained_on_give_a_warning(tmp_path):
@@ -228,7 +228,7 @@ def test_hidden_files_and_caches_are_no_rows_and_splits_are_not_mixed(tmp_path):
 def test_bad_sources(content, changes, message, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
-        _ = open_text(tmp_path, **changes).rows
+        _ = open_text(tmp_path, **changes).all_rows
 
 
 def test_the_page_trains(tmp_path, monkeypatch, capsys):

@@ -17,9 +17,9 @@ import sampling
 import train
 from data import word_problems
 from data.gsm8k import read_problems
-from data.text import decode_programs, encode_texts, load_tokenizer
+from data.text import decode_completions, encode_texts, load_tokenizer
 from data.tiny_gsm import TinyGsmSettings
-from data.token_files import open_tiny_gsm
+from data.token_files import open_token_files
 from data.word_problems import (
     NAMES,
     THINGS,
@@ -68,12 +68,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_and_test_problems_are_disjoint(folder):
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
-    data = open_tiny_gsm(folder, 72, VOCAB_SIZE["easy"] - 1, VOCAB_SIZE["easy"])
+    data = open_token_files(folder, 72, VOCAB_SIZE["easy"] - 1, VOCAB_SIZE["easy"])
     tokens, prompt_mask = data.rows(np.arange(3000))
     questions = {tokenizer.decode(row[given][:-1]) for row, given in zip(tokens, prompt_mask, strict=True)}
     problems = generate_problems(3040, seed=0)
     assert questions == {problem.question for problem in problems[:3000]}
-    assert decode_programs(tokenizer, tokens, prompt_mask) == [problem.code for problem in problems[:3000]]
+    assert decode_completions(tokenizer, tokens, prompt_mask) == [problem.code for problem in problems[:3000]]
     test = read_problems(str(folder / "test.jsonl"))
     assert [problem.question for problem in test] == [problem.question for problem in problems[3000:]]
     assert not questions & {problem.question for problem in test}

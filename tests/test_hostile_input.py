@@ -45,7 +45,7 @@ import train
 from config import ModelSettings
 from data import hashes
 from data.foreign import MAX_LINES, MAX_MESSAGE
-from data.token_files import open_tiny_gsm
+from data.token_files import open_token_files
 from data.word_problems import cached_word_problems
 from model.hub import Pretrained, write_qwen2
 from model.transformer import Transformer
@@ -548,21 +548,21 @@ def test_every_row_is_checked_for_tokens_that_the_model_does_not_have(row, token
 def test_the_check_of_all_rows_is_cached_until_the_file_changes(good, tmp_path, monkeypatch):
     shutil.copytree(good / "words", tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(hashes, "SETTLED_NS", -1)
-    assert len(open_tiny_gsm(tmp_path, 128, 511, 512)) == 40
+    assert len(open_token_files(tmp_path, 128, 511, 512)) == 40
     (cache,) = tmp_path.glob(".labels.bin.scan_511.json")
     edit(cache, highest=600)
     with pytest.raises(ValueError, match="contains token 600"):  # the file is not read
-        open_tiny_gsm(tmp_path, 128, 511, 512)
+        open_token_files(tmp_path, 128, 511, 512)
     with pytest.raises(ValueError, match="contains the mask token"):
-        open_tiny_gsm(tmp_path, 128, int(np.fromfile(tmp_path / "labels.bin", dtype=np.uint32)[0]), 512)
+        open_token_files(tmp_path, 128, int(np.fromfile(tmp_path / "labels.bin", dtype=np.uint32)[0]), 512)
     for damage in (b"", b"[" * 100_000, b'{"facts": 1}'):
         cache.write_bytes(damage)
-        assert len(open_tiny_gsm(tmp_path, 128, 511, 512)) == 40
+        assert len(open_token_files(tmp_path, 128, 511, 512)) == 40
     labels = bytearray((tmp_path / "labels.bin").read_bytes())
     labels[:2] = (511).to_bytes(2, "little")
     (tmp_path / "labels.bin").write_bytes(labels)
     with pytest.raises(ValueError, match="contains the mask token 511"):
-        open_tiny_gsm(tmp_path, 128, 511, 512)
+        open_token_files(tmp_path, 128, 511, 512)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from data.text_pairs import PairDataSet, PairSettings
 from data.token_files import META_FILE, read_meta, tokenizer_of
 from data.word_problems import TEST_FILE, Difficulty, cached_word_problems, count_operations
 from grader.cores import count_own_cores
-from grader.grade import gold_number, grade, reason_shares
+from grader.grade import FAILURES, gold_number, grade
 
 
 class TinyGsmSettings(PairSettings):
@@ -112,7 +112,7 @@ class TinyGsmSettings(PairSettings):
 class TinyGsm(PairDataSet):
     """Questions with programs to train on, and questions to answer by a program, which is run."""
 
-    figures = ("accuracy", "fails_to_parse", "fails_to_run", "out_of_time")
+    figures = ("accuracy", *FAILURES)
     question_noun = "problems"
     settings: TinyGsmSettings
 
@@ -174,8 +174,9 @@ class TinyGsm(PairDataSet):
         problems = [self.test_prompts.problems[i] for i in indices]
         programs = decode_completions(self.tokenizer, tokens, self.test_prompts.xt[indices] != self.mask_id)
         verdicts = grade(programs, [problem.answer for problem in problems], n_workers=count_own_cores())
-        shares = [{"accuracy": float(verdict.verdict)} | reason_shares([verdict]) for verdict in verdicts]
-        figures = {name: np.array([share[name] for share in shares], dtype=np.float32) for name in self.figures}
+        figures = {"accuracy": np.array([verdict.right for verdict in verdicts], dtype=np.float32)}
+        for name, reasons in FAILURES.items():
+            figures[name] = np.array([verdict.reason in reasons for verdict in verdicts], dtype=np.float32)
         samples = [
             {
                 "question": problem.question,
@@ -207,7 +208,7 @@ class TinyGsm(PairDataSet):
         verdicts = []
         for text, verdict, gold in zip(texts, graded, golds, strict=True):
             returned = verdict.value is not None
-            right: bool | None = verdict.verdict
+            right: bool | None = verdict.right
             reason = f"{verdict.reason}: {verdict.message}" if verdict.message else verdict.reason
             if gold is None and verdict.reason in ("right", "wrong value"):
                 right, reason = None, ""

@@ -63,7 +63,7 @@ def grade_file(cases: Path, out: Path, n_workers: int | None) -> str:
     programs_per_s = len(verdicts) / (time.monotonic() - start)
     lines = (
         {
-            "verdict": verdict.verdict,
+            "verdict": verdict.right,
             "value": verdict.value,
             "reason": f"{verdict.reason}: {verdict.message}" if verdict.message else verdict.reason,
         }

@@ -24,12 +24,18 @@ Reason = Literal[
     "out of memory",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
-FAILED: dict[str, Reason] = {
+REASON_OF_STATUS: dict[str, Reason] = {  # of an outcome without a value
     "syntax_error": "syntax error",
     "error": "failed to run",
     "killed": "failed to run",
     "timeout": "out of time",
     "memory": "out of memory",
+}
+# What is counted in records, and the reasons for it.
+FAILURES: dict[str, tuple[Reason, ...]] = {
+    "fails_to_parse": ("no program", "syntax error"),
+    "fails_to_run": ("failed to run", "out of memory"),
+    "out_of_time": ("out of time",),
 }
 
 # The patterns below take linear time on any text, so a model's output cannot stall the grader. The number of names
@@ -72,7 +78,7 @@ MAX_NUMBER = 100  # characters
 class Verdict:
     """Grade of a completion."""
 
-    verdict: bool
+    right: bool
     value: float | str | None  # of the program, as in `grader.sandbox.Outcome`
     reason: Reason
     message: str = ""  # details of the reason, if any
@@ -118,23 +124,12 @@ def grade(
 def judge(outcome: Outcome, gold: float) -> Verdict:
     """Compare the value that a program returned with the gold answer."""
     if outcome.status != "ok":
-        return Verdict(False, None, FAILED[outcome.status], outcome.message)
+        return Verdict(False, None, REASON_OF_STATUS[outcome.status], outcome.message)
     number = parse_number(outcome.value)
     if number is None:
         return Verdict(False, outcome.value, "no number", outcome.message)
     is_right = equals(number, gold)
     return Verdict(is_right, outcome.value, "right" if is_right else "wrong value")
-
-
-def reason_shares(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Shares of programs that fail to parse, fail to run (including out of memory) or run out of time, for records."""
-    groups: dict[str, tuple[Reason, ...]] = {
-        "fails_to_parse": ("no program", "syntax error"),
-        "fails_to_run": ("failed to run", "out of memory"),
-        "out_of_time": ("out of time",),
-    }
-    n = max(1, len(verdicts))
-    return {name: sum(verdict.reason in reasons for verdict in verdicts) / n for name, reasons in groups.items()}
 
 
 def extract_program(text: str) -> str | None:

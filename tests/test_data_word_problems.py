@@ -78,7 +78,7 @@ def test_rows_and_test_problems_are_disjoint(folder):
     assert [problem.question for problem in test] == [problem.question for problem in problems[3000:]]
     assert not questions & {problem.question for problem in test}
     verdicts = grade([problem.code for problem in problems[3000:]], [problem.answer for problem in test], n_workers=1)
-    assert all(verdict.verdict for verdict in verdicts)
+    assert all(verdict.right for verdict in verdicts)
 
 
 def test_a_number_is_one_token_and_any_text_is_kept(folder):
@@ -133,7 +133,7 @@ def test_hard_programs_compute_exactly_and_stay_in_bounds(hard_problems):
 def test_the_grader_finds_the_answers_of_hard_problems(hard_problems):
     sample = hard_problems[:100]
     verdicts = grade([each.code for each in sample], [str(each.answer) for each in sample], n_workers=1)
-    assert all(verdict.verdict for verdict in verdicts)
+    assert all(verdict.right for verdict in verdicts)
 
 
 def test_hard_questions_have_the_numbers_of_the_program_in_their_own_order(hard_problems):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grader.grade import REASONS, Verdict, equals, extract_program, grade, judge, parse_number, reason_shares
+from grader.grade import FAILURES, REASONS, Verdict, equals, extract_program, grade, judge, parse_number
 from grader.sandbox import MAX_PROGRAM, Outcome
 from tests.conftest import SHARED
 from tests.grader_disagreements import DISAGREEMENTS
@@ -262,17 +262,17 @@ def test_verdicts_name_their_reasons() -> None:
     done: list[int] = []
     verdicts = grade(list(texts.values()), ["18"] * len(texts), n_workers=2, on_done=done.append)
     assert [verdict.reason for verdict in verdicts] == list(texts)
-    assert [verdict.verdict for verdict in verdicts] == [reason == "right" for reason in texts]
+    assert [verdict.right for verdict in verdicts] == [reason == "right" for reason in texts]
     assert sorted(done) == list(range(len(texts)))
     assert verdicts[5].message == "ZeroDivisionError: division by zero"
-    shares = reason_shares(verdicts)
-    assert shares == {"fails_to_parse": 0.25, "fails_to_run": 0.25, "out_of_time": 0.125}
+    counted = [reason for reasons in FAILURES.values() for reason in reasons]
+    assert sorted(counted) == sorted(set(REASONS) - {"right", "wrong value", "no number"}), "each in one group"
 
 
 @pytest.mark.parametrize("status", ["syntax_error", "error", "timeout", "memory", "killed"])
 def test_no_value_counts_unless_the_program_ended_well(status: str) -> None:
     verdict = judge(Outcome(status, 18, "?"), 18)
-    assert not verdict.verdict
+    assert not verdict.right
     assert verdict.value is None
 
 
@@ -292,13 +292,13 @@ def test_values_that_claim_to_equal_everything_are_wrong() -> None:
         textwrap.dedent(claim.format(base=base, value=value))
         for base, value in [("", ""), ("(int)", "5"), ("(float)", "5.0"), ("(str)", "'5'")]
     ]
-    assert [verdict.verdict for verdict in grade([*texts, PROGRAM], ["18"] * 5)] == [False] * 4 + [True]
+    assert [verdict.right for verdict in grade([*texts, PROGRAM], ["18"] * 5)] == [False] * 4 + [True]
 
 
 def test_the_gold_answer_does_not_steer_the_choice() -> None:
     # Two programs and a printed answer: the first function counts, whichever would be right.
     text = "def f():\n    return 1\n\nprint(2)\n```\n\n```python\ndef g():\n    return 2\n```"
-    assert [verdict.verdict for verdict in grade([text, text], ["1", "2"])] == [True, False]
+    assert [verdict.right for verdict in grade([text, text], ["1", "2"])] == [True, False]
 
 
 def test_gold_answers_must_be_numbers() -> None:
@@ -308,13 +308,12 @@ def test_gold_answers_must_be_numbers() -> None:
         grade([PROGRAM, PROGRAM], ["18"])
     assert grade([PROGRAM] * 3, ["18", 18.0, "$18.00"]) == [Verdict(True, 18, "right")] * 3
     assert grade([], []) == []
-    assert reason_shares([]) == {"fails_to_parse": 0.0, "fails_to_run": 0.0, "out_of_time": 0.0}
 
 
 @pytest.mark.skipif(not CASES.exists(), reason=f"{CASES} is not here")
 def test_agreement_with_a_third_party() -> None:
     rows = [json.loads(line) for line in CASES.read_text(encoding="utf-8").splitlines()]
     verdicts = grade([row["completion"] for row in rows], [row["gold"] for row in rows])
-    differ = {i for i, row in enumerate(rows) if verdicts[i].verdict != row["third_verdict"]}
+    differ = {i for i, row in enumerate(rows) if verdicts[i].right != row["third_verdict"]}
     assert 1 - len(differ) / len(rows) >= 0.993
     assert differ == set(DISAGREEMENTS)

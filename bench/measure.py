@@ -92,7 +92,7 @@ def build_row(case: Case, times: Times, peaks: dict[str, float], gflop_per_ms: f
         if path in peaks:
             row[f"{side}_peak_gib"] = peaks[path]
     if case.dense:
-        row["ratio_low"], row["ratio"], row["ratio_high"] = spread(times[case.dense], times[case.ours])
+        row["ratio_low"], row["ratio"], row["ratio_high"] = ratio_quartiles(times[case.dense], times[case.ours])
     row |= case.facts()
     if "gflop" in row:
         row["floor_ms"] = row["gflop"] / gflop_per_ms
@@ -110,7 +110,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def spread(a: list[float], b: list[float]) -> list[float]:
+def ratio_quartiles(a: list[float], b: list[float]) -> list[float]:
     """Lower quartile, median and upper quartile of a / b, round by round."""
     return np.quantile(np.divide(a, b), (0.25, 0.5, 0.75)).tolist()
 

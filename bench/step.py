@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.dense import DenseTrainer, dense_step
 from bench.inputs import read_inputs
-from bench.measure import Benchmark, Call, Case, Times, spread
+from bench.measure import Benchmark, Call, Case, Times, ratio_quartiles
 from config import Config, ModelSettings, PumaSettings, UniformSettings
 from data.stream import SequenceStream
 from model.transformer import build_model
@@ -48,7 +48,7 @@ def build(options: Namespace) -> Benchmark:
         gflop = [case.facts()["gflop"] for case in cases]
         lines = [f"puma / uniform, gflop by the positions that were masked: {gflop[0] / gflop[1]:.3f}"]
         for side in ("ours", "dense"):
-            low, ratio, high = spread(times[f"puma/{side}"], times[f"uniform/{side}"])
+            low, ratio, high = ratio_quartiles(times[f"puma/{side}"], times[f"uniform/{side}"])
             lines.append(f"puma / uniform, {side}_ms: {ratio:.3f}, quartiles {low:.3f} and {high:.3f}")
         return lines
 

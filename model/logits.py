@@ -96,10 +96,10 @@ def chunk_scorer(matrix: Tensor, n_tokens: int, n_rows: int, compiled: bool, wit
     if not matrix.is_cuda and len(matrix) == n_tokens:
         # Allocated once: page faults on new memory cost more than the computation.
         buffer = torch.empty(n_rows, matrix.shape[0], dtype=torch.float32)
-        narrow = None
+        gradient_buffer = None
         if with_gradient:
-            narrow = buffer if matrix.dtype == buffer.dtype else torch.empty_like(buffer, dtype=matrix.dtype)
-        return lambda states, target, weight: _score_in_tiles(matrix, buffer, narrow, states, target, weight)
+            gradient_buffer = buffer if matrix.dtype == buffer.dtype else torch.empty_like(buffer, dtype=matrix.dtype)
+        return lambda states, target, weight: _score_in_tiles(matrix, buffer, gradient_buffer, states, target, weight)
     score = _compiled_softmax() if compiled and matrix.shape[0] > SMALL_VOCABULARY else _score_logits
 
     def score_states(states: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -160,13 +160,13 @@ def _compiled_softmax() -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor
 
 
 def _score_in_tiles(
-    matrix: Tensor, buffer: Tensor, narrow: Tensor | None, states: Tensor, target: Tensor, weight: Tensor
+    matrix: Tensor, buffer: Tensor, gradient_buffer: Tensor | None, states: Tensor, target: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `ChunkScorer`; exponentials of each tile are relative to its own largest logit until all tiles are known.
 
     Args:
         buffer: float32 [at least n, V], overwritten.
-        narrow: a buffer of that shape in the dtype of the matrix, may be `buffer` itself; receives the gradient. None:
+        gradient_buffer: of that shape in the dtype of the matrix, may be `buffer` itself; receives the gradient. None:
             no gradient.
     """
     buffer = buffer[: len(states)]
@@ -183,18 +183,18 @@ def _score_in_tiles(
     largest, total, scale = combine_tiles(torch.stack(maxima), torch.stack(sums))
     log_total = total.log()
     nll, confidence = (largest - own) + log_total, -log_total
-    if narrow is None:
+    if gradient_buffer is None:
         return nll, confidence, None
-    narrow = narrow[: len(states)]
+    gradient_buffer = gradient_buffer[: len(states)]
     factor = scale * (weight / total)  # [M, n]
     # Before it is rounded to the dtype of the matrix: near probability 1 the difference would cancel.
     own_factor = factor.gather(0, target[None] // TILE_TOKENS).squeeze(0)  # [n]
     own_gradient = buffer.gather(1, target[:, None]).squeeze(1) * own_factor - weight
-    parts = zip(buffer.split(TILE_TOKENS, 1), narrow.split(TILE_TOKENS, 1), factor, strict=True)
+    parts = zip(buffer.split(TILE_TOKENS, 1), gradient_buffer.split(TILE_TOKENS, 1), factor, strict=True)
     for exponentials, gradient, tile_factor in parts:
         torch.mul(exponentials, tile_factor[:, None], out=gradient)
-    narrow.scatter_(1, target[:, None], own_gradient[:, None].to(narrow.dtype))
-    return nll, confidence, narrow
+    gradient_buffer.scatter_(1, target[:, None], own_gradient[:, None].to(gradient_buffer.dtype))
+    return nll, confidence, gradient_buffer
 
 
 def write_logits(states: Tensor, rows: Tensor, out: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from config import DEFAULT_RULE, SamplingRule
 from model.token_predictions import mix_keys, predict_tokens
 from model.transformer import Transformer
-from samplers.step import Filling, Samples, nothing, spread
+from samplers.step import Filling, Samples, nothing, scatter_predictions
 
 # Finished rows are removed once they are this share of the batch: removing rows copies the whole cache.
 REMOVED_SHARE = 1 / 8
@@ -77,7 +77,9 @@ def sample_causal(
         tokens[sampled, position], order[sampled, position] = predicted.token, nfe[sampled]
         if record is not None:
             here = torch.ones(len(sampled), 1, dtype=torch.bool, device=tokens.device)
-            filling.record(sampled, position, here, spread(predicted, here.nonzero(as_tuple=True), here.shape))
+            filling.record(
+                sampled, position, here, scatter_predictions(predicted, here.nonzero(as_tuple=True), here.shape)
+            )
         if eos_id is not None:
             ended = sampled[predicted.token == eos_id]
             rest = tokens[ended] == mask_id  # [n, L]

@@ -23,7 +23,7 @@ STABLE_PASSES = 2
 
 
 @dataclass(frozen=True)
-class Seen:
+class RuleInput:
     """What a rule sees of one pass."""
 
     masked: Tensor  # bool [b, W]
@@ -42,7 +42,7 @@ class Choice(NamedTuple):
     memory: Tensor | None = None  # float32 [b, W], for the next pass; None: as it was
 
 
-def choose(rule: SamplingRule, seen: Seen) -> Choice:
+def choose(rule: SamplingRule, seen: RuleInput) -> Choice:
     """The choice of the rule."""
     if rule.revise == "remask":
         return remask(rule, seen)
@@ -55,7 +55,7 @@ def choose(rule: SamplingRule, seen: Seen) -> Choice:
     return most_confident(rule, seen)
 
 
-def most_confident(rule: SamplingRule, seen: Seen) -> Choice:
+def most_confident(rule: SamplingRule, seen: RuleInput) -> Choice:
     """The best `tokens_per_step` positions, and all above `threshold` (Fast-dLLM, arXiv 2505.22618).
 
     With `kl_bound` a position above the threshold must also have come to rest (KLASS, Kim et al. 2025). Its memory is
@@ -74,14 +74,14 @@ def most_confident(rule: SamplingRule, seen: Seen) -> Choice:
     return Choice(written | (sure & (n_passes >= STABLE_PASSES)), memory=n_passes)
 
 
-def bounded_entropy(rule: SamplingRule, seen: Seen) -> Choice:
+def bounded_entropy(rule: SamplingRule, seen: RuleInput) -> Choice:
     """As many of the best positions as `entropy_bound` allows (EB-Sampler, arXiv 2505.24857)."""
     assert rule.entropy_bound is not None
     entropy = -seen.predicted.neg_entropy
     return Choice(reveal_bounded(confidence_of(rule, seen), entropy, seen.masked, rule.entropy_bound))
 
 
-def remask(rule: SamplingRule, seen: Seen) -> Choice:
+def remask(rule: SamplingRule, seen: RuleInput) -> Choice:
     """Mask the filled positions whose tokens were least probable when they were written (ReMDM, arXiv 2503.00307).
 
     Its memory is the log-probability of each token when it was written.
@@ -95,32 +95,32 @@ def remask(rule: SamplingRule, seen: Seen) -> Choice:
     return Choice(written, remasked, torch.where(written, seen.predicted.log_prob, seen.memory))
 
 
-def plan(rule: SamplingRule, seen: Seen) -> Choice:
+def plan(rule: SamplingRule, seen: RuleInput) -> Choice:
     """Keep the positions of the most probable tokens, filled or predicted (self-planning P2, arXiv 2502.03540)."""
     assert seen.predicted.current_log_prob is not None
     log_prob = torch.where(seen.masked, seen.predicted.log_prob, seen.predicted.current_log_prob)
     return keep_best(rule, seen, log_prob)
 
 
-def running_confidence(rule: SamplingRule, seen: Seen) -> Choice:
+def running_confidence(rule: SamplingRule, seen: RuleInput) -> Choice:
     """Keep the positions of the largest log-probability in any pass so far, its memory (MDPO, arXiv 2508.13148)."""
     largest = torch.maximum(seen.memory, seen.predicted.log_prob)
     return keep_best(rule, seen, largest)._replace(memory=largest)
 
 
-def keep_best(rule: SamplingRule, seen: Seen, score: Tensor) -> Choice:
+def keep_best(rule: SamplingRule, seen: RuleInput, score: Tensor) -> Choice:
     """Leave the maskable positions of the highest scores (float32 [b, W]) filled, and all others masked."""
     kept = reveal_top(score, seen.maskable, filled_after(rule, seen))
     return Choice(kept & seen.masked, seen.maskable & ~seen.masked & ~kept)
 
 
-def filled_after(rule: SamplingRule, seen: Seen) -> Tensor:
+def filled_after(rule: SamplingRule, seen: RuleInput) -> Tensor:
     """Number of maskable positions that a rule that revises leaves filled after this pass, int64 [b]."""
     assert rule.n_passes is not None
     return -(-seen.number * seen.maskable.sum(1) // rule.n_passes)  # rounded up
 
 
-def confidence_of(rule: SamplingRule, seen: Seen) -> Tensor:
+def confidence_of(rule: SamplingRule, seen: RuleInput) -> Tensor:
     """Confidence of each masked position, float32 [b, W]; higher is filled first."""
     if rule.confidence == "top_prob":  # of the chosen token
         return seen.predicted.log_prob

@@ -18,7 +18,7 @@ from config import SamplingRule
 from model.attention import KeyValueCache
 from model.token_predictions import TokenPredictions, mix_keys
 from model.transformer import Transformer
-from samplers.rules import Seen, choose, draws_numbers
+from samplers.rules import RuleInput, choose, draws_numbers
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class Pass:
     """One forward pass, recorded to show how an answer came about; on the CPU."""
 
     rows: Tensor  # int64 [b], the rows of the batch that were in this pass
-    tokens: Tensor  # int64 [b, L], after the pass, with the mask token where a position is (again) masked; the EOS
-    # tokens that follow the first one of an answer without a prediction are in no pass, only in `Samples.tokens`
+    # int64 [b, L], after the pass, with the mask token where a position is (again) masked. EOS tokens after the first
+    # one of an answer are written without a prediction: they are in no pass, only in `Samples.tokens`.
+    tokens: Tensor
     # float32 [b, L]: probability that the model gave to the token now at a position, at the pass that wrote it; nan
     # where the model wrote nothing: given and masked positions, and EOS after the end.
     confidence: Tensor
@@ -80,7 +81,7 @@ class Filling:
         self.keys = row_keys(xt, seed, row_ids)  # [B]
         self._passes: list[Pass] | None = None if record is None else []
         self._confidence = None if record is None else torch.full(xt.shape, torch.nan)
-        self._memory = torch.full(xt.shape, -torch.inf, device=xt.device)  # of the rule, see `samplers.rules.Seen`
+        self._memory = torch.full(xt.shape, -torch.inf, device=xt.device)  # of the rule, see `samplers.rules.RuleInput`
         self._states: Tensor | None = None  # [B, L, D], of the last pass at each position, for a rule with a KL bound
 
     def unfinished(self, start: int, end: int) -> Tensor:
@@ -129,9 +130,9 @@ class Filling:
         )
         if states is not None and predicted.hidden is not None:
             states[place] = predicted.hidden.to(states.dtype)
-        predicted = spread(predicted, where, masked.shape)  # [b, W]
+        predicted = scatter_predictions(predicted, where, masked.shape)  # [b, W]
         written, remasked, memory = choose(
-            rule, Seen(masked, maskable, predicted, keys, memory=self._memory[rows, span], number=number)
+            rule, RuleInput(masked, maskable, predicted, keys, memory=self._memory[rows, span], number=number)
         )
         tokens = torch.where(written, predicted.token, tokens)
         order = torch.where(written, self.nfe[rows, None], order)
@@ -148,7 +149,7 @@ class Filling:
         Args:
             rows: int64 [b].
             written: bool [b, W], the positions that got the predicted token.
-            predicted: see `spread`.
+            predicted: see `scatter_predictions`.
         """
         if self._passes is None or self._confidence is None:
             return
@@ -186,7 +187,9 @@ def noise_keys(row_keys: Tensor, step: Tensor, positions: Tensor) -> Tensor:
     return mix_keys(mix_keys(row_keys, step)[:, None], positions)
 
 
-def spread(predicted: TokenPredictions, where: tuple[Tensor, ...], shape: Sequence[int]) -> TokenPredictions:
+def scatter_predictions(
+    predicted: TokenPredictions, where: tuple[Tensor, ...], shape: Sequence[int]
+) -> TokenPredictions:
     """Predictions at N positions as tensors [b, W], and candidates [b, W, k]: -1 and -inf where nothing is predicted.
 
     Args:
@@ -195,9 +198,9 @@ def spread(predicted: TokenPredictions, where: tuple[Tensor, ...], shape: Sequen
         shape: (b, W).
     """
 
-    def spread_one(values: Tensor) -> Tensor:
+    def scatter(values: Tensor) -> Tensor:
         empty = -torch.inf if values.is_floating_point() else -1
         return values.new_full((*shape, *values.shape[1:]), empty).index_put_(where, values)
 
-    columns: list[Any] = [None if each is None else spread_one(each) for each in predicted._replace(hidden=None)]
+    columns: list[Any] = [None if each is None else scatter(each) for each in predicted._replace(hidden=None)]
     return TokenPredictions(*columns)

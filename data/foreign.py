@@ -97,9 +97,8 @@ def shorten(text: str, limit: int) -> str:
 def fail(message: object, status: int = 2) -> NoReturn:
     """End a command with a message of at most `MAX_LINES` lines.
 
-    Lines of an exception have at most `MAX_MESSAGE` characters, unless it is BadInput, which is short already but for
-    paths, or a text of the command itself. Indented lines may have `MAX_COMMAND`: a command to copy must be whole, and
-    items of lists are short already.
+    Lines of an exception are shortened to `MAX_MESSAGE` characters; those of BadInput or plain text, and indented
+    lines, to `MAX_COMMAND`: BadInput and items of lists are short already, and a command to copy must be whole.
 
     With PUMA_TRACEBACK=1 in the environment, the traceback of the exception that is handled comes first. Output that
     cannot be written is dropped, since Python would try again at its end and report that as well.

@@ -29,10 +29,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Number
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import numpy as np
 from tqdm import tqdm
+from typing_extensions import Unpack
 
 from config import DEFAULT_RULE, Config, SamplingRule
 from data.dataset import AnswerVerdict, DataSet
@@ -80,7 +81,7 @@ class Answer:
         return str(self.shown)
 
     def save_trace(self, path: str | Path) -> None:
-        """Draw how the answer came about: a page (.html) or a moving picture (.gif).
+        """Draw how the answer came about: a page (.html) or an animated GIF (.gif).
 
         Raises:
             ValueError: the answer has no trace, since `trace=True` was not given, or `path` has another suffix.
@@ -95,8 +96,16 @@ class Answer:
         return None if self.trace is None else html_fragment(self.trace)
 
 
+class SampleOptions(TypedDict, total=False):
+    """Options of `TrainedModel.solve`, which describes them, `complete` and `fill`."""
+
+    seed: int
+    batch_size: int
+    trace: bool
+
+
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A trained model, ready to sample from, by the sampler that fits it."""
 
     model: Transformer
@@ -105,19 +114,11 @@ class Trained:
     device: torch.device
 
     @overload
-    def solve(
-        self, puzzles: str, rule: SamplingRule = ..., *, seed: int = ..., batch_size: int = ..., trace: bool = ...
-    ) -> Answer: ...
+    def solve(self, puzzles: str, rule: SamplingRule = ..., **options: Unpack[SampleOptions]) -> Answer: ...
 
     @overload
     def solve(
-        self,
-        puzzles: list[str] | tuple[str, ...],
-        rule: SamplingRule = ...,
-        *,
-        seed: int = ...,
-        batch_size: int = ...,
-        trace: bool = ...,
+        self, puzzles: list[str] | tuple[str, ...], rule: SamplingRule = ..., **options: Unpack[SampleOptions]
     ) -> list[Answer]: ...
 
     def solve(
@@ -142,18 +143,11 @@ class Trained:
             ValueError: a puzzle is invalid, the rule does not work with this model, or it was not trained on puzzles.
         """
         self.check_option("puzzle", "solve")
-        return self._ask(puzzles, None, rule, seed, batch_size, trace)
+        return self._ask(puzzles, None, rule, seed=seed, batch_size=batch_size, trace=trace)
 
     @overload
     def complete(
-        self,
-        prompts: str,
-        rule: SamplingRule = ...,
-        *,
-        gold: Gold | None = ...,
-        seed: int = ...,
-        batch_size: int = ...,
-        trace: bool = ...,
+        self, prompts: str, rule: SamplingRule = ..., *, gold: Gold | None = ..., **options: Unpack[SampleOptions]
     ) -> Answer: ...
 
     @overload
@@ -163,9 +157,7 @@ class Trained:
         rule: SamplingRule = ...,
         *,
         gold: Sequence[Gold | None] | None = ...,
-        seed: int = ...,
-        batch_size: int = ...,
-        trace: bool = ...,
+        **options: Unpack[SampleOptions],
     ) -> list[Answer]: ...
 
     def complete(
@@ -185,22 +177,14 @@ class Trained:
             gold: the right answer, or one per prompt (None where it is not known), for the verdicts.
         """
         self.check_option("prompt", "complete")
-        return self._ask(prompts, gold, rule, seed, batch_size, trace)
+        return self._ask(prompts, gold, rule, seed=seed, batch_size=batch_size, trace=trace)
+
+    @overload
+    def fill(self, templates: str, rule: SamplingRule = ..., **options: Unpack[SampleOptions]) -> Answer: ...
 
     @overload
     def fill(
-        self, templates: str, rule: SamplingRule = ..., *, seed: int = ..., batch_size: int = ..., trace: bool = ...
-    ) -> Answer: ...
-
-    @overload
-    def fill(
-        self,
-        templates: list[str] | tuple[str, ...],
-        rule: SamplingRule = ...,
-        *,
-        seed: int = ...,
-        batch_size: int = ...,
-        trace: bool = ...,
+        self, templates: list[str] | tuple[str, ...], rule: SamplingRule = ..., **options: Unpack[SampleOptions]
     ) -> list[Answer]: ...
 
     def fill(
@@ -219,7 +203,7 @@ class Trained:
         Raises:
             ValueError: see `samplers.infill.encode_template`.
         """
-        return self._ask(templates, None, rule, seed, batch_size, trace, holes=True)
+        return self._ask(templates, None, rule, seed=seed, batch_size=batch_size, trace=trace, holes=True)
 
     def check_option(self, option: str, name: str) -> None:
         """Raise ValueError if the model's questions are not of kind `option` (`puzzle` or `prompt`).
@@ -242,6 +226,7 @@ class Trained:
         questions: str | list[str] | tuple[str, ...],
         golds: Gold | Sequence[Gold | None] | None,
         rule: SamplingRule,
+        *,
         seed: int,
         batch_size: int,
         trace: bool,
@@ -287,7 +272,7 @@ class Trained:
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be at least 1")
         prompts, golds = self._encode(questions, holes)
-        return self._sample(questions, prompts, golds, rule, seed, batch_size, trace, holes)
+        return self._sample(questions, prompts, golds, rule, seed=seed, batch_size=batch_size, trace=trace, holes=holes)
 
     def answer_test(
         self, rows: Sequence[int], rule: SamplingRule = DEFAULT_RULE, *, seed: int = 0, trace: bool = False
@@ -296,7 +281,9 @@ class Trained:
         questions = [self.data.question(row) for row in rows]
         golds = [None if each.gold is None else self.data.check_gold(each.gold) for each in questions]
         prompts = self.data.prompts(np.array(rows))
-        return self._sample(questions, prompts, golds, rule, seed, BATCH_SIZE, trace, row_ids=rows)
+        return self._sample(
+            questions, prompts, golds, rule, seed=seed, batch_size=BATCH_SIZE, trace=trace, row_ids=rows
+        )
 
     def _encode(self, questions: Sequence[Question], holes: bool) -> tuple[np.ndarray, list[str | None]]:
         """Prompts (int64 [n, L]) and right answers; ValueError names all invalid questions."""
@@ -323,6 +310,7 @@ class Trained:
         prompts: np.ndarray,
         golds: list[str | None],
         rule: SamplingRule,
+        *,
         seed: int,
         batch_size: int,
         trace: bool,
@@ -344,7 +332,6 @@ class Trained:
         sampler = build_sampler(config, data.eos_id)
         precision = autocast_dtype(config.training.precision, self.device)
         ids = torch.arange(len(questions)) if row_ids is None else torch.tensor(row_ids)
-        record: dict[str, Any] = {"record": N_CANDIDATES} if trace else {}
         with _bar(len(questions), data.question_noun) as (advance, before_pass):
             for start in range(0, len(questions), batch_size):
                 rows = slice(start, min(start + batch_size, len(questions)))
@@ -357,7 +344,7 @@ class Trained:
                         seed=seed,
                         row_ids=ids[rows],
                         before_pass=before_pass,
-                        **record,
+                        record=N_CANDIDATES if trace else None,
                     )
                 tokens, order = result.tokens.cpu().numpy(), result.order.cpu().numpy()
                 if holes:
@@ -398,7 +385,7 @@ def _bar(n_questions: int, unit: str) -> Iterator[tuple[Callable[[], None], Call
         yield advance, before_pass
 
 
-def load(path: str | Path | None = None, device: str = "auto") -> Trained:
+def load(path: str | Path | None = None, device: str = "auto") -> TrainedModel:
     """Load a run directory (its newest checkpoint), a checkpoint folder, or a folder written by `model.hub`.
 
     Averaged weights if there are any.
@@ -421,7 +408,7 @@ def load(path: str | Path | None = None, device: str = "auto") -> Trained:
 
     chosen = start_world(device).device
     model, config = load_model(str(path))
-    return Trained(model.to(chosen), config, config.open_data(), chosen)
+    return TrainedModel(model.to(chosen), config, config.open_data(), chosen)
 
 
 def record_of(answer: Answer, option: str) -> dict[str, Any]:
@@ -539,7 +526,7 @@ def _parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, S
     return options, rule_of(parser, options)
 
 
-def _questions(options: argparse.Namespace, trained: Trained) -> list[Question]:
+def _questions(options: argparse.Namespace, trained: TrainedModel) -> list[Question]:
     """All questions of the command line: those of the options, then those of the file."""
     questions = []
     if options.gold:

@@ -54,7 +54,7 @@ from runtime.history import Session
 from runtime.lock import lock_run
 from runtime.metrics import METRICS_FILE, Recorder
 from runtime.signals import StopRequested, StopVote, raise_at_interrupt
-from sampling import Trained
+from sampling import TrainedModel
 from training.run import (
     Run,
     build_run,
@@ -306,7 +306,7 @@ def trace_answers(run: Run, model: Transformer, data: DataSet, evaluation: Evalu
     samples = [each for each in evaluation.samples if (each["confidence"], each["tokens_per_step"]) == by]
     wrong, right = ([each["row"] for each in samples if each["right"] is is_right] for is_right in (False, True))
     rows = ([*wrong[:1], *right, *wrong[1:]] or list(range(evaluation.samplers[0].n)))[:N_TRACES]
-    answers = Trained(model, config, data, run.world.device).answer_test(
+    answers = TrainedModel(model, config, data, run.world.device).answer_test(
         rows, rule, seed=config.training.seed, trace=True
     )
     return [answer.trace for answer in answers if answer.trace is not None]

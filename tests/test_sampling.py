@@ -637,7 +637,7 @@ def test_holes_of_texts_are_filled_and_the_rest_is_kept(tmp_path: Path) -> None:
     config = parse_config(tiny_gsm_settings(tmp_path), "test")
     model = build_model(config)
     model.reset_parameters(torch.Generator().manual_seed(0))
-    trained = sampling.Trained(model.eval(), config, config.open_data(), torch.device("cpu"))
+    trained = sampling.TrainedModel(model.eval(), config, config.open_data(), torch.device("cpu"))
     first, second = trained.fill(["return <3>+ x", "return<1>"], trace=True)
     assert first.text.startswith("return ")
     assert first.text.endswith("+ x")

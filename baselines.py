@@ -75,10 +75,15 @@ def next_token_targets(x0: Tensor, maskable: Tensor, eos_id: int | None) -> Tens
     """
     target = maskable.clone()
     target[:, 0] = False
-    if eos_id is not None:
-        ends = target & (x0 == eos_id)
-        target &= ends.cumsum(1) - ends.long() == 0  # no EOS before
-    return target
+    return up_to_first_eos(x0, target, eos_id)
+
+
+def up_to_first_eos(x0: Tensor, maskable: Tensor, eos_id: int | None) -> Tensor:
+    """The maskable positions up to and including the first EOS among them, bool [B, L]; arguments as above."""
+    if eos_id is None:
+        return maskable
+    ends = maskable & (x0 == eos_id)
+    return maskable & (ends.cumsum(1) - ends.long() == 0)  # no EOS before
 
 
 def target_weights(target: Tensor, n_targets: Tensor) -> Tensor:

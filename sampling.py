@@ -407,8 +407,8 @@ def load(path: str | Path | None = None, device: str = "auto") -> TrainedModel:
     from runtime.distributed import start_world
 
     chosen = start_world(device).device
-    model, config = load_model(str(path))
-    return TrainedModel(model.to(chosen), config, config.open_data(), chosen)
+    loaded = load_model(str(path))
+    return TrainedModel(loaded.model.to(chosen), loaded.config, loaded.config.open_data(), chosen)
 
 
 def record_of(answer: Answer, option: str) -> dict[str, Any]:

@@ -32,7 +32,8 @@ def trajectory(run_dir: Path, row: int, seed: int) -> tuple[Tensor, Tensor, list
     Returns:
         x0 (int64 [C]), clues (bool [C]), masks at each step of the pool, and as many random masks (each bool [C]).
     """
-    model, config = load_model(str(run_dir))
+    loaded = load_model(str(run_dir))
+    model, config = loaded.model, loaded.config
     data = config.open_data().validation
     tokens, prompt_mask = (torch.from_numpy(part) for part in data.rows(np.array([row])))
     maskable, generator = ~prompt_mask, torch.Generator().manual_seed(seed)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,8 +124,8 @@ class TestQuestions:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What one sampling rule gave."""
+class RuleMeasurement:
+    """Result of one sampling rule, with some of its answers."""
 
     result: SamplerResult
     samples: list[dict[str, Any]]  # the first judged rows, in order
@@ -140,7 +140,7 @@ def measure_rule(
     rule: SamplingRule,
     bar: tqdm,
     vote: StopVote | None,
-) -> Measured:
+) -> RuleMeasurement:
     """Sample by one rule and judge the answers."""
     data, n_examples = test.data, test.n_examples
     sampler = build_sampler(config, data.validation.eos_id)
@@ -149,8 +149,7 @@ def measure_rule(
     samples: dict[int, dict[str, Any]] = {}
     solved = torch.zeros(n_examples, dtype=torch.float64, device=world.device)
     seconds = torch.zeros((), dtype=torch.float64, device=world.device)
-    check, interruptible = asking(vote)
-    with interruptible:
+    with interruptible(vote) as check:
         for rows in rank_batches(n_examples, world, config.validation.batch_size):
             began = time.perf_counter()
             result = sampler(
@@ -172,7 +171,7 @@ def measure_rule(
             bar.update(len(rows) * world.n_ranks)
     totals = dict(zip(names, sum_over_ranks(sums).tolist(), strict=True))
     gathered = {row: facts for part in gather(samples) for row, facts in part.items()}
-    return Measured(
+    return RuleMeasurement(
         _summarize(test, rule, totals, sum_over_ranks(solved).cpu().numpy() == 1),
         [gathered[row] for row in sorted(gathered)],
         float(sum_over_ranks(seconds)),
@@ -219,6 +218,15 @@ def rank_batches(n_rows: int, world: World, batch_size: int) -> list[np.ndarray]
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
-def asking(vote: StopVote | None) -> tuple[Callable[[], None], AbstractContextManager[None]]:
-    """What to call between forward passes, and the context to call it in."""
-    return (nothing, nullcontext()) if vote is None else (vote.check, vote.interruptible())
+@contextmanager
+def interruptible(vote: StopVote | None) -> Iterator[Callable[[], None]]:
+    """Work that ends where it calls the function that is given, once `vote` has a signal; None: never.
+
+    Raises:
+        StopRequested: see `StopVote.interruptible`.
+    """
+    if vote is None:
+        yield nothing
+    else:
+        with vote.interruptible():
+            yield vote.check

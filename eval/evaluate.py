@@ -28,9 +28,17 @@ from config import Config
 from data.dataset import DataSet, SequenceData
 from data.files import check_out, write_text
 from data.foreign import CommandParser, whole_number
-from eval.accuracy import NORMAL_95, SamplerResult, TestQuestions, asking, count_examples, measure_rule, rank_batches
+from eval.accuracy import (
+    NORMAL_95,
+    SamplerResult,
+    TestQuestions,
+    count_examples,
+    interruptible,
+    measure_rule,
+    rank_batches,
+)
 from eval.likelihood import Likelihood, likelihood
-from model.hub import open_model
+from model.hub import load_model
 from model.transformer import Transformer
 from progressive_block import block_layout
 from runtime.config_file import split_overrides
@@ -191,8 +199,7 @@ def _likelihood(
     n_draws = config.validation.n_likelihood_draws
     if not n_draws:
         return None
-    check, interruptible = asking(vote)
-    with interruptible:
+    with interruptible(vote) as check:
         n_rows = config.validation.n_loss_rows
         return likelihood(model, config, data, world, n_rows=n_rows, n_draws=n_draws, before_pass=check)
 
@@ -215,8 +222,7 @@ def validation_loss(
         masked = layout.mask_uniformly(~prompt_mask, torch.Generator().manual_seed(MASK_SEED))  # [B, L]
         xt, weight = x0.masked_fill(masked, data.mask_id), layout.weights(masked)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    check, interruptible = asking(vote)
-    with interruptible:
+    with interruptible(vote) as check:
         for rows in rank_batches(n_rows, world, config.validation.batch_size):
             check()
             batch_xt, batch_x0, batch_weight = (part[rows].to(world.device) for part in (xt, x0, weight))
@@ -287,16 +293,16 @@ def main(arguments: list[str] | None = None) -> None:
         _sweep(options)
         return
     with ends_once():
-        opened = open_model(options.checkpoint, options.overrides)
-        config = opened.config
+        loaded = load_model(options.checkpoint, options.overrides)
+        config = loaded.config
         world = start_world(config.training.device)
         on_main(partial(_check_files, options))
         data = main_first(world, lambda: config.open_data().load(train=False))
         n_examples = count_examples(config, options.overrides, data)
-        evaluation = evaluate(opened.model.to(world.device), config, data, world, n_examples)
+        evaluation = evaluate(loaded.model.to(world.device), config, data, world, n_examples)
         if world.is_main:
             if options.json:
-                source = {"checkpoint": options.checkpoint, "step": opened.n_updates, "overrides": options.overrides}
+                source = {"checkpoint": options.checkpoint, "step": loaded.step, "overrides": options.overrides}
                 write_text(options.json, json.dumps(source | as_json(evaluation), indent=1) + "\n")
             if options.samples:
                 write_text(options.samples, "".join(json.dumps(row) + "\n" for row in evaluation.samples))
@@ -305,11 +311,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _sweep(options: Namespace) -> None:
     """The command with --sweep."""
-    from eval.sweep import load_swept, sweep, sweep_table
+    from eval.sweep import load_swept_model, sweep, sweep_table
 
     more, overrides = split_overrides(options.overrides)
     with ends_once("interrupted; the same command continues"):
-        checkpoints = [load_swept(each, overrides) for each in (options.checkpoint, *more)]
+        checkpoints = [load_swept_model(each, overrides) for each in (options.checkpoint, *more)]
         world = start_world(checkpoints[0].config.training.device)
         out = options.out or Path("sweep")
         points = sweep(checkpoints, world, out, overrides, names=options.rules, max_passes=options.max_passes)

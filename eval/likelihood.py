@@ -15,8 +15,9 @@ add up (the chain rule); with blocks of one token, and for an autoregressive mod
 The masks depend on the number of the row, the draw and the block size alone: models on the same data get the same
 masks, and differences between them are known better than each bound.
 
-A masked diffusion model predicts the padding after the first EOS too, so its bound includes it and is one of the answer
-all the more; an autoregressive value ends with the EOS.
+A masked diffusion model predicts the padding after the first EOS too, so its bound includes the padding. It is also a
+bound for the answer alone, which is at least as probable as the answer with its padding. An autoregressive value ends
+with the EOS.
 
 Shapes: B rows, L positions, S positions of a block (L without blocks).
 """
@@ -35,14 +36,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from baselines import next_token_targets
+from baselines import next_token_targets, up_to_first_eos
 from config import Config
 from data.dataset import DataSet, SequenceData
 from data.files import check_out, write_text
 from data.foreign import CommandParser, whole_number
 from data.text import decode_completions
-from eval.accuracy import NORMAL_95
-from model.hub import load_model
+from eval.accuracy import NORMAL_95, rank_batches
+from model.hub import LoadedModel, load_model
 from model.token_predictions import hash_uniform, mix_keys
 from model.transformer import Transformer
 from progressive_block import BlockLayout, block_layout
@@ -52,7 +53,6 @@ from runtime.distributed import (
     autocast,
     autocast_dtype,
     ends_once,
-    main_first,
     start_world,
     sum_over_ranks,
 )
@@ -75,7 +75,10 @@ class Likelihood:
 
     @property
     def nats_per_token(self) -> float:
-        """Mean over all tokens; padding included, which an answer with its padding cannot be more probable than."""
+        """Nats of all maskable positions, padding included, per token without padding.
+
+        Also a bound for the answer alone, which is at least as probable as the answer with its padding.
+        """
         return float(self.per_row.sum() / self.n_tokens.sum())
 
     @property
@@ -128,12 +131,10 @@ def likelihood(
     single_tokens = not config.causal and layout.size == 1
     per_row, padding = np.zeros((2, REPLICATES, n_rows))
     n_tokens = np.zeros(n_rows, dtype=np.int64)
-    mine = np.arange(world.rank, n_rows, world.n_ranks)
-    for start in range(0, len(mine), config.validation.batch_size):
-        part = mine[start : start + config.validation.batch_size]
+    for part in rank_batches(n_rows, world, config.validation.batch_size):
         x0, prompt_mask = (torch.from_numpy(each) for each in data.rows(part))
         maskable = ~prompt_mask  # [B, L]
-        answer = _answer(x0, maskable, data.eos_id)  # [B, L]
+        answer = up_to_first_eos(x0, maskable, data.eos_id)  # [B, L]
         n_tokens[part] = answer.sum(1).numpy()
         if config.causal:
             before_pass()
@@ -194,15 +195,7 @@ def draw_masks(
             yield replicate, masked.view_as(maskable), weight.view_as(maskable)
 
 
-def _answer(x0: Tensor, maskable: Tensor, eos_id: int | None) -> Tensor:
-    """The maskable positions up to and including the first EOS among them; all bool [B, L]."""
-    if eos_id is None:
-        return maskable
-    ends = maskable & (x0 == eos_id)
-    return maskable & (ends.cumsum(1) - ends.long() == 0)
-
-
-def n_bytes(data: DataSet, n_rows: int) -> int | None:
+def count_answer_bytes(data: DataSet, n_rows: int) -> int | None:
     """Bytes of the answers of the first rows as UTF-8; None if tokens are not text."""
     if data.tokenizer is None:
         return None
@@ -211,8 +204,8 @@ def n_bytes(data: DataSet, n_rows: int) -> int | None:
 
 
 @dataclass(frozen=True)
-class Row:
-    """The result of one checkpoint, as it is printed and written."""
+class CheckpointResult:
+    """The likelihood of one checkpoint, as it is printed and written."""
 
     checkpoint: str
     exact: bool
@@ -229,23 +222,23 @@ class Row:
     difference_error: float | None
 
 
-def compare(checkpoints: list[str], overrides: list[str], n_rows: int, n_draws: int) -> list[Row]:
+def compare(checkpoints: list[str], overrides: list[str], n_rows: int, n_draws: int) -> list[CheckpointResult]:
     """Measure checkpoints one after the other, on one process. Raises ValueError as `load_model` and the data sets."""
-    loaded = [(name, *load_model(name, overrides=overrides)) for name in checkpoints]
-    world = start_world(loaded[0][2].training.device)
-    rows: list[Row] = []
+    loaded = [load_model(name, overrides) for name in checkpoints]
+    world = start_world(loaded[0].config.training.device)
+    results: list[CheckpointResult] = []
     first: tuple[Likelihood, tuple[np.ndarray, np.ndarray]] | None = None
     with tqdm(total=n_rows * len(loaded), desc="likelihood", unit="row", disable=None) as bar:
-        for name, model, config in loaded:
-            data = main_first(world, config.open_data)
-            found = _measure(model, config, data, world, n_rows, n_draws, bar)
+        for name, each in zip(checkpoints, loaded, strict=True):
+            data = each.config.open_data()
+            found = _measure(each, data, world, n_rows=n_rows, n_draws=n_draws, bar=bar)
             own = data.validation.rows(np.arange(len(found.per_row)))
             first = first or (found, own)
             same = all(map(np.array_equal, first[1], own))
             gap = found.per_row - first[0].per_row if same else None
-            size = n_bytes(data, n_rows)
-            rows.append(
-                Row(
+            n_bytes = count_answer_bytes(data, n_rows)
+            results.append(
+                CheckpointResult(
                     checkpoint=name,
                     exact=found.exact,
                     n_rows=len(found.per_row),
@@ -255,40 +248,39 @@ def compare(checkpoints: list[str], overrides: list[str], n_rows: int, n_draws: 
                     padding_per_token=found.padding_per_token,
                     standard_error=found.standard_error,
                     mask_error=found.mask_error,
-                    bits_per_byte=float(found.per_row.sum()) / math.log(2) / size if size else None,
+                    bits_per_byte=float(found.per_row.sum()) / math.log(2) / n_bytes if n_bytes else None,
                     difference=None if gap is None else float(gap.sum() / found.n_tokens.sum()),
                     difference_error=None if gap is None else ratio_error(gap, found.n_tokens),
                 )
             )
-    return rows
+    return results
 
 
-def _measure(
-    model: Transformer, config: Config, data: DataSet, world: World, n_rows: int, n_draws: int, bar: tqdm
-) -> Likelihood:
-    model.to(world.device).eval()
+def _measure(loaded: LoadedModel, data: DataSet, world: World, *, n_rows: int, n_draws: int, bar: tqdm) -> Likelihood:
+    model, config = loaded.model.to(world.device).eval(), loaded.config
     with autocast(world.device, autocast_dtype(config.training.precision, world.device)):
         return likelihood(model, config, data.validation, world, n_rows=n_rows, n_draws=n_draws, bar=bar)
 
 
-def table(rows: list[Row]) -> list[str]:
+def table(results: list[CheckpointResult]) -> list[str]:
     """Lines of a Markdown table, with 95% intervals."""
     lines = [
-        f"The first {rows[0].n_rows} held-out rows. In brackets half of the 95% interval.",
+        f"The first {results[0].n_rows} held-out rows. In brackets half of the 95% interval.",
         "",
         "| checkpoint | tokens | nats per token | for padding | masks alone | less the first | bits per byte | masks |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for row in rows:
-        sign = "" if row.exact else "<= "
+    for result in results:
+        sign = "" if result.exact else "<= "
+        nats = f"{sign}{result.nats_per_token:.4g} ({_half(result.standard_error)})"
         gap = "-"
-        if row.difference is not None and row is not rows[0]:
-            gap = f"{row.difference:+.3g} ({_half(row.difference_error)})"
-        bits = "-" if row.bits_per_byte is None else f"{sign}{row.bits_per_byte:.4g}"
-        n_draws = "exact" if row.exact else row.n_draws
+        if result.difference is not None and result is not results[0]:
+            gap = f"{result.difference:+.3g} ({_half(result.difference_error)})"
+        bits = "-" if result.bits_per_byte is None else f"{sign}{result.bits_per_byte:.4g}"
+        n_draws = "exact" if result.exact else result.n_draws
         lines.append(
-            f"| {row.checkpoint} | {row.n_tokens:,} | {sign}{row.nats_per_token:.4g} ({_half(row.standard_error)}) | "
-            f"{row.padding_per_token:.2g} | {_half(row.mask_error)} | {gap} | {bits} | {n_draws} |"
+            f"| {result.checkpoint} | {result.n_tokens:,} | {nats} | {result.padding_per_token:.2g} | "
+            f"{_half(result.mask_error)} | {gap} | {bits} | {n_draws} |"
         )
     return lines
 
@@ -313,11 +305,11 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError("name a run directory or a checkpoint folder")
         if options.json:
             check_out(options.json, "--json")
-        rows = compare(names, overrides, options.rows, options.draws)
+        results = compare(names, overrides, options.rows, options.draws)
         if options.json:
-            content: list[dict[str, Any]] = [vars(row) for row in rows]
+            content: list[dict[str, Any]] = [vars(result) for result in results]
             write_text(options.json, json.dumps(content, indent=1) + "\n")
-        print("\n".join(table(rows)))  # last, since standard output may be closed
+        print("\n".join(table(results)))  # last, since standard output may be closed
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -33,7 +33,7 @@ from data.files import check_out, write_text
 from data.foreign import read_text, reading
 from data.hashes import hash_arrays
 from eval.accuracy import TestQuestions, count_examples, measure_rule
-from model.hub import open_model
+from model.hub import load_model
 from model.transformer import Transformer
 from progressive_block import block_layout
 from runtime.distributed import World, autocast, autocast_dtype, main_first, on_main
@@ -108,10 +108,21 @@ def by_conditions(points: Sequence[Point]) -> dict[Conditions, list[Point]]:
     return groups
 
 
-Choice = tuple[str, str, SamplingRule]  # name in `RULES`, dial, rule
+class NamedRule(NamedTuple):
+    """A sampling rule, and what it is called."""
+
+    name: str  # key of `RULES`
+    dial: str  # setting of `SamplingRule`
+    rule: SamplingRule
+
+    @property
+    def value(self) -> float:
+        """Of the dial."""
+        value: float = getattr(self.rule, self.dial)
+        return value
 
 
-def rules_of(config: Config, names: Sequence[str] | None) -> list[Choice]:
+def rules_of(config: Config, names: Sequence[str] | None) -> list[NamedRule]:
     """The rules to measure; for all models the same, in the same order, but for the temperature.
 
     Args:
@@ -126,7 +137,7 @@ def rules_of(config: Config, names: Sequence[str] | None) -> list[Choice]:
     if config.causal:
         raise ValueError("--sweep: a causal model is sampled left to right, token by token; there is no rule to choose")
     return [
-        (name, dial, SamplingRule(**{**rest, dial: value, "temperature": config.validation.temperature}))
+        NamedRule(name, dial, SamplingRule(**{**rest, dial: value, "temperature": config.validation.temperature}))
         for name, (dial, values, rest) in RULES.items()
         if names is None or name in names
         for value in values
@@ -152,8 +163,8 @@ def n_fixed_passes(dial: str, rule: SamplingRule, masked: np.ndarray, block_size
 
 
 @dataclass(frozen=True)
-class Swept:
-    """A checkpoint whose rules are measured."""
+class SweptModel:
+    """The model of a checkpoint, with which the rules are measured."""
 
     name: str  # the checkpoint as given
     step: int | None
@@ -161,14 +172,14 @@ class Swept:
     config: Config
 
 
-def load_swept(checkpoint: str, overrides: list[str]) -> Swept:
-    """Load a checkpoint; `overrides` are settings that replace the run's. Raises ValueError as `open_model`."""
-    opened = open_model(checkpoint, overrides)
-    return Swept(checkpoint, opened.n_updates, opened.model, opened.config)
+def load_swept_model(path: str, overrides: list[str]) -> SweptModel:
+    """Load a checkpoint; `overrides` are settings that replace the run's. Raises ValueError as `load_model`."""
+    loaded = load_model(path, overrides)
+    return SweptModel(path, loaded.step, loaded.model, loaded.config)
 
 
 def sweep(
-    checkpoints: Sequence[Swept],
+    checkpoints: Sequence[SweptModel],
     world: World,
     out: Path,
     overrides: Sequence[str] = (),
@@ -181,7 +192,7 @@ def sweep(
     Of the settings `validation.temperature`, `n_final_examples` (or `n_examples`) and `batch_size` apply.
 
     Args:
-        overrides: as given to `load_swept`; see `eval.accuracy.count_examples`.
+        overrides: as given to `load_swept_model`; see `eval.accuracy.count_examples`.
         names: see `rules_of`.
         max_passes: leave out rules that take more passes by design, see `n_fixed_passes`; None: leave out none.
 
@@ -193,28 +204,29 @@ def sweep(
             .json file was not written by a sweep.
     """
     points = on_main(partial(_open_out, out))  # all ranks must agree on what is left to do
-    chosen = [rules_of(each.config, names) for each in checkpoints]
+    chosen = [rules_of(checkpoint.config, names) for checkpoint in checkpoints]
     loaded, allowed = [], []  # all of them, before work begins
-    for each, choices in zip(checkpoints, chosen, strict=True):
-        data = main_first(world, partial(each.config.open_data().load, train=False))
-        n = count_examples(each.config, overrides, data)
-        each.model.to(world.device)
-        conditions = on_main(partial(_conditions_of, each, data, n, world))
-        loaded.append((each, TestQuestions(data, None, {}, n), conditions))
-        allowed.append(_within(max_passes, each, choices, data, n))
+    for checkpoint, rules in zip(checkpoints, chosen, strict=True):
+        data = main_first(world, partial(checkpoint.config.open_data().load, train=False))
+        n = count_examples(checkpoint.config, overrides, data)
+        checkpoint.model.to(world.device)
+        conditions = on_main(partial(_conditions_of, checkpoint, data, n, world))
+        loaded.append((checkpoint, TestQuestions(data, None, {}, n), conditions))
+        allowed.append(_within(max_passes, checkpoint, rules, data, n))
     # One rule after the other, so that a sweep that is stopped has compared the checkpoints.
     tasks = [
-        (*one, choice)
+        (*one, named)
         for together in zip(*chosen, strict=True)
-        for one, choices, choice in zip(loaded, allowed, together, strict=True)
-        if choice in choices
+        for one, rules, named in zip(loaded, allowed, together, strict=True)
+        if named in rules
     ]
     # None: no bar where standard error is no terminal
     with tqdm(total=len(tasks), desc="sweep", unit="setting", disable=None if world.is_main else True) as bar:
-        for each, questions, conditions, (name, dial, rule) in tasks:
-            bar.set_postfix_str(f"{each.name} {name} {dial} {getattr(rule, dial)}")
-            if not any(point.conditions == conditions and point.settings == rule.model_dump() for point in points):
-                points.append(_measure(each, questions, conditions, name, dial, rule, world))
+        for checkpoint, questions, conditions, named in tasks:
+            bar.set_postfix_str(f"{checkpoint.name} {named.name} {named.dial} {named.value}")
+            settings = named.rule.model_dump()
+            if not any(point.conditions == conditions and point.settings == settings for point in points):
+                points.append(_measure(checkpoint, questions, conditions, named, world=world))
             bar.update()
             if world.is_main:
                 write_sweep(points, out)
@@ -235,34 +247,36 @@ def _with_suffix(out: Path, suffix: str) -> Path:
     return out.with_name(out.name + suffix)
 
 
-def _within(max_passes: int | None, each: Swept, choices: list[Choice], data: DataSet, n: int) -> list[Choice]:
-    """The choices that take at most `max_passes` on the first n questions; ValueError if there is none."""
+def _within(
+    max_passes: int | None, checkpoint: SweptModel, rules: list[NamedRule], data: DataSet, n: int
+) -> list[NamedRule]:
+    """The rules that take at most `max_passes` on the first n questions; ValueError if there is none."""
     if max_passes is None:
-        return choices
-    masked = data.prompts(np.arange(n)) == each.config.mask_id  # [n, L]
-    block_size = block_layout(each.config.objective, masked.shape[1]).size
-    n_passes = [n_fixed_passes(dial, rule, masked, block_size) for _, dial, rule in choices]
+        return rules
+    masked = data.prompts(np.arange(n)) == checkpoint.config.mask_id  # [n, L]
+    block_size = block_layout(checkpoint.config.objective, masked.shape[1]).size
+    n_passes = [n_fixed_passes(named.dial, named.rule, masked, block_size) for named in rules]
     if min(n_passes) > max_passes:
         raise ValueError(
-            f"--max-passes {max_passes}: no rule has at most {max_passes} passes with {each.name}; the fewest are "
-            f"{min(n_passes)}: give that, or more of --rules"
+            f"--max-passes {max_passes}: no rule has at most {max_passes} passes with {checkpoint.name}; the fewest "
+            f"are {min(n_passes)}: give that, or more of --rules"
         )
-    return [choice for choice, number in zip(choices, n_passes, strict=True) if number <= max_passes]
+    return [named for named, number in zip(rules, n_passes, strict=True) if number <= max_passes]
 
 
-def _conditions_of(each: Swept, data: DataSet, n: int, world: World) -> Conditions:
-    config = each.config
+def _conditions_of(checkpoint: SweptModel, data: DataSet, n: int, world: World) -> Conditions:
+    config = checkpoint.config
     dtype = autocast_dtype(config.training.precision, world.device)
     return Conditions(
-        checkpoint=each.name,
-        step=each.step,
+        checkpoint=checkpoint.name,
+        step=checkpoint.step,
         temperature=config.validation.temperature,
         seed=config.training.seed,
         n=n,
         batch_size=config.validation.batch_size,
         device=device_name(world.device),
         precision="float32" if dtype is None else str(dtype).removeprefix("torch."),
-        model=_model_digest(each.model, config),
+        model=_model_digest(checkpoint.model, config),
         questions=_questions_digest(data, n),
     )
 
@@ -295,27 +309,21 @@ def read_sweep(out: Path) -> list[Point]:
 
 
 def _measure(
-    each: Swept,
-    questions: TestQuestions,
-    conditions: Conditions,
-    name: str,
-    dial: str,
-    rule: SamplingRule,
-    world: World,
+    checkpoint: SweptModel, questions: TestQuestions, conditions: Conditions, named: NamedRule, *, world: World
 ) -> Point:
-    config = each.config
+    config = checkpoint.config
     with (
         autocast(world.device, autocast_dtype(config.training.precision, world.device)),
         tqdm(disable=True) as bar,
     ):
-        measured = measure_rule(each.model, config, questions, world, rule, bar, None)
+        measured = measure_rule(checkpoint.model, config, questions, world, named.rule, bar, None)
     result = measured.result
     return Point(
         **asdict(conditions),
-        rule=name,
-        dial=dial,
-        value=getattr(rule, dial),
-        settings=rule.model_dump(),
+        rule=named.name,
+        dial=named.dial,
+        value=named.value,
+        settings=named.rule.model_dump(),
         accuracy=result.accuracy,
         accuracy_low=result.accuracy_low,
         accuracy_high=result.accuracy_high,
@@ -324,8 +332,8 @@ def _measure(
     )
 
 
-def best(points: Sequence[Point], cost: str) -> list[Point]:
-    """Those of points with equal conditions that none of them beats: none is as accurate at a lower cost; by cost.
+def pareto_front(points: Sequence[Point], cost: str) -> list[Point]:
+    """The Pareto front of points with equal conditions, in order of cost.
 
     Args:
         cost: `nfe` or `seconds`.
@@ -349,11 +357,11 @@ def write_sweep(points: Sequence[Point], out: Path) -> None:
 
 
 def sweep_table(points: Sequence[Point]) -> list[str]:
-    """Lines of a Markdown table for each of the conditions; a point on the curve of the best is marked in bold."""
+    """Lines of a Markdown table for each of the conditions; a point on a Pareto front is marked in bold."""
     lines = []
     for found, mine in by_conditions(points).items():
         mine.sort(key=lambda point: (list(RULES).index(point.rule), point.value))
-        by_nfe, by_seconds = best(mine, "nfe"), best(mine, "seconds")
+        by_nfe, by_seconds = pareto_front(mine, "nfe"), pareto_front(mine, "seconds")
         step = "" if found.step is None else f", step {found.step:,}"
         precision = "" if found.precision is None else f", {found.precision}"
         known = [(name, getattr(found, name)) for name in ("model", "questions")]
@@ -393,7 +401,7 @@ def draw_sweep(points: Sequence[Point], out: Path) -> None:
     names = list(RULES)
     for row, (label, mine) in enumerate(zip(labels, groups.values(), strict=True)):
         for plot, cost in zip(grid[row], costs, strict=True):
-            front = best(mine, cost)
+            front = pareto_front(mine, cost)
             plot.plot(
                 [getattr(point, cost) for point in front],
                 [100 * point.accuracy for point in front],
@@ -411,7 +419,7 @@ def draw_sweep(points: Sequence[Point], out: Path) -> None:
     if several:
         for plot, cost in zip(grid[-1], costs, strict=True):
             for number, (label, mine) in enumerate(zip(labels, groups.values(), strict=True)):
-                _draw_curve(plot, best(mine, cost), cost, number, label)
+                _draw_curve(plot, pareto_front(mine, cost), cost, number, label)
             plot.set_title("the best of each", fontsize="medium", loc="left")
         compared = grid[-1][0].get_legend_handles_labels()
         figure.legend(*compared, loc="outside lower center", ncols=2, frameon=False, fontsize="small")

@@ -24,7 +24,7 @@ from torch import Tensor
 from config import Config, ModelSettings
 from data.files import reported, write_text
 from data.foreign import CommandParser, ends_with_message, read_json, reading
-from model.transformer import POSITIONS, Transformer, build_model, count_parameters
+from model.transformer import EMBEDDING, HEAD, POSITIONS, Transformer, build_model, count_parameters
 from runtime.checkpoint import MANIFEST, Checkpoint, find_checkpoint
 from runtime.config_file import dump_config, override_config, read_config
 
@@ -42,7 +42,6 @@ from transformers import PreTrainedTokenizerFast
 class {TOKENIZER_CLASS}(PreTrainedTokenizerFast):
     """Reads tokenizer.json as it is."""
 '''
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Model settings that must equal those of the weights in `model.init_from`.
 SHAPE = (
     "hidden_size",
@@ -67,22 +66,16 @@ class Pretrained:
 
 
 @dataclass(frozen=True)
-class OpenedModel:
+class LoadedModel:
     """A trained model, and where it comes from."""
 
     model: Transformer
     config: Config
     source: str  # for messages
-    n_updates: int | None  # of the checkpoint; None for a folder written by this file
+    step: int | None  # of the checkpoint; None for a folder written by this file
 
 
-def load_model(path: str, overrides: Sequence[str] = ()) -> tuple[Transformer, Config]:
-    """Model and settings of `open_model`."""
-    opened = open_model(path, overrides)
-    return opened.model, opened.config
-
-
-def open_model(path: str, overrides: Sequence[str] = ()) -> OpenedModel:
+def load_model(path: str, overrides: Sequence[str] = ()) -> LoadedModel:
     """The model of a run directory (its newest checkpoint), a checkpoint folder or a folder written by this file.
 
     With averaged weights if there are any. The data settings of a folder written by this file read only that folder,
@@ -96,14 +89,14 @@ def open_model(path: str, overrides: Sequence[str] = ()) -> OpenedModel:
     """
     folder = Path(path)
     if not _is_written_here(folder):
-        return _open_checkpoint(find_checkpoint(path), overrides)
+        return _load_checkpoint(find_checkpoint(path), overrides)
     config = read_config(folder / SETTINGS_FILE)
     config = config.model_copy(update={"data": config.data.in_folder(folder)})
     config = override_config(config.model_dump(mode="json"), overrides, str(folder / SETTINGS_FILE))
     with reading(f"{folder / WEIGHTS_FILE}", "write the folder again, or copy it again"):
         weights = load_file(folder / WEIGHTS_FILE)
     model = _model_with(weights, config, str(folder))
-    return OpenedModel(model, config, path, None)
+    return LoadedModel(model, config, path, None)
 
 
 def _is_written_here(folder: Path) -> bool:
@@ -111,14 +104,14 @@ def _is_written_here(folder: Path) -> bool:
     return (folder / SETTINGS_FILE).exists() and (folder / WEIGHTS_FILE).exists() and not (folder / MANIFEST).exists()
 
 
-def _open_checkpoint(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> OpenedModel:
-    """See `open_model`."""
+def _load_checkpoint(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> LoadedModel:
+    """See `load_model`."""
     config = checkpoint.config(overrides)
     weights = checkpoint.weights("ema") or checkpoint.weights("model")
     if weights is None:
         raise ValueError(f"checkpoint {checkpoint.path} holds no weights")
     model = _model_with(weights, config, f"checkpoint {checkpoint.path}")
-    return OpenedModel(model, config, str(checkpoint.path), checkpoint.step)
+    return LoadedModel(model, config, str(checkpoint.path), checkpoint.step)
 
 
 def _model_with(weights: dict[str, Tensor], config: Config, source: str) -> Transformer:
@@ -169,8 +162,8 @@ def _read(source: str) -> Pretrained:
     folder = Path(source)
     is_run = (folder / MANIFEST).exists() or (folder / "checkpoints").is_dir()
     if is_run or (_is_written_here(folder) and not (folder / CONFIG_FILE).exists()):
-        opened = _open_checkpoint(find_checkpoint(folder)) if is_run else open_model(source)
-        return Pretrained(opened.source, opened.config.model, opened.config.shifted, opened.model.weights())
+        loaded = _load_checkpoint(find_checkpoint(folder)) if is_run else load_model(source)
+        return Pretrained(loaded.source, loaded.config.model, loaded.config.shifted, loaded.model.weights())
     if folder.is_dir() and not (folder / CONFIG_FILE).exists():
         raise ValueError(f"model.init_from: {source} holds neither a checkpoint nor a config.json")
     return read_qwen2(folder if folder.is_dir() else _download(source), source)
@@ -277,10 +270,8 @@ def write_qwen2(
         "num_key_value_heads": settings.n_key_value_heads,
         "hidden_act": "silu",
         "use_sliding_window": False,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": settings.rope_theta,
-        },  # transformers 5; version 4 reads rope_theta
+        # Of transformers 5; version 4 reads rope_theta.
+        "rope_parameters": {"rope_type": "default", "rope_theta": settings.rope_theta},
         "dtype": "float32",
         "is_causal": causal,
         "next_token_shift": model.shifted,
@@ -357,7 +348,8 @@ def pack_run(path: str, out: Path) -> str:
         ValueError: no usable checkpoint, a missing tokenizer, or `out` is not empty.
     """
     _check_out(out)
-    model, config = load_model(path)
+    loaded = load_model(path)
+    model, config = loaded.model, loaded.config
     tokenizer = config.open_data().tokenizer
     weights = {name: tensor.bfloat16().contiguous() for name, tensor in model.weights().items()}
     with reported(out):
@@ -381,7 +373,8 @@ def export_run(path: str, out: Path) -> str:
             is not empty.
     """
     _check_out(out)
-    model, config = load_model(path)
+    loaded = load_model(path)
+    model, config = loaded.model, loaded.config
     if config.block_causal_size is not None:
         raise ValueError(
             f"{path} is block-causal, which transformers' Qwen2 does not support: read it with `model.hub.load_model`"

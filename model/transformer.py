@@ -29,8 +29,9 @@ from model.token_scores import ScoredPositions, TokenScores, score_tokens
 
 # As in Qwen2. The published PUMA code has wider initial weights, which slow down the first thousands of steps.
 INIT_STD = 0.02
-TIED_HEAD = "lm_head.weight"
-POSITIONS = "model.embed_positions.weight"
+# Names of weights.
+EMBEDDING, POSITIONS = "model.embed_tokens.weight", "model.embed_positions.weight"
+HEAD = "lm_head.weight"
 LAYER_BYTES = 1 << 15  # of the Python objects of a layer
 
 
@@ -266,11 +267,11 @@ class Transformer(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """Tensors to save, by Hugging Face's names; without a tied head, as in Hugging Face's files."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not (self.tied and name == TIED_HEAD)}
+        return {name: tensor for name, tensor in self.state_dict().items() if not (self.tied and name == HEAD)}
 
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
         """Load `weights`; raises RuntimeError that names missing tensors, unknown ones and those of another shape."""
-        tied = {TIED_HEAD: tensors["model.embed_tokens.weight"]} if self.tied else {}
+        tied = {HEAD: tensors[EMBEDDING]} if self.tied else {}
         self.load_state_dict(tensors | tied)
 
     def logits(self, tokens: Tensor) -> Tensor:

@@ -229,7 +229,9 @@ def test_a_difference_is_given_only_for_the_same_rows_and_prompts(
     monkeypatch.setattr(
         command,
         "load_model",
-        lambda name, overrides: (random_model(), SimpleNamespace(**vars(config), open_data=lambda: data[name])),
+        lambda name, overrides: SimpleNamespace(
+            model=random_model(), config=SimpleNamespace(**vars(config), open_data=lambda: data[name])
+        ),
     )
     monkeypatch.setattr(command, "likelihood", lambda model, _, *rest, **more: likelihood(model, config, *rest, **more))
     found = command.compare(["first", "second"], [], 4, 2)

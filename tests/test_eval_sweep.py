@@ -19,7 +19,7 @@ from helpers import random_model
 import train
 from config import SamplingRule
 from eval import evaluate as evaluation
-from eval.sweep import RULES, Point, best, by_conditions, labels_of, n_fixed_passes, read_sweep, sweep_table
+from eval.sweep import RULES, Point, by_conditions, labels_of, n_fixed_passes, pareto_front, read_sweep, sweep_table
 from model.hub import pack_run
 from samplers.block import sample_blocks
 from samplers.full import sample_full
@@ -80,7 +80,7 @@ def point(nfe: float, accuracy: float, seconds: float = 1.0) -> Point:
 def test_the_best_are_those_that_no_cheaper_point_reaches() -> None:
     cheap, worse, equal, good = point(2, 0.3), point(4, 0.2), point(5, 0.3), point(8, 0.9)
     also_cheap = point(2, 0.25)
-    assert best([good, equal, also_cheap, worse, cheap], "nfe") == [cheap, good]
+    assert pareto_front([good, equal, also_cheap, worse, cheap], "nfe") == [cheap, good]
 
 
 def test_the_table_marks_the_best_of_each_checkpoint() -> None:

@@ -287,7 +287,8 @@ def test_a_resumed_run_no_longer_needs_what_it_started_from(autoregressive_run, 
     straight, broken = (find_checkpoint(tmp_path / name).weights("ema") for name in ("straight", "broken"))
     for name, tensor in straight.items():
         assert torch.equal(tensor, broken[name]), name
-    model, settings = load_model(str(tmp_path / "broken"))
+    loaded = load_model(str(tmp_path / "broken"))
+    model, settings = loaded.model, loaded.config
     assert model.shifted
     assert settings.shifted
 
@@ -297,8 +298,8 @@ def test_a_run_starts_from_a_packed_model(autoregressive_run, config_file, tmp_p
     run, _ = train.start(read_config(config_file(PUMA, model__init_from=str(tmp_path / "packed"))), tmp_path / "run")
     for name, tensor in find_checkpoint(autoregressive_run).weights("ema").items():
         assert torch.equal(run.model.weights()[name], tensor.bfloat16().float()), name
-    assert hub.open_model(str(tmp_path / "packed")).n_updates is None
-    assert hub.open_model(str(autoregressive_run)).n_updates == 6
+    assert load_model(str(tmp_path / "packed")).step is None
+    assert load_model(str(autoregressive_run)).step == 6
 
 
 def test_a_table_of_positions_starts_at_zero_where_the_source_has_none(tmp_path, tokens, data_dir):
@@ -358,7 +359,7 @@ def test_an_exported_autoregressive_model_opens_with_equal_logits(autoregressive
     out = tmp_path / "exported"
     result = run_python("-m", "model.hub", "export", autoregressive_run, out)
     assert result.returncode == 0, result.stderr
-    model, _ = load_model(str(autoregressive_run))
+    model = load_model(str(autoregressive_run)).model
     reference = Qwen2ForCausalLM.from_pretrained(out).eval()
     tokens = torch.randint(0, 5, (4, 32), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model.logits(tokens), reference(tokens).logits)
@@ -403,16 +404,17 @@ def test_an_export_holds_the_tokenizer_of_the_data(tmp_path):
     message = hub.export_run(str(tmp_path / "run"), tmp_path / "out")
     assert "tokenizer.json" in message
     hub.pack_run(str(tmp_path / "run"), tmp_path / "packed")
-    prompt = load_model(str(tmp_path / "run"))[1].open_data().encode("Anna has 5 books.")
+    prompt = load_model(str(tmp_path / "run")).config.open_data().encode("Anna has 5 books.")
     (tmp_path / "data").rename(tmp_path / "elsewhere")  # both folders hold all that sampling needs
     for folder, dtype in (("out", torch.float32), ("packed", torch.bfloat16)):
-        model, config = load_model(str(tmp_path / folder))
+        loaded = load_model(str(tmp_path / folder))
+        model, config = loaded.model, loaded.config
         assert np.array_equal(config.open_data().encode("Anna has 5 books."), prompt)
-        weights = load_model(str(tmp_path / "run"))[0].weights()
+        weights = load_model(str(tmp_path / "run")).model.weights()
         assert all(torch.equal(tensor, weights[name].to(dtype).float()) for name, tensor in model.weights().items())
     (tmp_path / "elsewhere").rename(tmp_path / "data")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    own = load_model(str(tmp_path / "run"))[1].open_data().tokenizer
+    own = load_model(str(tmp_path / "run")).config.open_data().tokenizer
     texts = [f"{problem.question}\n{problem.code}" for problem in generate_problems(50, seed=5)]
     assert_same_tokenizer(tokenizer, own, texts)
     assert set(tokenizer(texts[0])) == {"input_ids", "attention_mask"}
@@ -436,7 +438,8 @@ def test_an_export_holds_the_tokenizer_of_the_data(tmp_path):
     prompt = tokenizer("Anna has 5 books.\n", return_tensors="pt").input_ids
     reference: Any = Qwen2ForCausalLM.from_pretrained(tmp_path / "out")
     answer = reference.generate(prompt, max_new_tokens=20)
-    model, config = load_model(str(tmp_path / "run"))
+    loaded = load_model(str(tmp_path / "run"))
+    model, config = loaded.model, loaded.config
     xt = torch.cat([prompt, torch.full((1, 20), config.mask_id)], dim=1)
     ours = sample_causal(model, xt, config.mask_id, eos_id=tokenizer.eos_token_id)
     assert torch.equal(ours.tokens[:, : answer.shape[1]], answer)
@@ -486,9 +489,9 @@ def test_overrides_give_a_packed_model_rows_to_be_evaluated_on(tmp_path):
     train.main(["--config", str(path), "--run-dir", str(tmp_path / "run")])
     hub.pack_run(str(tmp_path / "run"), tmp_path / "packed")
     with pytest.raises(ValueError, match=r"set data\.data_dir to a folder that has it"):
-        hub.open_model(str(tmp_path / "packed")).config.open_data().load(train=False)
+        load_model(str(tmp_path / "packed")).config.open_data().load(train=False)
     changes = [f"data.{key}={settings['data'][key]}" for key in ("data_dir", "test_source")]
-    data = hub.open_model(str(tmp_path / "packed"), changes).config.open_data().load(train=False)
+    data = load_model(str(tmp_path / "packed"), changes).config.open_data().load(train=False)
     assert data.n_questions == 4
 
 

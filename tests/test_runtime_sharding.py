@@ -91,7 +91,8 @@ def test_a_restart_changes_nothing_nor_does_recomputing_blocks(config, sharded_r
 
 
 def test_a_checkpoint_opens_on_one_process(sharded_run, tmp_path):
-    model, config = load_model(str(sharded_run))
+    loaded = load_model(str(sharded_run))
+    model, config = loaded.model, loaded.config
     assert config.training.parallel == "fsdp"
     assert not is_sharded(model)
     result = run_python("-m", "eval.evaluate", sharded_run, "--json", tmp_path / "alone.json")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data.files import check_out, write_text
 from data.foreign import CommandParser, check_memory, ends_with_message, whole_number
 from data.sudoku_boards import BOX_SHAPE, SudokuData, make_data, puzzle_keys, save_array
-from data.sudoku_solver import POPCOUNT, fill_boards
+from data.sudoku_solver import fill_boards
 from grader.cores import count_cores
 
 # Puzzles with fewer clues have several solutions.
@@ -115,7 +115,7 @@ def _chunks(size: int, min_clues: int, max_clues: int, seed: int, n_workers: int
     def work(number: int) -> np.ndarray:
         boards = np.zeros((CHUNK_ROWS, 2, size * size), dtype=np.uint8)
         first, (height, width) = number * CHUNK_ROWS, BOX_SHAPE[size]
-        made = fill_boards(boards, seed, first, size, height, width, min_clues, max_clues, POPCOUNT, N_TRIES)
+        made = fill_boards(boards, seed, first, size, height, width, min_clues, max_clues, N_TRIES)
         return boards[made].reshape(-1, 2 * size * size)
 
     with ThreadPoolExecutor(n_workers) as pool:

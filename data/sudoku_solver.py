@@ -17,7 +17,7 @@ from data.sudoku_boards import BOX_SHAPE
 from grader.cores import count_cores
 
 SEARCH_ROWS = 500  # puzzles per task of a thread when counting solutions
-# Number of digits in a bit mask of candidates.
+# Number of digits in a bit mask of candidates; a constant of the compiled functions.
 POPCOUNT = np.array([bin(mask).count("1") for mask in range(1 << 10)], dtype=np.uint8)
 
 
@@ -57,9 +57,7 @@ def _digit_of(bit: int) -> int:
 
 
 @njit(cache=True, nogil=True)
-def _complete(
-    grid: np.ndarray, used: np.ndarray, groups: np.ndarray, size: int, popcount: np.ndarray, state: np.ndarray
-) -> bool:
+def _complete(grid: np.ndarray, used: np.ndarray, groups: np.ndarray, size: int, state: np.ndarray) -> bool:
     """Fill the empty cells (0) of `grid` ([C]) in place; returns False, with `grid` unchanged, if that is impossible.
 
     Depth-first search: at each level the cell with the fewest candidates, its digits in random order.
@@ -72,7 +70,7 @@ def _complete(
         for cell in range(size * size):
             if grid[cell] == 0:
                 candidates = _candidates(used, groups, size, cell)
-                n_candidates = popcount[candidates]
+                n_candidates = POPCOUNT[candidates]
                 if n_candidates < n_best:
                     best, best_candidates, n_best = cell, candidates, n_candidates
                     if n_candidates <= 1:
@@ -85,7 +83,7 @@ def _complete(
             if depth < 0:
                 return False
             _place(grid, used, groups, cells[depth], 0)
-        n_skipped = _next_random(state) % popcount[untried[depth]]
+        n_skipped = _next_random(state) % POPCOUNT[untried[depth]]
         rest = untried[depth]
         for _ in range(n_skipped):
             rest &= rest - 1
@@ -96,9 +94,7 @@ def _complete(
 
 
 @njit(cache=True, nogil=True)
-def _is_needed(
-    grid: np.ndarray, used: np.ndarray, groups: np.ndarray, size: int, popcount: np.ndarray, cell: int
-) -> bool:
+def _is_needed(grid: np.ndarray, used: np.ndarray, groups: np.ndarray, size: int, cell: int) -> bool:
     """Whether removing a clue allows a second solution, with another digit in its cell. Leaves `grid` unchanged."""
     digit = grid[cell]
     _place(grid, used, groups, cell, 0)
@@ -109,7 +105,7 @@ def _is_needed(
         if other != digit and candidates & (1 << other):
             trial, trial_used = grid.copy(), used.copy()
             _place(trial, trial_used, groups, cell, other)
-            if _complete(trial, trial_used, groups, size, popcount, state):
+            if _complete(trial, trial_used, groups, size, state):
                 found = True
                 break
     _place(grid, used, groups, cell, digit)
@@ -118,19 +114,13 @@ def _is_needed(
 
 @njit(cache=True, nogil=True)
 def _make_puzzle(
-    board: np.ndarray,
-    state: np.ndarray,
-    groups: np.ndarray,
-    size: int,
-    popcount: np.ndarray,
-    min_clues: int,
-    max_clues: int,
+    board: np.ndarray, state: np.ndarray, groups: np.ndarray, size: int, min_clues: int, max_clues: int
 ) -> bool:
     """Draw a grid and a puzzle once and write them to `board` ([2, C]); False if more than max_clues are needed."""
     n_cells = size * size
     grid = np.zeros(n_cells, dtype=np.int64)
     used = np.zeros((3, size), dtype=np.int64)
-    _complete(grid, used, groups, size, popcount, state)
+    _complete(grid, used, groups, size, state)
     board[1] = grid
     n_wanted = min_clues + _next_random(state) % (max_clues - min_clues + 1)
     order = np.arange(n_cells)
@@ -140,7 +130,7 @@ def _make_puzzle(
             break
         j = i + _next_random(state) % (n_cells - i)
         order[i], order[j] = order[j], order[i]
-        if not _is_needed(grid, used, groups, size, popcount, order[i]):
+        if not _is_needed(grid, used, groups, size, order[i]):
             _place(grid, used, groups, order[i], 0)
             n_clues -= 1
     board[0] = grid
@@ -168,7 +158,6 @@ def fill_boards(
     width: int,
     min_clues: int,
     max_clues: int,
-    popcount: np.ndarray,
     n_tries: int,
 ) -> np.ndarray:
     """Write puzzles `first`, `first` + 1, ... to `boards` ([n, 2, C]); returns which of them were found, bool [n]."""
@@ -182,7 +171,7 @@ def fill_boards(
         state[0] ^= uint64(first + i) * uint64(0xD1342543DE82EF95)
         state[0] = uint64(_next_random(state)) << uint64(32) | uint64(_next_random(state))
         for _ in range(n_tries):
-            if _make_puzzle(boards[i], state, groups, size, popcount, min_clues, max_clues):
+            if _make_puzzle(boards[i], state, groups, size, min_clues, max_clues):
                 made[i] = True
                 break
     return made
@@ -199,12 +188,12 @@ def solve_singles(puzzles: np.ndarray, size: int) -> np.ndarray:
     """
     boards = puzzles.astype(np.int64)  # a copy
     height, width = BOX_SHAPE[size]
-    _fill_singles(boards, _groups(size, height, width), size, POPCOUNT)
+    _fill_singles(boards, _groups(size, height, width), size)
     return boards.astype(np.uint8)
 
 
 @njit(cache=True, nogil=True)
-def _fill_singles(boards: np.ndarray, groups: np.ndarray, size: int, popcount: np.ndarray) -> None:
+def _fill_singles(boards: np.ndarray, groups: np.ndarray, size: int) -> None:
     """`solve_singles` in place, for int64 [N, C]."""
     used = np.empty((3, size), dtype=np.int64)
     for grid in boards:
@@ -224,7 +213,7 @@ def _fill_singles(boards: np.ndarray, groups: np.ndarray, size: int, popcount: n
                 if grid[cell] != 0:
                     continue
                 candidates = _candidates(used, groups, size, cell)
-                found = candidates if popcount[candidates] == 1 else 0
+                found = candidates if POPCOUNT[candidates] == 1 else 0
                 for kind in range(3):
                     if found == 0:
                         # Cells of the group filled since the count only remove candidates.
@@ -273,12 +262,12 @@ def solve(puzzles: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """
     boards = puzzles.astype(np.int64)  # a copy
     height, width = BOX_SHAPE[size]
-    counts = _solve(boards, _groups(size, height, width), size, POPCOUNT)
+    counts = _solve(boards, _groups(size, height, width), size)
     return boards.astype(np.uint8), counts
 
 
 @njit(cache=True, nogil=True)
-def _solve(boards: np.ndarray, groups: np.ndarray, size: int, popcount: np.ndarray) -> np.ndarray:
+def _solve(boards: np.ndarray, groups: np.ndarray, size: int) -> np.ndarray:
     """`solve` for int64 [N, C], which it overwrites with the solutions.
 
     A second solution differs from the first in some empty cell. So for each empty cell in turn, search for a solution
@@ -291,17 +280,17 @@ def _solve(boards: np.ndarray, groups: np.ndarray, size: int, popcount: np.ndarr
         if not _find_used(boards[i], used, groups, size):
             continue
         # Singles are in every solution, so they do not change the count; they complete most puzzles.
-        _fill_singles(boards[i : i + 1], groups, size, popcount)
+        _fill_singles(boards[i : i + 1], groups, size)
         grid = boards[i]
         _find_used(grid, used, groups, size)
         solution, solution_used = grid.copy(), used.copy()
-        if not _complete(solution, solution_used, groups, size, popcount, state):
+        if not _complete(solution, solution_used, groups, size, state):
             continue
         counts[i] = 1
         for cell in range(size * size):
             if grid[cell] == 0:
                 _place(grid, used, groups, cell, solution[cell])
-                if _is_needed(grid, used, groups, size, popcount, cell):
+                if _is_needed(grid, used, groups, size, cell):
                     counts[i] = 2
                     break
         grid[:] = solution

@@ -81,7 +81,8 @@ def score_tokens(
     indices = (scored or ScoredPositions(weight, head.shape[0])).indices()
     states, target, own_weight = hidden.flatten(0, 1), x0.flatten(), weight.flatten()
     if indices is not None:
-        states, target, own_weight = states[indices], target[indices], own_weight[indices]  # [N, D], [N], [N]
+        # Not `states[indices]`, whose backward pass sorts, since indices could repeat.
+        states, target, own_weight = (each.index_select(0, indices) for each in (states, target, own_weight))
     loss, nll, confidence = _ScoreChunks.apply(
         states, head, target, own_weight, compute_dtype(head), compiled, torch.is_grad_enabled()
     )

@@ -48,7 +48,7 @@ from report.trace import Trace, write_traces
 from runtime.checkpoint import Checkpoint, restoring, resumable_checkpoint, step_folders
 from runtime.command import shell_command
 from runtime.config_file import changed_settings, dump_config, read_config
-from runtime.distributed import fail_once, is_reporting, main_first, on_main, start_world, stop_world
+from runtime.distributed import claim_report, fail_once, main_first, on_main, start_world, stop_world
 from runtime.final import FINAL_FILE, read_final
 from runtime.history import Session
 from runtime.lock import lock_run
@@ -380,7 +380,7 @@ def main(arguments: list[str] | None = None) -> None:
             config = read_config(options.config, options.overrides)
             check_unchanged(config, run_dir, options)
             if (final := read_final(run_dir)) is not None:
-                if is_reporting():
+                if claim_report():
                     say(f"{run_dir} is complete; give another --run-dir to train again")
                     if not (run_dir / PAGE_FILE).exists():  # the command ended before it was written
                         draw(run_dir)

@@ -62,46 +62,60 @@ def start_world(device: str) -> World:
             there are more processes than GPUs, or the variables of the launcher are incomplete.
         OSError: the processes cannot reach each other.
     """
-    global _patient
-    if device != "cpu" and not torch.cuda.is_available():
-        reason, granted = unusable_gpu(), os.environ.get("PUMA_GPUS")
-        if device == "cuda":
-            usable = f" that torch can use ({reason})" if reason else ""
-            raise ValueError(f"device 'cuda': this machine has no CUDA GPU{usable}; use auto or cpu")
-        if granted:
-            raise ValueError(
-                f"this job has {granted} GPUs on each node, but torch can use none ({reason or NOT_VISIBLE}): repair "
-                "the environment, or set training.device=cpu to train on the CPUs"
-            )
-        if reason is not None and is_reporting():
-            warnings.warn(f"the CPU is used, since torch cannot use this machine's GPU: {reason}", stacklevel=2)
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if device != "cpu" and not on_gpu:
+        _check_gpu_is_not_needed(device)
     launched = "RANK" in os.environ  # by torchrun or job.sh; some clusters set WORLD_SIZE without a launcher
     n_ranks, rank = (_launcher_number("WORLD_SIZE"), _launcher_number("RANK")) if launched else (1, 0)
-    if device == "cpu" or not torch.cuda.is_available():
-        own = torch.device("cpu")
-    else:
-        local_rank = _launcher_number("LOCAL_RANK", 0) if launched else 0
-        n_local = max(local_rank + 1, _launcher_number("LOCAL_WORLD_SIZE", 1) if launched else 1)
-        if n_local > (n_gpus := torch.cuda.device_count()):
-            raise ValueError(
-                f"{n_local} processes were started on this machine, but torch can use {n_gpus} GPUs there: start one "
-                "process per GPU, or set training.device=cpu"
-            )
-        own = torch.device("cuda", local_rank)
-        torch.cuda.set_device(own)
+    own = _take_gpu(launched) if on_gpu else torch.device("cpu")
     if launched:
-        backend = "nccl" if own.type == "cuda" else "gloo"
-        try:
-            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=own if own.type == "cuda" else None)
-            _patient = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
-        except dist.DistError as error:
-            place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            raise OSError(
-                f"the {n_ranks} processes of the run cannot reach each other by {place} ({reason}): "
-                "check that all were started, and MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME"
-            ) from error
+        _join(own, n_ranks)
     return World(rank, n_ranks, own)
+
+
+def _check_gpu_is_not_needed(device: str) -> None:
+    """Raise ValueError if the CPU must not stand in for a GPU that torch cannot use; warn if there is such a GPU."""
+    reason, granted = unusable_gpu(), os.environ.get("PUMA_GPUS")
+    if device == "cuda":
+        usable = f" that torch can use ({reason})" if reason else ""
+        raise ValueError(f"device 'cuda': this machine has no CUDA GPU{usable}; use auto or cpu")
+    if granted:
+        raise ValueError(
+            f"this job has {granted} GPUs on each node, but torch can use none ({reason or NOT_VISIBLE}): repair "
+            "the environment, or set training.device=cpu to train on the CPUs"
+        )
+    if reason is not None and claim_report():
+        warnings.warn(f"the CPU is used, since torch cannot use this machine's GPU: {reason}", stacklevel=3)
+
+
+def _take_gpu(launched: bool) -> torch.device:
+    """Make one GPU per process of this machine torch's current device; ValueError if there are too few."""
+    local_rank = _launcher_number("LOCAL_RANK", 0) if launched else 0
+    n_local = max(local_rank + 1, _launcher_number("LOCAL_WORLD_SIZE", 1) if launched else 1)
+    if n_local > (n_gpus := torch.cuda.device_count()):
+        raise ValueError(
+            f"{n_local} processes were started on this machine, but torch can use {n_gpus} GPUs there: start one "
+            "process per GPU, or set training.device=cpu"
+        )
+    own = torch.device("cuda", local_rank)
+    torch.cuda.set_device(own)
+    return own
+
+
+def _join(own: torch.device, n_ranks: int) -> None:
+    """Join the process groups of all ranks, with this process's device; OSError if they cannot reach each other."""
+    global _patient
+    backend = "nccl" if own.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=own if own.type == "cuda" else None)
+        _patient = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
+    except dist.DistError as error:
+        place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise OSError(
+            f"the {n_ranks} processes of the run cannot reach each other by {place} ({reason}): "
+            "check that all were started, and MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME"
+        ) from error
 
 
 def _launcher_number(name: str, default: int | None = None) -> int:
@@ -130,10 +144,11 @@ def unusable_gpu() -> str | None:
     return NOT_VISIBLE
 
 
-def is_reporting() -> bool:
-    """Whether this process prints an error that is likely that of all: the first of each machine.
+def claim_report() -> bool:
+    """Decide which process prints a message that all would print: True in that one, or in several.
 
-    Once the process group is there, ranks other than the main one print an error only if the main process has none.
+    Before the process group is there, it is the first process of each machine. Then it is the main one, which notes
+    this in the group's store; each of the others waits up to 5 s for the note, and prints the message if there is none.
     """
     if not dist.is_initialized():
         return os.environ.get("LOCAL_RANK", "0") == "0"
@@ -153,7 +168,7 @@ def is_reporting() -> bool:
 
 def fail_once(message: object, status: int = 2) -> NoReturn:
     """End a command with a message, printed by one process of all that fail alike."""
-    if not is_reporting():
+    if not claim_report():
         sys.exit(status)
     try:
         fail(message, status)

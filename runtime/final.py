@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from data.foreign import MAX_INTEGER, BadInput, read_json, reading
-from runtime.distributed import is_reporting
+from runtime.distributed import claim_report
 
 FINAL_FILE = "final.json"
 
@@ -85,6 +85,6 @@ def read_final(run_dir: Path) -> dict[str, Any] | None:
     try:
         return load_final(run_dir)
     except BadInput as error:
-        if is_reporting():
+        if claim_report():
             warnings.warn(str(error), RuntimeWarning, stacklevel=2)
         return None

@@ -48,7 +48,7 @@ from report.trace import Trace, write_traces
 from runtime.checkpoint import Checkpoint, restoring, resumable_checkpoint, step_folders
 from runtime.command import shell_command
 from runtime.config_file import changed_settings, dump_config, read_config
-from runtime.distributed import claim_report, fail_once, main_first, on_main, start_world, stop_world
+from runtime.distributed import claim_report, fail_once, main_first, on_main, only_on_main, start_world, stop_world
 from runtime.final import FINAL_FILE, read_final
 from runtime.history import Session
 from runtime.lock import lock_run
@@ -114,16 +114,15 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
 
 def open_records(run: Run) -> Recorder | None:
     """The records of the run on the main process, None on the others. Raises WriteError on all ranks."""
-    recorders = []
 
-    def open_recorder() -> None:
+    def open_recorder() -> Recorder:
         # The row of a step whose evaluation is still due is written with it.
         from_step = run.step if run.unrecorded is None else run.step - 1
-        recorders.append(Recorder(run.run_dir, run.config, from_step))
+        recorder = Recorder(run.run_dir, run.config, from_step)
         run.session.open(run.run_dir, run.world, run.step, run.n_steps)
+        return recorder
 
-    on_main(open_recorder)
-    return recorders[0] if recorders else None
+    return only_on_main(open_recorder)
 
 
 def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) -> Evaluation | Signals:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -212,9 +212,8 @@ def main_first(world: World, work: Callable[[], T]) -> T:
 
     A ValueError or OSError of the main process is raised on every rank: the others do not even begin.
     """
-    results: list[T] = []
-    on_main(lambda: results.append(work()))
-    return results[0] if world.is_main else work()
+    result = only_on_main(work)
+    return cast(T, result) if world.is_main else work()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -251,6 +250,18 @@ def on_main(work: Callable[[], T]) -> T:
     result, error = from_main((result, error))
     if error is not None:
         raise error
+    return result
+
+
+def only_on_main(work: Callable[[], T]) -> T | None:
+    """Run `work` on the main process, which alone gets the result, of any kind; its error is raised as in `on_main`."""
+    result: T | None = None
+
+    def keep_result() -> None:
+        nonlocal result
+        result = work()
+
+    on_main(keep_result)
     return result
 
 

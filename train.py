@@ -80,7 +80,7 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
     """
     session = Session()
     world = start_world(config.training.device)
-    ignored = check_graph(config, world)
+    check_graph(config, world)
 
     def open_run_dir() -> Checkpoint | None:
         with reported(run_dir):
@@ -106,7 +106,9 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
             restore_run(run, checkpoint)
     on_main(lambda: write_text(run_dir / "config.yaml", dump_config(config)))
     if world.is_main:
-        for warning in (*([ignored] if ignored else []), *data.warnings()):
+        if config.training.cuda_graph is True and world.device.type != "cuda":
+            warnings.warn("training.cuda_graph is ignored: this machine has no GPU", stacklevel=2)
+        for warning in data.warnings():
             warnings.warn(warning, stacklevel=2)
         say(start_message(run))
     return run, data

@@ -264,6 +264,12 @@ def test_changed_settings_are_refused_with_the_difference(config_file, tmp_path,
     assert "n_examples" not in message, "what is only measured may change"
 
 
+def test_a_cuda_graph_without_a_gpu_is_ignored_with_a_warning(config_file, tmp_path):
+    config = config_file(training__max_steps=1, training__device="cpu", training__cuda_graph=True)
+    with pytest.warns(UserWarning, match="training.cuda_graph is ignored: this machine has no GPU"):
+        train.main(["--config", str(config), "--run-dir", str(tmp_path / "run")])
+
+
 def test_a_complete_run_without_checkpoints_keeps_its_settings(config_file, tmp_path, capsys):
     config = str(config_file(training__max_steps=1))
     train.main(["--config", config, "--run-dir", str(tmp_path / "run")])

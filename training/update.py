@@ -136,34 +136,26 @@ def check_finite(run: Run) -> None:
 
 
 def uses_graph(config: Config, world: World) -> bool:
-    """Whether updates are replayed from a CUDA graph; `auto` takes one where an update can be captured."""
-    settings = config.training
-    if settings.cuda_graph == "auto":
-        capturable = world.n_ranks == 1 and config.model.vocab_size <= SMALL_VOCABULARY
-        # Gradient checkpointing has not been tried in a graph.
-        return capturable and world.device.type == "cuda" and not settings.gradient_checkpointing
-    return settings.cuda_graph and world.device.type == "cuda"
+    """Whether updates are replayed from a CUDA graph: on a GPU, if it is not switched off and nothing is in the way."""
+    wanted, on_gpu = config.training.cuda_graph is not False, world.device.type == "cuda"
+    return wanted and on_gpu and graph_obstacle(config, world) is None
 
 
-def check_graph(config: Config, world: World) -> str | None:
-    """The warning to show if `training.cuda_graph` has no effect, else None.
+def check_graph(config: Config, world: World) -> None:
+    """Raise ValueError if `training.cuda_graph` is true, but updates cannot be captured."""
+    if config.training.cuda_graph is True and (obstacle := graph_obstacle(config, world)) is not None:
+        raise ValueError(obstacle)
 
-    Raises:
-        ValueError: the update cannot be captured.
-    """
-    if config.training.cuda_graph is not True:
-        return None
+
+def graph_obstacle(config: Config, world: World) -> str | None:
+    """Why updates cannot be captured, with the remedy; None if they can be, on a GPU."""
     if world.n_ranks > 1:
-        raise ValueError("training.cuda_graph works with one process only: leave it out, or start one process")
-    if config.training.gradient_checkpointing:
-        raise ValueError(
-            "training.cuda_graph cannot be combined with training.gradient_checkpointing: leave one of them out"
-        )
+        return "training.cuda_graph works with one process only: leave it out, or start one process"
+    if config.training.gradient_checkpointing:  # has not been tried in a graph
+        return "training.cuda_graph cannot be combined with training.gradient_checkpointing: leave one of them out"
     if config.model.vocab_size > SMALL_VOCABULARY:
-        raise ValueError(
+        return (
             f"training.cuda_graph needs a model.vocab_size of at most {SMALL_VOCABULARY}, got "
             f"{config.model.vocab_size}: with more, the number of positions that are scored changes between steps"
         )
-    if world.device.type != "cuda":
-        return "training.cuda_graph is ignored: this machine has no GPU"
     return None

@@ -8,13 +8,12 @@ The run directory identifies the run: the same command again continues from its 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -47,7 +46,7 @@ from report.page import PAGE_FILE, TRACES_FILE, write_page
 from report.trace import Trace, write_traces
 from runtime.checkpoint import Checkpoint, restoring, resumable_checkpoint, step_folders
 from runtime.command import shell_command
-from runtime.config_file import changed_settings, dump_config, read_config
+from runtime.config_file import changed_settings, dump_config, format_changes, read_config
 from runtime.distributed import claim_report, fail_once, main_first, on_main, only_on_main, start_world, stop_world
 from runtime.final import FINAL_FILE, read_final
 from runtime.history import Session
@@ -342,21 +341,23 @@ def print_result(config: Config, run_dir: Path, final: dict[str, Any]) -> None:
         say(f"wrote {run_dir} ({PAGE_FILE}, {FINAL_FILE}, {METRICS_FILE}, curves_*.png, checkpoints/), next: {command}")
 
 
-def check_unchanged(config: Config, run_dir: Path, options: argparse.Namespace) -> None:
-    """Refuse to continue a run with settings that change its result (ValueError with the differences)."""
+def check_unchanged(config: Config, run_dir: Path, config_file: Path, overrides: Sequence[str]) -> None:
+    """Refuse to continue a run with settings that change its result (ValueError with the differences).
+
+    Args:
+        config_file, overrides: where `config` is from, for the command that the message proposes.
+    """
     begun = step_folders(run_dir) or (run_dir / FINAL_FILE).exists()
     if not begun or not (run_dir / "config.yaml").exists():
         return
-    before = read_config(run_dir / "config.yaml")
-    differences = changed_settings(before, config)
-    if not differences:
+    changes = changed_settings(read_config(run_dir / "config.yaml"), config)
+    if not changes:
         return
-    listed = "\n".join(f"  {line}" for line in differences)
-    length_only = all(line.startswith(("training.max_steps", "training.num_epochs")) for line in differences)
-    lengths = [(getattr(before.training, key), getattr(config.training, key)) for key in ("max_steps", "num_epochs")]
-    longer = all(old == new or (old is not None and new is not None and new > old) for old, new in lengths)
-    if length_only and longer and (run_dir / FINAL_FILE).exists():
-        arguments = ["--config", options.config, "--run-dir", f"{run_dir}_longer", *options.overrides]
+    listed = format_changes(changes)
+    length_only = changes.keys() <= {"training.max_steps", "training.num_epochs"}
+    longer = length_only and all(None not in (old, new) and new > old for old, new in changes.values())
+    if longer and (run_dir / FINAL_FILE).exists():
+        arguments: list[str | Path] = ["--config", config_file, "--run-dir", f"{run_dir}_longer", *overrides]
         arguments += [f"model.init_from={run_dir}"] + ["model.shifted=false"] * (not config.shifted)
         raise ValueError(
             f"{run_dir} is complete and cannot be made longer: its learning-rate schedule has ended.\n{listed}\n"
@@ -379,7 +380,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise_at_interrupt()
         try:
             config = read_config(options.config, options.overrides)
-            check_unchanged(config, run_dir, options)
+            check_unchanged(config, run_dir, options.config, options.overrides)
             if (final := read_final(run_dir)) is not None:
                 if claim_report():
                     say(f"{run_dir} is complete; give another --run-dir to train again")

@@ -34,7 +34,7 @@ from data.foreign import MAX_INTEGER, CommandParser, ends_with_message, shorten,
 from report.curves import RUN_AXES, Curve, accuracy_points, mean_and_range, plot_accuracy, rules_of, target_table
 from results.experiments import EXPERIMENTS, Experiment, Variant
 from results.records import ROOT, Number, Share, Text, check_folder, read_note, read_records
-from runtime.config_file import changed_settings, read_config
+from runtime.config_file import changed_settings, format_changes, read_config
 from runtime.final import read_final
 from runtime.history import read_history
 from runtime.metrics import read_metrics
@@ -181,9 +181,10 @@ def check_settings(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, 
                 f"training.seed={config.training.seed}: would replace seed {task.seed} of {task.variant.label!r}; "
                 "leave it out, or change the seeds of the experiment in results/experiments.py"
             )
-        if run_config.exists() and (differences := changed_settings(read_config(run_config), config)):
-            lines = "\n".join(f"  {line}" for line in differences)
-            raise ValueError(f"{task.run_dir} has other settings: delete it or choose another --runs\n{lines}")
+        if run_config.exists() and (changes := changed_settings(read_config(run_config), config)):
+            raise ValueError(
+                f"{task.run_dir} has other settings: delete it or choose another --runs\n{format_changes(changes)}"
+            )
         record = recorded.get(task.key)
         if record and record["settings"] != task.settings:
             raise ValueError(

@@ -25,6 +25,7 @@ from data.foreign import MAX_MESSAGE, escape, read_text, reading, shorten
 
 MAX_CONFIG_BYTES, MAX_NODES, MAX_DEPTH = 1 << 20, 1000, 10  # a file of settings has about 100 values in 4 levels
 REMEDY = "docs/settings.md lists all settings"
+ABSENT = "(absent)"  # in place of the value of a setting that another objective or data set does not have
 TAGS = ("objective.name=", "data.dataset=")  # settings that select the class of their section
 
 
@@ -146,15 +147,18 @@ def setting_name(config: Config) -> str:
     return f"{config.data.dataset}_{config.objective.name}_{digest[:6]}"
 
 
-def changed_settings(old: Config, new: Config) -> list[str]:
-    """Differences that would change the result of a resumed run, one line each."""
-    before, after = flatten(old), flatten(new)
-    free, absent = _free_settings(old) | _free_settings(new), "(absent)"
-    return [
-        f"{key}: {shorten(str(before.get(key, absent)), 100)} -> {shorten(str(after.get(key, absent)), 100)}"
-        for key in sorted(before | after)
-        if before.get(key, absent) != after.get(key, absent) and key not in free
-    ]
+def changed_settings(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Differences that would change the result of a resumed run: old and new value (or `ABSENT`) by dotted name."""
+    before, after, free = flatten(old), flatten(new), _free_settings(old) | _free_settings(new)
+    values = {key: (before.get(key, ABSENT), after.get(key, ABSENT)) for key in sorted(before | after)}
+    return {key: (was, now) for key, (was, now) in values.items() if was != now and key not in free}
+
+
+def format_changes(changes: dict[str, tuple[Any, Any]]) -> str:
+    """What `changed_settings` has found, as indented lines."""
+    return "\n".join(
+        f"  {key}: {shorten(str(was), 100)} -> {shorten(str(now), 100)}" for key, (was, now) in changes.items()
+    )
 
 
 def _free_settings(config: Config) -> set[str]:

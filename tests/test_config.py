@@ -16,9 +16,11 @@ from helpers import project_trees
 
 from config import BlockPumaSettings, Config, PumaSettings, SamplingRule, Settings
 from runtime.config_file import (
+    ABSENT,
     changed_settings,
     dump_config,
     flatten,
+    format_changes,
     parse_config,
     read_config,
     setting_name,
@@ -111,7 +113,7 @@ def test_a_dumped_config_reads_back_the_same(path, tmp_path):
     config = read_config(path)
     again = read_config(write(tmp_path / "again.yaml", dump_config(config)))
     assert again == config
-    assert changed_settings(config, again) == []
+    assert not changed_settings(config, again)
 
 
 # Settings and code
@@ -506,14 +508,16 @@ def test_a_missing_file_a_folder_and_binary_data_are_refused(tmp_path):
 def test_only_differences_that_change_the_result_count(tiny):
     old = read_config(tiny)
     free = ["validation.n_examples=5", "training.save_every=9", "wandb.mode=offline", "data.data_dir=elsewhere"]
-    assert changed_settings(old, read_config(tiny, free)) == []
-    assert changed_settings(old, read_config(tiny, [*free, "training.seed=3"])) == ["training.seed: 0 -> 3"]
+    assert not changed_settings(old, read_config(tiny, free))
+    changes = changed_settings(old, read_config(tiny, [*free, "training.seed=3"]))
+    assert changes == {"training.seed": (0, 3)}
+    assert format_changes(changes) == "  training.seed: 0 -> 3"
 
 
 def test_another_objective_shows_up_key_by_key(tiny):
-    lines = changed_settings(read_config(tiny), read_config(tiny, ["objective={name: uniform}"]))
-    assert any(line.startswith("objective.name: puma -> uniform") for line in lines), lines
-    assert any(line.startswith("objective.k_schedule") for line in lines)
+    changes = changed_settings(read_config(tiny), read_config(tiny, ["objective={name: uniform}"]))
+    assert changes["objective.name"] == ("puma", "uniform")
+    assert changes["objective.k_schedule"][1] == ABSENT
 
 
 def test_a_mapping_can_be_checked_without_a_file(tmp_path):

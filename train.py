@@ -118,7 +118,7 @@ def open_records(run: Run) -> Recorder | None:
 
     def open_recorder() -> Recorder:
         # The row of a step whose evaluation is still due is written with it.
-        from_step = run.step if run.unrecorded is None else run.step - 1
+        from_step = run.step if run.pending_metrics is None else run.step - 1
         recorder = Recorder(run.run_dir, run.config, from_step)
         run.session.open(run.run_dir, run.world, run.step, run.n_steps)
         return recorder
@@ -143,6 +143,7 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
         WriteError: a checkpoint cannot be written; all ranks raise.
     """
     training = run.config.training
+    intervals = training.log_every, training.eval_every, training.save_every  # in steps
     updater = Updater(run)
     evaluation: Evaluation | None = None  # of this step
     saved_step, seconds_before = run.step, run.seconds
@@ -151,53 +152,67 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
     with tqdm(total=run.n_steps, initial=run.step, unit="step", disable=None if recorder else True) as bar:
         started = time.perf_counter()
         try:
-            while run.step < run.n_steps or run.unrecorded is not None:
+            while run.step < run.n_steps or run.pending_metrics is not None:
                 if stopped := vote.stop():
                     check_finite(run)
                     run.seconds += time.perf_counter() - started
                     raise StopRequested(stopped)
 
-                if run.unrecorded is None:  # else the run was stopped in the evaluation of this step
+                if run.pending_metrics is None:  # else the run was stopped in the evaluation of this step
                     updater.step()
                     evaluation = None
                     bar.update()
-                    last = run.step == run.n_steps
-                    log = last or run.step % training.log_every == 0
-                    evaluate_now = last or run.step % training.eval_every == 0
-                    save_now = last or run.step % training.save_every == 0
-                    if not (log or evaluate_now or save_now):
+                    if not any(is_due(run, every) for every in intervals):
                         continue
 
                     check_finite(run)  # a host sync, so the time below includes all work on the device
                     run.seconds += time.perf_counter() - started
-                    metrics = progress_metrics(run)
-                    if log:
-                        metrics |= interval_metrics(run)
-                        start_interval(run)
-                        if recorder:
-                            show_progress(run, metrics, bar)
-                    if evaluate_now:
-                        run.unrecorded = metrics
-                    elif log and recorder:
-                        recorder.write(metrics)
-                    if save_now:
+                    record_step(run, recorder, bar)
+                    if is_due(run, training.save_every):
                         save(run, None, seconds_before)
                         saved_step = run.step
 
-                if run.unrecorded is not None:
+                if run.pending_metrics is not None:
                     evaluation = measure(run, data, vote)
-                    if recorder:
-                        recorder.write(run.unrecorded | evaluation.metrics(), evaluation.samples)
-                        show_evaluation(run, evaluation, bar)
-                    run.unrecorded = None
+                    record_evaluation(run, evaluation, recorder, bar)
                     if saved_step == run.step:
                         score_run(run, evaluation.accuracy)
                 started = time.perf_counter()
+            # None only if an earlier command took the last step, and ended before it wrote final.json.
             return evaluation or measure(run, data, vote)
         except StopRequested as stop:
             if run.step > saved_step:
                 save(run, evaluation.accuracy if evaluation else None, seconds_before)
             return stop.number
+
+
+def is_due(run: Run, every: int) -> bool:
+    """Whether it is time for what is done every so many steps, and after the last one."""
+    return run.step % every == 0 or run.step == run.n_steps
+
+
+def record_step(run: Run, recorder: Recorder | None, bar: tqdm) -> None:
+    """Record the metrics of this step, or keep them for `record_evaluation` if one is due; every rank calls this."""
+    log = is_due(run, run.config.training.log_every)
+    metrics = progress_metrics(run)
+    if log:
+        metrics |= interval_metrics(run)
+        start_interval(run)
+        if recorder:
+            show_progress(run, metrics, bar)
+    if is_due(run, run.config.training.eval_every):
+        run.pending_metrics = metrics
+    elif log and recorder:
+        recorder.write(metrics)
+
+
+def record_evaluation(run: Run, evaluation: Evaluation, recorder: Recorder | None, bar: tqdm) -> None:
+    """Record the evaluation of this step with the metrics that were kept for it."""
+    assert run.pending_metrics is not None
+    if recorder:
+        recorder.write(run.pending_metrics | evaluation.metrics(), evaluation.samples)
+        show_evaluation(run, evaluation, bar)
+    run.pending_metrics = None
 
 
 def measure(run: Run, data: DataSet, vote: StopVote) -> Evaluation:
@@ -367,6 +382,42 @@ def check_unchanged(config: Config, run_dir: Path, config_file: Path, overrides:
     raise ValueError(f"{run_dir} was started with other settings; give another --run-dir, or restore them:\n{listed}")
 
 
+def prepare(config_file: Path, overrides: Sequence[str], run_dir: Path) -> tuple[Run, DataSet, Recorder | None] | None:
+    """All that comes before the first step; None if the run is complete, whose result is printed then.
+
+    Raises:
+        ValueError: wrong settings, others than those of the run in `run_dir`, or as in `start`.
+        OSError: the run directory is not writable.
+    """
+    config = read_config(config_file, overrides)
+    check_unchanged(config, run_dir, config_file, overrides)
+    if (final := read_final(run_dir)) is None:
+        run, data = start(config, run_dir)
+        return run, data, open_records(run)
+    if claim_report():
+        say(f"{run_dir} is complete; give another --run-dir to train again")
+        if not (run_dir / PAGE_FILE).exists():  # the command ended before it was written
+            draw(run_dir)
+        print_result(config, run_dir, final)
+    return None
+
+
+def complete(run: Run, data: DataSet, recorder: Recorder | None) -> None:
+    """Train to the end and write the result, or report what has stopped the run before."""
+    with ended_in_history(run), StopVote(run.world) as vote:
+        outcome = train(run, data, recorder, vote)
+    if isinstance(outcome, Signals):
+        run.session.write("stopped", run.step, outcome.name)
+        stop_early(run, outcome, recorder)
+        return
+    model = run.evaluated_model()  # needs all ranks
+    if recorder is not None:
+        final = finish(run, model, data, outcome, recorder)
+        say(outcome.table())
+        print_result(run.config, run.run_dir, final)
+        recorder.close()  # last, since wandb may wait for the network
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
     parser = CommandParser(description="Train a masked diffusion model.")
@@ -379,31 +430,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         raise_at_interrupt()
         try:
-            config = read_config(options.config, options.overrides)
-            check_unchanged(config, run_dir, options.config, options.overrides)
-            if (final := read_final(run_dir)) is not None:
-                if claim_report():
-                    say(f"{run_dir} is complete; give another --run-dir to train again")
-                    if not (run_dir / PAGE_FILE).exists():  # the command ended before it was written
-                        draw(run_dir)
-                    print_result(config, run_dir, final)
-                return
-            run, data = start(config, run_dir)
-            recorder = open_records(run)
+            prepared = prepare(options.config, options.overrides, run_dir)
         except (ValueError, OSError) as error:
             fail_once(error)
-        with ended_in_history(run), StopVote(run.world) as vote:
-            outcome = train(run, data, recorder, vote)
-        if isinstance(outcome, Signals):
-            run.session.write("stopped", run.step, outcome.name)
-            stop_early(run, outcome, recorder)
-            return
-        model = run.evaluated_model()  # needs all ranks
-        if recorder is not None:
-            final = finish(run, model, data, outcome, recorder)
-            say(outcome.table())
-            print_result(config, run_dir, final)
-            recorder.close()  # last, since wandb may wait for the network
+        if prepared is not None:
+            complete(*prepared)
     except TrainingDiverged as error:
         fail_once(str(error), status=1)
     except WriteError as error:

@@ -62,7 +62,7 @@ class Run:
     finished_recorded: tuple[int, int] = (0, 0)  # `count_finished` at the last record
     # Metrics of this step, to be recorded with its evaluation; None if no evaluation is due. They are saved, so that a
     # run stopped during the evaluation repeats it when it resumes.
-    unrecorded: dict[str, Any] | None = None
+    pending_metrics: dict[str, Any] | None = None
     batch: list[Microbatch] = field(default_factory=list)  # of the last step, written to disk if training diverges
     session: Session = field(default_factory=Session)  # what the history of the run holds of this process
 
@@ -201,7 +201,7 @@ def save_run(run: Run, score: float | None) -> None:
         "seconds_recorded": run.seconds_recorded,
         "finished_recorded": run.finished_recorded,
         "data_fingerprint": run.data_fingerprint,
-        "unrecorded": run.unrecorded,
+        "unrecorded": run.pending_metrics,  # the earlier name, which checkpoints keep
     }
     if run.ema is not None and run.averaged_model is not None:
         weights["ema"] = gather_weights(run.averaged_model.weights(), run.world)
@@ -272,7 +272,7 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
     n_finished, n_finished_steps = state.get("finished_recorded", (0, 0))
     run.finished_recorded = int(n_finished), int(n_finished_steps)
     if checkpoint.score is None:  # else the evaluation was complete
-        run.unrecorded = state.get("unrecorded")  # not in older checkpoints
+        run.pending_metrics = state.get("unrecorded")  # not in older checkpoints
 
 
 def _rank_state(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:

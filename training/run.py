@@ -92,7 +92,7 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
         resuming: `restore_run` follows, so the weights of `model.init_from` are not loaded.
 
     Raises:
-        ValueError: the batch does not divide over the ranks, or `model.init_from` cannot be used.
+        ValueError: the run has no step, `model.init_from` cannot be used, or as in `build_objective`.
     """
     training = config.training
     model = build_model(config)
@@ -103,18 +103,16 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
     sharded = training.parallel == "fsdp" and world.n_ranks > 1
     model.to("cpu" if sharded else world.device)  # the full parameters may not fit on a device
     ema = build_ema(model, training.ema_decay)
-    for each in (model, ema.module if ema else None) if sharded else ():
-        if isinstance(each, Transformer):
-            shard(each, each.model.layers, world)
+    if sharded:
+        shard(model, model.model.layers, world)
+        if ema is not None:
+            averaged = cast(Transformer, ema.module)
+            shard(averaged, averaged.model.layers, world)
     if training.gradient_checkpointing:
         model.recompute_layers()
     if training.compile:
         model.model.compile_training()
-    n_steps = training.max_steps or sys.maxsize
-    if training.num_epochs is not None:
-        n_steps = min(n_steps, int(training.num_epochs * len(train)) // training.batch_size)
-    if n_steps == 0:
-        raise ValueError(f"training.num_epochs {training.num_epochs} of {len(train)} rows make no full batch")
+    n_steps = count_steps(training, len(train))
     stream = SequenceStream(train, training.seed, world.rank, world.n_ranks)
     objective = build_objective(config.objective, training, stream, train.mask_id, world.device)
     wrapped: nn.Module = model
@@ -140,6 +138,16 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
     )
 
 
+def count_steps(training: TrainingSettings, n_rows: int) -> int:
+    """Updates of a run on `n_rows` training rows; ValueError if there is none."""
+    n_steps = training.max_steps or sys.maxsize
+    if training.num_epochs is not None:
+        n_steps = min(n_steps, int(training.num_epochs * n_rows) // training.batch_size)
+    if n_steps == 0:
+        raise ValueError(f"training.num_epochs {training.num_epochs} of {n_rows} rows make no full batch")
+    return n_steps
+
+
 def build_objective(
     settings: ObjectiveSettings,
     training: TrainingSettings,
@@ -150,7 +158,8 @@ def build_objective(
     """The objective that the settings name, on the rank of `stream`.
 
     Raises:
-        ValueError: the batch does not divide over the ranks or into microbatches, or the rows into blocks.
+        ValueError: the batch does not divide over the ranks, the rows of a rank do not divide into microbatches, the
+            pool has fewer rows than there are ranks, or the rows need more memory than is free.
     """
     n_rows, rest = divmod(training.batch_size, stream.n_ranks)
     if rest:

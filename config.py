@@ -283,7 +283,7 @@ class TrainingSettings(Settings):
 
 
 class _RuleOptions(Settings):
-    """What a sampling rule and the evaluation have in common: how many positions a pass fills, and which again."""
+    """What a sampling rule and the evaluation share: how many positions a pass fills, and which ones it masks again."""
 
     threshold: float | None = Field(
         None, gt=0.0, lt=1.0, description="also fill all positions above this probability; null: off"
@@ -359,8 +359,9 @@ class SamplingRule(_RuleOptions):
     - `revise`: filled positions may be masked again. Each pass i of n_passes leaves the share i / n_passes of the
       maskable positions filled, rounded up, so that the number of passes is bounded:
       `remask` (ReMDM, arXiv 2503.00307) masks the filled positions whose tokens had the lowest probabilities when they
-      were written, at most remask_share of them and no more than the schedule leaves masked (the paper's sigma_t,
-      where it draws positions in proportion to their lack of confidence, we take the least confident);
+      were written, at most remask_share of them and no more than the schedule leaves masked (this is the paper's
+      sigma_t; the paper draws positions in proportion to their lack of confidence, this code takes the least
+      confident);
       `plan` (self-planning P2, arXiv 2502.03540) ranks masked positions by the probability of their token and
       filled ones by that of their token in this pass, and keeps the best;
       `running_confidence` (MDPO, arXiv 2508.13148) ranks all by the largest probability that they had in any pass in
@@ -381,19 +382,19 @@ class SamplingRule(_RuleOptions):
 
     @property
     def options(self) -> dict[str, str | float]:
-        """What else is not by default."""
+        """Settings besides `confidence` and `tokens_per_step` that differ from their defaults."""
         return {key: getattr(self, key) for key in _RuleOptions.model_fields if not self.is_default(key)}
 
     def check(self, *, causal: bool) -> None:
         """Raise ValueError if the rule does not work with a model that is `causal` or not."""
-        chosen = [key for key in CHOICES if not self.is_default(key)]
+        chosen = [key for key in NOT_FOR_CAUSAL if not self.is_default(key)]
         if causal and chosen:
             listed = ", ".join(f"{key} {getattr(self, key)}" for key in chosen)
             raise ValueError(f"{listed}: a causal model is sampled left to right, token by token; leave it out")
 
 
-# What a causal model leaves no choice of: settings of `SamplingRule`, and of `ValidationSettings`.
-CHOICES = tuple(key for key in SamplingRule.model_fields if key != "temperature")
+# Settings of `SamplingRule`, and of `ValidationSettings`, that a causal model leaves no choice of: they are refused.
+NOT_FOR_CAUSAL = tuple(key for key in SamplingRule.model_fields if key != "temperature")
 DEFAULT_RULE = SamplingRule()
 
 
@@ -437,18 +438,9 @@ class ValidationSettings(_RuleOptions):
 
     def rules(self) -> list[SamplingRule]:
         """All sampling rules; the first one gives the headline figure."""
+        options = {key: getattr(self, key) for key in _RuleOptions.model_fields}
         return [
-            SamplingRule(
-                confidence=confidence,
-                tokens_per_step=n_tokens,
-                threshold=self.threshold,
-                kl_bound=self.kl_bound,
-                entropy_bound=self.entropy_bound,
-                revise=self.revise,
-                n_passes=self.n_passes,
-                remask_share=self.remask_share,
-                temperature=self.temperature,
-            )
+            SamplingRule(confidence=confidence, tokens_per_step=n_tokens, **options)
             for confidence, n_tokens in product(self.confidence, self.tokens_per_step)
         ]
 
@@ -537,7 +529,7 @@ class Config(Settings):
         objective, problems = info.data.get("objective"), []
         if objective is None or not objective.causal:
             return validation
-        for key in CHOICES:
+        for key in NOT_FOR_CAUSAL:
             if not validation.is_default(key):
                 default = ValidationSettings.model_fields[key].default
                 problems.append(

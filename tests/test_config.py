@@ -155,6 +155,10 @@ def attributes(tree: ast.AST, owners: set[str]) -> set[str]:
     return read
 
 
+# `ValidationSettings.rules` passes its options on to rules.
+OTHER_OWNERS = {"validation": {"rule"}}
+
+
 def names_read(cls: type[Settings], section: str) -> set[str]:
     """Settings that the program reads, itself or by those properties and methods of the class that it uses.
 
@@ -163,7 +167,7 @@ def names_read(cls: type[Settings], section: str) -> set[str]:
     read: set[str] = set()
     for path, tree in project_trees().items():
         if path.parts[0] not in ("tests", "config.py", "bench", "results"):
-            read |= attributes(tree, {"settings", section})
+            read |= attributes(tree, {"settings", section} | OTHER_OWNERS.get(section, set()))
     for base in (*cls.__mro__, *all_subclasses(cls)):
         if issubclass(base, Settings):
             for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(base)))):

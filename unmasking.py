@@ -20,9 +20,7 @@ def reveal_top(confidence: Tensor, candidates: Tensor, n_reveal: Tensor) -> Tens
     Returns:
         bool [B, L].
     """
-    # Clamped above -inf, so that a candidate of confidence -inf still comes before all other positions.
-    finite = confidence.clamp(min=torch.finfo(confidence.dtype).min)
-    order = finite.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)  # [B, L]
+    order = _by_confidence(confidence, candidates)  # [B, L]
     chosen_ranks = torch.arange(order.shape[1], device=order.device) < n_reveal.unsqueeze(1)  # [B, L], in order of rank
     return torch.zeros_like(candidates).scatter(1, order, chosen_ranks) & candidates
 
@@ -42,12 +40,18 @@ def reveal_bounded(confidence: Tensor, entropy: Tensor, candidates: Tensor, boun
     Returns:
         bool [B, L].
     """
-    finite = confidence.clamp(min=torch.finfo(confidence.dtype).min)
-    order = finite.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)  # [B, L]
+    order = _by_confidence(confidence, candidates)  # [B, L]
     # Rounding can make the entropy of a sure position negative.
     ranked = entropy.double().clamp(min=0).masked_fill(~candidates, 0).gather(1, order)  # [B, L]
     fits = ranked.cumsum(1) - ranked.cummax(1).values <= bound + 1e-9
     return torch.zeros_like(candidates).scatter(1, order, fits) & candidates
+
+
+def _by_confidence(confidence: Tensor, candidates: Tensor) -> Tensor:
+    """The positions of each row, int64 [B, L]: the candidates, most confident first, then all others."""
+    # Clamped above -inf, so that a candidate of confidence -inf still comes before all other positions.
+    finite = confidence.clamp(min=torch.finfo(confidence.dtype).min)
+    return finite.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
 
 
 def reveal_random(candidates: Tensor, n_reveal: Tensor, generator: torch.Generator) -> Tensor:

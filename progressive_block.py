@@ -3,7 +3,7 @@
 A block is a segment of a row, and objectives treat segments as they treat rows: the baseline draws masks for each
 segment, the PUMA pool advances each by its own stage, and all blocks with masked positions have the same weight in the
 loss. So `block_uniform` and `block_puma` are `uniform` and `puma` with another `BlockLayout`. Without block diffusion a
-row is one block, with the same losses, pool and random numbers bit for bit.
+row is one block, with the same losses, pool and random numbers bit for bit. `MaskedObjective` is the base of all four.
 
 There are two attention layouts (arXiv 2602.10314 trains with the first):
 

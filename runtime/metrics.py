@@ -127,9 +127,8 @@ class Recorder:
 
     def _send(self, row: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
         """Pass a row on to wandb and TensorBoard."""
-        accuracy: Any = next(
-            (value for key, value in row.items() if key.startswith(HEADLINE)), None
-        )  # of the first rule
+        # Of the first rule.
+        accuracy: Any = next((value for key, value in row.items() if key.startswith(HEADLINE)), None)
         is_best = isinstance(accuracy, (int, float)) and accuracy > self._best
         if is_best:
             self._best = float(accuracy)

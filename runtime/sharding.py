@@ -94,7 +94,7 @@ def gather_moments(optimizer: torch.optim.Optimizer, world: World) -> dict[str, 
 def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load the state of `gather_moments` into an optimizer, sharded or not; its own hyperparameters stay.
 
-    So a checkpoint of a CPU continues on a GPU and the reverse, where AdamW runs with other options.
+    So a checkpoint saved on a CPU continues on a GPU and the reverse, where AdamW runs with other options.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {}

@@ -103,9 +103,9 @@ class StopVote:
     exchange is due. A signal is answered within two steps or 0.2 s, whichever is longer. The number of steps between
     exchanges is part of the exchange, so it is equal on all ranks.
 
-    An evaluation asks after every forward pass of the sampler (`check`), of which ranks run different numbers, so there
-    a rank that has received a signal leaves a note in the store of the process group, at which the others look every
-    0.5 s.
+    An evaluation asks before every forward pass of the sampler (`check`), of which ranks run different numbers, so
+    there a rank that has received a signal leaves a note in the store of the process group, at which the others look
+    every 0.5 s.
 
     Inside `with`, Ctrl-C requests a stop too.
     """
@@ -114,13 +114,11 @@ class StopVote:
         """Every rank calls this at the same point."""
         self._group: Any = None
         self._pending: tuple[Any, Any] | None = None  # the running exchange and its result
-        self._interval, self._n_asked, self._since = (
-            1,
-            0,
-            time.monotonic(),
-        )  # steps between exchanges; steps since the last
+        self._interval = 1  # steps between exchanges
+        self._n_asked, self._since = 0, time.monotonic()  # steps since the last exchange, and its time
         self._before: dict[signal.Signals, Any] = {}
-        self._looked, self._noted = 0.0, False  # when this rank last looked at the store; whether it left its note
+        self._looked = 0.0  # when this rank last looked at the store
+        self._noted = False  # whether it left its note there
         if world.n_ranks > 1:
             import torch.distributed as dist
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from helpers import project_trees
 
-# Each floor may import those below it (above it in this list). What shares a floor imports nothing of each other.
-FLOORS: list[set[str]] = [
+# Each layer may import those below it (above it in this list). What shares a layer imports nothing of each other.
+LAYERS: list[set[str]] = [
     {"unmasking", "grader"},
     {"data"},
     {"config"},
@@ -38,9 +38,9 @@ def part_of(path: Path) -> str:
     return path.parts[0].removesuffix(".py")
 
 
-def floor_of(part: str) -> int:
-    """Number of a part's floor, from 0; StopIteration if it has none."""
-    return next(number for number, parts in enumerate(FLOORS) if part in parts)
+def layer_of(part: str) -> int:
+    """Number of a part's layer, from 0; StopIteration if it has none."""
+    return next(number for number, parts in enumerate(LAYERS) if part in parts)
 
 
 def imported(path: Path) -> set[str]:
@@ -61,8 +61,8 @@ def test_the_walk_finds_imports():
     assert "wandb" in imported(Path("runtime/metrics.py")), "inside a function"
 
 
-def test_every_module_has_its_floor():
-    assert {part_of(path) for path in modules()} == set().union(*FLOORS)
+def test_every_module_has_its_layer():
+    assert {part_of(path) for path in modules()} == set().union(*LAYERS)
 
 
 @pytest.mark.parametrize("path", modules(), ids=str)
@@ -70,7 +70,7 @@ def test_imports_go_down(path):
     own = part_of(path)
     parts = {name.split(".")[0] for name in imported(path)} - {own}
     assert parts & OUTSIDE == set()
-    upward = {part for part in parts & set().union(*FLOORS) if floor_of(part) >= floor_of(own)}
+    upward = {part for part in parts & set().union(*LAYERS) if layer_of(part) >= layer_of(own)}
     assert upward == set(), f"{path} imports what is not below it"
 
 

@@ -171,7 +171,7 @@ def test_a_signal_ends_an_evaluation_between_two_passes(number, config_file, tmp
         ("autoregressive", samplers.causal, "predict_tokens"),
     ],
 )
-def test_an_evaluation_asks_after_every_pass(objective, owner, name, config_file, tmp_path, monkeypatch, capsys):
+def test_an_evaluation_asks_before_every_pass(objective, owner, name, config_file, tmp_path, monkeypatch, capsys):
     """In this process, where passes can be counted: none follows the signal."""
     predict, n_passes = getattr(owner, name), 0
 

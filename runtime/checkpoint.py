@@ -22,12 +22,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from pydantic import Field, TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from config import Config
 from data.files import WriteError, reported, sync, write_text
@@ -48,6 +50,25 @@ T = TypeVar("T")
 
 class OtherVersion(BadInput):
     """A checkpoint in the format of another version of this code."""
+
+
+class FileFacts(TypedDict):
+    """What the manifest holds of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """What a reader relies on in the manifest; it also holds its format and its own digest."""
+
+    step: Annotated[int, Field(ge=0, lt=MAX_INTEGER)]
+    n_ranks: Annotated[int, Field(ge=1)]
+    score: float | None
+    files: dict[str, FileFacts]
+
+
+_MANIFEST = TypeAdapter(Manifest)
 
 
 @dataclass(frozen=True)
@@ -250,8 +271,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ValueError: a file is missing, differs in size or content, or cannot be read; the message names it.
     """
     with reading(f"checkpoint {path}: {MANIFEST}", REMEDY):
-        manifest = read_json(path / MANIFEST)
-        version = manifest["format"]
+        content = read_json(path / MANIFEST)
+        version = content["format"]
         if type(version) is not int or not 0 < version < 1000:
             raise ValueError(f"format {version!r} is not the number of one")
         if version != FORMAT:
@@ -259,26 +280,23 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 f"checkpoint {path} has format {version}, this code reads {FORMAT}: use the version of the code that "
                 "wrote it"
             )
-        if manifest.pop("sha256") != _own_digest(manifest):
+        if content.pop("sha256") != _own_digest(content):
             raise ValueError("its content has changed since it was written")
-        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
-        n_ranks = manifest["n_ranks"]
-        numbers = (
-            type(manifest["step"]) is int and type(n_ranks) is int and isinstance(manifest["score"] or 0.0, float | int)
-        )
-        if not numbers or not 0 <= manifest["step"] < MAX_INTEGER or not 1 <= n_ranks <= len(files):
-            raise ValueError(f"step {manifest['step']!r} of {n_ranks!r} processes in {len(files)} files")
+        manifest = _MANIFEST.validate_python(content, strict=True)
+        files, n_ranks = manifest["files"], manifest["n_ranks"]
+        if n_ranks > len(files):
+            raise ValueError(f"{n_ranks} processes in {len(files)} files")
         ranks = {f"rank_{rank}.pt" for rank in range(n_ranks)}
         missing = ranks.union(("model.safetensors", "train.pt", "config.yaml")) - files.keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    for name, (n_bytes, digest) in files.items():
-        file = path / name
-        if Path(name).name != name:
-            raise ValueError(f"checkpoint {path}: {name} is missing")
+        if outside := [name for name in files if Path(name).name != name]:
+            raise ValueError(f"it names {outside[0]!r}, a file outside the checkpoint's folder")
+    for name, facts in files.items():
+        file, n_bytes = path / name, facts["bytes"]
         with reading(f"checkpoint {path}: {name}", REMEDY):  # a disk may fail
             n_found = file.stat().st_size if file.is_file() else None
-            is_same = n_found == n_bytes and hash_file(file) == digest
+            is_same = n_found == n_bytes and hash_file(file) == facts["sha256"]
         if n_found is None:
             raise ValueError(f"checkpoint {path}: {name} is missing")
         if n_found != n_bytes:

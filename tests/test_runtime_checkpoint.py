@@ -484,13 +484,29 @@ def test_a_manifest_with_a_digest_that_fits_is_taken(sound, tmp_path):
     check(open_checkpoint(copy), 4)
 
 
-@pytest.mark.parametrize("name", ["../outside.txt", "../../outside.txt", "ABSOLUTE", "a/b", "", ".", "..", "a\x00b"])
-def test_names_that_lead_out_of_the_folder_are_refused(name, sound, tmp_path):
+OUTSIDE = "a file outside the checkpoint's folder"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("../outside.txt", OUTSIDE),
+        ("../../outside.txt", OUTSIDE),
+        ("ABSOLUTE", OUTSIDE),
+        ("a/b", OUTSIDE),
+        (".", OUTSIDE),
+        ("", "is missing"),
+        ("..", "is missing"),
+        ("a\x00b", "cannot be read|is missing"),
+    ],
+)
+def test_names_that_lead_out_of_the_folder_are_refused(name, message, sound, tmp_path):
     copy = Path(shutil.copytree(sound, tmp_path / "checkpoint"))
     outside = tmp_path / "outside.txt"
     outside.write_text("x")
-    reseal(copy, files={name if name != "ABSOLUTE" else str(outside): facts_of(outside)})
-    with pytest.raises(ValueError, match="checkpoint"):
+    files = json.loads((copy / MANIFEST).read_text())["files"]
+    reseal(copy, files=files | {name if name != "ABSOLUTE" else str(outside): facts_of(outside)})
+    with pytest.raises(ValueError, match=message):
         open_checkpoint(copy)
 
 

@@ -511,6 +511,11 @@ class Config(Settings):
                     "autoregressive model needs: set block_attention: prefix, or model.shifted: false if init_from is "
                     "an MDM"
                 )
+        if data is not None and objective.causal and not data.starts_with_prompt:
+            problems.append(
+                f"{name} needs rows that begin with a given token, and this data's do not: set data.layout: "
+                "two_halves, or another objective"
+            )
         if data is not None and isinstance(objective, BlockSettings) and data.length % objective.block_size:
             # A shorter last block would need its own shape, and weigh more per token than the other blocks.
             divisors = [size for size in range(1, data.length + 1) if data.length % size == 0]

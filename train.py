@@ -321,6 +321,7 @@ def trace_answers(run: Run, model: Transformer, data: DataSet, evaluation: Evalu
     samples = [each for each in evaluation.samples if (each["confidence"], each["tokens_per_step"]) == by]
     wrong, right = ([each["row"] for each in samples if each["right"] is is_right] for is_right in (False, True))
     rows = ([*wrong[:1], *right, *wrong[1:]] or list(range(evaluation.samplers[0].n)))[:N_TRACES]
+    model.eval()  # as in the evaluation; in training it may be compiled, for other shapes
     answers = TrainedModel(model, config, data, run.world.device).answer_test(
         rows, rule, seed=config.training.seed, trace=True
     )

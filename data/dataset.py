@@ -132,6 +132,11 @@ class DataSettings(Settings, ABC):
     def min_vocab_size(self) -> int:
         """Smallest vocabulary with all tokens, including the mask token."""
 
+    @property
+    def starts_with_prompt(self) -> bool:
+        """Whether every row begins with a given token, without which an autoregressive model has no start."""
+        return True
+
     def mask_id_in(self, vocab_size: int) -> int:
         """The mask token of a model with `vocab_size` tokens; by default the last token."""
         return vocab_size - 1

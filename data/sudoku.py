@@ -122,6 +122,12 @@ class SudokuSettings(DataSettings):
 
     @property
     @override
+    def starts_with_prompt(self) -> bool:
+        """Not if the first cell may be empty."""
+        return self.layout != "in_place"
+
+    @property
+    @override
     def min_vocab_size(self) -> int:
         """Tokens: empty cell, digits and mask token."""
         return self.size + 2

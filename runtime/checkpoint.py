@@ -223,13 +223,17 @@ def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
     for path in step_folders(run_dir):
         try:
             return _open_step(path)
-        except OtherVersion:
-            raise
         except ValueError as error:
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno not in DAMAGED:
-                raise error.__cause__ from None
+            if not _is_damage(error):
+                raise (error.__cause__ or error) from None
             warnings.warn(f"{error}; trying the previous one", RuntimeWarning, stacklevel=2)
     return None
+
+
+def _is_damage(error: ValueError) -> bool:
+    """Whether an error of `_open_step` tells of damage, and not of another version or of what cannot be read now."""
+    cause = error.__cause__
+    return not isinstance(error, OtherVersion) and (not isinstance(cause, OSError) or cause.errno in DAMAGED)
 
 
 def resumable_checkpoint(run_dir: Path) -> Checkpoint | None:
@@ -369,8 +373,9 @@ def _set_aside(path: Path) -> None:
 def _prune(run_dir: Path, n_newest: int, written: Path) -> None:
     """Delete all but the newest checkpoints and the best one, and the folders of interrupted saves.
 
-    What stays is read in full first, except `written`, which was read for its digests just now; what cannot be read is
-    set aside, and an older one takes its place. A failure to delete or to rename costs space and nothing else.
+    What stays is read in full first, except `written`, which was read for its digests just now. What is damaged is set
+    aside, and an older one takes its place; an older one stays also beside what cannot be read now, or only by another
+    version. A failure to delete or to rename costs space and nothing else.
     """
     for leftover in (run_dir / "checkpoints").glob(".step_*.incomplete"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -379,29 +384,30 @@ def _prune(run_dir: Path, n_newest: int, written: Path) -> None:
     by_score = sorted(scores, key=lambda path: (scores[path], path.name), reverse=True)
     if set(paths) <= {written, *paths[:n_newest], *by_score[:1]}:
         return  # without reading any
-    newest, damaged = _first_sound([path for path in paths if path != written], n_newest - 1, known=set())
-    kept = {written, *newest}
-    best, also_damaged = _first_sound([path for path in by_score if path not in damaged], 1, known=kept)
-    kept.update(best)
-    for path in (*damaged, *also_damaged):
+    newest, failed = _first_sound([path for path in paths if path != written], n_newest - 1, known=set())
+    best, also_failed = _first_sound([path for path in by_score if path not in failed], 1, known={written, *newest})
+    failed |= also_failed
+    damaged = [path for path, error in failed.items() if _is_damage(error)]
+    kept = {written, *newest, *best, *failed}
+    for path in damaged:
         try:
             _set_aside(path)
         except WriteError as error:
             warnings.warn(str(error), RuntimeWarning, stacklevel=2)
     for path in paths:
-        if path not in {*kept, *damaged, *also_damaged}:
+        if path not in kept:
             with suppress(OSError):
                 _delete(path)
 
 
-def _first_sound(paths: Sequence[Path], n: int, known: set[Path]) -> tuple[list[Path], list[Path]]:
-    """The first `n` checkpoints that can be read, and those that cannot and come before the last of these.
+def _first_sound(paths: Sequence[Path], n: int, known: set[Path]) -> tuple[list[Path], dict[Path, ValueError]]:
+    """The first `n` checkpoints that can be read, and why others before the last of these cannot.
 
     Args:
         known: which can be read, so that they are not read again.
     """
     sound: list[Path] = []
-    damaged: list[Path] = []
+    failed: dict[Path, ValueError] = {}
     for path in paths:
         if len(sound) == n:
             break
@@ -409,9 +415,9 @@ def _first_sound(paths: Sequence[Path], n: int, known: set[Path]) -> tuple[list[
             if path not in known:
                 _open_step(path)
             sound.append(path)
-        except ValueError:
-            damaged.append(path)
-    return sound, damaged
+        except ValueError as error:
+            failed[path] = error
+    return sound, failed
 
 
 def _delete(path: Path) -> None:

@@ -391,6 +391,11 @@ def test_rules_that_do_not_go_together_are_refused(options: dict[str, Any], expe
     assert any(expected in line for line in lines), lines
 
 
+def test_a_causal_model_needs_rows_with_a_prompt(tiny: Path) -> None:
+    overrides = ["objective={name: autoregressive}", "data.layout=in_place"]
+    assert any("objective 'autoregressive' needs rows that begin" in line for line in problems(tiny, *overrides))
+
+
 def test_a_causal_model_takes_no_rule(tiny: Path) -> None:
     overrides = ["objective={name: autoregressive}", "validation.entropy_bound=0.1"]
     assert any(

@@ -554,6 +554,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_rows(
     assert ("not finite in step 5;" if log_every == 1 else "not finite in one of steps 5 to 8;") in message
     assert ("training.log_every=1" in message) == (log_every != 1), "the remedy that finds the very step"
     assert latest_checkpoint(run_dir).step == 4
+    assert f"the newest checkpoint in {run_dir} is from before that" in message
     (path,) = run_dir.glob("diverged_*")
     assert path.name == f"diverged_step_{last:08d}_rank_0.safetensors"
     assert str(path) in message

@@ -303,17 +303,27 @@ def test_one_that_cannot_be_read_now_is_not_damaged(number, tmp_path, monkeypatc
     with pytest.raises(OSError, match=re.escape(os.strerror(number))):
         resumable_checkpoint(tmp_path)
     assert names(tmp_path) == ["step_00000001", "step_00000002"]
+    save(tmp_path, 3)  # nor when old ones are deleted: it stays, and so does the one before it
+    assert names(tmp_path) == ["step_00000001", "step_00000002", "step_00000003"]
+    monkeypatch.setattr(module, "hash_file", original)
+    save(tmp_path, 4)
+    assert names(tmp_path) == ["step_00000003", "step_00000004"]
 
 
 def test_one_of_another_version_is_not_damaged(tmp_path, monkeypatch):
     with monkeypatch.context() as newer:
         newer.setattr(module, "FORMAT", 99)
-        save(tmp_path, 1)
+        save(tmp_path, 1, score=0.9)
     with pytest.raises(
         ValueError, match=r"has format 99, this code reads \d: use the version of the code that wrote it"
     ):
         resumable_checkpoint(tmp_path)
     assert names(tmp_path) == ["step_00000001"]
+    for step in (2, 3, 4):
+        save(tmp_path, step)
+    assert names(tmp_path) == ["step_00000001", "step_00000003", "step_00000004"], (
+        "not renamed, and not deleted while it is the best"
+    )
 
 
 def test_a_run_with_nothing_but_damage_has_no_checkpoint(tmp_path):

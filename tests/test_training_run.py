@@ -13,6 +13,7 @@ from conftest import tiny_settings
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from config import TrainingSettings
 from progressive import PumaObjective
 from runtime.checkpoint import latest_checkpoint
 from runtime.config_file import parse_config
@@ -20,6 +21,7 @@ from runtime.distributed import World
 from training.run import (
     Run,
     build_run,
+    count_steps,
     interval_metrics,
     progress_metrics,
     restore_run,
@@ -87,6 +89,18 @@ class Ages:
         """Mean since the last call."""
         lengths, self.lengths = self.lengths, []
         return sum(lengths) / len(lengths)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "n_rows", "batch_size", "n_steps"),
+    [(2, 100, 8, 25), (4.35, 100, 5, 87), (0.57, 100, 57, 1), (0.1, 30, 1, 3), (1e-3, 2000, 2, 1)],
+)
+def test_an_epoch_is_not_rounded_down_by_floats(epochs: float, n_rows: int, batch_size: int, n_steps: int) -> None:
+    """4.35 * 100 is less than 435."""
+    training = TrainingSettings(num_epochs=epochs, batch_size=batch_size, learning_rate=1e-3)
+    assert count_steps(training, n_rows) == n_steps
+    with pytest.raises(ValueError, match="make no full batch"):
+        count_steps(training, 0)
 
 
 def test_an_interval_without_finished_sequences_has_no_trajectory_length(data_dir: Path, tmp_path: Path) -> None:

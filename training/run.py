@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
@@ -142,7 +143,8 @@ def count_steps(training: TrainingSettings, n_rows: int) -> int:
     """Updates of a run on `n_rows` training rows; ValueError if there is none."""
     n_steps = training.max_steps or sys.maxsize
     if training.num_epochs is not None:
-        n_steps = min(n_steps, int(training.num_epochs * n_rows) // training.batch_size)
+        n_trained = int(Fraction(str(training.num_epochs)) * n_rows)  # as written: 4.35 * 100 is 434.99... in floats
+        n_steps = min(n_steps, n_trained // training.batch_size)
     if n_steps == 0:
         raise ValueError(f"training.num_epochs {training.num_epochs} of {n_rows} rows make no full batch")
     return n_steps

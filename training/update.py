@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from config import Config, ProgressiveSettings
 from data.files import WriteError
 from model.logits import SMALL_VOCABULARY
-from runtime.checkpoint import save_tensors
+from runtime.checkpoint import save_tensors, step_folders
 from runtime.distributed import World, autocast, autocast_dtype
 from runtime.optim import learning_rate, set_learning_rate, update_ema
 from runtime.sharding import full_tensor
@@ -129,9 +129,12 @@ def check_finite(run: Run) -> None:
     except WriteError as error:
         rows = str(error)
     exactly = "" if first == run.step else "training.log_every=1 finds the exact step and its rows. "
+    saved = f"the newest checkpoint in {run.run_dir} is from before that"
+    if not step_folders(run.run_dir):
+        saved = "no checkpoint had been saved"
     raise TrainingDiverged(
-        f"the loss or the gradient was not finite {when}; {rows}; the newest checkpoint in {run.run_dir} is from "
-        f"before that. {exactly}Lower training.learning_rate or raise training.warmup_steps"
+        f"the loss or the gradient was not finite {when}; {rows}; {saved}. "
+        f"{exactly}Lower training.learning_rate or raise training.warmup_steps"
     )
 
 

@@ -94,6 +94,13 @@ EXPERIMENTS = {
         baseline="uniform",
         overrides=MINUTES,
         targets=(0.1, 0.9),
+        shown=(
+            "puma, pool of 16, tau 0.9",
+            "puma as in the paper",
+            "uniform",
+            "puma as in the paper, rate 7e-4",
+            "uniform, rate 7e-4",
+        ),
     ),
     "sudoku_few_clues": Experiment(
         "9x9 Sudoku, 22 to 28 clues: PUMA and uniform masks, at the rate and batch that were best on 30 to 40 clues",
@@ -315,6 +322,13 @@ EXPERIMENTS = {
         baseline="uniform, rate 1.0e-3",
         overrides=("data.order=least_first", "training.max_steps=1500"),
         targets=(0.5, 0.9),
+        shown=(
+            "puma, rate 1.0e-3",
+            "uniform, rate 1.0e-3",
+            "uniform, 12,000 sums, rate 1.0e-3",
+            "puma, pool of 16, rate 1.0e-3",
+            "puma, random order, rate 1.0e-3",
+        ),
     ),
     "addition_20_digits": Experiment(
         "Addition of numbers of up to 20 digits, units first: PUMA and uniform masks",

@@ -332,7 +332,11 @@ EXPERIMENTS = {
     ),
     "addition_20_digits": Experiment(
         "Addition of numbers of up to 20 digits, units first: PUMA and uniform masks",
-        (Variant("puma", "addition_puma.yaml"), Variant("uniform", "addition_baseline.yaml")),
+        (
+            Variant("puma", "addition_puma.yaml"),
+            Variant("uniform", "addition_baseline.yaml"),
+            Variant("uniform, 16,000 sums", "addition_baseline.yaml", ("data.n_train=16000",)),
+        ),
         baseline="uniform",
         overrides=("data.max_digits=20", "model.learned_positions=63"),
         targets=(0.5, 0.9),

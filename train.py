@@ -143,7 +143,6 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
         WriteError: a checkpoint cannot be written; all ranks raise.
     """
     training = run.config.training
-    intervals = training.log_every, training.eval_every, training.save_every  # in steps
     updater = Updater(run)
     evaluation: Evaluation | None = None  # of this step
     saved_step, seconds_before = run.step, run.seconds
@@ -162,13 +161,16 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
                     updater.step()
                     evaluation = None
                     bar.update()
-                    if not any(is_due(run, every) for every in intervals):
+                    log = is_due(run, training.log_every)
+                    evaluate_now = is_due(run, training.eval_every)
+                    save_now = is_due(run, training.save_every)
+                    if not (log or evaluate_now or save_now):
                         continue
 
                     check_finite(run)  # a host sync, so the time below includes all work on the device
                     run.seconds += time.perf_counter() - started
-                    record_step(run, recorder, bar)
-                    if is_due(run, training.save_every):
+                    record_step(run, recorder, bar, log=log, evaluate_now=evaluate_now)
+                    if save_now:
                         save(run, None, seconds_before)
                         saved_step = run.step
 
@@ -191,16 +193,20 @@ def is_due(run: Run, every: int) -> bool:
     return run.step % every == 0 or run.step == run.n_steps
 
 
-def record_step(run: Run, recorder: Recorder | None, bar: tqdm) -> None:
-    """Record the metrics of this step, or keep them for `record_evaluation` if one is due; every rank calls this."""
-    log = is_due(run, run.config.training.log_every)
+def record_step(run: Run, recorder: Recorder | None, bar: tqdm, *, log: bool, evaluate_now: bool) -> None:
+    """Record the metrics of this step, or keep them for `record_evaluation`; every rank calls this.
+
+    Args:
+        log: the means since the last such call are due too.
+        evaluate_now: an evaluation of this step follows, which is recorded with them.
+    """
     metrics = progress_metrics(run)
     if log:
         metrics |= interval_metrics(run)
         start_interval(run)
         if recorder:
             show_progress(run, metrics, bar)
-    if is_due(run, run.config.training.eval_every):
+    if evaluate_now:
         run.pending_metrics = metrics
     elif log and recorder:
         recorder.write(metrics)

@@ -216,6 +216,10 @@ def kernel_report(intervals: list[Interval], n_calls: int) -> list[str]:
             gaps.setdefault((_short(last), _short(name)), []).append(start - end_us)
         if end > end_us:
             last, end_us = name, end
+
+    def per_call(times: list[float]) -> dict[str, Any]:
+        return {"idle us per call": sum(times) / n_calls, "times per call": len(times) / n_calls}
+
     all_gaps = [gap for times in gaps.values() for gap in times]
     idle_ms = sum(all_gaps) / n_calls / 1000
     total_ms = (end_us - intervals[0].start_us) / n_calls / 1000
@@ -233,16 +237,9 @@ def kernel_report(intervals: list[Interval], n_calls: int) -> list[str]:
     for low, high in pairwise((0.0, *GAP_LIMITS_US, math.inf)):
         found = [gap for gap in all_gaps if low <= gap < high]
         words = f"{low:g} us or more" if high == math.inf else f"{low:g} to {high:g} us"
-        lengths.append(
-            {"idle us per call": sum(found) / n_calls, "times per call": len(found) / n_calls, "each": words}
-        )
-    places: list[dict[str, Any]] = [
-        {
-            "idle us per call": sum(times) / n_calls,
-            "times per call": len(times) / n_calls,
-            "after": before,
-            "before": after,
-        }
+        lengths.append(per_call(found) | {"each": words})
+    places = [
+        per_call(times) | {"after": before, "before": after}
         for (before, after), times in sorted(gaps.items(), key=lambda item: -sum(item[1]))
     ]
     return [*lines, "", *table(lengths), "", *table(places[:N_GAPS])]

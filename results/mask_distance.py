@@ -74,7 +74,7 @@ from results.records import (
 )
 from runtime.checkpoint import Checkpoint, open_checkpoint, step_folders
 from runtime.distributed import World, autocast, autocast_dtype, start_world
-from runtime.figures import COLORS
+from runtime.figures import COLORS, set_grid
 from runtime.machine import device_name
 from samplers.build import build_sampler
 from samplers.step import Filling
@@ -483,8 +483,7 @@ def draw(records: dict[str, Any], out: Path) -> None:
     for plot in (by_stage, near):
         plot.set_xlim(0, 1)
     for plot in (over_training, by_stage, near):
-        plot.grid(alpha=0.25)
-        plot.spines[["top", "right"]].set_visible(False)
+        set_grid(plot)
     figure.legend(*over_training.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
     figure.savefig(out, dpi=110)
 

@@ -335,6 +335,16 @@ EXPERIMENTS = {
             Variant("puma", "addition_puma.yaml"),
             Variant("uniform", "addition_baseline.yaml"),
             Variant("uniform, 16,000 sums", "addition_baseline.yaml", ("data.n_train=16000",)),
+            *(
+                Variant(f"puma, {change}", "addition_puma.yaml", (override,))
+                for change, override in (
+                    ("random order", RANDOM_ORDER),
+                    ("uniform fraction 0.25", "objective.uniform_fraction=0.25"),
+                    ("tau 0.9", "objective.collapse_threshold=0.9"),
+                    ("rate 5.0e-4", "training.learning_rate=5.0e-4"),
+                )
+            ),
+            Variant("uniform, rate 5.0e-4", "addition_baseline.yaml", ("training.learning_rate=5.0e-4",)),
         ),
         baseline="uniform",
         overrides=("data.max_digits=20", "model.learned_positions=63"),

@@ -55,6 +55,11 @@ def from_autoregressive(stem: str) -> tuple[Variant, ...]:
     )
 
 
+def k_schedule(*stages: tuple[int, int]) -> tuple[str, str]:
+    """Overrides for pairs of K and the update from which it holds. K = 1 masks at random: uniform masks at first."""
+    return "objective.n_stages=null", f"objective.k_schedule={[list(pair) for pair in stages]}".replace(" ", "")
+
+
 EXPERIMENTS = {
     "sudoku": Experiment(
         "The paper's Sudoku experiment: 9x9 boards of 30 to 40 clues, 6.8M parameters, one GPU, PUMA and uniform masks",
@@ -138,6 +143,14 @@ EXPERIMENTS = {
                 for n in (4, 16, 64)
             ),
             Variant("K 8, pool of 16, tau 0.9", "sudoku_mini_puma.yaml"),
+            *(
+                Variant(f"K {name}", "sudoku_mini_puma.yaml", (*PAPER, *k_schedule(*stages)))
+                for name, stages in (
+                    ("1 until 250, then 8", ((1, 0), (8, 250))),
+                    ("1 until 500, then 8", ((1, 0), (8, 500))),
+                    ("2, 4, 8 from 0, 250, 500", ((2, 0), (4, 250), (8, 500))),
+                )
+            ),
         ),
         baseline="uniform",
         overrides=(*MINUTES, "training.max_steps=1000", "training.eval_every=125"),
@@ -344,6 +357,7 @@ EXPERIMENTS = {
                     ("rate 5.0e-4", "training.learning_rate=5.0e-4"),
                 )
             ),
+            Variant("puma, K 1 until 1,000, then 8", "addition_puma.yaml", k_schedule((1, 0), (8, 1000))),
             Variant("uniform, rate 5.0e-4", "addition_baseline.yaml", ("training.learning_rate=5.0e-4",)),
         ),
         baseline="uniform",

@@ -265,6 +265,16 @@ EXPERIMENTS = {
         targets=(0.5, 0.9),
         shown=("autoregressive", "puma from AR", "puma from AR, pool of 16", "uniform from AR"),
     ),
+    "word_problems_hard_random": Experiment(
+        "Hard word problems from random weights: PUMA and uniform masks",
+        (
+            Variant("puma", "tinygsm_mini_hard_puma.yaml"),
+            Variant("uniform", "tinygsm_mini_hard_baseline.yaml"),
+        ),
+        baseline="uniform",
+        overrides=("training.max_steps=6000", "training.eval_every=500"),
+        targets=(0.5, 0.9),
+    ),
     "addition": Experiment(
         "Addition of numbers of up to 12 digits: PUMA, uniform masks and a mixture, units first and last",
         (

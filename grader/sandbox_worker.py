@@ -52,23 +52,24 @@ CHILD_STATUSES = ("ok", "syntax_error", "error", "memory")
 
 # System calls that a child may make, by machine: memory, clocks, random bytes, sleep, and reading and writing of open
 # descriptors. All others fail with EPERM: no open, no socket, no fork, clone or exec, no kill, no ptrace, no ioctl.
+# Python 3.10 sleeps in select, which the C library may turn into pselect6.
 SYSCALLS = {
     "x86_64": (
         0xC000003E,
         {
             "read": 0, "write": 1, "close": 3, "lseek": 8, "mmap": 9, "mprotect": 10, "munmap": 11,
-            "brk": 12, "rt_sigprocmask": 14, "rt_sigreturn": 15, "sched_yield": 24, "mremap": 25, "madvise": 28,
-            "nanosleep": 35, "getpid": 39, "exit": 60, "gettimeofday": 96, "getuid": 102, "getgid": 104,
+            "brk": 12, "rt_sigprocmask": 14, "rt_sigreturn": 15, "select": 23, "sched_yield": 24, "mremap": 25,
+            "madvise": 28, "nanosleep": 35, "getpid": 39, "exit": 60, "gettimeofday": 96, "getuid": 102, "getgid": 104,
             "geteuid": 107, "getegid": 108, "getppid": 110, "gettid": 186, "time": 201, "futex": 202,
             "restart_syscall": 219, "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230,
-            "exit_group": 231, "getrandom": 318, "rseq": 334,
+            "exit_group": 231, "pselect6": 270, "getrandom": 318, "rseq": 334,
         },
     ),
     "aarch64": (
         0xC00000B7,
         {
-            "close": 57, "lseek": 62, "read": 63, "write": 64, "exit": 93, "exit_group": 94, "futex": 98,
-            "nanosleep": 101, "clock_gettime": 113, "clock_getres": 114, "clock_nanosleep": 115,
+            "close": 57, "lseek": 62, "read": 63, "write": 64, "pselect6": 72, "exit": 93, "exit_group": 94,
+            "futex": 98, "nanosleep": 101, "clock_gettime": 113, "clock_getres": 114, "clock_nanosleep": 115,
             "sched_yield": 124, "restart_syscall": 128, "rt_sigprocmask": 135, "rt_sigreturn": 139,
             "gettimeofday": 169, "getpid": 172, "getppid": 173, "getuid": 174, "geteuid": 175, "getgid": 176,
             "getegid": 177, "gettid": 178, "brk": 214, "munmap": 215, "mremap": 216, "mmap": 222, "mprotect": 226,

@@ -9,7 +9,7 @@ writes its result to another. What a program must not do is held by
   environment is empty but for PYTHONHASHSEED and, if set here, LD_LIBRARY_PATH;
 - its descriptors: standard input, the pipe of its program, at its end; an output pipe that fails after 64 KiB; and the
   pipe for its result;
-- resource limits, soft equal to hard: CPU time (the kernel kills the process, which no signal mask prevents), address
+- resource limits, soft equal to hard: CPU time (Linux kills the process, which no signal mask prevents), address
   space, file size (0), new descriptors (0) and new processes and threads (0);
 - a wall time for programs that sleep or wait, measured by the worker;
 - on Linux (x86-64, aarch64) a system call filter (seccomp) that allows only memory, clocks, sleep, and reading and
@@ -58,7 +58,7 @@ from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
-from signal import SIGKILL
+from signal import SIGKILL, SIGXCPU
 from typing import Any, Literal
 
 from grader.cores import count_cores
@@ -233,7 +233,7 @@ class _Worker:
             return Outcome("timeout", message="wall time")
         if raw:
             return parse_result(raw, self._nonce)
-        if signal == SIGKILL and cpu_s >= CPU_SHARE * self._cpu_s:
+        if signal in (SIGKILL, SIGXCPU) and cpu_s >= CPU_SHARE * self._cpu_s:
             return Outcome("timeout", message="CPU time")
         if signal in (None, SIGKILL):  # SIGKILL may be from the worker, if the program closed its descriptors
             return Outcome("killed", message="ended without a result")

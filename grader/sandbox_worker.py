@@ -184,12 +184,13 @@ def wait_for_end(output: int, pid: int, wall_s: float) -> bool:
     time in all.
     """
     poll = select.poll()
-    poll.register(output, 0)  # a hang-up is always reported
+    poll.register(output, select.POLLHUP)  # which Linux always reports, macOS only if asked for
     start = time.monotonic()
     left_s = wall_s
     while left_s > 0:
         if poll.poll(1000 * left_s):
             return True
+        time.sleep(0.01)  # macOS returns at once, with nothing, while the pipe holds output
         allowed_s = min(wall_s + waited_s(pid), MAX_WAITING * wall_s)
         left_s = start + allowed_s - time.monotonic()
     return False
@@ -303,7 +304,10 @@ def confine(confinement: Confinement) -> list[str]:
     active = []
     os.setsid()
     limits = {
-        "CPU": (confinement.cpu_s, confinement.cpu_s),  # SIGKILL: SIGXCPU, at a smaller soft limit, can be blocked
+        "CPU": (
+            confinement.cpu_s,
+            confinement.cpu_s,
+        ),  # on Linux SIGKILL; a smaller soft limit sends SIGXCPU, which can be blocked
         "AS": (confinement.memory_bytes, confinement.memory_bytes),
         "FSIZE": (0, 0),
         "CORE": (0, 0),

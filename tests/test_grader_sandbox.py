@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import textwrap
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -609,6 +611,38 @@ def test_the_limit_on_cpu_time_holds_against_blocked_signals() -> None:
     outcome = run_programs([HOSTILE["block every signal"][0]], cpu_s=1, wall_s=30)[0]
     after = os.times()
     assert outcome == Outcome("timeout", message="CPU time")
+class ApplePoll:
+    """`select.poll` as macOS has it: a hang-up counts only if asked for, and output ends the waiting at once."""
+
+    def register(self, descriptor: int, mask: int) -> None:
+        self.descriptor, self.mask = descriptor, mask
+
+    def poll(self, timeout_ms: float) -> list[tuple[int, int]]:
+        poll = select.poll()
+        poll.register(self.descriptor, select.POLLIN)
+        found = poll.poll(timeout_ms) if self.mask else []
+        return [(self.descriptor, select.POLLHUP)] if any(event & select.POLLHUP for _, event in found) else []
+
+
+def test_the_end_of_a_program_is_seen_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"output")
+    monkeypatch.setattr(sandbox_worker, "select", SimpleNamespace(poll=ApplePoll, POLLHUP=select.POLLHUP))
+    started = time.process_time()
+    assert not sandbox_worker.wait_for_end(read_end, os.getpid(), wall_s=0.5)
+    assert time.process_time() - started < 0.4  # it does not wait in a busy loop
+    os.close(write_end)
+    assert sandbox_worker.wait_for_end(read_end, os.getpid(), wall_s=20)
+    os.close(read_end)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGXCPU])  # of Linux and of macOS
+def test_the_signal_at_the_limit_of_cpu_time_is_known(number: int) -> None:
+    worker = SimpleNamespace(_cpu_s=2)
+    outcome = grader.sandbox._Worker._outcome(worker, b"", in_time=True, signal=number, cpu_s=2.0)
+    assert outcome == Outcome("timeout", message="CPU time")
+
+
     used_s = after.children_user + after.children_system - before.children_user - before.children_system
     assert used_s < 1.6  # with the worker's own
 

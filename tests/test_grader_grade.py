@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grader.grade import FAILURES, REASONS, Verdict, equals, extract_program, grade, judge, parse_number
+from grader.grade import FAILURES, REASONS, STRING_OR_END, Verdict, equals, extract_program, grade, judge, parse_number
 from grader.sandbox import MAX_PROGRAM, Outcome
 from tests.conftest import SHARED
 from tests.grader_disagreements import DISAGREEMENTS
@@ -111,6 +111,14 @@ def test_hostile_text_is_searched_in_linear_time(unit: str) -> None:
             assert program is not None
             assert len(program) <= MAX_PROGRAM
     assert time.process_time() - started < 20
+
+
+@pytest.mark.parametrize("quotes", ['"""', "'''"])
+def test_an_unclosed_string_ends_only_with_the_text(quotes: str) -> None:
+    # A last backslash escapes nothing. If it ended the search, each of the quotes would start another one.
+    text = f"{quotes}\n" + f"\\{quotes}\n" * 3180 + "\\"
+    assert [match.span() for match in STRING_OR_END.finditer(text)] == [(0, len(text))]
+    assert extract_program(f"def f():\n{text}") == f"def f():\n{text}"[:MAX_PROGRAM]
 
 
 # Text of a given size that makes a careless search slow or large.

@@ -54,12 +54,8 @@ def grade_file(cases: Path, out: Path, n_workers: int | None) -> str:
     check_out(out, "--out", cases)
     completions, golds = read_cases(cases)
     start = time.monotonic()
-    with tqdm(total=len(completions), desc="grading", unit="program") as bar:
-
-        def advance(index: int) -> None:
-            bar.update()
-
-        verdicts = grade(completions, golds, n_workers=n_workers, on_done=advance)
+    with tqdm(total=len(completions), desc="grading", unit="program", disable=None) as bar:
+        verdicts = grade(completions, golds, n_workers=n_workers, on_done=lambda: bar.update())
     programs_per_s = len(verdicts) / (time.monotonic() - start)
     lines = (
         {

@@ -89,7 +89,7 @@ def grade(
     golds: Sequence[str | float],
     *,
     n_workers: int | None = None,
-    on_done: Callable[[int], None] | None = None,
+    on_done: Callable[[], None] | None = None,
 ) -> list[Verdict]:
     """Grade completions; verdicts in the same order.
 
@@ -99,7 +99,7 @@ def grade(
         completions: model output that contains a program.
         golds: the right answers, as numbers or text.
         n_workers: programs run in parallel; see `grader.sandbox.run_programs`.
-        on_done: called with the index of each completion when it is graded.
+        on_done: called when a completion is graded, once for each.
 
     Raises:
         ValueError: the lengths differ, or a gold answer is not a number.
@@ -108,15 +108,12 @@ def grade(
         raise ValueError(f"{len(completions)} completions but {len(golds)} gold answers")
     numbers = [gold_number(gold, f"gold answer {i}") for i, gold in enumerate(golds)]
     programs = {i: program for i, text in enumerate(completions) if (program := extract_program(text)) is not None}
-    indices = list(programs)
     verdicts = [Verdict(False, None, "no program")] * len(completions)
     if on_done is not None:
-        for i in range(len(completions)):
-            if i not in programs:
-                on_done(i)
-    report = None if on_done is None else (lambda number: on_done(indices[number]))
-    outcomes = run_programs(list(programs.values()), n_workers=n_workers, on_done=report)
-    for i, outcome in zip(indices, outcomes, strict=True):
+        for _ in range(len(completions) - len(programs)):
+            on_done()
+    outcomes = run_programs(list(programs.values()), n_workers=n_workers, on_done=on_done)
+    for i, outcome in zip(programs, outcomes, strict=True):
         verdicts[i] = judge(outcome, numbers[i])
     return verdicts
 

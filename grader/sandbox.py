@@ -105,7 +105,7 @@ def run_programs(
     cpu_s: int = 2,
     wall_s: float = 5.0,
     memory_mib: int = 512,
-    on_done: Callable[[int], None] | None = None,
+    on_done: Callable[[], None] | None = None,
 ) -> list[Outcome]:
     """Run each program and call its first top-level function without arguments; outcomes in the same order.
 
@@ -116,7 +116,7 @@ def run_programs(
         n_workers: programs run in parallel; by default two per core that this process may use, at most 16.
         cpu_s, wall_s, memory_mib: limits of one program. On Linux, time in which a program was ready to run and waited
             for a core does not count as wall time, up to 20 times `wall_s` in all.
-        on_done: called with the index of each program when it has ended.
+        on_done: called when a program has ended, once for each.
 
     Raises:
         ValueError: a limit is not positive.
@@ -125,24 +125,27 @@ def run_programs(
     for name, limit in (("n_workers", n_workers), ("cpu_s", cpu_s), ("wall_s", wall_s), ("memory_mib", memory_mib)):
         if limit is not None and limit <= 0:
             raise ValueError(f"{name} must be positive, got {limit}")
-    report = on_done or (lambda index: None)
+    report = on_done or (lambda: None)
     outcomes = [Outcome("syntax_error", message=f"more than {MAX_PROGRAM} characters")] * len(programs)
     waiting: deque[int] = deque()
     for i, program in enumerate(programs):
         if len(program) <= MAX_PROGRAM:
             waiting.append(i)
         else:
-            report(i)
+            report()
     n_workers = min(n_workers or min(WORKERS_PER_CORE * count_cores(), MAX_WORKERS), len(waiting))
     limits = (cpu_s, wall_s, memory_mib << 20)
     workers: list[_Worker] = []
     try:
-        workers += (_Worker(limits) for _ in range(n_workers))
+        for _ in range(n_workers):
+            workers.append(_Worker(limits))  # one by one: if a start fails, the others are stopped
         while True:
             for slot, worker in enumerate(workers):
                 if worker.index is None and waiting:
-                    worker = workers[slot] = worker if worker.is_alive else _Worker(limits)
-                    worker.send(waiting[0], programs[waiting.popleft()])
+                    if not worker.is_alive:
+                        workers[slot] = _Worker(limits)
+                    index = waiting.popleft()
+                    workers[slot].send(index, programs[index])
             busy = [worker for worker in workers if worker.index is not None]
             if not busy:
                 break
@@ -151,8 +154,9 @@ def run_programs(
             for worker in busy:
                 is_ready = worker.fileno() in ready
                 if is_ready or worker.deadline <= time.monotonic():
-                    index, outcomes[index] = worker.receive(is_late=not is_ready)
-                    report(index)
+                    index, outcome = worker.receive(is_late=not is_ready)
+                    outcomes[index] = outcome
+                    report()
     finally:
         for worker in workers:
             worker.stop()

@@ -267,11 +267,11 @@ def test_verdicts_name_their_reasons() -> None:
         "out of memory": "def f():\n    return [0] * 10**12",
     }
     assert list(texts) == list(REASONS)
-    done: list[int] = []
-    verdicts = grade(list(texts.values()), ["18"] * len(texts), n_workers=2, on_done=done.append)
+    done: list[None] = []
+    verdicts = grade(list(texts.values()), ["18"] * len(texts), n_workers=2, on_done=lambda: done.append(None))
     assert [verdict.reason for verdict in verdicts] == list(texts)
     assert [verdict.right for verdict in verdicts] == [reason == "right" for reason in texts]
-    assert sorted(done) == list(range(len(texts)))
+    assert len(done) == len(texts)
     assert verdicts[5].message == "ZeroDivisionError: division by zero"
     counted = [reason for reasons in FAILURES.values() for reason in reasons]
     assert sorted(counted) == sorted(set(REASONS) - {"right", "wrong value", "no number"}), "each in one group"

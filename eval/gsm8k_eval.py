@@ -4,8 +4,9 @@
     python -m eval.gsm8k_eval grade CASES.jsonl --out VERDICTS.jsonl
 
 The prompts are a JSON list of objects with `input_ids` (question, newline, then mask tokens to the full length) and
-`answer`. Each line of the cases has `completion` (the model's output) and `gold` (the right answer). Each line of the
-verdicts, in the same order, has `verdict` (true or false), `value` (returned by the program) and `reason`.
+`answer`. Each line of the cases has `completion` (the model's output) and `gold` (the right answer); blank lines are
+skipped. Each line of the verdicts, in the same order, has `verdict` (true or false), `value` (returned by the program)
+and `reason`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def read_cases(path: Path) -> tuple[list[str], list[float]]:
     golds: list[float] = []
     with reading(f"{path}", REMEDY):
         for number, line in read_lines(path):
+            if not line.strip():
+                continue
             with reading(f"{path} line {number}", REMEDY):
                 case = parse_object(line)
                 missing = [key for key in ("completion", "gold") if key not in case]

@@ -35,12 +35,12 @@ def write_lines(path: Path, cases: list[object]) -> Path:
 
 
 def test_a_file_of_cases_is_graded_in_order(tmp_path: Path) -> None:
-    cases, out = write_lines(tmp_path / "cases.jsonl", list(CASES)), tmp_path / "verdicts.jsonl"
+    cases, out = write_lines(tmp_path / "cases.jsonl", [CASES[0], "", *CASES[1:], ""]), tmp_path / "verdicts.jsonl"
     done = run_python("-m", "eval.gsm8k_eval", "grade", cases, "--out", out)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in out.read_text().splitlines()] == VERDICTS
     assert done.stdout.startswith("6 graded: right 33.3%, wrong value 16.7%, no number 16.7%, no program 16.7%")
-    assert "6/6" in done.stderr  # the progress bar
+    assert done.stderr == ""  # no progress bar in a log
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cases.jsonl", "verdicts.jsonl"]
 
 
@@ -48,7 +48,6 @@ def test_a_file_of_cases_is_graded_in_order(tmp_path: Path) -> None:
     ("bad", "message"),
     [
         ("{", "line 2 cannot be read (it is not JSON"),
-        ("", "line 2 cannot be read (it is not JSON"),
         ("[" * 100_000, "line 2 cannot be read (it is nested too deeply"),
         ([1], "line 2 cannot be read (must be a JSON object, got list"),
         ({"gold": "18"}, "line 2 cannot be read (it has no completion"),

@@ -34,7 +34,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -52,7 +52,6 @@ GROUPS = np.array([0, 1, 2, 3, 5, 9, 17])  # lowest values of the groups of `dif
 MIN_UNSEEN_DIGITS = 4  # of both operands together
 
 DigitOrder = Literal["least_first", "most_first"]
-Digits = TypeVar("Digits", np.ndarray, str)
 
 
 class AdditionSettings(DataSettings):
@@ -170,7 +169,7 @@ class Addition(DataSet):
         n_digits = self.settings.max_digits + 1
         samples = []
         for index, row, wanted in zip(indices, tokens[:, -n_digits:], expected[:, -n_digits:], strict=True):
-            answer, total = (format_number(self._turned(digits)) for digits in (row, wanted))
+            answer, total = (format_number(self._most_first(digits)) for digits in (row, wanted))
             is_right = bool((row == wanted).all())
             question = self.question(index).text
             samples.append(
@@ -207,7 +206,7 @@ class Addition(DataSet):
         return "\n".join(
             [
                 f"{first} + {second} = {total}",
-                "digit          " + "".join(f"{SYMBOLS[token]:>4}" for token in digits),
+                "digit          " + "".join(f"{symbol(token):>4}" for token in digits),
                 "filled at step " + "".join(f"{step:>4}" for step in steps),
             ]
         )
@@ -217,31 +216,28 @@ class Addition(DataSet):
         self, prompts: np.ndarray, tokens: np.ndarray, golds: Sequence[str | None] | None = None
     ) -> list[AnswerVerdict]:
         """Facts: the right `sum`. Needs no gold answers."""
+        operands = [[digits[::-1] for digits in self._numbers(prompt)[:2]] for prompt in prompts]
+        expected, _ = self._data(np.array(operands, dtype=np.uint8)).rows(np.arange(len(prompts)))
         verdicts = []
-        for prompt, row in zip(prompts, tokens, strict=True):
-            operands = [int(format_number(digits)) for digits in self._numbers(prompt)[:2]]
-            expected, found = str(sum(operands)), format_number(self._numbers(row)[2])
-            digits = self._turned(expected.zfill(self.settings.max_digits + 1))
-            start = len(row) - len(digits)
-            wrong = {
-                start + i: f"must be {right}" for i, right in enumerate(digits) if SYMBOLS[row[start + i]] != right
-            }
-            reason = f"wrong: the sum is {expected}" if wrong else "right"
-            verdicts.append(AnswerVerdict(found, not wrong, reason, {"sum": expected}, wrong))
+        for row, wanted in zip(tokens, expected, strict=True):
+            answer, total = (format_number(self._numbers(each)[2]) for each in (row, wanted))
+            wrong = {int(i): f"must be {symbol(wanted[i])}" for i in np.flatnonzero(row != wanted)}
+            reason = f"wrong: the sum is {total}" if wrong else "right"
+            verdicts.append(AnswerVerdict(answer, not wrong, reason, {"sum": total}, wrong))
         return verdicts
 
     @override
     def token_text(self, token: int) -> str:
-        return SYMBOLS[token]
+        return symbol(token)
 
     def _numbers(self, row: np.ndarray) -> list[np.ndarray]:
         """Values of a row (int64 [L]) at both operands and the sum, the most significant digit first."""
         n_digits = self.settings.max_digits
         bounds = (slice(n_digits), slice(n_digits + 1, 2 * n_digits + 1), slice(2 * n_digits + 2, None))
-        return [self._turned(row[bound]) for bound in bounds]
+        return [self._most_first(row[bound]) for bound in bounds]
 
-    def _turned(self, digits: Digits) -> Digits:
-        """Digits in the order of a row as the most significant first, or the other way round."""
+    def _most_first(self, digits: np.ndarray) -> np.ndarray:
+        """Digits in the order of a row as the most significant first."""
         return digits if self.settings.order == "most_first" else digits[::-1]
 
     @override
@@ -333,5 +329,10 @@ def draw_chains(rng: np.random.Generator, lengths: np.ndarray, max_digits: int) 
 
 
 def format_number(tokens: np.ndarray) -> str:
-    """Tokens, most significant digit first, as text without padding; tokens without a symbol as `?`."""
-    return "".join(SYMBOLS[token] if token < len(SYMBOLS) else "?" for token in tokens).lstrip("0") or "0"
+    """Tokens, most significant digit first, as text without padding."""
+    return "".join(map(symbol, tokens)).lstrip("0") or "0"
+
+
+def symbol(token: int) -> str:
+    """The text of a token; `?` if it is none of the symbols, as a model with a larger vocabulary may write."""
+    return SYMBOLS[token] if token < len(SYMBOLS) else "?"

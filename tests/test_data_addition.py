@@ -247,6 +247,19 @@ def test_a_shown_answer(order):
     assert wrong.wrong == ({8: "must be 1", 10: "must be 1"} if step > 0 else {9: "must be 1", 11: "must be 1"})
 
 
+def test_tokens_of_a_larger_vocabulary_have_no_symbol():
+    data = AdditionSettings(dataset="addition", max_digits=3, n_train=9, n_test=9).open(40)
+    prompt = data.encode("995+17")
+    tokens = prompt.copy()
+    tokens[8:] = [2, 1, 30, 39]
+    answer = data.show(prompt, tokens, np.zeros(12, dtype=np.int64)).splitlines()
+    assert answer[:2] == ["995 + 17 = ??12", "digit             ?   ?   1   2"]
+    (verdict,) = data.verdicts(prompt[None], tokens[None])
+    assert (verdict.right, verdict.answer, verdict.facts) == (False, "??12", {"sum": "1012"})
+    assert verdict.wrong == {10: "must be 0", 11: "must be 1"}
+    assert [data.token_text(token) for token in (9, 11, 12, 39)] == ["9", "=", "?", "?"]
+
+
 @pytest.mark.parametrize("sizes", [{"n_train": 10**12}, {"n_test": 10**12}, {"max_digits": 10**10}])
 def test_sizes_beyond_the_memory_are_refused_by_name(sizes):
     ((name, size),) = sizes.items()

@@ -226,12 +226,32 @@ def check_memory(n_bytes: int, what: str) -> None:
 
 
 def free_memory() -> int:
-    """Bytes of memory that programs can still get: of the machine, or of this process's control group if it is less."""
+    """Bytes of memory that programs can still get: of the machine, or of this process's control groups if less."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    machine, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    machine, membership = Path("/proc/meminfo"), Path("/proc/self/cgroup")
     if machine.exists():
-        fields = (line.split() for line in machine.read_text(encoding="ascii").splitlines())
-        limits += [int(field[1]) * 1024 for field in fields if field[0] == "MemAvailable:"]
-    if group.exists() and (limit := group.read_text(encoding="ascii").strip()).isdigit():
-        limits.append(int(limit))
+        limits += [1024 * number for name, number in _read_counts(machine).items() if name == "MemAvailable:"]
+    if membership.exists():
+        lines = membership.read_text(encoding="utf-8").splitlines()
+        for group in (line.removeprefix("0::/") for line in lines if line.startswith("0::/")):
+            limits += free_in_groups(Path("/sys/fs/cgroup") / group)
     return min(limits)
+
+
+def free_in_groups(folder: Path) -> list[int]:
+    """Bytes of memory that the control group (version 2) of a folder and its parents have left, if they have a limit.
+
+    A job of SLURM has its limit in a parent. Page cache does not count as used: the kernel frees it.
+    """
+    free = []
+    for group in (folder, *folder.parents):
+        path = group / "memory.max"
+        if path.exists() and (limit := path.read_text(encoding="ascii").strip()).isdigit():
+            free.append(int(limit) - _read_counts(group / "memory.stat")["anon"])
+    return free
+
+
+def _read_counts(path: Path) -> dict[str, int]:
+    """The numbers in a file of the kernel with lines such as `anon 4096`, by name."""
+    lines = path.read_text(encoding="ascii").splitlines()
+    return {name: int(number) for name, number, *_ in map(str.split, lines)}

@@ -24,6 +24,7 @@ from data.foreign import (
     check_memory,
     ends_with_message,
     escape,
+    free_in_groups,
     free_memory,
     read_json,
     read_lines,
@@ -221,6 +222,22 @@ def test_memory_is_bounded_by_the_machine():
     check_memory(1000, "a list")
     with pytest.raises(ValueError, match=r"a list: needs [\d,]+\.\d GiB of memory, but [\d,]+\.\d GiB are free"):
         check_memory(2 * physical, "a list")
+
+
+def test_the_memory_of_a_job_is_what_its_control_groups_have_left(tmp_path):
+    job = tmp_path / "slurm" / "job_7"
+    step = job / "step_0" / "task_0"
+    step.mkdir(parents=True)
+    for group, limit, anon in (
+        (tmp_path / "slurm", "1000", 100),
+        (job, "500", 300),
+        (job / "step_0", "max", 300),
+        (step, "max", 10),
+    ):
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.stat").write_text(f"anon {anon}\nfile 10000\n")
+    assert free_in_groups(step) == [200, 900]
+    assert free_in_groups(tmp_path / "of another namespace") == []
 
 
 def test_archives_hold_what_they_claim(tmp_path):

@@ -58,7 +58,7 @@ def grade_file(cases: Path, out: Path, n_workers: int | None) -> str:
     completions, golds = read_cases(cases)
     start = time.monotonic()
     with tqdm(total=len(completions), desc="grading", unit="program", disable=None) as bar:
-        verdicts = grade(completions, golds, n_workers=n_workers, on_done=lambda: bar.update())
+        verdicts = grade(completions, golds, n_workers=n_workers, on_done=bar.update)
     programs_per_s = len(verdicts) / (time.monotonic() - start)
     lines = (
         {

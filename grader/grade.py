@@ -89,7 +89,7 @@ def grade(
     golds: Sequence[str | float],
     *,
     n_workers: int | None = None,
-    on_done: Callable[[], None] | None = None,
+    on_done: Callable[[], object] | None = None,
 ) -> list[Verdict]:
     """Grade completions; verdicts in the same order.
 

@@ -105,7 +105,7 @@ def run_programs(
     cpu_s: int = 2,
     wall_s: float = 5.0,
     memory_mib: int = 512,
-    on_done: Callable[[], None] | None = None,
+    on_done: Callable[[], object] | None = None,
 ) -> list[Outcome]:
     """Run each program and call its first top-level function without arguments; outcomes in the same order.
 

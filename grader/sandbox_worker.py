@@ -304,10 +304,8 @@ def confine(confinement: Confinement) -> list[str]:
     active = []
     os.setsid()
     limits = {
-        "CPU": (
-            confinement.cpu_s,
-            confinement.cpu_s,
-        ),  # on Linux SIGKILL; a smaller soft limit sends SIGXCPU, which can be blocked
+        # SIGKILL on Linux: SIGXCPU, at a smaller soft limit, can be blocked. macOS has SIGXCPU at both.
+        "CPU": (confinement.cpu_s, confinement.cpu_s),
         "AS": (confinement.memory_bytes, confinement.memory_bytes),
         "FSIZE": (0, 0),
         "CORE": (0, 0),

@@ -20,14 +20,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.files import check_out, write_text
+from data.files import alone, check_out, write_text
 from data.foreign import CommandParser, check_memory, ends_with_message, whole_number
-from data.sudoku_boards import BOX_SHAPE, SudokuData, make_data, puzzle_keys, save_array
-from data.sudoku_solver import fill_boards
+from data.sudoku_boards import BOX_SHAPE, SudokuData, check_request, make_data, puzzle_keys, save_array
 from grader.cores import count_cores
 
-# Puzzles with fewer clues have several solutions.
-FEWEST_CLUES = {4: 4, 6: 8, 9: 17}
 CHUNK_ROWS = 500
 # Grids tried for puzzle i before it is skipped.
 N_TRIES = 200
@@ -91,26 +88,22 @@ def cached_generated(
     """Files of training and test puzzles in `data_dir`, generated on first use; see `generate_sudoku`."""
     name = f"sudoku_{size}x{size}_{n_train}_{n_test}_clues{min_clues}to{max_clues}_seed{seed}"
     paths = Path(data_dir) / f"{name}_train.npy", Path(data_dir) / f"{name}_test.npy"
-    if not all(path.exists() for path in paths):
-        for data, path in zip(generate_sudoku(size, n_train, n_test, min_clues, max_clues, seed), paths, strict=True):
-            assert data is not None  # the settings require at least one of each
-            save_array(path, data.boards)
+    if all(path.exists() for path in paths):  # also where nothing can be written
+        return paths
+    with alone(paths[0]):
+        if not all(path.exists() for path in paths):  # now, by another process
+            parts = generate_sudoku(
+                size, n_train=n_train, n_test=n_test, min_clues=min_clues, max_clues=max_clues, seed=seed
+            )
+            for data, path in zip(parts, paths, strict=True):
+                assert data is not None  # the settings require at least one of each
+                save_array(path, data.boards)
     return paths
-
-
-def check_request(size: int, min_clues: int, max_clues: int) -> None:
-    """Raise ValueError if no puzzle has this size and number of clues."""
-    if size not in BOX_SHAPE:
-        raise ValueError(f"size {size} is not supported: choose one of {', '.join(map(str, BOX_SHAPE))}")
-    if not FEWEST_CLUES[size] <= min_clues <= max_clues <= size * size:
-        raise ValueError(
-            f"clues from {min_clues} to {max_clues}: a {size}x{size} puzzle with one solution has "
-            f"{FEWEST_CLUES[size]} to {size * size} clues"
-        )
 
 
 def _chunks(size: int, min_clues: int, max_clues: int, seed: int, n_workers: int) -> Iterator[np.ndarray]:
     """Boards (uint8 [n, 2 * C]) in the order of their numbers, computed a few chunks ahead."""
+    from data.sudoku_solver import fill_boards  # imports numba, which is slow
 
     def work(number: int) -> np.ndarray:
         boards = np.zeros((CHUNK_ROWS, 2, size * size), dtype=np.uint8)
@@ -153,11 +146,11 @@ def main(arguments: list[str] | None = None) -> None:
         check_out(options.out, "--out")
         data, _ = generate_sudoku(
             options.size,
-            options.count,
-            0,
-            options.min_clues,
-            options.max_clues,
-            options.seed,
+            n_train=options.count,
+            n_test=0,
+            min_clues=options.min_clues,
+            max_clues=options.max_clues,
+            seed=options.seed,
             n_workers=options.workers,
         )
         assert data is not None

@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from data.dataset import AnswerVerdict, Board, DataSet, DataSettings, JudgedAnswers, Reference
 from data.foreign import CommandParser, ends_with_message, fail, shorten
+from data.generate_sudoku import cached_generated
 from data.questions import Question
 from data.settings import FREE_ON_RESUME, Seed
 from data.sudoku_boards import (
@@ -28,6 +29,7 @@ from data.sudoku_boards import (
     SudokuData,
     SudokuLayout,
     check_boards,
+    check_request,
     check_shape,
     count_shared_puzzles,
     format_bad_rows,
@@ -85,8 +87,11 @@ class SudokuSettings(DataSettings):
     @model_validator(mode="after")
     def _source_is_complete(self) -> SudokuSettings:
         problems = []
-        if self.min_clues > self.max_clues:
-            problems.append(f"min_clues {self.min_clues} is above max_clues {self.max_clues}")
+        if self.source == "generated" or self.min_clues > self.max_clues:
+            try:
+                check_request(self.size, self.min_clues, self.max_clues)
+            except ValueError as error:
+                problems.append(str(error))
         may_be_generated = self.source in ("generated", "published_or_generated")
         if self.layout == "in_place" and may_be_generated and self.max_clues >= self.size**2:
             problems.append(
@@ -288,26 +293,24 @@ def load_split(settings: SudokuSettings, split: Split) -> SudokuData:
         return load_hub(
             settings.hub_name,
             settings.train_split if is_train else settings.test_split,
-            settings.puzzle_column,
-            settings.solution_column,
-            settings.size,
-            layout,
-            rating_column,
+            puzzle_column=settings.puzzle_column,
+            solution_column=settings.solution_column,
+            size=settings.size,
+            layout=layout,
+            rating_column=rating_column,
         )
     if source == "files":
         path = settings.train_file if is_train else settings.test_file
         assert path is not None
         return load_sudoku_file(path, settings.size, layout, rating_column)
-    from data.generate_sudoku import cached_generated  # imports numba, which is slow
-
     paths = cached_generated(
         settings.data_dir,
         settings.size,
-        settings.n_train,
-        settings.n_test,
-        settings.min_clues,
-        settings.max_clues,
-        settings.seed,
+        n_train=settings.n_train,
+        n_test=settings.n_test,
+        min_clues=settings.min_clues,
+        max_clues=settings.max_clues,
+        seed=settings.seed,
     )
     return load_sudoku_file(paths[0 if is_train else 1], settings.size, layout)
 

@@ -30,6 +30,8 @@ SudokuLayout = Literal["two_halves", "in_place"]
 
 # Rows and columns of a box.
 BOX_SHAPE = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
+# Puzzles with fewer clues have several solutions.
+FEWEST_CLUES = {4: 4, 6: 8, 9: 17}
 FORMATS = "give a .csv, .npz or .npy file of boards"
 CHUNK_ROWS = 50_000
 N_BAD_ROW_BYTES = 200  # what a bad row takes in a list of them
@@ -107,6 +109,19 @@ def mask_token(size: int) -> int:
 def sequence_length(size: int, layout: SudokuLayout) -> int:
     """Tokens per sequence."""
     return size * size if layout == "in_place" else 2 * size * size
+
+
+def check_request(size: int, min_clues: int, max_clues: int) -> None:
+    """Raise ValueError if no puzzle with one solution has this size and number of clues."""
+    if size not in BOX_SHAPE:
+        raise ValueError(f"size {size} is not supported: choose one of {', '.join(map(str, BOX_SHAPE))}")
+    if min_clues > max_clues:
+        raise ValueError(f"min_clues {min_clues} is above max_clues {max_clues}")
+    if min_clues < FEWEST_CLUES[size] or max_clues > size * size:
+        raise ValueError(
+            f"min_clues {min_clues}, max_clues {max_clues}: a {size}x{size} puzzle with one solution has "
+            f"{FEWEST_CLUES[size]} to {size * size} clues"
+        )
 
 
 def make_data(

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.files import WriteError, making_folder, say
+from data.files import WriteError, alone, making_folder, say
 from data.foreign import check_memory
 from data.text import encode_completions, encode_prompts, encode_rows, train_byte_pairs
 from data.token_files import META_FILE, TOKENIZER_DIR, write_token_files
@@ -385,8 +385,19 @@ def cached_word_problems(
         WriteError: the folder cannot be written.
     """
     folder = Path(data_dir) / f"{FOLDERS[difficulty]}_{n_train}_{n_test}_seed{seed}_len{max_len}"
-    if (folder / META_FILE).exists():
-        return folder
+    if not (folder / META_FILE).exists():  # else no lock, since nothing may be writable
+        with alone(folder):
+            if not (folder / META_FILE).exists():  # now, by another process
+                _write_problems(
+                    folder, n_train=n_train, n_test=n_test, seed=seed, max_len=max_len, difficulty=difficulty
+                )
+    return folder
+
+
+def _write_problems(
+    folder: Path, *, n_train: int, n_test: int, seed: int, max_len: int, difficulty: Difficulty
+) -> None:
+    """See `cached_word_problems`."""
     say(f"writing {n_train + n_test:,} word problems to {folder}")
     problems = generate_problems(n_train + n_test, seed, difficulty)
     tokenizer = train_tokenizer(difficulty)
@@ -410,9 +421,8 @@ def cached_word_problems(
                     file.write(json.dumps(row) + "\n")
             write_token_files(scratch, labels, prompt_bits, facts)
     except WriteError:
-        if not (folder / META_FILE).exists():  # else another process was faster
+        if not (folder / META_FILE).exists():  # else another process was faster, on a file system without locks
             raise
-    return folder
 
 
 def count_operations(folder: Path) -> np.ndarray:

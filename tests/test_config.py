@@ -362,6 +362,8 @@ BAD = {
     "moments that never decay": ("training.adam_betas=[0.9, 1.0]", "less than 1"),
     "hub without a name": ("data.source=hub", "source 'hub' needs hub_name"),
     "clues the wrong way round": ("data.min_clues=9", "min_clues 9 is above max_clues 8"),
+    "clues that no board has": ("data={dataset: sudoku, size: 4, source: generated}",
+        "min_clues 30, max_clues 40: a 4x4 puzzle with one solution has 4 to 16 clues"),
     "unknown wandb mode": ("wandb.mode=maybe", "wandb.mode = 'maybe'"),
     "override without a value": ("training.seed", "(it is not of the form section.key=value)"),
     "override without a key": ("=3", "(it is not of the form section.key=value)"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -158,7 +159,7 @@ def test_clues_too_few_to_be_found_say_so_instead_of_searching_for_hours(monkeyp
     ("size", "min_clues", "max_clues"), [(5, 4, 8), (9, 16, 20), (9, 30, 82), (9, 40, 30), (4, 3, 8), (6, 7, 8)]
 )
 def test_impossible_requests_are_refused(size, min_clues, max_clues):
-    with pytest.raises(ValueError, match=r"size 5 is not supported|clues from"):
+    with pytest.raises(ValueError, match=r"size 5 is not supported|min_clues .* (is above|has \d+ to \d+ clues)"):
         generate(size, 10, 0, min_clues, max_clues)
 
 
@@ -173,6 +174,35 @@ def test_generated_boards_are_kept_and_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(generator, "generate_sudoku", None)  # a second call would fail
     assert cached_generated(*request) == paths
     assert not list((tmp_path / "new" / "folder").glob("*.incomplete"))
+
+
+def test_runs_that_start_together_generate_the_boards_once(tmp_path, monkeypatch):
+    request = (tmp_path, 4, 50, 10, 4, 8, 3)
+
+    @contextmanager
+    def wait(path):
+        """Stands for `alone`, which returns when another process has written the files."""
+        for name, data in zip(("train", "test"), generate(*request[1:]), strict=True):
+            np.save(path.with_name(path.name.replace("train", name)), data.boards)
+        yield
+
+    monkeypatch.setattr(generator, "alone", wait)
+    monkeypatch.setattr(generator, "generate_sudoku", None)
+    assert [len(load_sudoku_file(path, 4)) for path in cached_generated(*request)] == [50, 10]
+
+
+def test_kept_boards_are_read_without_the_compiler(tmp_path):
+    settings = {"dataset": "sudoku", "source": "generated", "size": 4, "data_dir": str(tmp_path)}
+    settings |= {"n_train": 20, "n_test": 5, "min_clues": 4, "max_clues": 8}
+    cached_generated(tmp_path, 4, 20, 5, 4, 8, 0)
+    code = f"""
+import sys
+from data.sudoku import SudokuSettings
+data = SudokuSettings(**{settings!r}).open(6).load(train=True)
+print(len(data.train), "data.sudoku_solver" in sys.modules)
+"""
+    result = run_python("-c", code)
+    assert result.stdout.split() == ["20", "False"], result.stderr
 
 
 def test_other_settings_are_other_files(tmp_path):
@@ -216,8 +246,8 @@ def test_the_command_writes_puzzles_and_solutions(tmp_path):
         ({"--seed": -1}, "--seed: must be an integer from 0"),
         ({"--seed": 10**30}, "--seed: must be an integer from 0"),
         ({"--size": 5}, "--size"),
-        ({"--min-clues": 3}, "clues from 3 to 8"),
-        ({"--min-clues": 9}, "clues from 9 to 8"),
+        ({"--min-clues": 3}, "min_clues 3, max_clues 8: a 4x4 puzzle with one solution has 4 to 16 clues"),
+        ({"--min-clues": 9}, "min_clues 9 is above max_clues 8"),
         ({"--count": 300, "--min-clues": 16, "--max-clues": 16}, "only 288 distinct"),
         ({"--out": "/nonexistent/folder/out.csv"}, "/nonexistent/folder"),
     ],

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -195,12 +197,24 @@ def test_difficulty_is_the_number_of_operations(hard_folder, hard_problems):
 def test_problems_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"max_len 40 is too short for the word problems: set it to \d+"):
         cached_word_problems(tmp_path, n_train=2000, n_test=10, seed=0, max_len=40)
-    assert not list(tmp_path.iterdir())
+    assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
 
 
 def test_a_second_call_reads_what_the_first_wrote(folder, monkeypatch):
     monkeypatch.setattr(word_problems, "generate_problems", lambda *_: pytest.fail("generated again"))
     assert cached_word_problems(folder.parent, 3000, 40, 0, 72) == folder
+
+
+def test_runs_that_start_together_write_the_problems_once(folder, tmp_path, monkeypatch):
+    @contextmanager
+    def wait(path: Path):
+        """Stands for `alone`, which returns when another process has written the folder."""
+        shutil.copytree(folder, path)
+        yield
+
+    monkeypatch.setattr(word_problems, "alone", wait)
+    monkeypatch.setattr(word_problems, "generate_problems", lambda *_: pytest.fail("generated again"))
+    assert cached_word_problems(tmp_path, 3000, 40, 0, 72) == tmp_path / folder.name
 
 
 def tiny_run(folder: Path, path: Path, **data: object) -> Path:

@@ -31,7 +31,8 @@ BLOCK = {"name": "block_uniform", "block_size": 3, "block_attention": "prefix"}
 
 def config_of(objective: dict[str, Any], batch_size: int = 5) -> Config:
     settings = tiny_settings(objective, Path())
-    settings["data"]["size"], settings["validation"]["batch_size"] = 9, batch_size
+    settings["data"] |= {"size": 9, "min_clues": 30, "max_clues": 40}
+    settings["validation"]["batch_size"] = batch_size
     settings["model"] |= {"vocab_size": 23, "learned_positions": None}
     return parse_config(settings, "test")
 

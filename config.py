@@ -359,8 +359,8 @@ class SamplingRule(_RuleOptions):
     - `revise`: filled positions may be masked again. Each pass i of n_passes leaves the share i / n_passes of the
       maskable positions filled, rounded up, so that the number of passes is bounded:
       `remask` (ReMDM, arXiv 2503.00307) masks the filled positions whose tokens had the lowest probabilities when they
-      were written, at most remask_share of them and no more than the schedule leaves masked (this is the paper's
-      sigma_t; the paper draws positions in proportion to their lack of confidence, this code takes the least
+      were written, at most remask_share of them (rounded up) and no more than the schedule leaves masked (this is the
+      paper's sigma_t; the paper draws positions in proportion to their lack of confidence, this code takes the least
       confident);
       `plan` (self-planning P2, arXiv 2502.03540) ranks masked positions by the probability of their token and
       filled ones by that of their token in this pass, and keeps the best;

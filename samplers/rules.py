@@ -88,7 +88,7 @@ def remask(rule: SamplingRule, seen: RuleInput) -> Choice:
     """
     filled, target = seen.maskable & ~seen.masked, filled_after(rule, seen)
     n_filled = filled.sum(1)  # [b]
-    share = (rule.remask_share * n_filled.double()).ceil().long()
+    share = (rule.remask_share * n_filled.double() - 1e-9).ceil().long()  # 0.07 * 100 is 7.000000000000001
     n_remasked = torch.minimum(share, seen.maskable.sum(1) - target)  # [b]
     written = reveal_top(seen.predicted.log_prob, seen.masked, target - n_filled + n_remasked)
     remasked = reveal_top(-seen.memory, filled, n_remasked)

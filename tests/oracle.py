@@ -228,7 +228,7 @@ def sample_row_revising(
         largest |= {position: max(largest[position], score[position]) for position in masked}
         n_target = math.ceil(nfe * len(places) / n_passes)
         if revise == "remask":
-            n_again = min(math.ceil(remask_share * len(filled)), len(places) - n_target)
+            n_again = min(math.ceil(Fraction(str(remask_share)) * len(filled)), len(places) - n_target)
             again = sorted(filled, key=lambda position: (written[position], position))[:n_again]
             n_new = n_target - len(filled) + len(again)
             new = sorted(masked, key=lambda position: (-score[position], position))[:n_new]

@@ -13,10 +13,12 @@ from helpers import random_generator, random_model
 from torch import Tensor
 
 from config import SamplingRule
+from model.token_predictions import TokenPredictions
 from samplers import step
 from samplers.block import sample_blocks
 from samplers.causal import sample_causal
 from samplers.full import sample_full
+from samplers.rules import RuleInput, choose
 from samplers.step import Samples
 
 MASK_ID, EOS = 22, 3
@@ -129,6 +131,18 @@ def test_a_gpu_samples_what_a_cpu_samples(name: str, rule: str) -> None:
     found = sampler(model.to(GPU), xt.to(GPU), MASK_ID, RULES[rule])
     for part in ("tokens", "order", "nfe"):
         assert torch.equal(getattr(found, part).cpu(), getattr(expected, part)), part
+
+
+def test_the_share_that_is_masked_again_is_not_rounded_up_by_an_error_of_its_product() -> None:
+    """0.07 * 100 is 7.000000000000001."""
+    rule = SamplingRule(revise="remask", n_passes=100, remask_share=0.07)
+    masked = torch.arange(200)[None] >= 100
+    log_prob = torch.zeros(1, 200)
+    predicted = TokenPredictions(log_prob.long(), log_prob, log_prob, log_prob)
+    seen = RuleInput(masked, torch.ones_like(masked), predicted, None, memory=log_prob, number=50)
+    remasked = choose(rule, seen).remasked
+    assert remasked is not None
+    assert int(remasked.sum()) == 7
 
 
 @pytest.mark.parametrize(

@@ -586,9 +586,9 @@ def main(arguments: list[str] | None = None) -> None:
         )
         verdicts, traced = [], []
         name = "template" if holes else trained.data.question_option
-        with _output(options.out, name, several=len(questions) > 1) as put:
+        with _output(options.out, name, several=len(questions) > 1) as write:
             for answer in answers:
-                put(answer)
+                write(answer)
                 verdicts.append(answer.verdict.right)
                 traced += [answer] if answer.trace is not None else []
         if options.out is not None:

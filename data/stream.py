@@ -24,7 +24,7 @@ from data.dataset import SequenceData
 def fingerprint(data: SequenceData) -> dict[str, str]:
     """Identify a data set: a hash (hex) of each of its sources, of all rows and their format, by the source's name."""
     layout = f"{len(data)} {data.length} {data.mask_id} {data.eos_id}"
-    return {name: hashlib.sha256(f"{layout} {own}".encode()).hexdigest() for name, own in data.hashes().items()}
+    return {name: hashlib.sha256(f"{layout} {digest}".encode()).hexdigest() for name, digest in data.hashes().items()}
 
 
 def changed_sources(data: SequenceData, now: dict[str, str], before: dict[str, str] | str) -> list[str]:
@@ -39,7 +39,7 @@ def changed_sources(data: SequenceData, now: dict[str, str], before: dict[str, s
         return [] if before == _sampled_fingerprint(data) else list(now)
     if len(before) != len(now):
         return list(now)
-    return [name for (name, own), saved in zip(now.items(), before.values(), strict=True) if own != saved]
+    return [name for (name, digest), saved in zip(now.items(), before.values(), strict=True) if digest != saved]
 
 
 def _sampled_fingerprint(data: SequenceData) -> str:

@@ -22,7 +22,7 @@ from model.transformer import Transformer
 from runtime.distributed import World, gather, sum_over_ranks
 from runtime.signals import StopVote
 from samplers.build import build_sampler
-from samplers.step import nothing
+from samplers.step import no_op
 
 NORMAL_95 = 1.959964  # a normal variable is within so many standard deviations with probability 95%
 
@@ -226,7 +226,7 @@ def interruptible(vote: StopVote | None) -> Iterator[Callable[[], None]]:
         StopRequested: see `StopVote.interruptible`.
     """
     if vote is None:
-        yield nothing
+        yield no_op
     else:
         with vote.interruptible():
             yield vote.check

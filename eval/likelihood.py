@@ -56,7 +56,7 @@ from runtime.distributed import (
     start_world,
     sum_over_ranks,
 )
-from samplers.step import nothing
+from samplers.step import no_op
 from unmasking import reveal_top
 
 SEED = 20_260_211  # of the masks: the same in all runs
@@ -115,7 +115,7 @@ def likelihood(
     *,
     n_rows: int,
     n_draws: int,
-    before_pass: Callable[[], None] = nothing,
+    before_pass: Callable[[], None] = no_op,
     bar: tqdm | None = None,
 ) -> Likelihood:
     """Likelihood of the first `n_rows` rows (all, if there are fewer); in eval mode, under the caller's autocast.

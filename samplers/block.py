@@ -13,7 +13,7 @@ from torch import Tensor
 from config import DEFAULT_RULE, SamplingRule
 from model.attention import KeyValueCache
 from model.transformer import Transformer
-from samplers.step import Filling, Samples, nothing
+from samplers.step import Filling, Samples, no_op
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def sample_blocks(
     cached: bool = True,
     seed: int = 0,
     row_ids: Tensor | None = None,
-    before_pass: Callable[[], None] = nothing,
+    before_pass: Callable[[], None] = no_op,
     record: int | None = None,
 ) -> Samples:
     """Fill all masked positions, one block after another; otherwise as `samplers.full.sample_full`.
@@ -51,7 +51,7 @@ def sample_blocks(
     if length % block_size:
         raise ValueError(f"block_size {block_size} does not divide the {length} tokens of a sequence")
     filling = Filling(xt, mask_id, rule, seed=seed, row_ids=row_ids, record=record)
-    tokens, order, nfe = filling.tokens, filling.order, filling.nfe
+    tokens = filling.tokens
     finished = _FinishedBlocks(model, n_rows, length) if cached and model.block_size == block_size else None
     for start in range(0, length, block_size):
         end, number = start + block_size, 0
@@ -70,9 +70,7 @@ def sample_blocks(
         if eos_id is not None:
             block = slice(start, end)
             stopped = ((tokens[:, block] == eos_id) & filling.maskable[:, block]).any(1)
-            rest = stopped[:, None] & (tokens == mask_id)  # [B, L]
-            tokens[rest] = eos_id
-            order += rest * nfe[:, None]
+            filling.end_rows(stopped, eos_id)
     return filling.samples()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from config import DEFAULT_RULE, SamplingRule
 from model.token_predictions import mix_keys, predict_tokens
 from model.transformer import Transformer
-from samplers.step import Filling, Samples, nothing, scatter_predictions
+from samplers.step import Filling, Samples, no_op, scatter_predictions
 
 # Finished rows are removed once they are this share of the batch: removing rows copies the whole cache.
 REMOVED_SHARE = 1 / 8
@@ -29,7 +29,7 @@ def sample_causal(
     eos_id: int | None = None,
     seed: int = 0,
     row_ids: Tensor | None = None,
-    before_pass: Callable[[], None] = nothing,
+    before_pass: Callable[[], None] = no_op,
     record: int | None = None,
 ) -> Samples:
     """Fill all masked positions, each from all tokens before it.
@@ -81,10 +81,7 @@ def sample_causal(
                 sampled, position, here, scatter_predictions(predicted, here.nonzero(as_tuple=True), here.shape)
             )
         if eos_id is not None:
-            ended = sampled[predicted.token == eos_id]
-            rest = tokens[ended] == mask_id  # [n, L]
-            tokens[ended] = tokens[ended].masked_fill(rest, eos_id)
-            order[ended] += rest * nfe[ended, None]
+            filling.end_rows(sampled[predicted.token == eos_id], eos_id)
         running = (tokens[active] == mask_id).any(1)
         if int(running.sum()) <= (1 - REMOVED_SHARE) * len(active):
             cache.keep_rows(running.nonzero().squeeze(1))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from config import DEFAULT_RULE, SamplingRule
 from model.transformer import Transformer
-from samplers.step import Filling, Samples, nothing
+from samplers.step import Filling, Samples, no_op
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def sample_full(
     *,
     seed: int = 0,
     row_ids: Tensor | None = None,
-    before_pass: Callable[[], None] = nothing,
+    before_pass: Callable[[], None] = no_op,
     record: int | None = None,
 ) -> Samples:
     """Fill all masked positions; `rule` says which in each pass, and whether filled ones may be masked again.

@@ -88,6 +88,12 @@ class Filling:
         """Rows (int64 [b]) that have masked positions in start..end-1."""
         return (self.tokens[:, start:end] == self.mask_id).any(1).nonzero()[:, 0]
 
+    def end_rows(self, rows: Tensor, eos_id: int) -> None:
+        """Fill the masked positions of rows (bool [B] or int64 [n]) with `eos_id`, at the last pass of each row."""
+        rest = self.tokens[rows] == self.mask_id  # [n, L]
+        self.tokens[rows] = self.tokens[rows].masked_fill(rest, eos_id)
+        self.order[rows] += rest * self.nfe[rows, None]
+
     def make_pass(
         self,
         model: Transformer,
@@ -112,11 +118,11 @@ class Filling:
         where = wanted.nonzero(as_tuple=True)  # row of b and column of W, int64 [N] each; all indexing uses it
         keys = None
         if draws_numbers(rule):
-            positions = torch.arange(start, end, device=tokens.device)
-            keys = noise_keys(self.keys[rows], self.nfe[rows], positions)  # [b, W]
+            columns = torch.arange(start, end, device=tokens.device)
+            keys = noise_keys(self.keys[rows], self.nfe[rows], columns)  # [b, W]
         if rule.kl_bound is not None and self._states is None:
             self._states = torch.zeros(*self.tokens.shape, model.lm_head.weight.shape[1], device=tokens.device)
-        states, place = self._states, (rows[where[0]], start + where[1])
+        states, positions = self._states, (rows[where[0]], start + where[1])
         predicted = model.predict(
             self.tokens[rows, begin:end],
             F.pad(wanted, (start - begin, 0)),
@@ -125,11 +131,11 @@ class Filling:
             noise_key=keys[where] if keys is not None else None,
             n_candidates=self.n_candidates,
             current=tokens[where] if rule.revise == "plan" else None,
-            previous=states[place] if states is not None else None,  # [N, D]
+            previous=states[positions] if states is not None else None,  # [N, D]
             cache=cache,
         )
         if states is not None and predicted.hidden is not None:
-            states[place] = predicted.hidden.to(states.dtype)
+            states[positions] = predicted.hidden.to(states.dtype)
         predicted = scatter_predictions(predicted, where, masked.shape)  # [b, W]
         written, remasked, memory = choose(
             rule, RuleInput(masked, maskable, predicted, keys, memory=self._memory[rows, span], number=number)
@@ -172,7 +178,7 @@ class Filling:
         return Samples(self.tokens, self.order, self.nfe, self._confidence, self._passes)
 
 
-def nothing() -> None:
+def no_op() -> None:
     """What samplers do before a forward pass by default."""
 
 

@@ -18,7 +18,7 @@ import io
 import json
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -220,11 +220,16 @@ def sweep(
         for one, rules, named in zip(loaded, allowed, together, strict=True)
         if named in rules
     ]
-    # None: no bar where standard error is no terminal
-    with tqdm(total=len(tasks), desc="sweep", unit="setting", disable=None if world.is_main else True) as bar:
+    warm: set[Conditions] = set()
+    with main_bar(world, total=len(tasks), desc="sweep", unit="setting") as bar:
         for checkpoint, questions, conditions, named in tasks:
             bar.set_postfix_str(f"{checkpoint.name} {named.name} {named.dial} {named.value}")
             settings = named.rule.model_dump()
+                if conditions not in warm:
+                    # A batch that does not count: a device is slow at first, for which one rule would pay.
+                    n = min(questions.n_examples, conditions.batch_size * world.n_ranks)
+                    _measure(checkpoint, replace(questions, n_examples=n), conditions, named, world=world)
+                    warm.add(conditions)
             if not any(point.conditions == conditions and point.settings == settings for point in points):
                 points.append(_measure(checkpoint, questions, conditions, named, world=world))
             bar.update()

@@ -17,8 +17,9 @@ from conftest import PUMA, ROOT, tiny_settings
 from helpers import random_model
 
 import train
-from config import SamplingRule
+from config import Config, SamplingRule
 from eval import evaluate as evaluation
+from eval.accuracy import RuleMeasurement, TestQuestions, measure_rule
 from eval.sweep import RULES, Point, by_conditions, labels_of, n_fixed_passes, pareto_front, read_sweep, sweep_table
 from model.hub import pack_run
 from samplers.block import sample_blocks
@@ -148,7 +149,15 @@ def test_a_sweep_writes_what_it_measured(
         train.main(["--config", str(config), "--run-dir", run])
     capsys.readouterr()
     words = ["--rules", "threshold", "plan", "--out", str(tmp_path / "tau0.9"), "validation.n_final_examples=3"]
-    evaluation.main([runs[0], runs[1], "--sweep", *words])
+    measured: list[tuple[int, int]] = []
+
+    def count(model: Any, config: Config, test: TestQuestions, *arguments: Any, **options: Any) -> RuleMeasurement:
+        measured.append((config.training.seed, test.n_examples))
+        return measure_rule(model, config, test, *arguments, **options)
+
+    monkeypatch.setattr("eval.sweep.measure_rule", count)
+    evaluation.main([runs[0], runs[1], "--sweep", *words, "validation.batch_size=2"])
+    assert measured == [(0, 2), (0, 3), (1, 2), (1, 3), *[(0, 3), (1, 3)] * 3], "the first batch of each warms up"
     table = capsys.readouterr().out
     rows: list[dict[str, Any]] = json.loads((tmp_path / "tau0.9.json").read_text())
     n_values = sum(len(RULES[name][1]) for name in ("threshold", "plan"))
@@ -168,7 +177,9 @@ def test_a_sweep_writes_what_it_measured(
     assert (tmp_path / "tau0.9.png").stat().st_size > 10_000
     # The same command resumes: existing points are kept and missing ones are measured.
     (tmp_path / "tau0.9.json").write_text(json.dumps(rows[2:]))
-    evaluation.main([runs[0], runs[1], "--sweep", *words])
+    measured.clear()
+    evaluation.main([runs[0], runs[1], "--sweep", *words, "validation.batch_size=2"])
+    assert measured == [(0, 2), (0, 3), (1, 2), (1, 3)]
     again = json.loads((tmp_path / "tau0.9.json").read_text())
     assert again[: len(rows) - 2] == rows[2:]
     assert [row["accuracy"] for row in again[len(rows) - 2 :]] == [row["accuracy"] for row in rows[:2]]
@@ -269,7 +280,7 @@ def test_options_are_checked_before_work(
 def test_a_sweep_that_is_interrupted_ends_with_status_130(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("eval.sweep.measure_rule", interrupt)

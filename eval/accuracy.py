@@ -137,9 +137,10 @@ def measure_rule(
     config: Config,
     test: TestQuestions,
     world: World,
+    *,
     rule: SamplingRule,
-    bar: tqdm,
-    vote: StopVote | None,
+    bar: tqdm | None = None,
+    vote: StopVote | None = None,
 ) -> RuleMeasurement:
     """Sample by one rule and judge the answers."""
     data, n_examples = test.data, test.n_examples
@@ -148,7 +149,7 @@ def measure_rule(
     sums = torch.zeros(len(names), dtype=torch.float64, device=world.device)
     samples: dict[int, dict[str, Any]] = {}
     solved = torch.zeros(n_examples, dtype=torch.float64, device=world.device)
-    seconds = torch.zeros((), dtype=torch.float64, device=world.device)
+    seconds = 0.0
     with interruptible(vote) as check:
         for rows in rank_batches(n_examples, world, config.validation.batch_size):
             began = time.perf_counter()
@@ -168,13 +169,14 @@ def measure_rule(
             sums += torch.tensor([each.sum(dtype=np.float64) for each in figures], device=world.device)
             solved[rows] = torch.from_numpy(judged.figures["accuracy"] == 1).to(solved)
             samples |= _as_samples(judged, rows[rows < config.validation.n_table_rows], rule)
-            bar.update(len(rows) * world.n_ranks)
+            if bar is not None:
+                bar.update(len(rows) * world.n_ranks)
     totals = dict(zip(names, sum_over_ranks(sums).tolist(), strict=True))
     gathered = {row: facts for part in gather(samples) for row, facts in part.items()}
     return RuleMeasurement(
         _summarize(test, rule, totals, sum_over_ranks(solved).cpu().numpy() == 1),
         [gathered[row] for row in sorted(gathered)],
-        float(sum_over_ranks(seconds)),
+        float(sum_over_ranks(torch.tensor(seconds, dtype=torch.float64, device=world.device))),
     )
 
 
@@ -212,6 +214,11 @@ def _summarize(test: TestQuestions, rule: SamplingRule, totals: dict[str, float]
     )
 
 
+def main_bar(world: World, **options: Any) -> tqdm:
+    """A progress bar on the main process, if standard error is a terminal; the options of `tqdm`."""
+    return tqdm(**options, disable=None if world.is_main else True)
+
+
 def rank_batches(n_rows: int, world: World, batch_size: int) -> list[np.ndarray]:
     """The rows of this rank out of 0..n_rows-1, in batches; every row belongs to exactly one rank."""
     rows = np.arange(world.rank, n_rows, world.n_ranks)
@@ -220,10 +227,9 @@ def rank_batches(n_rows: int, world: World, batch_size: int) -> list[np.ndarray]
 
 @contextmanager
 def interruptible(vote: StopVote | None) -> Iterator[Callable[[], None]]:
-    """Work that ends where it calls the function that is given, once `vote` has a signal; None: never.
+    """A function to call before each forward pass: it raises StopRequested if `vote` has received a signal.
 
-    Raises:
-        StopRequested: see `StopVote.interruptible`.
+    With None it does nothing.
     """
     if vote is None:
         yield no_op

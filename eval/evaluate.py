@@ -12,7 +12,6 @@ Shapes: B rows, L positions.
 from __future__ import annotations
 
 import json
-import math
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from baselines import next_token_targets, target_weights
 from config import Config
@@ -34,10 +32,11 @@ from eval.accuracy import (
     TestQuestions,
     count_examples,
     interruptible,
+    main_bar,
     measure_rule,
     rank_batches,
 )
-from eval.likelihood import Likelihood, likelihood
+from eval.likelihood import Likelihood, likelihood, nan_to_none
 from model.hub import load_model
 from model.transformer import Transformer
 from progressive_block import block_layout
@@ -133,14 +132,13 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
     """The results as content of a JSON file."""
     values: dict[str, Any] = {"loss": evaluation.loss, "samplers": [asdict(each) for each in evaluation.samplers]}
     if evaluation.likelihood is not None:
-        found = evaluation.likelihood
+        measured = evaluation.likelihood
         values["likelihood"] = {
-            "exact": found.exact,
-            "nats_per_token": found.nats_per_token,
-            "padding_per_token": found.padding_per_token,
-            # A single row has no error: JSON has no nan.
-            "standard_error": None if math.isnan(found.standard_error) else found.standard_error,
-            "mask_error": found.mask_error,
+            "exact": measured.exact,
+            "nats_per_token": measured.nats_per_token,
+            "padding_per_token": measured.padding_per_token,
+            "standard_error": nan_to_none(measured.standard_error),
+            "mask_error": measured.mask_error,
         }
     if evaluation.reference is not None:
         name, accuracy = evaluation.reference
@@ -173,13 +171,13 @@ def evaluate(
     try:
         with (
             autocast(device, autocast_dtype(config.training.precision, device)),
-            _bar(world, len(rules) * n_examples) as bar,
+            main_bar(world, total=len(rules) * n_examples, desc="evaluating", unit="seq", leave=False) as bar,
         ):
             loss = validation_loss(model, config, data.validation, world, vote)
-            found = _likelihood(model, config, data.validation, world, vote)
+            measured = _likelihood(model, config, data.validation, world, vote)
             questions = np.arange(n_examples)
             test = TestQuestions(data, data.reference(questions), data.difficulty(questions), n_examples)
-            results = [measure_rule(model, config, test, world, rule, bar, vote) for rule in rules]
+            results = [measure_rule(model, config, test, world, rule=rule, bar=bar, vote=vote) for rule in rules]
     finally:
         model.train(was_training)
     reference = test.reference
@@ -188,7 +186,7 @@ def evaluate(
         [each.result for each in results],
         None if reference is None else (reference.name, float(reference.solved.mean())),
         [sample for each in results for sample in each.samples],
-        found,
+        measured,
     )
 
 
@@ -229,11 +227,6 @@ def validation_loss(
             for microbatch in layout.microbatches(batch_xt, batch_x0, batch_weight, len(rows)):
                 total += model(microbatch.xt, microbatch.x0, microbatch.weight).loss
     return float(sum_over_ranks(total))
-
-
-def _bar(world: World, total: int) -> tqdm:
-    # None: no bar where standard error is no terminal
-    return tqdm(total=total, desc="evaluating", unit="seq", disable=None if world.is_main else True, leave=False)
 
 
 def _check_options(parser: ArgumentParser, options: Namespace) -> None:

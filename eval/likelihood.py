@@ -28,8 +28,8 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from data.dataset import DataSet, SequenceData
 from data.files import check_out, write_text
 from data.foreign import CommandParser, whole_number
 from data.text import decode_completions
-from eval.accuracy import NORMAL_95, rank_batches
+from eval.accuracy import NORMAL_95, main_bar, rank_batches
 from model.hub import LoadedModel, load_model
 from model.token_predictions import hash_uniform, mix_keys
 from model.transformer import Transformer
@@ -53,6 +53,8 @@ from runtime.distributed import (
     autocast,
     autocast_dtype,
     ends_once,
+    main_first,
+    on_main,
     start_world,
     sum_over_ranks,
 )
@@ -88,13 +90,21 @@ class Likelihood:
 
     @property
     def standard_error(self) -> float:
-        """Of `nats_per_token` as an estimate for the distribution that the rows come from; masks included."""
+        """Standard error of `nats_per_token`, as an estimate for the distribution of the rows; nan for a single row.
+
+        Includes the error due to the masks.
+        """
         return ratio_error(self.per_row, self.n_tokens)
 
     @property
     def mask_error(self) -> float:
-        """Of `nats_per_token` as an estimate for these rows, which only the masks cause; 0 if exact."""
+        """Standard error of `nats_per_token` due to the masks alone; 0 if exact."""
         return math.sqrt(self.mask_variance) / float(self.n_tokens.sum())
+
+
+def nan_to_none(number: float) -> float | None:
+    """A number for a JSON file, which has no nan: a single row has no error."""
+    return None if math.isnan(number) else number
 
 
 def ratio_error(nats: np.ndarray, n_tokens: np.ndarray) -> float:
@@ -214,7 +224,7 @@ class CheckpointResult:
     n_draws: int  # masks per row; 0 if exact
     nats_per_token: float
     padding_per_token: float  # the part of that for padding
-    standard_error: float
+    standard_error: float | None  # None: a single row has none
     mask_error: float
     bits_per_byte: float | None
     # Nats per token less those of the first checkpoint, on the same rows and masks; None if rows or prompts differ.
@@ -223,14 +233,18 @@ class CheckpointResult:
 
 
 def compare(checkpoints: list[str], overrides: list[str], n_rows: int, n_draws: int) -> list[CheckpointResult]:
-    """Measure checkpoints one after the other, on one process. Raises ValueError as `load_model` and the data sets."""
+    """Measure checkpoints one after the other; every rank calls this and gets all results.
+
+    Raises:
+        ValueError: as `load_model` and the data sets.
+    """
     loaded = [load_model(name, overrides) for name in checkpoints]
     world = start_world(loaded[0].config.training.device)
     results: list[CheckpointResult] = []
     first: tuple[Likelihood, tuple[np.ndarray, np.ndarray]] | None = None
-    with tqdm(total=n_rows * len(loaded), desc="likelihood", unit="row", disable=None) as bar:
+    with main_bar(world, total=n_rows * len(loaded), desc="likelihood", unit="row") as bar:
         for name, each in zip(checkpoints, loaded, strict=True):
-            data = each.config.open_data()
+            data = main_first(world, partial(_open_held_out, each.config))
             found = _measure(each, data, world, n_rows=n_rows, n_draws=n_draws, bar=bar)
             own = data.validation.rows(np.arange(len(found.per_row)))
             first = first or (found, own)
@@ -246,14 +260,21 @@ def compare(checkpoints: list[str], overrides: list[str], n_rows: int, n_draws: 
                     n_draws=0 if found.exact else n_draws,
                     nats_per_token=found.nats_per_token,
                     padding_per_token=found.padding_per_token,
-                    standard_error=found.standard_error,
+                    standard_error=nan_to_none(found.standard_error),
                     mask_error=found.mask_error,
                     bits_per_byte=float(found.per_row.sum()) / math.log(2) / n_bytes if n_bytes else None,
                     difference=None if gap is None else float(gap.sum() / found.n_tokens.sum()),
-                    difference_error=None if gap is None else ratio_error(gap, found.n_tokens),
+                    difference_error=None if gap is None else nan_to_none(ratio_error(gap, found.n_tokens)),
                 )
             )
     return results
+
+
+def _open_held_out(config: Config) -> DataSet:
+    """The data set, with the held-out rows, which may be written on first use."""
+    data = config.open_data()
+    _ = data.validation
+    return data
 
 
 def _measure(loaded: LoadedModel, data: DataSet, world: World, *, n_rows: int, n_draws: int, bar: tqdm) -> Likelihood:
@@ -289,6 +310,13 @@ def _half(error: float | None) -> str:
     return "-" if error is None else f"{NORMAL_95 * error:.2g}"
 
 
+def _report(results: list[CheckpointResult], path: Path | None) -> None:
+    """Write and print the results."""
+    if path is not None:
+        write_text(path, json.dumps([vars(result) for result in results], indent=1) + "\n")
+    print("\n".join(table(results)))  # last, since standard output may be closed
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
     parser = CommandParser(description="Likelihood of held-out rows, or a bound of it, in nats per token.")
@@ -306,10 +334,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.json:
             check_out(options.json, "--json")
         results = compare(names, overrides, options.rows, options.draws)
-        if options.json:
-            content: list[dict[str, Any]] = [vars(result) for result in results]
-            write_text(options.json, json.dumps(content, indent=1) + "\n")
-        print("\n".join(table(results)))  # last, since standard output may be closed
+        on_main(partial(_report, results, options.json))
 
 
 if __name__ == "__main__":

@@ -25,14 +25,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import TypeAdapter
-from tqdm import tqdm
 
 from config import Config, SamplingRule
 from data.dataset import DataSet
 from data.files import check_out, write_text
 from data.foreign import read_text, reading
 from data.hashes import hash_arrays
-from eval.accuracy import TestQuestions, count_examples, measure_rule
+from eval.accuracy import TestQuestions, count_examples, main_bar, measure_rule
 from model.hub import load_model
 from model.transformer import Transformer
 from progressive_block import block_layout
@@ -117,13 +116,13 @@ class NamedRule(NamedTuple):
 
     @property
     def value(self) -> float:
-        """Of the dial."""
+        """Value of the dial."""
         value: float = getattr(self.rule, self.dial)
         return value
 
 
 def rules_of(config: Config, names: Sequence[str] | None) -> list[NamedRule]:
-    """The rules to measure; for all models the same, in the same order, but for the temperature.
+    """The rules to measure: the same for all models, in the same order; only the temperature may differ.
 
     Args:
         names: keys of `RULES`; None: all.
@@ -212,7 +211,7 @@ def sweep(
         checkpoint.model.to(world.device)
         conditions = on_main(partial(_conditions_of, checkpoint, data, n, world))
         loaded.append((checkpoint, TestQuestions(data, None, {}, n), conditions))
-        allowed.append(_within(max_passes, checkpoint, rules, data, n))
+        allowed.append(_rules_within(max_passes, checkpoint, rules, data, n))
     # One rule after the other, so that a sweep that is stopped has compared the checkpoints.
     tasks = [
         (*one, named)
@@ -225,12 +224,12 @@ def sweep(
         for checkpoint, questions, conditions, named in tasks:
             bar.set_postfix_str(f"{checkpoint.name} {named.name} {named.dial} {named.value}")
             settings = named.rule.model_dump()
+            if not any(point.conditions == conditions and point.settings == settings for point in points):
                 if conditions not in warm:
                     # A batch that does not count: a device is slow at first, for which one rule would pay.
                     n = min(questions.n_examples, conditions.batch_size * world.n_ranks)
                     _measure(checkpoint, replace(questions, n_examples=n), conditions, named, world=world)
                     warm.add(conditions)
-            if not any(point.conditions == conditions and point.settings == settings for point in points):
                 points.append(_measure(checkpoint, questions, conditions, named, world=world))
             bar.update()
             if world.is_main:
@@ -252,7 +251,7 @@ def _with_suffix(out: Path, suffix: str) -> Path:
     return out.with_name(out.name + suffix)
 
 
-def _within(
+def _rules_within(
     max_passes: int | None, checkpoint: SweptModel, rules: list[NamedRule], data: DataSet, n: int
 ) -> list[NamedRule]:
     """The rules that take at most `max_passes` on the first n questions; ValueError if there is none."""
@@ -287,7 +286,7 @@ def _conditions_of(checkpoint: SweptModel, data: DataSet, n: int, world: World) 
 
 
 def _model_digest(model: Transformer, config: Config) -> str:
-    """Of the weights, and of the settings by which they make predictions."""
+    """Digest of the weights and of the settings that predictions depend on."""
     weights = sorted(model.weights().items())
     settings = config.model.model_dump(exclude={"init_from", "causal", "shifted"})  # the last two as they are resolved
     blocks = config.objective.model_dump(include={"block_size", "block_attention"})
@@ -317,11 +316,8 @@ def _measure(
     checkpoint: SweptModel, questions: TestQuestions, conditions: Conditions, named: NamedRule, *, world: World
 ) -> Point:
     config = checkpoint.config
-    with (
-        autocast(world.device, autocast_dtype(config.training.precision, world.device)),
-        tqdm(disable=True) as bar,
-    ):
-        measured = measure_rule(checkpoint.model, config, questions, world, named.rule, bar, None)
+    with autocast(world.device, autocast_dtype(config.training.precision, world.device)):
+        measured = measure_rule(checkpoint.model, config, questions, world, rule=named.rule)
     result = measured.result
     return Point(
         **asdict(conditions),
@@ -364,23 +360,24 @@ def write_sweep(points: Sequence[Point], out: Path) -> None:
 def sweep_table(points: Sequence[Point]) -> list[str]:
     """Lines of a Markdown table for each of the conditions; a point on a Pareto front is marked in bold."""
     lines = []
-    for found, mine in by_conditions(points).items():
-        mine.sort(key=lambda point: (list(RULES).index(point.rule), point.value))
-        by_nfe, by_seconds = pareto_front(mine, "nfe"), pareto_front(mine, "seconds")
-        step = "" if found.step is None else f", step {found.step:,}"
-        precision = "" if found.precision is None else f", {found.precision}"
-        known = [(name, getattr(found, name)) for name in ("model", "questions")]
+    for conditions, own_points in by_conditions(points).items():
+        own_points.sort(key=lambda point: (list(RULES).index(point.rule), point.value))
+        by_nfe, by_seconds = pareto_front(own_points, "nfe"), pareto_front(own_points, "seconds")
+        step = "" if conditions.step is None else f", step {conditions.step:,}"
+        precision = "" if conditions.precision is None else f", {conditions.precision}"
+        known = [(name, getattr(conditions, name)) for name in ("model", "questions")]
         digests = ", ".join(f"{name} {digest[:SHOWN]}" for name, digest in known if digest is not None)
         lines += [
-            f"{found.checkpoint}{step}: the first {found.n} questions of the test, temperature {found.temperature:g}, "
-            f"seed {found.seed}, batches of {found.batch_size}, {found.device}{precision}"
+            f"{conditions.checkpoint}{step}: the first {conditions.n} questions of the test, "
+            f"temperature {conditions.temperature:g}, seed {conditions.seed}, batches of {conditions.batch_size}, "
+            f"{conditions.device}{precision}"
             f"{digests and f' ({digests})'}. Bold: no other setting is as accurate with fewer evaluations, or in less "
             "time.",
             "",
             "| rule | dial | solved | 95% interval | evaluations | seconds |",
             "| --- | --- | ---: | ---: | ---: | ---: |",
         ]
-        for point in mine:
+        for point in own_points:
             nfe, seconds = f"{point.nfe:.1f}", f"{point.seconds:.3g}"
             nfe = f"**{nfe}**" if point in by_nfe else nfe
             seconds = f"**{seconds}**" if point in by_seconds else seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import UNIFORM, tiny_settings
+import yaml
+from conftest import PUMA, UNIFORM, run_ranks, tiny_settings
 from helpers import random_model
 from torch import Tensor
 
+import train
 from config import Config
 from data.dataset import ArrayData
 from eval import likelihood as command
@@ -237,6 +240,27 @@ def test_a_difference_is_given_only_for_the_same_rows_and_prompts(
     monkeypatch.setattr(command, "likelihood", lambda model, _, *rest, **more: likelihood(model, config, *rest, **more))
     found = command.compare(["first", "second"], [], 4, 2)
     assert (found[1].difference is None) == (differs != "nothing")
+    (single, _) = command.compare(["first", "second"], [], 1, 2)
+    assert (single.standard_error, single.difference_error) == (None, None), "JSON has no nan"
+
+
+def test_two_processes_report_once_what_one_does(
+    tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tiny_settings(PUMA, data_dir)
+    settings["training"]["max_steps"] = 1
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    train.main(["--config", str(tmp_path / "tiny.yaml"), "--run-dir", str(tmp_path / "run")])
+    words = [str(tmp_path / "run"), "--rows", "5", "--draws", "2", "--json"]
+    capsys.readouterr()
+    command.main([*words, str(tmp_path / "alone.json")])
+    together = run_ranks(2, "-m", "eval.likelihood", *words, tmp_path / "together.json")
+    assert together.returncode == 0, together.stderr
+    assert together.stdout == capsys.readouterr().out
+    (one,), (two,) = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "together"))
+    assert two.keys() == one.keys()
+    assert two["nats_per_token"] == pytest.approx(one["nats_per_token"], rel=1e-5)
+    assert two["standard_error"] == pytest.approx(one["standard_error"], rel=1e-4)
 
 
 def test_options_may_come_before_more_runs(monkeypatch: pytest.MonkeyPatch) -> None:

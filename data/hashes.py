@@ -44,7 +44,9 @@ def hash_file(path: Path) -> str:
     digest, size = hashlib.sha256(), path.stat().st_size
     with (
         open(path, "rb") as file,
-        tqdm(total=size, desc=f"hashing {path.name}", unit="B", unit_scale=True, delay=5, leave=False) as bar,
+        tqdm(
+            total=size, desc=f"hashing {path.name}", unit="B", unit_scale=True, delay=5, leave=False, disable=None
+        ) as bar,
     ):
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.files import alone, reported, write_text
+from data.files import alone, reported, say, write_text
 from data.foreign import (
     MAX_INTEGER,
     CommandParser,
@@ -52,6 +52,7 @@ CHUNK_ROWS = 500  # rows per task of a worker process: 1 MiB of labels
 MAX_PENDING_CHUNKS = 4  # per worker
 SAVE_EVERY_S = 5.0
 # Recorded in meta.json, so that a call never appends to rows that were encoded differently.
+SAY_EVERY_S = 60.0  # where there is no progress bar
 WHITE_SPACE = {"outer_white_space": "stripped"}
 OLD_WHITE_SPACE = {"outer_white_space": "kept"}  # earlier versions of this code, which did not record it
 
@@ -157,7 +158,7 @@ def _append_chunks(
     with (
         open(out / LABELS_FILE, "ab", buffering=0) as labels_file,  # so that closing them writes nothing
         open(out / PROMPT_FILE, "ab", buffering=0) as prompt_file,
-        tqdm(total=limit, initial=done.n_read, desc="tokenizing", unit="row", unit_scale=True) as bar,
+        tqdm(total=limit, initial=done.n_read, desc="tokenizing", unit="row", unit_scale=True, disable=None) as bar,
         closing(chunks),  # stops the worker processes before anything else, also after an exception
     ):
         files = (labels_file, prompt_file)
@@ -165,7 +166,7 @@ def _append_chunks(
             if os.fstat(file.fileno()).st_size < size:
                 raise ValueError(f"{file.name} is shorter than {PROGRESS_FILE} records: delete {out} and start again")
             file.truncate(size)  # rows after the last save are written again
-        saved_at = -SAVE_EVERY_S
+        saved_at, said_at = -SAVE_EVERY_S, time.monotonic()
         for labels, prompt_bits, n_left_out in chunks:
             _write(labels_file, labels)
             _write(prompt_file, prompt_bits)
@@ -177,6 +178,9 @@ def _append_chunks(
             )
             bar.update(len(labels) + n_left_out)
             if time.monotonic() - saved_at > SAVE_EVERY_S:
+            if bar.disable and time.monotonic() - said_at > SAY_EVERY_S:
+                say(f"tokenized {done.n_read:,} rows")
+                said_at = time.monotonic()
                 _sync(files)
                 write_text(out / PROGRESS_FILE, json.dumps({"job": job, "done": asdict(done)}))
                 saved_at = time.monotonic()

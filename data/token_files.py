@@ -81,12 +81,9 @@ def open_token_files(data_dir: str | Path, max_len: int, mask_id: int, vocab_siz
         raise ValueError(f"{folder} has rows of {length} tokens, but data.max_len is {max_len}: set it to {length}")
     labels = np.memmap(folder / LABELS_FILE, dtype=np.uint32, mode="r", shape=(n_rows, length))
     prompt_bits = np.memmap(folder / PROMPT_FILE, dtype=np.uint8, mode="r", shape=(n_rows, length // 8))
-    for start in range(0, n_rows, N_CHECKED):
-        all_prompt = np.flatnonzero((prompt_bits[start : start + N_CHECKED] == 255).all(1))
-        if len(all_prompt):
-            raise ValueError(
-                f"{folder}: row {start + int(all_prompt[0])} (from 0) is all prompt, so there is nothing to predict"
-            )
+    all_prompt = scan_prompts(folder / PROMPT_FILE, prompt_bits)
+    if all_prompt >= 0:
+        raise ValueError(f"{folder}: row {all_prompt} (from 0) is all prompt, so there is nothing to predict")
     highest, is_used = scan_labels(folder / LABELS_FILE, labels, mask_id)
     highest = max(highest, meta.get("max_token_id") or 0)
     if highest >= vocab_size:
@@ -108,7 +105,8 @@ def scan_labels(path: Path, labels: np.ndarray, mask_id: int) -> tuple[int, bool
 
     def scan() -> dict[str, Any]:
         highest, mask_is_used = 0, False
-        for start in tqdm(range(0, len(labels), N_CHECKED), desc=f"checking {path}", unit_scale=N_CHECKED, delay=5):
+        starts = range(0, len(labels), N_CHECKED)
+        for start in tqdm(starts, desc=f"checking {path}", unit_scale=N_CHECKED, delay=5, disable=None):
             chunk = labels[start : start + N_CHECKED]
             highest, mask_is_used = max(highest, int(chunk.max())), mask_is_used or bool((chunk == mask_id).any())
         return {"highest": highest, "mask_is_used": mask_is_used}
@@ -117,6 +115,20 @@ def scan_labels(path: Path, labels: np.ndarray, mask_id: int) -> tuple[int, bool
     arguments = {"shape": list(labels.shape), "mask_id": mask_id}
     found = cached_findings(path, cache, scan, {"highest": int, "mask_is_used": bool}, arguments)
     return found["highest"], found["mask_is_used"]
+
+
+def scan_prompts(path: Path, prompt_bits: np.ndarray) -> int:
+    """The first row that is all prompt; -1 if there is none. Cached as in `scan_labels`."""
+
+    def scan() -> dict[str, Any]:
+        for start in range(0, len(prompt_bits), N_CHECKED):
+            found = np.flatnonzero((prompt_bits[start : start + N_CHECKED] == 255).all(1))
+            if len(found):
+                return {"all_prompt": start + int(found[0])}
+        return {"all_prompt": -1}
+
+    cache, arguments = path.with_name(f".{path.name}.scan.json"), {"shape": list(prompt_bits.shape)}
+    return int(cached_findings(path, cache, scan, {"all_prompt": int}, arguments)["all_prompt"])
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

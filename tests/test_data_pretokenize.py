@@ -19,7 +19,7 @@ from data.gsm8k import Problem, read_problems
 from data.pretokenize import pretokenize
 from data.stream import SequenceStream
 from data.text import decode_completions, load_tokenizer
-from data.token_files import FORMAT, open_token_files, read_meta, tokenizer_of, write_meta
+from data.token_files import FORMAT, open_token_files, read_meta, tokenizer_of, write_meta, write_token_files
 from data.word_problems import generate_problems, train_tokenizer
 from model.transformer import Transformer
 from runtime.config_file import read_config
@@ -337,6 +337,16 @@ def test_files_from_before_texts_were_stripped_are_not_continued(tmp_path, token
     assert len(open_token_files(files, MAX_LEN, 511, 512)) == 45, "training still reads them"
     rewrite_meta(files, num_left_out=None)  # as in a folder of the published code
     assert pretokenize(*arguments, files, MAX_LEN, n_workers=1).n_written == 45
+
+
+def test_the_search_for_rows_of_prompts_alone_is_cached(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.hashes.SETTLED_NS", -(10**18))
+    prompt_bits = np.array([[1], [255], [0]], dtype=np.uint8)
+    write_token_files(tmp_path, np.ones((3, 8), dtype=np.uint32), prompt_bits, {"eos_id": 1})
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"row 1 \(from 0\) is all prompt"):
+            open_token_files(tmp_path, 8, 6, 7)
+        monkeypatch.setattr("data.token_files.N_CHECKED", None)  # a second search would fail
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ class AnswerVerdict:
     """What can be said of an answer to any question, not only to one of the test."""
 
     answer: str  # on its own, as plain text: cells, a program, a number
-    right: bool | None = None  # None: unknown, for want of the right answer
+    right: bool | None = None  # None: unknown, because the right answer is not known
     reason: str = ""  # one line; empty if there is nothing to say
     facts: dict[str, Any] = field(default_factory=dict)  # more for files; the same keys for all answers of a data set
     wrong: dict[int, str] = field(default_factory=dict)  # what is wrong with a position of the row
@@ -184,7 +184,10 @@ class DataSet(ABC):
 
     @property
     def test(self) -> SequenceData:
-        """Rows whose prompts are the questions of the test: by default those of `validation`."""
+        """Rows whose prompts are the questions of the test: by default those of `validation`.
+
+        Not used where a data set defines `n_questions` and `prompts` itself.
+        """
         return self.validation
 
     @property

@@ -138,7 +138,7 @@ def check_out(path: Path, option: str, source: Path | None = None) -> None:
 
 
 def _scratch(path: Path) -> Path:
-    """Where new content is written, beside what it replaces; a name of this process, since others may write it too."""
+    """Temporary name beside `path`, unique to this process, since other processes may write the same path."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.incomplete")
 
 

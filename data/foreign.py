@@ -27,7 +27,7 @@ from grader.text import escape
 
 INTERRUPTED = 128 + signal.SIGINT  # exit status after Ctrl-C, as shells have it
 MAX_MESSAGE = 300  # characters of a line
-MAX_NAME = 170  # characters of that for what is read, whose paths may be long
+MAX_NAME = 170  # of these, characters for the name of what is read (paths may be long)
 MAX_COMMAND = 4000  # characters of a command line in a message
 MAX_LINES = 30  # of a message that lists problems
 MAX_TEXT_BYTES = 1 << 24  # of a JSON or YAML file, or of a line of a .jsonl file; ours have some kilobytes
@@ -166,6 +166,15 @@ def whole_number(lowest: int, highest: int = MAX_INTEGER - 1) -> Callable[[str],
         return int(text)
 
     return convert
+
+
+def may_be_on_hub(name: str) -> bool:
+    """Whether a path that does not exist may be the name of a data set of the Hugging Face hub, OWNER/NAME.
+
+    If the owner is a folder here, a path was misspelled, and nothing is asked of the hub.
+    """
+    owner = Path(name).parent
+    return name.count("/") == 1 and not Path(name).is_absolute() and not owner.is_dir()
 
 
 def check_file(path: Path, max_bytes: int | None = None) -> None:

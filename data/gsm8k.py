@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from data.files import write_text
-from data.foreign import parse_object, read_lines, reading
-from data.text import check_tokens, encode_prompts, load_tokenizer, prompt_fits
+from data.foreign import may_be_on_hub, parse_object, read_lines, reading
+from data.text import check_tokens, encode_prompts, load_tokenizer, prompt_fits, prompt_row
 from grader.grade import gold_number
 
 HUB_NAME = "openai/gsm8k"
@@ -56,8 +56,10 @@ def read_problems(source: str, cache_dir: str | Path | None = None) -> list[Prob
     """
     path = Path(source)
     if not path.is_file():
-        if path.suffix == ".jsonl" or path.is_absolute() or source.count("/") != 1:
-            raise ValueError(f"problem file {source} does not exist")
+        if path.suffix == ".jsonl" or not may_be_on_hub(source):
+            raise ValueError(
+                f"problem file {source} does not exist: set data.test_source to a .jsonl file or a data set of the Hub"
+            )
         path = _download(source, cache_dir)
     problems = []
     with reading(f"{path}", REMEDY):
@@ -101,17 +103,16 @@ def build_prompts(
     fitting = [i for i, prompt in enumerate(prompts) if prompt_fits(len(prompt), max_len)]
     n_left_out = len(problems) - len(fitting)
     if not fitting:
-        raise ValueError(f"none of the {len(problems)} questions fits {max_len} tokens: raise max_len")
+        raise ValueError(f"none of the {len(problems)} questions fits data.max_len {max_len}: raise it")
     if n_left_out:
         warnings.warn(
-            f"{n_left_out} of {len(problems)} questions are left out: they leave no room for a program in max_len "
-            f"{max_len} tokens",
+            f"{n_left_out} of {len(problems)} questions are left out: they leave no room for a program in "
+            f"data.max_len {max_len}",
             stacklevel=2,
         )
-    xt = np.full((len(fitting), max_len), mask_id, dtype=np.int64)  # [N, L]
-    for row, i in zip(xt, fitting, strict=True):
-        row[: len(prompts[i])] = prompts[i]
+    for i in fitting:
         check_tokens(prompts[i], mask_id, vocab_size, f"the question {problems[i].question!r}")
+    xt = np.stack([prompt_row(prompts[i], mask_id, max_len) for i in fitting])  # [N, L]
     return Prompts([problems[i] for i in fitting], xt, n_left_out)
 
 
@@ -133,7 +134,9 @@ def _download(name: str, cache_dir: str | Path | None) -> Path:
     if not path.exists():
         from datasets import load_dataset  # slow to import, and only used here
 
-        with reading(f"data set {name!r}", "a local .jsonl file also works"):
+        with reading(
+            f"data set {name!r}", "set data.test_source to a local .jsonl file, or fetch it where there is a network"
+        ):
             rows = load_dataset(name, "main" if name == HUB_NAME else None, split="test", trust_remote_code=False)
             lines = [json.dumps({key: row.get(key) for key in COLUMNS}) for row in rows]
         folder.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,7 @@ from data.foreign import (
     CommandParser,
     check_file,
     ends_with_message,
+    may_be_on_hub,
     read_json,
     reading,
     shorten,
@@ -51,8 +52,8 @@ KINDS = {".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}  # readers 
 CHUNK_ROWS = 500  # rows per task of a worker process: 1 MiB of labels
 MAX_PENDING_CHUNKS = 4  # per worker
 SAVE_EVERY_S = 5.0
-# Recorded in meta.json, so that a call never appends to rows that were encoded differently.
 SAY_EVERY_S = 60.0  # where there is no progress bar
+# Recorded in meta.json, so that a call never appends to rows that were encoded differently.
 WHITE_SPACE = {"outer_white_space": "stripped"}
 OLD_WHITE_SPACE = {"outer_white_space": "kept"}  # earlier versions of this code, which did not record it
 
@@ -177,10 +178,10 @@ def _append_chunks(
                 max(done.max_token_id, int(labels.max(initial=0))),
             )
             bar.update(len(labels) + n_left_out)
-            if time.monotonic() - saved_at > SAVE_EVERY_S:
             if bar.disable and time.monotonic() - said_at > SAY_EVERY_S:
                 say(f"tokenized {done.n_read:,} rows")
                 said_at = time.monotonic()
+            if time.monotonic() - saved_at > SAVE_EVERY_S:
                 _sync(files)
                 write_text(out / PROGRESS_FILE, json.dumps({"job": job, "done": asdict(done)}))
                 saved_at = time.monotonic()
@@ -239,7 +240,7 @@ def read_rows(
             files = find_files(path)
             kind = KINDS[Path(files[0]).suffix]
             rows = load_dataset(kind, data_files=files, split="train", streaming=True, trust_remote_code=False)
-        elif path.is_absolute() or path.suffix in KINDS or source.count("/") != 1:
+        elif path.suffix in KINDS or not may_be_on_hub(source):
             raise ValueError("it does not exist, and the name of a data set is OWNER/NAME")
         else:
             rows = load_dataset(source, split=split, streaming=True, trust_remote_code=False)

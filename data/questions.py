@@ -19,7 +19,8 @@ from data.foreign import MAX_TEXT_BYTES, parse_object, read_text, reading
 
 STANDARD_INPUT = "-"
 BYTE_ORDER_MARK = "\ufeff"  # spreadsheets write one
-# Of several the first decides, also if it is empty: files that sampling.py wrote have the model's own `answer`.
+# The first of these keys that is present is used, even if its value is empty: files that sampling.py wrote have the
+# model's own `answer`.
 GOLD_KEYS = ("gold", "answer", "completion")
 SUFFIXES = (".txt", ".csv", ".jsonl")
 

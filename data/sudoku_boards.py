@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.files import replacing, reported
-from data.foreign import check_archive, check_file, check_memory, reading
+from data.foreign import check_archive, check_file, check_memory, may_be_on_hub, reading
 from data.hashes import hash_arrays
 
 SudokuLayout = Literal["two_halves", "in_place"]
@@ -182,11 +182,11 @@ def check_boards(boards: np.ndarray, size: int) -> list[tuple[int, str]]:
             "the solution repeats a digit in a row, column or box": ~legal_solutions(solutions, size),
             "the solution changes a clue": ((puzzles != 0) & (puzzles != solutions)).any(1),
         }
-        reported = np.zeros(len(chunk), dtype=bool)
+        has_reason = np.zeros(len(chunk), dtype=bool)
         found: list[tuple[int, str]] = []
         for reason, is_bad in reasons.items():
-            found += [(start + int(row), reason) for row in np.flatnonzero(is_bad & ~reported)]
-            reported |= is_bad
+            found += [(start + int(row), reason) for row in np.flatnonzero(is_bad & ~has_reason)]
+            has_reason |= is_bad
         bad += sorted(found)
     return bad
 
@@ -360,7 +360,7 @@ def load_hub(
 
     source = f"data set {name!r}, split {split!r}"
     with reading(source, "name a folder or a data set of the Hugging Face hub, and one of its splits"):
-        if not Path(name).is_dir() and name.count("/") != 1:  # other names are file formats of the library
+        if not Path(name).is_dir() and not may_be_on_hub(name):  # other names are file formats of the library
             raise ValueError("it is neither a folder nor OWNER/NAME")
         # Otherwise puzzles in a csv file are read as numbers and lose leading zeros.
         as_text = {"converters": {puzzle_column: str, solution_column: str}}

@@ -224,7 +224,7 @@ def _fill_singles(boards: np.ndarray, groups: np.ndarray, size: int) -> None:
                     progress = True
 
 
-def check_uniqueness(puzzles: np.ndarray, size: int, *, show_progress: bool = True) -> list[tuple[int, str]]:
+def check_uniqueness(puzzles: np.ndarray, size: int) -> list[tuple[int, str]]:
     """Rows whose puzzle has several solutions, with that reason, in order. Uses all cores.
 
     Args:
@@ -235,9 +235,7 @@ def check_uniqueness(puzzles: np.ndarray, size: int, *, show_progress: bool = Tr
     pool = ThreadPoolExecutor(count_cores())  # the compiled code releases the GIL
     try:
         counts = pool.map(lambda start: count_solutions(puzzles[start : start + SEARCH_ROWS], size), starts)
-        with tqdm(
-            total=len(puzzles), desc="counting solutions", unit="puzzle", disable=None if show_progress else True
-        ) as bar:
+        with tqdm(total=len(puzzles), desc="counting solutions", unit="puzzle", disable=None) as bar:
             for start, counted in zip(starts, counts, strict=True):
                 bad += [(start + int(row), "the puzzle has several solutions") for row in np.flatnonzero(counted > 1)]
                 bar.update(len(counted))

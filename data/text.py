@@ -81,7 +81,7 @@ def train_byte_pairs(texts: Iterable[str], pieces: str, vocab_size: int) -> Any:
     fill the vocabulary, the tokens before the mask token are unused.
 
     Args:
-        pieces: regular expression of what a token may span at most.
+        pieces: regular expression; a token never extends beyond one match.
         vocab_size: number of tokens, at least `MIN_TRAINED_VOCAB`.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -143,6 +143,11 @@ def check_tokens(ids: Sequence[int], mask_id: int, vocab_size: int | None, sourc
 def prompt_fits(n_tokens: int, max_len: int) -> bool:
     """Whether a prompt leaves room for one token of a completion and EOS."""
     return n_tokens <= max_len - 2
+
+
+def prompt_row(ids: list[int], mask_id: int, max_len: int) -> np.ndarray:
+    """A prompt as a row to fill, int64 [L]: its tokens, then mask tokens."""
+    return np.array(ids + [mask_id] * (max_len - len(ids)), dtype=np.int64)
 
 
 def encode_rows(

@@ -43,6 +43,7 @@ from data.text import (
     encode_prompts,
     load_tokenizer,
     prompt_fits,
+    prompt_row,
     train_byte_pairs,
 )
 from data.token_files import TokenFileData, count_shared_rows, open_token_files, read_meta
@@ -134,7 +135,7 @@ class PairDataSet(DataSet):
         if not prompt_fits(len(ids), max_len):
             raise ValueError(f"the prompt has {len(ids)} tokens: at most {max_len - 2} fit data.max_len {max_len}")
         check_tokens(ids, self.mask_id, self.vocab_size, "the prompt")
-        return np.array(ids + [self.mask_id] * (max_len - len(ids)))
+        return prompt_row(ids, self.mask_id, max_len)
 
     def completion(self, prompt: np.ndarray, tokens: np.ndarray) -> str:
         """The text after the prompt of one row, up to EOS; both arguments are int64 [L]."""
@@ -263,7 +264,7 @@ class TextData(PairDataSet):
             source,
             name,
             folder,
-            settings.max_len,
+            max_len=settings.max_len,
             n_workers=1,
             columns=columns,
             split=split,

@@ -128,10 +128,10 @@ class TinyGsm(PairDataSet):
         assert settings.seed is not None
         return cached_word_problems(
             settings.data_dir,
-            settings.n_train,
-            settings.n_test,
-            settings.seed,
-            settings.max_len,
+            n_train=settings.n_train,
+            n_test=settings.n_test,
+            seed=settings.seed,
+            max_len=settings.max_len,
             difficulty=settings.difficulty or "easy",
         )
 

@@ -71,9 +71,13 @@ def test_a_bad_line_is_named(line, message, tmp_path):
         read_problems(str(path))
 
 
-@pytest.mark.parametrize("source", ["nowhere.jsonl", "/nowhere/at/all", "a/b/c"])
-def test_a_missing_file_is_named(source):
-    with pytest.raises(ValueError, match=f"problem file {source} does not exist"):
+@pytest.mark.parametrize("source", ["nowhere.jsonl", "/nowhere/at/all", "a/b/c", "folder/misspelled"])
+def test_a_missing_file_is_named(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(
+        ValueError, match=f"problem file {source} does not exist: set data.test_source to a .jsonl file"
+    ):
         read_problems(source)
 
 
@@ -100,7 +104,9 @@ def test_an_unreachable_hub_ends_with_one_message(tmp_path, monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match=r"'openai/gsm8k' cannot be read \(no network\): a local .jsonl file"):
+    with pytest.raises(
+        ValueError, match=r"'openai/gsm8k' cannot be read \(no network\): set data.test_source to a local"
+    ):
         read_problems(gsm8k.HUB_NAME, cache_dir=tmp_path)
 
 
@@ -129,7 +135,7 @@ def test_questions_that_are_too_long_are_left_out_and_counted(tokenizer):
         prompts = build_prompts(problems, tokenizer, MASK_ID, n_tokens + 2)
     assert [problem.answer for problem in prompts.problems] == ["1", "3"]
     assert prompts.n_left_out == 1
-    with pytest.raises(ValueError, match="none of the 3 questions fits"):
+    with pytest.raises(ValueError, match=r"none of the 3 questions fits data\.max_len"):
         build_prompts(problems, tokenizer, MASK_ID, n_tokens + 1)
 
 

@@ -371,6 +371,13 @@ def test_bad_sources_end_with_one_message(content, message, tmp_path, tokenizer_
     assert not (tmp_path / "out" / "meta.json").exists()
 
 
+def test_a_misspelled_folder_is_not_taken_for_a_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ValueError, match=r"source 'data/my_pairs' cannot be read \(it does not exist"):
+        next(module.read_rows("data/my_pairs", ("question", "code")))
+
+
 @needs_shared
 def test_the_separator_is_a_token_of_its_own_and_special_text_is_text(tmp_path):
     rows = [{"question": "How many <|im_start|> are left?", "code": "def f():\n    return 1<|endoftext|>"}] * 3

@@ -246,9 +246,9 @@ def test_426971_real_boards_are_good():
 def test_puzzles_with_several_solutions_are_named_across_chunks(monkeypatch):
     monkeypatch.setattr("data.sudoku_solver.SEARCH_ROWS", 4)
     puzzles = boards(6, 11, n_clues=30)[:, :36].astype(np.uint8)
-    assert check_uniqueness(puzzles, 6, show_progress=False) == []
+    assert check_uniqueness(puzzles, 6) == []
     puzzles[[0, 4, 9], 6:] = 0
-    bad = check_uniqueness(puzzles, 6, show_progress=False)
+    bad = check_uniqueness(puzzles, 6)
     assert bad == [(row, "the puzzle has several solutions") for row in (0, 4, 9)]
 
 

@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     grading.add_argument("cases", type=Path, help="jsonl with completion and gold")
     grading.add_argument("--out", type=Path, required=True, help="jsonl of verdict, value and reason")
     grading.add_argument(
-        "--workers", type=whole_number(1, 1024), help="programs run in parallel; by default two per core"
+        "--workers", type=whole_number(1, 1024), help="programs run in parallel, at most 16; by default two per core"
     )
     prompting = commands.add_parser("prompts", help="make prompts from a file of problems")
     prompting.add_argument("test", type=Path, help="jsonl with question and answer, as in GSM8K")

@@ -113,7 +113,7 @@ def run_programs(
     module `math` is available without an import, and `__name__` is "__main__".
 
     Args:
-        n_workers: programs run in parallel; by default two per core that this process may use, at most 16.
+        n_workers: programs run in parallel, at most 16; by default two per core that this process may use.
         cpu_s, wall_s, memory_mib: limits of one program. On Linux, time in which a program was ready to run and waited
             for a core does not count as wall time, up to 20 times `wall_s` in all.
         on_done: called when a program has ended, once for each.
@@ -133,7 +133,7 @@ def run_programs(
             waiting.append(i)
         else:
             report()
-    n_workers = min(n_workers or min(WORKERS_PER_CORE * count_cores(), MAX_WORKERS), len(waiting))
+    n_workers = min(n_workers or WORKERS_PER_CORE * count_cores(), MAX_WORKERS, len(waiting))
     limits = (cpu_s, wall_s, memory_mib << 20)
     workers: list[_Worker] = []
     try:

@@ -11,6 +11,7 @@ import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -848,6 +849,20 @@ def test_limits_must_be_positive(limit: str) -> None:
 def test_no_programs_take_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grader.sandbox.subprocess, "Popen", None)
     assert run_programs([]) == []
+
+
+def test_the_number_of_workers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+
+    class Counted(grader.sandbox._Worker):
+        def __init__(self, limits: tuple[int, float, int]) -> None:
+            started.append(limits)
+            super().__init__(limits)
+
+    monkeypatch.setattr(grader.sandbox, "MAX_WORKERS", 2)
+    monkeypatch.setattr(grader.sandbox, "_Worker", Counted)
+    assert run_programs(["def f():\n    return 18"] * 4, n_workers=100, wall_s=20) == [Outcome("ok", 18)] * 4
+    assert len(started) == 2
 
 
 @needs_filter

@@ -40,6 +40,10 @@ class BadInput(ValueError):
     """Material that cannot be read: what it is, why, and a remedy, in one line of at most `MAX_MESSAGE` characters."""
 
 
+class TooLittleMemory(ValueError):
+    """Something needs more memory than this machine has left."""
+
+
 @contextmanager
 def reading(what: str, remedy: str) -> Iterator[None]:
     """Turn any exception inside into BadInput, which names `what`, the reason and the remedy.
@@ -229,9 +233,11 @@ def check_archive(path: Path, max_growth: int) -> None:
 
 
 def check_memory(n_bytes: int, what: str) -> None:
-    """Raise ValueError if `what` needs more memory than this machine has left."""
+    """Raise TooLittleMemory if `what` needs more memory than this machine has left."""
     if n_bytes > (free := free_memory()):
-        raise ValueError(f"{what}: needs {n_bytes / 2**30:,.1f} GiB of memory, but {free / 2**30:,.1f} GiB are free")
+        raise TooLittleMemory(
+            f"{what}: needs {n_bytes / 2**30:,.1f} GiB of memory, but {free / 2**30:,.1f} GiB are free"
+        )
 
 
 def free_memory() -> int:

@@ -5,8 +5,9 @@ safetensors, the settings, the optimizer's state, one file per rank with the sta
 and a manifest with size and SHA-256 of every file. It is written under a temporary name, synced and renamed, so it is
 either complete or absent. Reading a checkpoint never executes code from it.
 
-Nothing is deleted on the word of a name: before an old checkpoint goes, those that stay are read in full, and one that
-cannot be read is renamed to `step_00001000.damaged`, which every reader ignores.
+A checkpoint is deleted only after those that are kept have been read in full. Of these, one that is damaged is renamed
+to `step_00001000.damaged`, which every reader ignores, and one that cannot be read just now, for want of memory,
+permissions or the network, stays under its name.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing_extensions import TypedDict
 
 from config import Config
 from data.files import WriteError, reported, sync, write_text
-from data.foreign import MAX_INTEGER, BadInput, check_archive, read_json, reading
+from data.foreign import MAX_INTEGER, BadInput, TooLittleMemory, check_archive, read_json, reading
 from data.hashes import hash_file
 from runtime.config_file import dump_config, read_config
 from runtime.distributed import World, gather
@@ -44,6 +45,9 @@ STEP_NAME = re.compile(r"step_([0-9]{8,})")
 REMEDY = "delete the checkpoint, or copy it again"
 # Errors of reading that come of the checkpoint itself: a file is missing or of another kind, or a block unreadable.
 DAMAGED = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}
+# Messages of RuntimeErrors that torch raises for host memory and CUDA libraries.
+NO_MEMORY = re.compile("can(?:'|no)t allocate memory", re.IGNORECASE)
+CUDA_ERROR = re.compile("CUDA error|CUDNN_STATUS")
 
 T = TypeVar("T")
 
@@ -81,14 +85,14 @@ class Checkpoint:
     score: float | None  # higher is better; None if it was not evaluated
 
     def weights(self, name: str) -> dict[str, Tensor] | None:
-        """Tensors of `model` or `ema`; None if the file does not exist. Raises ValueError if it cannot be read."""
+        """Tensors of `model` or `ema`; None if the file does not exist. Raises as `reading_checkpoint`."""
         file = self.path / f"{name}.safetensors"
-        with reading(f"checkpoint {self.path}: {file.name}", REMEDY):
+        with reading_checkpoint(self.path, file.name):
             return load_file(file) if file.exists() else None
 
     def state(self, name: str) -> dict[str, Any]:
-        """State saved as `train` or `rank_<r>`; ValueError if it holds anything but plain data and tensors."""
-        with reading(f"checkpoint {self.path}: {name}.pt", REMEDY):
+        """State saved as `train` or `rank_<r>`: plain data and tensors. Raises as `reading_checkpoint`."""
+        with reading_checkpoint(self.path, f"{name}.pt"):
             check_archive(self.path / f"{name}.pt", max_growth=1)
             state: dict[str, Any] = torch.load(self.path / f"{name}.pt", map_location="cpu", weights_only=True)
             return state
@@ -98,28 +102,48 @@ class Checkpoint:
         return read_config(self.path / "config.yaml", overrides)
 
 
-# What an error of the machine says that torch raises as a bare RuntimeError: of host memory, and of CUDA's libraries.
-MACHINE_ERROR = re.compile("can't allocate memory|CUDA error|CUDNN_STATUS")
-
-
 @contextmanager
-def restoring(checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn an error that comes of what `checkpoint` holds into BadInput, whose remedy is to delete the checkpoint.
+def reading_checkpoint(path: Path, file: str | None = None) -> Iterator[None]:
+    """Tell damage of a checkpoint from errors of the machine, after which it may be in order. Calls can be nested.
 
-    An error of the machine (memory, device, network, disk of the log) passes unchanged: the checkpoint is in order.
+    Args:
+        file: what is read of it; None for all of it.
+
+    Raises:
+        BadInput: what the checkpoint holds cannot be used; the remedy is to delete it.
+        OSError: it cannot be read now, or there is too little memory. Other errors of the machine (device, ranks) pass
+            unchanged too.
     """
+    what = f"checkpoint {path}" + (f": {file}" if file else "")
     of_machine: Exception | None = None
-    with reading(f"checkpoint {checkpoint.path}", REMEDY):
+    with reading(what, REMEDY):
         try:
             yield
-        except (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError, dist.DistError) as error:
-            of_machine = error
-        except RuntimeError as error:
-            if not MACHINE_ERROR.search(str(error)):
+        except Exception as error:
+            if not _is_of_machine(error):
                 raise
             of_machine = error
     if of_machine is not None:
+        if _is_of_memory(of_machine):
+            raise OSError(f"{what} cannot be read now ({of_machine or 'too little memory'})") from of_machine
         raise of_machine
+
+
+def _is_of_machine(error: Exception) -> bool:
+    """Whether an error of reading a checkpoint says nothing about what the checkpoint holds."""
+    if isinstance(error, OSError):
+        return error.errno not in DAMAGED
+    known = (torch.OutOfMemoryError, torch.AcceleratorError, dist.DistError)
+    return _is_of_memory(error) or isinstance(error, known) or _says(error, CUDA_ERROR)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether the host has too little memory."""
+    return isinstance(error, (MemoryError, TooLittleMemory)) or _says(error, NO_MEMORY)
+
+
+def _says(error: Exception, pattern: re.Pattern[str]) -> bool:
+    return isinstance(error, RuntimeError) and pattern.search(str(error)) is not None
 
 
 def save_checkpoint(
@@ -185,7 +209,7 @@ def score_checkpoint(run_dir: Path, world: World, config: Config, step: int, sco
     path = run_dir / "checkpoints" / f"step_{step:08d}"
 
     def write() -> None:
-        with reading(f"checkpoint {path}: {MANIFEST}", REMEDY):
+        with reported(path / MANIFEST), reading_checkpoint(path, MANIFEST):
             manifest = read_json(path / MANIFEST)
             del manifest["sha256"]
         _write_manifest(path, manifest | {"score": score})
@@ -218,35 +242,35 @@ def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
 
     Raises:
         OtherVersion: it was written by another version of this code.
-        OSError: it cannot be read now, though it may be in order (permissions, the network).
+        OSError: it cannot be read now, though it may be in order (memory, permissions, the network).
     """
     for path in step_folders(run_dir):
         try:
             return _open_step(path)
+        except OtherVersion:
+            raise
         except ValueError as error:
-            if not _is_damage(error):
-                raise (error.__cause__ or error) from None
             warnings.warn(f"{error}; trying the previous one", RuntimeWarning, stacklevel=2)
     return None
-
-
-def _is_damage(error: ValueError) -> bool:
-    """Whether an error of `_open_step` tells of damage, and not of another version or of what cannot be read now."""
-    cause = error.__cause__
-    return not isinstance(error, OtherVersion) and (not isinstance(cause, OSError) or cause.errno in DAMAGED)
 
 
 def resumable_checkpoint(run_dir: Path) -> Checkpoint | None:
     """The checkpoint from which the run continues: see `latest_checkpoint`.
 
-    Newer ones, which cannot be read, are set aside, so that none of them passes for a later state of the run. Only the
+    Newer ones, which are damaged, are set aside, so that none of them passes for a later state of the run. Only the
     process that holds the run's lock may call this.
 
     Raises:
+        ValueError: there are checkpoints, but all are damaged; none is renamed. Also as `latest_checkpoint`.
         WriteError: one cannot be renamed.
     """
-    checkpoint = latest_checkpoint(run_dir)
-    for path in step_folders(run_dir):
+    checkpoint, paths = latest_checkpoint(run_dir), step_folders(run_dir)
+    if checkpoint is None and paths:
+        raise ValueError(
+            f"{run_dir}: all its checkpoints are damaged ({len(paths)}): restore one, or delete "
+            f"{run_dir / 'checkpoints'} to start at step 0"
+        )
+    for path in paths:
         if checkpoint is not None and path == checkpoint.path:
             break
         _set_aside(path)
@@ -272,9 +296,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint and check its files against its manifest.
 
     Raises:
-        ValueError: a file is missing, differs in size or content, or cannot be read; the message names it.
+        ValueError: a file is missing, differs in size or content, or is damaged; the message names it.
+        OSError: a file cannot be read now.
     """
-    with reading(f"checkpoint {path}: {MANIFEST}", REMEDY):
+    with reading_checkpoint(path, MANIFEST):
         content = read_json(path / MANIFEST)
         version = content["format"]
         if type(version) is not int or not 0 < version < 1000:
@@ -298,7 +323,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise ValueError(f"it names {outside[0]!r}, a file outside the checkpoint's folder")
     for name, facts in files.items():
         file, n_bytes = path / name, facts["bytes"]
-        with reading(f"checkpoint {path}: {name}", REMEDY):  # a disk may fail
+        with reading_checkpoint(path, name):  # a disk may fail
             n_found = file.stat().st_size if file.is_file() else None
             is_same = n_found == n_bytes and hash_file(file) == facts["sha256"]
         if n_found is None:
@@ -348,7 +373,7 @@ def step_folders(run_dir: Path) -> list[Path]:
 
 
 def _open_step(path: Path) -> Checkpoint:
-    """As `open_checkpoint`, for a folder whose name has the step. Raises ValueError."""
+    """As `open_checkpoint`, for a folder whose name has the step."""
     checkpoint = open_checkpoint(path)
     if path.name != f"step_{checkpoint.step:08d}":
         raise ValueError(f"checkpoint {path}: it was saved at step {checkpoint.step}, not at that of its name")
@@ -380,16 +405,17 @@ def _prune(run_dir: Path, n_newest: int, written: Path) -> None:
     for leftover in (run_dir / "checkpoints").glob(".step_*.incomplete"):
         shutil.rmtree(leftover, ignore_errors=True)
     paths = step_folders(run_dir)
-    scores = {path: score for path in paths if (score := _score(path)) is not None}
+    scores, unread = _read_scores(paths)
     by_score = sorted(scores, key=lambda path: (scores[path], path.name), reverse=True)
     if set(paths) <= {written, *paths[:n_newest], *by_score[:1]}:
         return  # without reading any
     newest, failed = _first_sound([path for path in paths if path != written], n_newest - 1, known=set())
     best, also_failed = _first_sound([path for path in by_score if path not in failed], 1, known={written, *newest})
     failed |= also_failed
-    damaged = [path for path, error in failed.items() if _is_damage(error)]
-    kept = {written, *newest, *best, *failed}
-    for path in damaged:
+    kept = {written, *newest, *best, *failed, *unread}
+    for path, error in failed.items():
+        if isinstance(error, (OtherVersion, OSError)):
+            continue
         try:
             _set_aside(path)
         except WriteError as error:
@@ -400,14 +426,14 @@ def _prune(run_dir: Path, n_newest: int, written: Path) -> None:
                 _delete(path)
 
 
-def _first_sound(paths: Sequence[Path], n: int, known: set[Path]) -> tuple[list[Path], dict[Path, ValueError]]:
+def _first_sound(paths: Sequence[Path], n: int, known: set[Path]) -> tuple[list[Path], dict[Path, Exception]]:
     """The first `n` checkpoints that can be read, and why others before the last of these cannot.
 
     Args:
         known: which can be read, so that they are not read again.
     """
     sound: list[Path] = []
-    failed: dict[Path, ValueError] = {}
+    failed: dict[Path, Exception] = {}
     for path in paths:
         if len(sound) == n:
             break
@@ -415,7 +441,7 @@ def _first_sound(paths: Sequence[Path], n: int, known: set[Path]) -> tuple[list[
             if path not in known:
                 _open_step(path)
             sound.append(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             failed[path] = error
     return sound, failed
 
@@ -428,9 +454,15 @@ def _delete(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _score(path: Path) -> float | None:
-    try:
-        with reading(f"checkpoint {path}: {MANIFEST}", REMEDY):
-            return float(read_json(path / MANIFEST)["score"])
-    except ValueError:
-        return None
+def _read_scores(paths: Sequence[Path]) -> tuple[dict[Path, float], list[Path]]:
+    """The scores of the checkpoints that have one, and those whose score cannot be read now."""
+    scores, unread = {}, []
+    for path in paths:
+        try:
+            with reading_checkpoint(path, MANIFEST):
+                scores[path] = float(read_json(path / MANIFEST)["score"])
+        except OSError:
+            unread.append(path)
+        except ValueError:  # it has none, or is damaged
+            continue
+    return scores, unread

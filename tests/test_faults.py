@@ -409,28 +409,43 @@ def interrupted_after(n_saves: int, monkeypatch: pytest.MonkeyPatch, arguments: 
     assert stop.value.code == 130
 
 
-@pytest.mark.parametrize(("kind", "keep"), [*((kind, 2) for kind in DAMAGE), (DAMAGE[0], 1)])
-def test_damaged_checkpoints_are_set_aside_and_fresh_ones_stay(kind, keep, config_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_checkpoints_are_set_aside_and_fresh_ones_stay(kind, config_file, tmp_path, monkeypatch):
     """Their steps are higher than those of the resumed run, so pruning by step would delete the new checkpoints."""
-    config = config_file(training__save_every=1, training__eval_every=100, training__keep_checkpoints=keep)
+    config = config_file(training__save_every=1, training__eval_every=100, training__keep_checkpoints=2)
     run_dir, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
     arguments = ["--config", str(config), "--run-dir", str(run_dir)]
     interrupted_after(5, monkeypatch, arguments)
-    assert sorted(path.name for path in folder.iterdir()) == [f"step_{n:08d}" for n in range(6 - keep, 6)]
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000004", "step_00000005"]
     for _ in range(2):
         newest = latest_checkpoint(run_dir)
         harm(kind, newest.path)
-        with pytest.warns(RuntimeWarning, match=rf"step_{newest.step:08d} is damaged and was renamed to step_"):
+        with pytest.warns(RuntimeWarning, match=r"step_00000005 is damaged and was renamed to step_"):
             interrupted_after(1, monkeypatch, arguments)
-        fresh = latest_checkpoint(run_dir)
-        assert fresh.step == (1 if keep == 1 else newest.step), "what was saved last is there and is read"
-    damaged = [f"step_{1:08d}.damaged", f"step_{5:08d}.damaged"] if keep == 1 else [f"step_{5:08d}.damaged"]
+        assert latest_checkpoint(run_dir).step == newest.step, "what was saved last is there and is read"
     names = {path.name for path in folder.iterdir()}
-    assert names >= set(damaged)
-    assert (f"step_{5:08d}.damaged_2" in names) == (keep == 2), "one that was set aside before is not replaced"
+    assert names >= {"step_00000005.damaged", "step_00000005.damaged_2"}, "the first is not replaced"
     train.main(arguments)
     train.main([*arguments[:3], str(tmp_path / "straight")])
     assert_same_checkpoint(run_dir, tmp_path / "straight")
+
+
+@pytest.mark.filterwarnings("ignore:checkpoint .*:RuntimeWarning")
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(config_file, tmp_path, monkeypatch, capsys):
+    config = config_file(training__save_every=1, training__eval_every=100)
+    run_dir = tmp_path / "run"
+    arguments = ["--config", str(config), "--run-dir", str(run_dir)]
+    interrupted_after(3, monkeypatch, arguments)
+    records = (run_dir / "metrics.jsonl").read_text()
+    for path in (run_dir / "checkpoints").iterdir():
+        harm(DAMAGE[0], path)
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    assert stop.value.code == 2
+    assert f"error: {run_dir}: all its checkpoints are damaged (2): restore one" in capsys.readouterr().err
+    assert (run_dir / "metrics.jsonl").read_text() == records
+    shutil.rmtree(run_dir / "checkpoints")
+    train.main(arguments)
 
 
 def test_an_evaluation_that_crashes_costs_nothing(config_file, tmp_path, monkeypatch):

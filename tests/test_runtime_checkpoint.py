@@ -18,7 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config import Config
+from data import foreign
 from data.files import WriteError, write_text
+from data.foreign import BadInput
 from runtime import checkpoint as module
 from runtime.checkpoint import (
     MANIFEST,
@@ -26,7 +28,7 @@ from runtime.checkpoint import (
     find_checkpoint,
     latest_checkpoint,
     open_checkpoint,
-    restoring,
+    reading_checkpoint,
     resumable_checkpoint,
     save_checkpoint,
     score_checkpoint,
@@ -310,6 +312,24 @@ def test_one_that_cannot_be_read_now_is_not_damaged(number, tmp_path, monkeypatc
     assert names(tmp_path) == ["step_00000003", "step_00000004"]
 
 
+def test_one_whose_score_cannot_be_read_now_is_kept(tmp_path, monkeypatch):
+    """It may be the best."""
+    save(tmp_path, 1, score=0.9)
+    original = module.read_json
+
+    def failing(path: Path) -> object:
+        if path.parent == folder(tmp_path, 1):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return original(path)
+
+    monkeypatch.setattr(module, "read_json", failing)
+    for step in (2, 3, 4):
+        save(tmp_path, step, score=0.1 * step)
+    assert names(tmp_path) == ["step_00000001", "step_00000003", "step_00000004"]
+    with pytest.raises(WriteError, match=r"manifest\.json cannot be written \(Stale file handle"):
+        score_checkpoint(tmp_path, WORLD, config(), 1, 0.5)
+
+
 def test_one_of_another_version_is_not_damaged(tmp_path, monkeypatch):
     with monkeypatch.context() as newer:
         newer.setattr(module, "FORMAT", 99)
@@ -326,12 +346,18 @@ def test_one_of_another_version_is_not_damaged(tmp_path, monkeypatch):
     )
 
 
-def test_a_run_with_nothing_but_damage_has_no_checkpoint(tmp_path):
+@pytest.mark.filterwarnings("ignore:checkpoint .*:RuntimeWarning")
+def test_a_run_with_nothing_but_damage_does_not_start_again(tmp_path):
+    """It would erase the records of the run."""
     (save(tmp_path, 1) / MANIFEST).write_text("[]")
-    with pytest.warns(RuntimeWarning, match="step_00000001"):
-        assert latest_checkpoint(tmp_path) is None
-    save(tmp_path, 2, score=0.5)  # a damaged neighbour does no harm
-    check(latest_checkpoint(tmp_path), 2)
+    (save(tmp_path, 2) / "train.pt").unlink()
+    assert latest_checkpoint(tmp_path) is None
+    remedy = f"{tmp_path}: all its checkpoints are damaged (2): restore one, or delete {tmp_path}/checkpoints to start"
+    with pytest.raises(ValueError, match=re.escape(remedy)):
+        resumable_checkpoint(tmp_path)
+    assert names(tmp_path) == ["step_00000001", "step_00000002"], "nothing is renamed"
+    save(tmp_path, 3, score=0.5)  # a damaged neighbour does no harm
+    check(latest_checkpoint(tmp_path), 3)
 
 
 # Which are kept
@@ -446,28 +472,42 @@ def test_a_kill_while_old_ones_are_deleted_leaves_no_half_of_one(tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("error", "of_checkpoint"),
+    ("error", "raised"),
     [
-        (KeyError("queue"), True),
-        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), True),
-        (OverflowError("too large"), True),
-        (MemoryError(), False),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes"), False),
-        (torch.OutOfMemoryError("CUDA out of memory"), False),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), False),
-        (torch.distributed.DistBackendError("NCCL error"), False),
-        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (KeyError("queue"), BadInput),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), BadInput),
+        (OverflowError("too large"), BadInput),
+        (OSError(errno.EIO, "Input/output error"), BadInput),
+        (MemoryError(), OSError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes"), OSError),
+        (RuntimeError("unable to mmap 64 bytes from file <x>: Cannot allocate memory (12)"), OSError),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), RuntimeError),
+        (torch.distributed.DistBackendError("NCCL error"), torch.distributed.DistBackendError),
+        (OSError(errno.ENOSPC, "No space left on device"), OSError),
+        (OSError(errno.ESTALE, "Stale file handle"), OSError),
     ],
     ids=str,
 )
-def test_only_what_a_checkpoint_holds_is_blamed_on_it(error, of_checkpoint):
+def test_only_what_a_checkpoint_holds_is_blamed_on_it(error, raised, sound, monkeypatch):
     """Who obeys the message deletes it."""
-    with (
-        pytest.raises(ValueError if of_checkpoint else type(error)) as caught,
-        restoring(Checkpoint(Path("x"), 1, 1, None)),
-    ):
+
+    def failing(*_, **__):
         raise error
-    assert ("delete the checkpoint" in str(caught.value)) == of_checkpoint
+
+    monkeypatch.setattr(module, "load_file", failing)
+    monkeypatch.setattr(torch, "load", failing)
+    checkpoint = open_checkpoint(sound)
+    for read in (failing, lambda: checkpoint.weights("model"), lambda: checkpoint.state("train")):
+        with pytest.raises(raised) as caught, reading_checkpoint(sound):
+            read()
+        assert ("delete the checkpoint" in str(caught.value)) == (raised is BadInput)
+
+
+def test_a_state_that_needs_more_memory_than_is_free_is_not_blamed(sound, monkeypatch):
+    monkeypatch.setattr(foreign, "free_memory", lambda: 10)
+    with pytest.raises(OSError, match=r"step_00000004: train\.pt cannot be read now \(its content: needs .* free\)$"):
+        open_checkpoint(sound).state("train")
 
 
 # Hostile content

@@ -12,7 +12,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -30,7 +32,12 @@ _forwarded = 0  # number of the last signal that was passed on; 0: none
 
 def _processes() -> list[int]:
     """Process ids of this process's children."""
-    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split()]
+    listed = Path(f"/proc/self/task/{os.getpid()}/children")
+    if listed.exists():
+        text = listed.read_text(encoding="ascii")
+    else:  # macOS
+        text = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True, check=False).stdout
+    return [int(pid) for pid in text.split()]
 
 
 def _forward(number: int, _: FrameType | None) -> None:
@@ -39,7 +46,8 @@ def _forward(number: int, _: FrameType | None) -> None:
     _forwarded = number
     pids = _processes()
     for pid in pids:
-        os.kill(pid, number)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, number)
     if not pids:
         os._exit(_status_of(number))
 
@@ -52,13 +60,13 @@ def _status_of(number: int) -> int:
 def _first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
     """The rank that failed first, and how.
 
-    Times are whole seconds. Within one, a rank that was killed comes before those that failed for want of it, and those
-    that torchrun ended by SIGTERM come last.
+    Times are whole seconds. Within one, a rank that was killed comes before those that failed because it was gone, and
+    those that torchrun ended by SIGTERM come last.
     """
 
     def order(rank: int) -> tuple[int, bool, bool]:
         failure = failures[rank]
-        by_torchrun = failure.exitcode == -signal.SIGTERM != -_forwarded
+        by_torchrun = failure.exitcode == -signal.SIGTERM and _forwarded != signal.SIGTERM
         return failure.timestamp, by_torchrun, failure.exitcode >= 0
 
     first = min(failures, key=order)

@@ -259,10 +259,8 @@ def show_progress(run: Run, metrics: dict[str, Any], bar: tqdm) -> None:
 def show_evaluation(run: Run, evaluation: Evaluation, bar: tqdm) -> None:
     """Show the accuracy as a line."""
     line = f"step {run.step:,}: {evaluation.table().splitlines()[1]}"
-    if bar.disable:
+    with bar.external_write_mode():
         say(line)
-    else:
-        bar.write(line)
 
 
 def finish(run: Run, model: Transformer, data: DataSet, evaluation: Evaluation, recorder: Recorder) -> dict[str, Any]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +27,7 @@ from conftest import (
     tiny_gsm_settings,
     tiny_settings,
 )
+from tqdm import tqdm
 
 import train
 from data import hashes
@@ -551,3 +556,15 @@ def test_four_processes_restart_as_if_nothing_had_happened(config_file, tmp_path
     assert result.returncode == 0, result.stderr
     assert "steps 3 to 6 on 4 x cpu" in result.stdout
     assert_same_checkpoint(straight, broken)
+
+
+def test_a_full_disk_under_standard_output_does_not_end_a_run_with_a_bar(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    evaluation: Any = SimpleNamespace(table=lambda: "rule\n50%")
+    run: Any = SimpleNamespace(step=3)
+    with tqdm(total=6, file=io.StringIO()) as bar, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Full())
+        train.show_evaluation(run, evaluation, bar)

@@ -12,6 +12,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from html import escape as escape_html
 from pathlib import Path
 from typing import Any
@@ -258,8 +259,11 @@ def _samples(run_dir: Path, final: dict[str, Any] | None) -> Iterator[str]:
     if not steps:
         return
     step = max(steps)
+    samples = []
     with reading(f"{steps[step]}", "delete it; only the samples are lost"):
-        samples = [parse_object(line) for _, line in read_lines(steps[step])]
+        for _, line in read_lines(steps[step]):
+            with suppress(ValueError, RecursionError):  # cut short by a full disk, or damaged
+                samples.append(parse_object(line))
     if not samples:
         return
 

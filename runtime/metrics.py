@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from config import Config, WandbMode
-from data.files import say, write_text
+from data.files import WriteError, reported, say, write_text
 from data.foreign import BadInput, parse_object, read_lines, reading
 from runtime.config_file import setting_name
 from runtime.distributed import World, sum_over_ranks
@@ -73,16 +73,16 @@ class Recorder:
         if samples:
             path = _samples_file(self.path.parent, row["step"])
             try:
-                path.write_text("".join(json.dumps(each) + "\n" for each in samples), encoding="utf-8")
-            except OSError as error:
-                _warn_unwritten(path, error)
+                write_text(path, "".join(json.dumps(each) + "\n" for each in samples))
+            except WriteError as error:
+                _warn_lost(error)
         self._append(json.dumps(row) + "\n")
         self._send(row, samples)
 
     def _append(self, line: str) -> None:
         """Append a whole line, or nothing if the disk is full; training continues."""
         try:
-            with open(self.path, "ab", buffering=0) as file:
+            with reported(self.path), open(self.path, "ab", buffering=0) as file:
                 n_before, content = file.seek(0, os.SEEK_END), line.encode()
                 try:
                     while content:  # a write to a nearly full disk may be partial
@@ -90,8 +90,8 @@ class Recorder:
                 except OSError:
                     file.truncate(n_before)
                     raise
-        except OSError as error:
-            _warn_unwritten(self.path, error)
+        except WriteError as error:
+            _warn_lost(error)
 
     def final(self, figures: dict[str, Any], pictures: dict[str, Path], page: Path | None) -> None:
         """Show the result of a complete run in wandb.
@@ -127,7 +127,7 @@ class Recorder:
 
     def _send(self, row: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
         """Pass a row on to wandb and TensorBoard."""
-        # Of the first rule.
+        # Accuracy of the first sampling rule, if this row has one.
         accuracy: Any = next((value for key, value in row.items() if key.startswith(HEADLINE)), None)
         is_best = isinstance(accuracy, (int, float)) and accuracy > self._best
         if is_best:
@@ -211,7 +211,7 @@ def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
 def reduce_metrics(metrics: dict[str, Tensor], world: World) -> dict[str, Any]:
     """Metrics over all ranks as plain numbers and lists: `sequences_...` are summed, all others averaged."""
     flat = torch.cat([values.to(world.device, torch.float64).flatten() for values in metrics.values()])
-    totals = sum_over_ranks(flat).split([values.numel() for values in metrics.values()])
+    totals = sum_over_ranks(flat).cpu().split([values.numel() for values in metrics.values()])
     reduced: dict[str, Any] = {}
     for (name, values), total in zip(metrics.items(), totals, strict=True):
         result = total if name.startswith("sequences_") else total / world.n_ranks
@@ -326,8 +326,8 @@ def _start_tensorboard(run_dir: Path) -> Any:
     return None
 
 
-def _warn_unwritten(path: Path, error: OSError) -> None:
-    warnings.warn(f"a record is lost: {path} cannot be written ({error.strerror})", RuntimeWarning, stacklevel=4)
+def _warn_lost(error: WriteError) -> None:
+    warnings.warn(f"a record is lost: {error}", RuntimeWarning, stacklevel=4)
 
 
 def _warn(error: Exception) -> None:

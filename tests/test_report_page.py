@@ -151,6 +151,12 @@ def test_the_options_of_a_rule_are_shown(run_dir):
     assert re.search(r"top_prob, 2 per step \d", words)
 
 
+def test_a_line_of_the_samples_that_was_cut_short_costs_that_line(run_dir):
+    path = run_dir / "samples_00000006.jsonl"
+    path.write_text(path.read_text()[:-20])
+    assert build_page(run_dir).count("<table class=board>") == 9
+
+
 def test_other_files_are_no_samples(run_dir):
     for name in ("samples_backup.jsonl", "samples_00000007 (copy).jsonl", "samples_9_old.jsonl"):
         (run_dir / name).write_text("{}\n")
@@ -192,7 +198,7 @@ def test_a_page_that_fails_is_a_warning(config_file, tmp_path, monkeypatch):
         (lambda path: (path / "config.yaml").unlink(), "config .*config.yaml cannot be read"),
         (lambda path: (path / "final.json").write_text("[]"), "final.json cannot be read"),
         (lambda path: (path / "traces.json").write_text("[{}]"), "only the traces are lost"),
-        (lambda path: (path / "samples_00000006.jsonl").write_text("{"), "only the samples are lost"),
+        (lambda path: (path / "samples_00000009.jsonl").mkdir(), "only the samples are lost"),
     ],
 )
 def test_damaged_runs_end_with_one_message(damage, message, run_dir, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import time
@@ -56,6 +57,22 @@ def test_what_is_not_finite_is_left_out(tmp_path):
     recorder.write(row(1, a=float("nan"), b=float("inf"), c=-float("inf"), d=0.0))
     assert list(read_metrics(tmp_path)) == [row(1, d=0.0)]
     assert "NaN" not in (tmp_path / METRICS_FILE).read_text()
+
+
+def test_samples_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    recorder = record(tmp_path)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.warns(
+            RuntimeWarning, match=r"a record is lost: .*samples_00000001\.jsonl cannot be written \(No space"
+        ):
+            recorder.write(row(1), [{"answer": "1"}])
+    assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
+    assert list(read_metrics(tmp_path)) == [row(1)]
 
 
 def test_no_records_no_rows(tmp_path):

@@ -436,7 +436,8 @@ def draw(experiment: Experiment, records: dict[str, Any], out: Path) -> None:
     axes = axes_of(experiment)
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     plots = figure.subplots(1, len(axes), sharey=True)
-    shown = [curve for curve in curves_of(records) if curve.setting in (experiment.shown or runs_by_variant(records))]
+    curves = curves_of(records)
+    shown = [curve for curve in curves if curve.setting in experiment.shown] or curves
     for plot, axis in zip(plots, axes, strict=True):
         plot_accuracy(plot, shown, axis, experiment.targets[-1:])
         plot.label_outer()

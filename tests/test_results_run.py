@@ -116,6 +116,11 @@ def test_the_picture_is_drawn_from_the_records(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_all_settings_are_drawn_where_those_to_be_shown_have_no_records(tmp_path):
+    run.draw(replace(QUESTION, shown=("c",)), records(), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/records.json")), ids=lambda path: path.parent.name)
 def test_pages_are_those_of_their_records(path):
     """Each page equals what its records produce, and each recorded run belongs to the current experiment."""

@@ -30,6 +30,7 @@ STOP_KEY = "puma/stop"  # in the store of the process group
 _owner = 0  # process that installed the handlers; forked processes inherit them but must not use them
 _received = 0  # number of the last signal that requested a stop; 0: none
 _n_interrupts = 0  # Ctrl-C since training began
+_has_begun = False  # whether there has been a `StopVote`
 
 
 class StopRequested(Exception):
@@ -43,7 +44,8 @@ class StopRequested(Exception):
 def listen() -> None:
     """Install handlers that record SIGUSR1 and SIGTERM. Call this before the slow imports.
 
-    Until the training loop runs there is nothing to save.
+    Until the training loop runs there is nothing to save, and a signal ends the run only then: data files that are
+    being written are completed, and no rank leaves the others waiting.
     """
     global _owner
     if _owner != os.getpid():
@@ -86,6 +88,8 @@ def _note(number: int, _: FrameType | None) -> None:
         os.kill(os.getpid(), number)
     if _n_interrupts == 2 and number == signal.SIGINT:
         _say("the run is being saved; Ctrl-C again ends it without")
+    if not _has_begun and not _received and os.environ.get("RANK", "0") == "0":
+        _say(f"{signal.Signals(number).name}: the run stops once its data and model are ready")
     _received = number
 
 
@@ -112,6 +116,8 @@ class StopVote:
 
     def __init__(self, world: World) -> None:
         """Every rank calls this at the same point."""
+        global _has_begun
+        _has_begun = True
         self._group: Any = None
         self._pending: tuple[Any, Any] | None = None  # the running exchange and its result
         self._interval = 1  # steps between exchanges

@@ -108,6 +108,7 @@ def test_a_signal_before_the_first_step_is_kept_and_costs_nothing(config_file, t
         process.send_signal(signal.SIGUSR1)
         out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
+    assert err.splitlines()[0] == "SIGUSR1: the run stops once its data and model are ready"
     assert "stopped by SIGUSR1 at step 0" in out
     assert not (run_dir / "final.json").exists()
     assert latest_checkpoint(run_dir) is None

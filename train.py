@@ -169,7 +169,8 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
 
                     check_finite(run)  # a host sync, so the time below includes all work on the device
                     run.seconds += time.perf_counter() - started
-                    record_step(run, recorder, bar, log=log, evaluate_now=evaluate_now)
+                    if log or evaluate_now:
+                        record_step(run, recorder, bar, log=log, evaluate_now=evaluate_now)
                     if save_now:
                         save(run, None, seconds_before)
                         saved_step = run.step
@@ -202,8 +203,9 @@ def record_step(run: Run, recorder: Recorder | None, bar: tqdm, *, log: bool, ev
     """
     metrics = progress_metrics(run)
     if log:
-        metrics |= interval_metrics(run)
-        start_interval(run)
+        interval = interval_metrics(run, metrics)
+        start_interval(run, metrics)
+        metrics |= interval
         if recorder:
             show_progress(run, metrics, bar)
     if evaluate_now:

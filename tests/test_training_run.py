@@ -61,10 +61,10 @@ def test_the_trajectory_length_is_that_of_the_last_interval(n_batches: int, data
             assert isinstance(run.objective, PumaObjective)
             updater, ages.objective = Updater(run), run.objective
         if step % 10 == 0:
-            found.append(interval_metrics(run)["train/trajectory_length"])
-            expected.append(ages.mean())
             totals = progress_metrics(run)
-            start_interval(run)
+            found.append(interval_metrics(run, totals)["train/trajectory_length"])
+            expected.append(ages.mean())
+            start_interval(run, totals)
     assert found == pytest.approx(expected)
     assert max(found[:2]) <= 2, "the K of these steps"
     assert min(found[5:]) > 4, "no longer the mean over all steps"
@@ -107,9 +107,19 @@ def test_an_interval_without_finished_sequences_has_no_trajectory_length(data_di
     for objective in ({"name": "puma", "n_stages": 4}, {"name": "uniform"}):
         run = build(objective, data_dir, tmp_path)
         Updater(run).step()
-        start_interval(run)
+        start_interval(run, progress_metrics(run))
         run.n_summed, run.seconds = 1, 1.0
-        assert "train/trajectory_length" not in interval_metrics(run)
+        assert "train/trajectory_length" not in interval_metrics(run, progress_metrics(run))
+
+
+def test_settings_that_make_no_batch_are_refused_before_a_model_is_built(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large one takes minutes to load."""
+    monkeypatch.setattr("training.run.build_model", lambda config: pytest.fail("it was built"))
+    for training in ({"micro_batch_size": 3}, {"max_steps": None, "num_epochs": 1e-6}):
+        with pytest.raises(ValueError, match=r"training\."):
+            build({"name": "uniform"}, data_dir, tmp_path, **training)
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ class Run:
     step: int = 0
     seconds: float = 0.0  # of training, without evaluation and saving
     seconds_recorded: float = 0.0  # `seconds` at the last record
-    finished_recorded: tuple[int, int] = (0, 0)  # `count_finished` at the last record
+    finished_recorded: tuple[int, int] = (0, 0)  # `_finished` at the last record
     # Metrics of this step, to be recorded with its evaluation; None if no evaluation is due. They are saved, so that a
     # run stopped during the evaluation repeats it when it resumes.
     pending_metrics: dict[str, Any] | None = None
@@ -96,6 +96,10 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
         ValueError: the run has no step, `model.init_from` cannot be used, or as in `build_objective`.
     """
     training = config.training
+    # First what is checked quickly: models take long to load.
+    n_steps = count_steps(training, len(train))
+    stream = SequenceStream(train, training.seed, world.rank, world.n_ranks)
+    objective = build_objective(config.objective, training, stream, train.mask_id, world.device)
     model = build_model(config)
     if config.model.init_from is None:
         model.reset_parameters(torch.Generator().manual_seed(training.seed))
@@ -113,9 +117,6 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
         model.recompute_layers()
     if training.compile:
         model.model.compile_training()
-    n_steps = count_steps(training, len(train))
-    stream = SequenceStream(train, training.seed, world.rank, world.n_ranks)
-    objective = build_objective(config.objective, training, stream, train.mask_id, world.device)
     wrapped: nn.Module = model
     if world.n_ranks > 1 and not sharded:
         wrapped = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
@@ -303,12 +304,12 @@ def progress_metrics(run: Run) -> dict[str, Any]:
     return axes | {f"train/{name}": value for name, value in metrics.items()}
 
 
-def interval_metrics(run: Run) -> dict[str, Any]:
-    """Means over the steps since `start_interval`; every rank calls this."""
+def interval_metrics(run: Run, progress: dict[str, Any]) -> dict[str, Any]:
+    """Means over the steps since `start_interval`; every rank calls this. `progress`: the `progress_metrics` of now."""
     training, n_steps = run.config.training, run.n_summed
     step_ms = 1000 * (run.seconds - run.seconds_recorded) / n_steps
     n_finished, n_finished_steps = (
-        now - before for now, before in zip(count_finished(run), run.finished_recorded, strict=True)
+        now - before for now, before in zip(_finished(progress), run.finished_recorded, strict=True)
     )
     return {
         "train/loss": float(sum_over_ranks(run.loss_sum)) / run.world.n_ranks / n_steps,
@@ -320,24 +321,17 @@ def interval_metrics(run: Run) -> dict[str, Any]:
     } | ({"train/trajectory_length": n_finished_steps / n_finished} if n_finished else {})
 
 
-def count_finished(run: Run) -> tuple[int, int]:
-    """Sequences that have left the pools of all ranks, and the sum of their trajectory lengths; every rank calls this.
-
-    Both are 0 if the objective has no pool.
-    """
-    own = run.objective.metrics()
-    if "sequences_finished" not in own:
-        return 0, 0
-    both = torch.stack([own["sequences_finished"], own["sequences_finished_steps"]])
-    n_finished, n_steps = sum_over_ranks(both).tolist()
-    return n_finished, n_steps
-
-
-def start_interval(run: Run) -> None:
-    """Reset the sums of `interval_metrics`; every rank calls this."""
+def start_interval(run: Run, progress: dict[str, Any]) -> None:
+    """Reset the sums of `interval_metrics`. `progress`: the `progress_metrics` of now."""
     run.loss_sum.zero_()
     run.grad_norm_sum.zero_()
-    run.n_summed, run.seconds_recorded, run.finished_recorded = 0, run.seconds, count_finished(run)
+    run.n_summed, run.seconds_recorded, run.finished_recorded = 0, run.seconds, _finished(progress)
+
+
+def _finished(progress: dict[str, Any]) -> tuple[int, int]:
+    """Sequences that have left the pools of all ranks, and the sum of their trajectory lengths; 0 without a pool."""
+    n_finished, n_steps = (progress.get(f"train/sequences_finished{end}", 0) for end in ("", "_steps"))
+    return int(n_finished), int(n_steps)
 
 
 def start_message(run: Run) -> str:

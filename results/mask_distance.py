@@ -67,6 +67,7 @@ from results.records import (
     Provenance,
     Share,
     Text,
+    check_folder,
     provenance,
     provenance_in_words,
     read_note,
@@ -506,6 +507,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("give run directories, or --draw without any")
     records_file = options.out / "records.json"
     with ends_with_message():
+        check_folder(options.out, "--out")
         if not options.draw:
             collect(options.run_dirs, options.rows, options.seed, records_file)
         if not records_file.exists():

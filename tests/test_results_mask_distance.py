@@ -319,6 +319,15 @@ def test_bad_input_ends_with_one_message(objective, expected, config_file, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_in_place_of_the_folder_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(mask_distance, "collect", lambda *_: pytest.fail("it was measured"))
+    with pytest.raises(SystemExit) as stop:
+        mask_distance.main(["run", "--out", str(tmp_path / "file")])
+    assert stop.value.code == 2
+    assert "is not a folder that can be written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

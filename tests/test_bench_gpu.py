@@ -163,6 +163,14 @@ def test_two_runs_are_collected(config_file, tmp_path, capsys):
         assert torch.equal(weight, saved[name].to(torch.bfloat16))
 
 
+def test_a_file_in_place_of_the_folder_ends_with_one_message(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        main(["collect", "--out", str(tmp_path / "file"), "--runs", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "error: [Errno" in capsys.readouterr().err
+
+
 def test_runs_that_have_not_begun_are_no_error(tmp_path):
     with pytest.raises(SystemExit) as stop:
         main(["collect", "--out", str(tmp_path / "out"), "--runs", str(tmp_path)])

@@ -65,7 +65,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Command line; exit status 1 if a part of the piece failed, 2 after bad input."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    report = Report(options.piece, options.arguments, options.out, time.monotonic() + options.deadline_s)
+    with ends_with_message():
+        report = Report(options.piece, options.arguments, options.out, time.monotonic() + options.deadline_s)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs `finally` here and in the pieces
     if options.piece != "sudoku":
         resume(options.runs)  # where a piece that had paused the runs was killed

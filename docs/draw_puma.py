@@ -10,19 +10,20 @@ Shapes: L positions, C cells of the solution.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from config import PumaSettings
+from data.foreign import CommandParser, ends_with_message, whole_number
 from data.sudoku import SudokuData
 from model.hub import load_model
 from progressive import reveal_next_stage
 from unmasking import mask_uniformly, row_weights
 
-HIDDEN, SHOWN, FRESH = "#d5dae3", "#ffffff", "#f6c667"
+HIDDEN, SHOWN, FRESH, EDGE = "#d5dae3", "#ffffff", "#f6c667", "#5b6577"
 
 
 @torch.no_grad()
@@ -31,17 +32,23 @@ def trajectory(run_dir: Path, row: int, seed: int) -> tuple[Tensor, Tensor, list
 
     Returns:
         x0 (int64 [C]), clues (bool [C]), masks at each step of the pool, and as many random masks (each bool [C]).
+
+    Raises:
+        ValueError: the run is not one of `puma` on boards, or has no such test puzzle.
     """
     loaded = load_model(str(run_dir))
     model, config = loaded.model, loaded.config
-    data = config.open_data().validation
+    data, settings = config.open_data().validation, config.objective
+    if not isinstance(settings, PumaSettings) or not isinstance(data, SudokuData):
+        raise ValueError(f"{run_dir}: {settings.name} on {config.data.dataset}: name a run of puma on sudoku")
+    if row >= len(data):
+        raise ValueError(f"--row {row}: there are {len(data)} test puzzles, the first is 0")
     tokens, prompt_mask = (torch.from_numpy(part) for part in data.rows(np.array([row])))
     maskable, generator = ~prompt_mask, torch.Generator().manual_seed(seed)
-    assert isinstance(data, SudokuData)
     n_cells = data.n_cells
     masked, stage = maskable.clone(), torch.zeros(1, dtype=torch.long)
     pool = []
-    n_stages = config.objective.model_dump()["n_stages"]
+    n_stages = settings.n_stages_at(0)
     for _ in range(n_stages):
         pool.append(masked[0, -n_cells:])
         scores = model(tokens.masked_fill(masked, data.mask_id), tokens, row_weights(masked, 1))
@@ -61,6 +68,7 @@ def trajectory(run_dir: Path, row: int, seed: int) -> tuple[Tensor, Tensor, list
 def draw(run_dir: Path, row: int, seed: int, out: Path) -> None:
     """Write the figure."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     x0, clues, pool, drawn = trajectory(run_dir, row, seed)
     size = round(len(x0) ** 0.5)
@@ -79,7 +87,7 @@ def draw(run_dir: Path, row: int, seed: int, out: Path) -> None:
             for cell in range(len(x0)):
                 x, y = cell % size, cell // size
                 color = HIDDEN if mask[cell] else FRESH if fresh[cell] else SHOWN
-                plot.add_patch(_square(x, y, color))
+                plot.add_patch(Rectangle((x, y), 1, 1, facecolor=color, edgecolor=EDGE, linewidth=0.8))
                 if not mask[cell]:
                     weight = "bold" if clues[cell] else "normal"
                     plot.text(x + 0.5, y + 0.5, int(x0[cell]), ha="center", va="center", weight=weight, fontsize=12)
@@ -90,21 +98,16 @@ def draw(run_dir: Path, row: int, seed: int, out: Path) -> None:
     figure.savefig(out, dpi=110, pad_inches=0.08, bbox_inches="tight")
 
 
-def _square(x: int, y: int, color: str):  # type: ignore[no-untyped-def] # matplotlib is imported only when needed
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x, y), 1, 1, facecolor=color, edgecolor="#5b6577", linewidth=0.8)
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Draw the figure of README that explains PUMA.")
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; bad input ends with one message and exit status 2."""
+    parser = CommandParser(description="Draw the figure of README that explains PUMA.")
     parser.add_argument("run_dir", type=Path, help="run directory of a small Sudoku model")
-    parser.add_argument("--row", type=int, default=0, help="index of the test puzzle")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--row", type=whole_number(0), default=0, help="index of the test puzzle")
+    parser.add_argument("--seed", type=whole_number(0), default=0)
     parser.add_argument("--out", type=Path, default=Path("docs/puma.png"))
-    options = parser.parse_args()
-    draw(options.run_dir, options.row, options.seed, options.out)
+    options = parser.parse_args(arguments)
+    with ends_with_message():
+        draw(options.run_dir, options.row, options.seed, options.out)
 
 
 if __name__ == "__main__":

@@ -56,9 +56,13 @@ class RunSummary:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Folders of runs in `folder`, or itself, sorted; ValueError if there are none."""
-    found = []
-    for path, folders, files in os.walk(folder):
+    """Folders of runs in `folder`, or itself, sorted, each once, also behind links; ValueError if there are none."""
+    found, seen = [], set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        if (place := os.path.realpath(path)) in seen:  # links may form a circle
+            folders.clear()
+            continue
+        seen.add(place)
         folders[:] = sorted(name for name in folders if name not in NOT_SEARCHED and not name.startswith("."))
         if "config.yaml" in files:
             if "model.safetensors" not in files or any(os.path.exists(os.path.join(path, name)) for name in RECORDS):

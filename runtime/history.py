@@ -147,6 +147,8 @@ def _code() -> dict[str, Any]:
 
 def git(*arguments: str) -> str | None:
     """Output of a git command on the checkout; None if it fails."""
+    if not (ROOT / ".git").exists():  # a copy without it, perhaps inside another repository
+        return None
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=GIT_TIMEOUT_S

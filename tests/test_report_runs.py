@@ -15,6 +15,7 @@ import pytest
 
 import train
 from report.runs import find_runs, main, summarize
+from runtime import history
 from runtime.history import HISTORY_FILE, Session, read_history
 from runtime.metrics import read_metrics
 
@@ -157,3 +158,24 @@ def test_a_list_that_cannot_be_printed_ends_with_one_message(tmp_path, capsys, m
             main([str(tmp_path)])
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+
+def test_runs_behind_links_are_listed_once(tmp_path):
+    (tmp_path / "disk" / "run").mkdir(parents=True)
+    (tmp_path / "disk" / "run" / "config.yaml").write_text("")
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    (folder / "linked").symlink_to(tmp_path / "disk" / "run")
+    (folder / "once more").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "circle").symlink_to(folder)
+    assert find_runs(folder) == [folder / "linked"]
+
+
+def test_a_copy_without_git_inside_another_repository_has_no_commit(tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    monkeypatch.setattr(history, "ROOT", copy)
+    assert history.git("rev-parse", "--is-inside-work-tree") is None
+    monkeypatch.setattr(history, "ROOT", tmp_path)
+    assert history.git("rev-parse", "--is-inside-work-tree") == "true"

@@ -34,7 +34,7 @@ from typing_extensions import TypedDict
 
 from config import PumaSettings, UniformSettings
 from data.files import write_text
-from data.foreign import CommandParser, ends_with_message, whole_number
+from data.foreign import CommandParser, check_memory, ends_with_message, whole_number
 from data.stream import SequenceStream
 from model.transformer import Transformer, build_model
 from objective import Objective
@@ -85,9 +85,15 @@ def variants(n_stages: int) -> dict[str, PumaSettings | UniformSettings]:
 
 
 def gradients(model: Transformer, objective: Objective, dtype: torch.dtype | None, n: int, n_before: int) -> Tensor:
-    """Gradients of n updates that do not change the weights, float32 [N, P]; `n_before` updates precede them."""
+    """Gradients of n updates that do not change the weights, float32 [N, P]; `n_before` updates precede them.
+
+    Raises:
+        ValueError: they do not fit into memory.
+    """
     parameters = list(model.parameters())
-    device, found = parameters[0].device, []
+    device, n_parameters = parameters[0].device, sum(each.numel() for each in parameters)
+    check_memory(4 * n * n_parameters, f"--updates {n}: the gradients")
+    found = torch.empty(n, n_parameters)
     for number in tqdm(range(n_before + n), unit="update", leave=False):
         measured = number >= n_before
         with torch.set_grad_enabled(measured):
@@ -100,14 +106,23 @@ def gradients(model: Transformer, objective: Objective, dtype: torch.dtype | Non
         objective.end_step()
         objective.prefetch()
         if measured:
-            found.append(torch.cat([each.grad.flatten() for each in parameters if each.grad is not None]).cpu())
+            found[number - n_before] = torch.cat([gradient_of(each).flatten() for each in parameters])
             model.zero_grad()
-    return torch.stack(found)
+    return found
 
 
-def correlations(gradient: Tensor) -> list[float]:
-    """Correlation of the noise at lags 0 .. N / 2, from gradients [N, P]."""
-    noise = gradient - gradient.mean(0)
+def gradient_of(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter, zeros if it has none."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def centre(gradient: Tensor) -> Tensor:
+    """Subtract the mean of the updates from gradients [N, P], in place: they may take most of the memory."""
+    return gradient.sub_(gradient.mean(0))
+
+
+def correlations(noise: Tensor) -> list[float]:
+    """Correlation at lags 0 .. N / 2, from centred gradients [N, P]."""
     products = (noise @ noise.T).double()  # [N, N]
     return [float(products.diagonal(lag).mean() / products.diagonal().mean()) for lag in range(len(noise) // 2 + 1)]
 
@@ -121,7 +136,7 @@ def collect(run_dir: Path, n_updates: int, records_file: Path) -> None:
     """Measure all variants on the newest checkpoint of a run, and write the records.
 
     Raises:
-        ValueError: the run has no checkpoint, or its objective is neither puma nor uniform.
+        ValueError: the run has no checkpoint, its objective is neither puma nor uniform, or as in `gradients`.
     """
     checkpoint = find_checkpoint(run_dir)
     config = checkpoint.config(["training.compile=false"])
@@ -137,7 +152,7 @@ def collect(run_dir: Path, n_updates: int, records_file: Path) -> None:
         objective = build_objective(each, training, SequenceStream(train, training.seed), train.mask_id, world.device)
         # At most K visits of each row, and once more: the first rows enter a pool that is not yet in its steady state.
         n_before = 2 * n_stages * each.pool_batches if isinstance(each, PumaSettings) else 0
-        found = correlations(gradients(model, objective, dtype, n_updates, n_before))
+        found = correlations(centre(gradients(model, objective, dtype, n_updates, n_before)))
         series.append({"label": label, "correlation": [round(value, 4) for value in found]})
     records = {
         **provenance(f"python -m results.gradient_noise {run_dir} --updates {n_updates}", device_name(world.device)),

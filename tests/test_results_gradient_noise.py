@@ -12,7 +12,7 @@ from helpers import random_generator
 import train
 from config import PumaSettings
 from results import gradient_noise
-from results.gradient_noise import correlations, noise_of_sum, variants
+from results.gradient_noise import centre, correlations, noise_of_sum, variants
 
 
 @pytest.mark.parametrize("n_shared", [1, 2, 8])
@@ -20,7 +20,7 @@ def test_updates_that_share_rows_are_correlated_by_the_share(n_shared):
     """Each row adds the same gradient to `n_shared` successive updates, as in a pool of one batch with K = n_shared."""
     rows = torch.randn(400 + n_shared - 1, 2000, generator=random_generator(0))
     gradient = rows.unfold(0, n_shared, 1).sum(-1) + 3  # [400, P], with a mean that is no noise
-    found = correlations(gradient)
+    found = correlations(centre(gradient))
     assert found[0] == 1
     for lag in range(1, 12):
         assert found[lag] == pytest.approx(max(0, 1 - lag / n_shared), abs=0.1)
@@ -59,6 +59,15 @@ def test_a_run_is_measured_and_drawn(config_file, tmp_path):
     (out / "run/README.md").unlink()
     gradient_noise.main([str(run_dir), "--draw", "--out", str(out)])
     assert (out / "run/README.md").read_text() == page, "made from the records alone"
+
+
+def test_gradients_that_do_not_fit_into_memory_are_refused(config_file, tmp_path, monkeypatch, capsys):
+    train.main(["--config", str(config_file()), "--run-dir", str(tmp_path / "run")])
+    monkeypatch.setattr("data.foreign.free_memory", lambda: 1 << 20)
+    with pytest.raises(SystemExit) as stop:
+        gradient_noise.main([str(tmp_path / "run"), "--out", str(tmp_path), "--updates", "100000"])
+    assert stop.value.code == 2
+    assert "--updates 100000: the gradients: needs" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_run_ends_with_a_message(tmp_path, capsys):

@@ -129,8 +129,9 @@ def open_records(run: Run) -> Recorder | None:
 def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) -> Evaluation | Signals:
     """Train from the current step of `run` to its end; record, save and evaluate when each is due.
 
-    A step is saved before it is evaluated, and its score is added to the checkpoint afterwards: an evaluation that ends
-    early, for whatever reason, costs no step.
+    Where both are due, a step is saved before it is evaluated, and its score is added to the checkpoint afterwards: an
+    evaluation that ends early costs no step. Where no save is due, a signal saves the step too, but an error or a kill
+    costs the steps since the last save.
 
     Args:
         recorder: None on all ranks but the main one.
@@ -226,7 +227,9 @@ def record_evaluation(run: Run, evaluation: Evaluation, recorder: Recorder | Non
 def measure(run: Run, data: DataSet, vote: StopVote) -> Evaluation:
     """Evaluate the run at its current step; every rank calls this. Raises StopRequested."""
     validation = run.config.validation
-    n_examples = (run.step == run.n_steps and validation.n_final_examples) or validation.n_examples
+    n_examples = validation.n_examples
+    if run.step == run.n_steps and validation.n_final_examples is not None:
+        n_examples = validation.n_final_examples
     with run.session.phase("evaluation"):
         return evaluate(run.evaluated_model(), run.config, data, run.world, n_examples, vote)
 

@@ -146,7 +146,7 @@ def time_ms(call: Call, n_calls: int, device: torch.device) -> float:
 
 def measure_peaks(options: Namespace, names: list[str]) -> dict[str, float]:
     """Peak memory of each path in GiB, one new process after another; without those that failed."""
-    # Forks of a server, since Linux's ru_maxrss of a new program begins with the peak of what started it, a fork's not.
+    # A fork server imports the libraries once for all paths.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"bench.{options.command}"])
     peaks = {}

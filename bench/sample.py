@@ -75,6 +75,9 @@ def build(options: Namespace) -> Benchmark:
         agree = (results["ours"] == results["dense"])[xt == mask_id].double().mean()
         return {"nfe": n_steps, "tokens_per_step": per_step, "agreement": f"{agree:.1%}"}
 
+    def evaluations_of(name: str) -> dict[str, Any]:
+        return {"nfe": evaluations[name]}
+
     n_tokens = int((xt == mask_id).sum())
     cases = [Case(config.data.dataset, "ours", "dense", n_tokens, "tokens", facts)]
     cases += [
@@ -84,7 +87,7 @@ def build(options: Namespace) -> Benchmark:
             "ours",
             n_tokens,
             "tokens",
-            partial(lambda name: {"nfe": evaluations[name]}, name),
+            partial(evaluations_of, name),
         )
         for name in rules
     ]

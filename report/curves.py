@@ -86,7 +86,7 @@ def plot_accuracy(plot: Any, curves: Sequence[Curve], axis: str, targets: Sequen
 
     Seeds of a setting are averaged at equal updates, in accuracy and on `axis`. Updates that some seed lacks are left
     out. The axis of distinct sequences is logarithmic if some curve ends at `MIN_LOG_SPREAD` times the end of another:
-    PUMA's curves would be squeezed else.
+    PUMA's curves would otherwise be squeezed.
     """
     settings = list(dict.fromkeys(curve.setting for curve in curves))
     rules = list(dict.fromkeys(curve.rule for curve in curves))

@@ -11,6 +11,7 @@ Shapes: L positions.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import textwrap
@@ -369,6 +370,7 @@ def draw_gif(trace: Trace, out: Path) -> None:
         )
 
 
+@functools.cache
 def _font(name: str, size: int) -> FreeTypeFont:
     """A font that matplotlib brings along, so that pictures do not depend on the machine."""
     import matplotlib

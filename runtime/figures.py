@@ -25,20 +25,20 @@ def set_grid(plot: Any, *, integers: bool = False) -> None:
     Args:
         integers: ticks of the x-axis at integers only.
     """
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     plot.grid(alpha=0.25)
     plot.spines[["top", "right"]].set_visible(False)
     plot.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10), integer=integers, min_n_ticks=1))
-    plot.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
+    plot.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
 
 
 def set_log_axis(plot: Any) -> None:
     """A logarithmic x-axis with plain numbers at 1, 2 and 5 times the powers of ten; over two decades, at fewer."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     plot.set_xscale("log")
     low, high = plot.get_xlim()
     plot.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high <= 100 * low else (1.0, 3.0)))
-    plot.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
+    plot.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
     plot.xaxis.set_minor_formatter(NullFormatter())

@@ -57,7 +57,7 @@ def lock_run(run_dir: Path) -> None:
 
 
 def _lock(descriptor: int, seconds: float) -> None:
-    """Lock a file, waiting so long for another process that holds the lock; OSError if it cannot be locked."""
+    """Lock a file, waiting up to `seconds` for another process that holds the lock; OSError if it cannot be locked."""
     until = time.monotonic() + seconds
     while True:
         try:

@@ -2,7 +2,7 @@
 
 SLURM sends SIGUSR1 before the time limit (see job.sh) and SIGTERM before it preempts or cancels a job; Ctrl-C sends
 SIGINT. Each requests a stop after the step, or, during an evaluation, after a forward pass of the sampler. A second
-Ctrl-C changes nothing but tells so, a third kills the process. This module imports torch only where it is needed, so
+Ctrl-C only prints a message, a third kills the process. This module imports torch only where it is needed, so
 that a program can install the handlers before its slow imports.
 
 Handlers are used, not a signal mask: child processes would inherit a mask and could not be terminated.
@@ -171,7 +171,7 @@ class StopVote:
         return None
 
     def check(self) -> None:
-        """Raise StopRequested if this rank has received a signal, or another one; a rank may call this at any time.
+        """Raise StopRequested if this or another rank has received a signal; a rank may call this at any time.
 
         Raises:
             StopRequested: to be caught by `interruptible`.

@@ -75,7 +75,7 @@ def start_world(device: str) -> World:
 
 def _check_gpu_is_not_needed(device: str) -> None:
     """Raise ValueError if the CPU must not stand in for a GPU that torch cannot use; warn if there is such a GPU."""
-    reason, granted = unusable_gpu(), os.environ.get("PUMA_GPUS")
+    reason, granted = _unusable_gpu(), os.environ.get("PUMA_GPUS")
     if device == "cuda":
         usable = f" that torch can use ({reason})" if reason else ""
         raise ValueError(f"device 'cuda': this machine has no CUDA GPU{usable}; use auto or cpu")
@@ -131,7 +131,7 @@ def _launcher_number(name: str, default: int | None = None) -> int:
     return int(text)
 
 
-def unusable_gpu() -> str | None:
+def _unusable_gpu() -> str | None:
     """Why torch cannot use the NVIDIA GPU of this machine; None if there is no GPU, or if the user has hidden it."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "NoDevFiles"):
         return None
@@ -144,6 +144,11 @@ def unusable_gpu() -> str | None:
     return NOT_VISIBLE
 
 
+def store() -> Any:
+    """The key-value store through which the ranks have found each other."""
+    return dist.distributed_c10d._get_default_store()
+
+
 def claim_report() -> bool:
     """Decide which process prints a message that all would print: True in that one, or in several.
 
@@ -152,13 +157,13 @@ def claim_report() -> bool:
     """
     if not dist.is_initialized():
         return os.environ.get("LOCAL_RANK", "0") == "0"
-    store = dist.distributed_c10d._get_default_store()
+    notes = store()
     if dist.get_rank() == 0:
-        store.set(REPORT_KEY, "1")
+        notes.set(REPORT_KEY, "1")
         return True
     try:
-        store.wait([REPORT_KEY], REPORT_TIMEOUT)
-        store.set(f"{HEARD_KEY}{dist.get_rank()}", "1")
+        notes.wait([REPORT_KEY], REPORT_TIMEOUT)
+        notes.set(f"{HEARD_KEY}{dist.get_rank()}", "1")
     except dist.DistStoreError:  # timed out
         return True
     except dist.DistError:  # the main process, which holds the store, has ended
@@ -176,7 +181,7 @@ def fail_once(message: object, status: int = 2) -> NoReturn:
         if dist.is_initialized() and dist.get_rank() == 0:
             with suppress(dist.DistError):  # not all have failed, or some have ended
                 others = [f"{HEARD_KEY}{rank}" for rank in range(1, dist.get_world_size())]
-                dist.distributed_c10d._get_default_store().wait(others, REPORT_TIMEOUT)
+                store().wait(others, REPORT_TIMEOUT)
 
 
 def stop_world() -> None:
@@ -199,12 +204,6 @@ def ends_once(interrupted: str = "interrupted") -> Iterator[None]:
             yield
     finally:
         stop_world()
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def main_first(world: World, work: Callable[[], T]) -> T:

@@ -180,9 +180,11 @@ class StopVote:
             raise StopRequested(_received)
         now = time.monotonic()
         if self._group is not None and now - self._looked >= HEARD_EVERY_S:
+            from runtime.distributed import store
+
             self._looked = now
-            if _store().check([STOP_KEY]):
-                raise StopRequested(int(_store().get(STOP_KEY)))
+            if store().check([STOP_KEY]):
+                raise StopRequested(int(store().get(STOP_KEY)))
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -195,7 +197,9 @@ class StopVote:
             yield
         except StopRequested:
             if self._group is not None and _received and not self._noted:
-                _store().set(STOP_KEY, str(_received))
+                from runtime.distributed import store
+
+                store().set(STOP_KEY, str(_received))
                 self._noted = True
         number = _received
         if self._group is not None:
@@ -207,10 +211,3 @@ class StopVote:
             number = int(highest)
         if number:
             raise StopRequested(number)
-
-
-def _store() -> Any:
-    """The key-value store through which the ranks have found each other."""
-    from torch.distributed import distributed_c10d
-
-    return distributed_c10d._get_default_store()

@@ -10,12 +10,13 @@ import importlib
 import sys
 from pathlib import Path
 
+from bench.inputs import refuse_unread
 from bench.measure import measure, profile
 from data.files import check_out
 from data.foreign import CommandParser, ends_with_message, whole_number
 
 WITH_MODEL = ("step", "head", "sample", "block")
-# Options that not all commands read. Given to another command they are errors, so that no option is ignored.
+# Options that not all commands read.
 READ_BY: dict[str, tuple[str, ...]] = {"steps": ("sample",), "compile": ("step",), "graph": ("step",)}
 READ_BY |= dict.fromkeys(["config", "length", "vocab", "overrides"], WITH_MODEL)
 
@@ -39,9 +40,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--json", type=Path, help="also write the rows of the report to this file")
     add("overrides", nargs="*", metavar="key=value", help="settings to change")
     options = parser.parse_intermixed_args(arguments)
-    for name, value in vars(options).items():
-        if value and name in READ_BY and options.command not in READ_BY[name]:
-            parser.error(f"{options.command} does not read {name}; these do: {', '.join(READ_BY[name])}")
+    refuse_unread(parser, options, options.command, READ_BY)
     if options.profile and options.json:
         parser.error("--json: not with --profile, which prints no report")
     options.arguments, options.only = arguments, None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Sequence
-from pathlib import Path
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,9 +16,23 @@ from data.token_files import TokenFileData
 from model.logits import SMALL_VOCABULARY
 from runtime.config_file import parse_config, read_config
 from runtime.distributed import autocast_dtype, start_world
+from runtime.history import ROOT
 
-YAML_FILES = Path(__file__).resolve().parents[1] / "yaml_files"
+YAML_FILES = ROOT / "yaml_files"
 N_ROWS = 1024
+
+
+def refuse_unread(
+    parser: ArgumentParser, options: Namespace, command: str, read_by: Mapping[str, Sequence[str]]
+) -> None:
+    """End with a message if an option is given that `command` does not read, so that none is ignored.
+
+    Args:
+        read_by: which commands read an option, for those that not all read.
+    """
+    for name, commands in read_by.items():
+        if getattr(options, name) and command not in commands:
+            parser.error(f"{command} does not read {name}; these do: {', '.join(commands)}")
 
 
 def random_rows(config: Config, length: int) -> SequenceData:

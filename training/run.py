@@ -119,7 +119,7 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
         model.model.compile_training()
     wrapped: nn.Module = model
     if world.n_ranks > 1 and not sharded:
-        wrapped = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+        wrapped = data_parallel(model, world.device)
         dtype = autocast_dtype(training.precision, world.device)
         settle_gradient_buckets(wrapped, objective.micro_rows, train.length, world.device, dtype)
     return Run(
@@ -183,6 +183,11 @@ def build_objective(
     if isinstance(settings, ProgressiveSettings):
         return PumaObjective(settings, queue, layout, mask_id, **rows, generator=generator)
     return UniformObjective(queue, layout, mask_id, **rows, generator=generator)
+
+
+def data_parallel(model: Transformer, device: torch.device) -> DistributedDataParallel:
+    """The model on `device`, its gradients averaged over the ranks."""
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
 def settle_gradient_buckets(

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from bench.gpu.report import Report
 from bench.gpu.runs import resume
+from bench.inputs import refuse_unread
 from data.foreign import CommandParser, ends_with_message, whole_number
 
 PIECES = ("sudoku", "collect", "tests", "speed", "block", "ranks", "experiments")
-# Options that not all pieces read. Given to another piece they are errors, so that no option is ignored.
+# Options that not all pieces read.
 READ_BY: dict[str, tuple[str, ...]] = {
     "tiny": ("sudoku", "speed", "block", "ranks", "experiments"),
     "updates": ("sudoku",),
@@ -49,9 +50,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--names", help="experiments: names of results/experiments.py with commas between")
     add("overrides", nargs="*", metavar="key=value", help="settings to change")
     options = parser.parse_intermixed_args(arguments)
-    for name, pieces in READ_BY.items():
-        if getattr(options, name) not in (None, False, []) and options.piece not in pieces:
-            parser.error(f"{options.piece} does not read {name}; these do: {', '.join(pieces)}")
+    refuse_unread(parser, options, options.piece, READ_BY)
     if options.deadline_s <= 0:
         parser.error(f"deadline_s must be positive, got {options.deadline_s}")
     if options.target is not None and not 0 < options.target <= 1:

@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from bench.gpu.report import Report
 from bench.gpu.runs import TINY_SUDOKU, paused
@@ -27,7 +26,7 @@ from runtime.distributed import World, from_main, gather, start_world, stop_worl
 from runtime.final import read_final
 from runtime.optim import build_optimizer
 from runtime.sharding import full_tensor, is_sharded, shard
-from training.run import Run, build_run, restore_run, save_run
+from training.run import Run, build_run, data_parallel, restore_run, save_run
 from training.update import Updater
 
 YAML_FILE = YAML_FILES / "sudoku_puma.yaml"
@@ -118,7 +117,7 @@ def one_rank(overrides: list[str]) -> dict[str, float]:
 
 def wrap_ddp(run: Run, world: World) -> None:
     """Average gradients over the ranks."""
-    run.wrapped = DistributedDataParallel(run.model, device_ids=[world.device] if world.device.type == "cuda" else None)
+    run.wrapped = data_parallel(run.model, world.device)
 
 
 def wrap_fsdp(run: Run, world: World) -> None:

@@ -27,8 +27,8 @@ from bench.__main__ import main as bench
 from bench.measure import machine, table
 from data.files import write_text
 from runtime.distributed import autocast_dtype
+from runtime.history import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 LOG_FILE = "log.txt"
 STOP_S = 20.0  # for a program to save and end after SIGTERM
 # Forks of a server that has imported the libraries and has not touched the GPU, whose state a fork cannot use.

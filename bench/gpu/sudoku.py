@@ -19,12 +19,13 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from bench.gpu.report import ROOT, Report
+from bench.gpu.report import Report
 from bench.gpu.runs import POLL_S, SUDOKU, TINY_SUDOKU, attending
 from bench.inputs import YAML_FILES
 from grader.cores import count_cores
 from runtime.checkpoint import step_folders
 from runtime.config_file import read_config
+from runtime.history import ROOT
 
 N_UPDATES = 62_500
 ONE_RULE = ["validation.confidence=[top_prob]", "validation.tokens_per_step=[1]"]

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from data.files import write_text
 from runtime.machine import device_name
+from runtime.markdown import markdown_table
 from runtime.metrics import peak_memory_gib
 
 LEGEND = {
@@ -103,11 +104,9 @@ def build_row(case: Case, times: Times, peaks: dict[str, float], gflop_per_ms: f
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Lines of a Markdown table with all keys of the rows as columns; numbers have three digits."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [keys, ["---"] * len(keys)]
-    for row in rows:
-        cells = (dict.fromkeys(keys, "-") | row).values()
-        lines.append([f"{float(f'{x:.3g}'):,g}" if isinstance(x, float) else str(x) for x in cells])
-    return [f"| {' | '.join(line)} |" for line in lines]
+    cells = [(dict.fromkeys(keys, "-") | row).values() for row in rows]
+    shown = [[f"{float(f'{x:.3g}'):,g}" if isinstance(x, float) else str(x) for x in line] for line in cells]
+    return markdown_table(keys, shown, text_columns=range(len(keys)))
 
 
 def ratio_quartiles(a: list[float], b: list[float]) -> list[float]:

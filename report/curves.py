@@ -26,6 +26,7 @@ from data.files import check_out
 from data.foreign import CommandParser, ends_with_message, escape
 from runtime.config_file import read_config, setting_name
 from runtime.figures import COLORS, LINES, MARKERS, plain_label, set_grid, set_log_axis
+from runtime.markdown import markdown_table
 from runtime.metrics import HEADLINE, METRICS_FILE, read_metrics
 
 SUFFIXES = (".png", ".pdf", ".svg")  # of pictures
@@ -136,11 +137,10 @@ def target_table(curves: Sequence[Curve], target: float, baseline: str, axes: Se
     groups = by_setting_and_rule(curves)
     several = len({curve.rule for curve in curves}) > 1
     names = {"step": "updates", "sequences_distinct": "distinct sequences", "seconds": "seconds"}
-    titles = [names[axis] for axis in axes]
-    lines = [
-        f"| first at {100 * target:g}% | seeds | " + " | ".join(f"{title} | ratio" for title in titles) + " |",
-        "| --- |" + " ---: |" * (1 + 2 * len(titles)),
-    ]
+    titles = [f"first at {100 * target:g}%", "seeds"]
+    for axis in axes:
+        titles += [names[axis], "ratio"]
+    rows = []
     for (setting, rule), group in groups.items():
         n_reached = sum(curve.first_reaching(target, "step") is not None for curve in group)
         cells = [f"{n_reached} of {len(group)}"]
@@ -161,8 +161,8 @@ def target_table(curves: Sequence[Curve], target: float, baseline: str, axes: Se
                 low, high = _ends(ratios, bounds, ".1f", are_lower=not missed)
                 cells.append(f"{sign}{center:.1f}" + (f" ({low or '?'} to {high or '?'})" if low or high else ""))
         label = f"{setting}: {rule}" if several else setting
-        lines.append(f"| {escape(label)} | {' | '.join(cells)} |")
-    return lines
+        rows.append([escape(label), *cells])
+    return markdown_table(titles, rows)
 
 
 def _needed(group: Sequence[Curve], target: float, axis: str) -> tuple[list[float], list[float]]:

@@ -38,11 +38,13 @@ from data.foreign import CommandParser, check_memory, ends_with_message, whole_n
 from data.stream import SequenceStream
 from model.transformer import Transformer, build_model
 from objective import Objective
-from results.records import ROOT, Provenance, Text, check_folder, provenance, provenance_in_words, read_records
+from results.records import Provenance, Text, check_folder, provenance, provenance_in_words, read_records
 from runtime.checkpoint import find_checkpoint
 from runtime.distributed import autocast, autocast_dtype, start_world
 from runtime.figures import COLORS, set_grid
+from runtime.history import ROOT
 from runtime.machine import device_name
+from runtime.markdown import markdown_table
 from training.run import build_objective
 
 N_LAGS = 40  # in the figure
@@ -169,7 +171,13 @@ def collect(run_dir: Path, n_updates: int, records_file: Path) -> None:
 
 def report(records: dict[str, Any]) -> str:
     """README.md: the table."""
-    n_stages = records["n_stages"]
+    n_stages, rows = records["n_stages"], []
+    for each in records["series"]:
+        values = each["correlation"]
+        cells = [f"{values[lag]:.2f}" for lag in SHOWN_LAGS]
+        rows.append([each["label"], *cells, f"{noise_of_sum(values, n_stages):.1f}"])
+    first, *others = map(str, SHOWN_LAGS)
+    titles = ["masks", f"correlation at lag {first}", *others, f"noise of {n_stages} updates"]
     lines = [
         f"# How far neighbouring updates repeat each other: {records['run']}",
         "",
@@ -181,15 +189,11 @@ def report(records: dict[str, Any]) -> str:
         f"of their sum, 1 if they were independent, {n_stages} if they were equal; the variance of one "
         "update differs between masks and is not compared. Definitions: [gradient_noise.py](../../gradient_noise.py).",
         "",
-        f"| masks | correlation at lag {' | '.join(map(str, SHOWN_LAGS))} | noise of {n_stages} updates |",
-        "| --- |" + " ---: |" * (len(SHOWN_LAGS) + 1),
+        *markdown_table(titles, rows),
+        "",
+        f"{provenance_in_words(records)}.",
     ]
-    for each in records["series"]:
-        values = each["correlation"]
-        cells = [f"{values[lag]:.2f}" for lag in SHOWN_LAGS]
-        cells.append(f"{noise_of_sum(values, n_stages):.1f}")
-        lines.append(f"| {each['label']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"{provenance_in_words(records)}."]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def draw(records: dict[str, Any], out: Path) -> None:

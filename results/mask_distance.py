@@ -62,10 +62,8 @@ from model.transformer import Transformer
 from objective import Objective
 from progressive import PumaObjective, stage_of
 from results.records import (
-    ROOT,
     Number,
     Provenance,
-    Share,
     Text,
     check_folder,
     provenance,
@@ -76,7 +74,10 @@ from results.records import (
 from runtime.checkpoint import Checkpoint, open_checkpoint, step_folders
 from runtime.distributed import World, autocast, autocast_dtype, start_world
 from runtime.figures import COLORS, set_grid
+from runtime.final import Share
+from runtime.history import ROOT
 from runtime.machine import device_name
+from runtime.markdown import markdown_table
 from samplers.build import build_sampler
 from samplers.step import Filling
 from training.run import build_run, restore_run
@@ -301,17 +302,7 @@ def collect(run_dirs: Sequence[Path], n_rows: int, seed: int, records_file: Path
     labels = [run_dir.name for run_dir in run_dirs]
     if repeated := [str(run_dir) for run_dir in run_dirs if labels.count(run_dir.name) > 1]:
         raise ValueError(f"{', '.join(repeated)}: runs are recorded by the names of their folders; name each once")
-    earlier = read_records(records_file, Records) if records_file.exists() else {"runs": []}
-    same_rows = (earlier.get("rows"), earlier.get("seed")) == (n_rows, seed)
-    runs: dict[str, dict[str, Any]] = {}
-    for run in earlier["runs"]:  # in their order
-        measured = run.get("measured") or {key: earlier[key] for key in Provenance.__annotations__}
-        runs[run["label"]] = run | {"measured": measured}
-        if run["label"] not in labels and not same_rows:
-            raise ValueError(
-                f"{records_file} has {run['label']!r}, measured with --rows {earlier['rows']} --seed "
-                f"{earlier['seed']}: use the same, name that run too, or choose another --out"
-            )
+    runs = earlier_runs(records_file, labels, n_rows, seed)
     checkpoints = {run_dir: readable_checkpoints(run_dir) for run_dir in run_dirs}
     command = f"python -m results.mask_distance {shlex.join(map(str, run_dirs))} --rows {n_rows} --seed {seed}"
     facts = provenance(command, device_name(start_world("auto").device))
@@ -319,9 +310,8 @@ def collect(run_dirs: Sequence[Path], n_rows: int, seed: int, records_file: Path
     for run_dir, own in checkpoints.items():
         config = own[-1].config()
         run = {"label": run_dir.name, "masks": describe(config), "config": config.model_dump(mode="json")}
-        steps, other = [checkpoint.step for checkpoint in own], runs.get(run_dir.name)
-        is_same = other and all(other[key] == run[key] for key in run) and same_rows
-        known = other["points"] if other and is_same and other["measured"]["commit"] == records["commit"] else []
+        known = known_points(runs.get(run_dir.name), run, facts["commit"])
+        steps = [checkpoint.step for checkpoint in own]
         runs[run_dir.name] = run | {"points": [point for point in known if point["step"] in steps]}
 
     def write() -> None:
@@ -344,6 +334,39 @@ def collect(run_dirs: Sequence[Path], n_rows: int, seed: int, records_file: Path
                 points.sort(key=lambda point: point["step"])
                 write()
     write()
+
+
+def earlier_runs(records_file: Path, labels: Sequence[str], n_rows: int, seed: int) -> dict[str, dict[str, Any]]:
+    """The runs in a records file by label, in their order, each with how it was `measured`; none without a file.
+
+    Args:
+        labels: of the runs to be measured now; they have no points if those of the file are for other rows.
+
+    Raises:
+        ValueError: the points of another run are for other rows.
+    """
+    if not records_file.exists():
+        return {}
+    records = read_records(records_file, Records)
+    same_rows = (records["rows"], records["seed"]) == (n_rows, seed)
+    runs = {}
+    for run in records["runs"]:
+        if run["label"] not in labels and not same_rows:
+            raise ValueError(
+                f"{records_file} has {run['label']!r}, measured with --rows {records['rows']} --seed "
+                f"{records['seed']}: use the same, name that run too, or choose another --out"
+            )
+        measured = run.get("measured") or {key: records[key] for key in Provenance.__annotations__}
+        runs[run["label"]] = run | {"measured": measured, "points": run["points"] if same_rows else []}
+    return runs
+
+
+def known_points(earlier: dict[str, Any] | None, run: dict[str, Any], commit: str) -> list[dict[str, Any]]:
+    """The points of an earlier measurement, if it was of the same settings and by the same commit."""
+    if earlier is None or earlier["measured"]["commit"] != commit or any(earlier[key] != run[key] for key in run):
+        return []
+    points: list[dict[str, Any]] = earlier["points"]
+    return points
 
 
 def describe(config: Config) -> str:
@@ -378,7 +401,7 @@ def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _over_training(run: dict[str, Any]) -> Iterator[str]:
+def _over_training(run: dict[str, Any]) -> Iterator[list[str]]:
     """Rows of the table over training."""
     for point in run["points"]:
         stages = point["stages"]
@@ -387,27 +410,29 @@ def _over_training(run: dict[str, Any]) -> Iterator[str]:
         for path in (*PATHS, "random"):
             shares = [share_within(stages, path, n_swaps) for n_swaps in SWAPS]
             cells.append(" / ".join(_cell(None if share is None else 100 * share, ".0f") for share in shares))
-        yield f"| {run['label']} | {point['step']:,} | {' | '.join(cells)} |"
+        yield [run["label"], f"{point['step']:,}", *cells]
 
 
-def _by_stage(run: dict[str, Any]) -> Iterator[str]:
+def _by_stage(run: dict[str, Any]) -> Iterator[list[str]]:
     """Rows of the table by stage at the last checkpoint."""
     stages = run["points"][-1]["stages"]
-    counts = " | ".join(str(stage["n"]) for stage in stages)
-    yield f"| {run['label']}: rows | {counts} |"
+    yield [f"{run['label']}: rows", *(str(stage["n"]) for stage in stages)]
     for path, tokens in PATHS.items():
         cells = [_cell(relative_distance([stage], path), ".2f") for stage in stages]
-        yield f"| {run['label']}: relative distance, {tokens} | {' | '.join(cells)} |"
+        yield [f"{run['label']}: relative distance, {tokens}", *cells]
     for path, tokens in (PATHS | {"random": "random masks"}).items():
         shares = [share_within([stage], path, DRAWN_SWAPS) for stage in stages]
         cells = [_cell(None if share is None else 100 * share, ".0f") for share in shares]
-        yield f"| {run['label']}: within {DRAWN_SWAPS} swaps, %, {tokens} | {' | '.join(cells)} |"
+        yield [f"{run['label']}: within {DRAWN_SWAPS} swaps, %, {tokens}", *cells]
 
 
 def report(records: dict[str, Any], note: list[str]) -> str:
     """README.md: what was measured, over training and by stage, and a note (`read_note`)."""
     runs = records["runs"]
     swaps = " / ".join(map(str, SWAPS))
+    titles = ["run", "updates", "solved, %", "relative distance, own tokens", "true tokens"]
+    titles += ["within, %, own tokens", "true tokens", "random masks"]
+    shares = [f"{n}/{N_STAGES} to {n + 1}/{N_STAGES}" for n in range(N_STAGES)]
     lines = ["# How far the masks of training are from the masks that the sampler visits", ""]
     lines += ["![Distance from the sampler's masks, over training and by stage](curves.png)", ""]
     lines += [
@@ -421,16 +446,11 @@ def report(records: dict[str, Any], note: list[str]) -> str:
         "",
         f"Over training, {records['rows']:,} rows per checkpoint; shares are of rows within {swaps} swaps:",
         "",
-        "| run | updates | solved, % | relative distance, own tokens | true tokens | within, %, own tokens | "
-        "true tokens | random masks |",
-        "| --- |" + " ---: |" * 7,
-        *(line for run in runs for line in _over_training(run)),
+        *markdown_table(titles, [row for run in runs for row in _over_training(run)]),
         "",
         "By revealed share of a row at the last checkpoint:",
         "",
-        f"| revealed | {' | '.join(f'{n}/{N_STAGES} to {n + 1}/{N_STAGES}' for n in range(N_STAGES))} |",
-        "| --- |" + " ---: |" * N_STAGES,
-        *(line for run in runs for line in _by_stage(run)),
+        *markdown_table(["revealed", *shares], [row for run in runs for row in _by_stage(run)]),
         "",
         f"{provenance_in_words(records)}. 'Solved' is the share of these training rows that the sampler fills without "
         f"an error. Random masks in the figure have the counts of the rows of {runs[0]['label']}.",

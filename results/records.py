@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,11 +14,8 @@ from typing_extensions import TypedDict
 from data.foreign import read_text, reading
 from runtime.history import git
 
-ROOT = Path(__file__).resolve().parents[1]
-
 Number = Annotated[float | int, Field(ge=0, le=1e100)]  # larger ones overflow in the library that draws
 Text = Annotated[str, Field(max_length=1000)]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def check_folder(path: Path, option: str) -> None:
@@ -55,7 +53,7 @@ def provenance(command: str, machine: str) -> Provenance:
     return {"command": command, "machine": machine, "commit": commit(), "date": date}
 
 
-def provenance_in_words(facts: Any) -> str:
+def provenance_in_words(facts: Mapping[str, object]) -> str:
     """A `Provenance` for a page."""
     return f"`{facts['command']}`, commit {facts['commit']}, {facts['date']}, {facts['machine']}"
 

@@ -33,10 +33,11 @@ from data.files import write_text
 from data.foreign import MAX_INTEGER, CommandParser, ends_with_message, shorten, whole_number
 from report.curves import RUN_AXES, Curve, accuracy_points, mean_and_range, plot_accuracy, rules_of, target_table
 from results.experiments import EXPERIMENTS, Experiment, Variant
-from results.records import ROOT, Number, Share, Text, check_folder, read_note, read_records
+from results.records import Number, Text, check_folder, read_note, read_records
 from runtime.config_file import changed_settings, format_changes, read_config
-from runtime.final import read_final
-from runtime.history import read_history
+from runtime.final import Share, read_final
+from runtime.history import ROOT, read_history
+from runtime.markdown import markdown_table
 from runtime.metrics import read_metrics
 
 POLL_S = 0.5
@@ -348,10 +349,8 @@ def report(experiment: Experiment, records: dict[str, Any], note: list[str]) -> 
 
 def _final_table(records: dict[str, Any]) -> list[str]:
     """Accuracy after the last update, and what it took."""
-    lines = [
-        "| at the end | seeds | solved, % | of | updates | distinct sequences | seconds |",
-        "| --- |" + " ---: |" * 6,
-    ]
+    titles = ["at the end", "seeds", "solved, %", "of", "updates", "distinct sequences", "seconds"]
+    rows = []
     for label, runs in runs_by_variant(records).items():
         complete = [run for run in runs if run["final"]]
         solved = mean_and_range([100 * run["final"]["accuracy"] for run in complete], ".1f")
@@ -360,24 +359,23 @@ def _final_table(records: dict[str, Any]) -> list[str]:
             mean_and_range([run["points"][-1][axis] for run in complete], ",.0f")
             for axis in ("step", "sequences_distinct", "seconds")
         ]
-        lines.append(f"| {label} | {len(complete)} | {solved} | {n} | {' | '.join(cells)} |")
-    return lines
+        rows.append([label, str(len(complete)), solved, n, *cells])
+    return markdown_table(titles, rows)
 
 
 def _progress_table(records: dict[str, Any]) -> list[str]:
     """Accuracy by update; as in the figure, only updates that all seeds have."""
     steps = sorted({point["step"] for run in records["runs"] for point in run["points"]})
     steps = steps[:: -max(1, math.ceil(len(steps) / N_COLUMNS))][::-1]  # the last one included
-    lines = [f"| solved, %, after updates | {' | '.join(f'{step:,}' for step in steps)} |"]
-    lines.append("| --- |" + " ---: |" * len(steps))
+    rows = []
     for label, runs in runs_by_variant(records).items():
         by_step = [{point["step"]: 100 * point["accuracy"] for point in run["points"]} for run in runs]
         cells = [
             mean_and_range([seed[step] for seed in by_step] if all(step in seed for seed in by_step) else [], ".0f")
             for step in steps
         ]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return lines
+        rows.append([label, *cells])
+    return markdown_table(["solved, %, after updates", *(f"{step:,}" for step in steps)], rows)
 
 
 def _difficulty_table(records: dict[str, Any]) -> list[str]:
@@ -385,7 +383,7 @@ def _difficulty_table(records: dict[str, Any]) -> list[str]:
 
     A cell is empty unless all complete runs of the variant have that group.
     """
-    lines = []
+    lines: list[str] = []
     groups = [group for run in records["runs"] if run["final"] for group in run["final"]["groups"]]
     for by in dict.fromkeys(group["by"] for group in groups):
         values = sorted({group["value"] for group in groups if group["by"] == by})
@@ -393,11 +391,7 @@ def _difficulty_table(records: dict[str, Any]) -> list[str]:
             value: sorted({group["n"] for group in groups if (group["by"], group["value"]) == (by, value)})
             for value in values
         }
-        lines += ["", f"| solved, %, by {by.replace('_', ' ')} | {' | '.join(f'{value:g}' for value in values)} |"]
-        lines += [
-            "| --- |" + " ---: |" * len(values),
-            f"| questions | {' | '.join(' or '.join(f'{count:,}' for count in n[value]) for value in values)} |",
-        ]
+        rows = [["questions", *(" or ".join(f"{count:,}" for count in n[value]) for value in values)]]
         for label, runs in runs_by_variant(records).items():
             finals = [run["final"] for run in runs if run["final"]]
             cells = []
@@ -409,24 +403,24 @@ def _difficulty_table(records: dict[str, Any]) -> list[str]:
                     if (group["by"], group["value"]) == (by, value)
                 ]
                 cells.append(mean_and_range(found if len(found) == len(finals) else [], ".0f"))
-            lines.append(f"| {label} | {' | '.join(cells)} |")
+            rows.append([label, *cells])
+        titles = [f"solved, %, by {by.replace('_', ' ')}", *(f"{value:g}" for value in values)]
+        lines += ["", *markdown_table(titles, rows)]
     return lines
 
 
 def _run_table(records: dict[str, Any]) -> list[str]:
     """Settings, commit, date and machine of every run."""
-    lines = ["| setting | seed | solved, % (95% interval) | of | seconds | settings | commit | date | machine |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: | --- | --- | --- | --- |")
+    titles = ["setting", "seed", "solved, % (95% interval)", "of", "seconds", "settings", "commit", "date", "machine"]
+    rows = []
     for run in records["runs"]:
         final, solved, n = run["final"], "not finished", "-"
         if final:
             n = f"{final['n']:,}"
             solved = f"{100 * final['accuracy']:.1f} ({100 * final['low']:.1f} to {100 * final['high']:.1f})"
-        lines.append(
-            f"| {run['variant']} | {run['seed']} | {solved} | {n} | {run['points'][-1]['seconds']:,.0f} | "
-            f"`{run['settings']}` | {run['commit']} | {run['date']} | {run['machine']} |"
-        )
-    return lines
+        figures = [str(run["seed"]), solved, n, f"{run['points'][-1]['seconds']:,.0f}"]
+        rows.append([run["variant"], *figures, f"`{run['settings']}`", run["commit"], run["date"], run["machine"]])
+    return markdown_table(titles, rows, text_columns=(0, 5, 6, 7, 8))
 
 
 def draw(experiment: Experiment, records: dict[str, Any], out: Path) -> None:

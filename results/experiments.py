@@ -92,6 +92,11 @@ EXPERIMENTS = {
                     ("puma, pool of 16, random order", (POOL_OF_16, RANDOM_ORDER)),
                 )
             ),
+            Variant(
+                "puma, K 2, 4, 8 from 0, 250, 500",
+                "sudoku_mini_puma.yaml",
+                (*PAPER, *k_schedule((2, 0), (4, 250), (8, 500))),
+            ),
             Variant("puma as in the paper, rate 7e-4", "sudoku_mini_puma.yaml", (*PAPER, RATE_OF_7E_4)),
             Variant("uniform, rate 7e-4", "sudoku_mini_baseline.yaml", (RATE_OF_7E_4,)),
             Variant("puma, pool of 16, tau 0.9, rate 7e-4", "sudoku_mini_puma.yaml", (RATE_OF_7E_4,)),
@@ -102,6 +107,7 @@ EXPERIMENTS = {
         shown=(
             "puma, pool of 16, tau 0.9",
             "puma as in the paper",
+            "puma, K 2, 4, 8 from 0, 250, 500",
             "uniform",
             "puma as in the paper, rate 7e-4",
             "uniform, rate 7e-4",

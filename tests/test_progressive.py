@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.row_queue import RowQueue
 from data.stream import SequenceStream
-from progressive import PumaPool, draw_target, reveal_next_stage, stage_of
+from progressive import PumaPool, Rows, draw_target, reveal_next_stage, stage_of
 
 SEEDS = st.integers(0, 2**32)
 STAGES = st.integers(1, 12)
@@ -261,31 +261,41 @@ def test_every_transition_of_the_pool_is_one_of_the_oracles(
     """Segments of rows that stay follow the oracle; a row leaves if and only if the oracle lets all of them finish."""
     pool = make_pool(6, n_stages, collapse_threshold, seed, n_segments=n_segments, n_batches=n_batches)
     for number in range(2 * n_stages * n_batches):
-        x0, maskable, masked, stage, _ = (part.clone() for part in pool.rows.tensors().values())
+        batch = slice(number % n_batches * 6, (number % n_batches + 1) * 6)
+        before = rows_at(pool, batch)
         confidence = step(pool, seed + number)
-        stayed = (pool.rows.age > 0).tolist()
-        first = number % n_batches * 6
-        for row in range(first, first + 6):
-            possible = possible_transitions(
-                masked[row].view(n_segments, -1),
-                stage[row].tolist(),
-                maskable[row].view(n_segments, -1),
-                confidence[row - first].view(n_segments, -1),
-                n_stages,
-                collapse_threshold,
-            )
-            if not stayed[row]:
-                assert all(any(transition.finished for transition in segment) for segment in possible)
-                continue
-            assert torch.equal(pool.rows.x0[row], x0[row])
-            assert pool.rows.masked[row].any()
-            segments = zip(possible, pool.rows.masked[row].view(n_segments, -1), pool.rows.stage[row], strict=True)
-            for transitions, left, new_stage in segments:
-                if left.any():
-                    assert oracle.Transition(frozenset(places(left)), int(new_stage), finished=False) in transitions
-                else:
-                    assert new_stage == n_stages
-                    assert any(transition.finished for transition in transitions)
+        assert_transitions_of_the_oracle(pool, before, rows_at(pool, batch), confidence)
+
+
+def rows_at(pool: PumaPool, where: slice) -> Rows:
+    """Copies of some rows of a pool."""
+    return pool.rows.take(torch.arange(len(pool.rows.age))[where])
+
+
+def assert_transitions_of_the_oracle(pool: PumaPool, before: Rows, after: Rows, confidence: Tensor) -> None:
+    """What an update may make of a batch of the pool, given the confidences ([B, L]) of its masked positions."""
+    n_segments, n_stages = pool.n_segments, pool.n_stages
+    for row, stayed in enumerate((after.age > 0).tolist()):
+        possible = possible_transitions(
+            before.masked[row].view(n_segments, -1),
+            before.stage[row].tolist(),
+            before.maskable[row].view(n_segments, -1),
+            confidence[row].view(n_segments, -1),
+            n_stages,
+            pool.collapse_threshold,
+        )
+        if not stayed:
+            assert all(any(transition.finished for transition in segment) for segment in possible)
+            continue
+        assert torch.equal(after.x0[row], before.x0[row])
+        assert after.masked[row].any()
+        segments = zip(possible, after.masked[row].view(n_segments, -1), after.stage[row], strict=True)
+        for transitions, left, new_stage in segments:
+            if left.any():
+                assert oracle.Transition(frozenset(places(left)), int(new_stage), finished=False) in transitions
+            else:
+                assert new_stage == n_stages
+                assert any(transition.finished for transition in transitions)
 
 
 def possible_transitions(

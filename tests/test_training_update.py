@@ -1,15 +1,21 @@
-"""One update: what it asks of the device, and what it may not."""
+"""One update: what it gives to the pool, the optimizer and the records; what it asks of the device, and may not."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from conftest import PUMA, UNIFORM, tiny_settings
+from test_progressive import assert_transitions_of_the_oracle, rows_at
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from objective import Microbatch
+from progressive import PumaObjective
 from runtime.config_file import parse_config
 from runtime.distributed import World
 from training.run import Run, build_run
@@ -52,6 +58,40 @@ def build(objective: dict[str, Any], data_dir: Path, run_dir: Path, device: str 
     config = parse_config(settings, "test")
     world = World(0, 1, torch.device(device))
     return build_run(config, world, run_dir, config.open_data().train)
+
+
+def test_a_pool_reveals_by_the_confidence_of_the_weights_before_the_update(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The confidence is the largest probability, whichever token has it: not that of the true token."""
+    run = build(PUMA | {"collapse_threshold": 0.5}, data_dir, tmp_path, micro_batch_size=4)
+    assert isinstance(run.objective, PumaObjective)
+    with torch.no_grad():
+        run.model.lm_head.weight.mul_(20)  # about half of the probabilities exceed the threshold
+    pool, observe, seen = run.objective.pool, run.objective.observe, []
+
+    def recorded(microbatch: Microbatch, confidence: Tensor) -> None:
+        seen.append((microbatch, confidence.clone()))
+        observe(microbatch, confidence)
+
+    monkeypatch.setattr(run.objective, "observe", recorded)
+    updater = Updater(run)
+    for step in range(6):  # crosses a change of K
+        model, batch = copy.deepcopy(run.model), slice(step % 2 * 8, (step % 2 + 1) * 8)
+        pool.set_n_stages(3 if step < 4 else 5)
+        before = rows_at(pool, batch)
+        updater.step()
+        assert [microbatch.rows for microbatch, _ in seen] == [slice(0, 4), slice(4, 8)]
+        for microbatch, confidence in seen:
+            with torch.no_grad():
+                logits = model.logits(microbatch.xt)
+            expected = oracle.score_batch(logits, microbatch.x0, microbatch.weight).confidence
+            scored = microbatch.weight != 0
+            assert torch.equal(scored, before.masked[microbatch.rows])
+            torch.testing.assert_close(confidence[scored].double(), expected[scored], rtol=1e-4, atol=1e-5)
+        observed = torch.cat([confidence for _, confidence in seen])
+        assert_transitions_of_the_oracle(pool, before, rows_at(pool, batch), observed)
+        seen.clear()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from objective import Microbatch
 from progressive import PumaObjective
 from runtime.config_file import parse_config
 from runtime.distributed import World
+from runtime.optim import learning_rate
 from training.run import Run, build_run
 from training.update import Updater, apply_update, check_graph, uses_graph
 
@@ -92,6 +94,21 @@ def test_a_pool_reveals_by_the_confidence_of_the_weights_before_the_update(
         observed = torch.cat([confidence for _, confidence in seen])
         assert_transitions_of_the_oracle(pool, before, rows_at(pool, batch), observed)
         seen.clear()
+
+
+def test_every_update_has_the_learning_rate_of_its_step(data_dir: Path, tmp_path: Path) -> None:
+    run = build(UNIFORM, data_dir, tmp_path, warmup_steps=3, max_steps=20)
+    updater, weights = Updater(run), copy.deepcopy(run.model.state_dict())
+    rates = []
+    for step in range(8):
+        updater.step()
+        (rate,) = {group["lr"] for group in run.optimizer.param_groups}
+        assert rate == learning_rate(step, run.config.training, n_steps=20)
+        rates.append(rate)
+        unchanged = all(torch.equal(own, weights[name]) for name, own in run.model.state_dict().items())
+        assert unchanged == (step == 0), "warm-up starts from 0"
+    assert all(first != second for first, second in pairwise(rates[:3] + rates[4:]))
+    assert rates[3] == max(rates) == run.config.training.learning_rate
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())

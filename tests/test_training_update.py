@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import PUMA, UNIFORM, tiny_settings
 from test_progressive import assert_transitions_of_the_oracle, rows_at
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from objective import Microbatch
@@ -109,6 +110,23 @@ def test_every_update_has_the_learning_rate_of_its_step(data_dir: Path, tmp_path
         assert unchanged == (step == 0), "warm-up starts from 0"
     assert all(first != second for first, second in pairwise(rates[:3] + rates[4:]))
     assert rates[3] == max(rates) == run.config.training.learning_rate
+
+
+def test_the_gradient_norm_is_that_before_clipping(data_dir: Path, tmp_path: Path) -> None:
+    run = build(PUMA, data_dir, tmp_path, max_grad_norm=1e-3, micro_batch_size=4)
+    model = copy.deepcopy(run.model)
+    Updater(run).step()
+    for part in run.batch:
+        nll = F.cross_entropy(model.logits(part.xt).transpose(1, 2), part.x0, reduction="none")  # [B, L]
+        (nll * part.weight).sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = float(nn.utils.get_total_norm(gradients))
+    assert norm > 0.01
+    assert float(run.grad_norm_sum) == pytest.approx(norm, rel=1e-4)
+    # After one update AdamW's first moment is (1 - beta) times the gradient that it was given.
+    moments = [state["exp_avg"] for state in run.optimizer.state.values()]
+    given = float(nn.utils.get_total_norm(moments)) / (1 - run.config.training.adam_betas[0])
+    assert given == pytest.approx(1e-3, rel=1e-2)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())

@@ -188,6 +188,39 @@ def test_records_and_final_result(config_file, tmp_path, capsys):
     assert f"of {final['n']}" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_the_records_are_means_over_the_steps_since_the_last_one(config_file, tmp_path, monkeypatch):
+    """Also of the last interval, which is shorter; PUMA draws more sequences in some steps than in others."""
+
+    def watched_step(updater):
+        run = updater.run
+        before = float(run.loss_sum), float(run.grad_norm_sum)
+        step(updater)
+        losses.append(float(run.loss_sum) - before[0])
+        norms.append(float(run.grad_norm_sum) - before[1])
+        drawn.append(int(run.objective.queue.sequences_drawn))
+
+    step = train.Updater.step
+    losses: list[float] = []
+    norms: list[float] = []
+    drawn: list[int] = []
+    monkeypatch.setattr(train.Updater, "step", watched_step)
+    changes = {"training__log_every": 3, "training__max_steps": 7, "training__eval_every": 7}
+    config = str(config_file({"name": "puma", "n_stages": 6, "pool_batches": 2}, **changes))
+    train.main(["--config", config, "--run-dir", str(tmp_path / "run")])
+    rows = list(read_metrics(tmp_path / "run"))
+    assert [row["step"] for row in rows] == [3, 6, 7]
+    assert len(losses) == 7
+    seconds = [0.0, *(row["seconds"] for row in rows)]
+    for row, first, started in zip(rows, (0, 3, 6), seconds, strict=False):
+        n_steps = row["step"] - first
+        assert row["train/loss"] == pytest.approx(sum(losses[first : row["step"]]) / n_steps)
+        assert row["train/grad_norm"] == pytest.approx(sum(norms[first : row["step"]]) / n_steps)
+        assert row["train/step_ms"] == pytest.approx(1000 * (row["seconds"] - started) / n_steps)
+        assert row["train/tokens_per_s"] == pytest.approx(n_steps * 8 * 32 / (row["seconds"] - started))
+        assert row["sequences_distinct"] == drawn[row["step"] - 1]
+    assert drawn[5] == 24, "16 in the pool at the start; half of them have retired after 3 of their 6 stages"
+
+
 def test_a_finished_run_says_so_and_does_nothing(config_file, tmp_path, capsys):
     arguments = ["--config", str(config_file()), "--run-dir", str(tmp_path / "run")]
     train.main(arguments)

@@ -122,6 +122,23 @@ def test_settings_that_make_no_batch_are_refused_before_a_model_is_built(
             build({"name": "uniform"}, data_dir, tmp_path, **training)
 
 
+@pytest.mark.parametrize("objective", [{"name": "puma", "n_stages": 4}, {"name": "uniform"}])
+def test_the_seed_determines_weights_order_of_the_data_and_masks(
+    objective: dict[str, Any], data_dir: Path, tmp_path: Path
+) -> None:
+    """All maskable positions are those of the solution, so the masks of other rows differ by their draws alone."""
+    models, batches = [], []
+    for seed in (0, 1):
+        run = build(objective, data_dir, tmp_path, seed=seed)
+        models.append(run.model)
+        batches.append(next(run.objective.microbatches(0)))
+    matrices = [[each for each in model.parameters() if each.ndim == 2] for model in models]
+    assert not any(torch.equal(*pair) for pair in zip(*matrices, strict=True))
+    first, second = batches
+    assert not torch.equal(first.x0, second.x0)
+    assert not torch.equal(first.weight, second.weight)
+
+
 @pytest.fixture
 def group_of_one() -> Iterator[None]:
     """A process group of this process alone."""

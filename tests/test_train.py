@@ -221,6 +221,15 @@ def test_the_records_are_means_over_the_steps_since_the_last_one(config_file, tm
     assert drawn[5] == 24, "16 in the pool at the start; half of them have retired after 3 of their 6 stages"
 
 
+def test_the_last_evaluation_has_its_own_number_of_examples(config_file, tmp_path):
+    config = str(config_file(validation__n_examples=5, validation__n_final_examples=10))
+    train.main(["--config", config, "--run-dir", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run" / "final.json").read_text())["n"] == 10
+    evaluated = [row for row in read_metrics(tmp_path / "run") if "validation/loss" in row]
+    n_by_clues = [{key: row[key] for key in row if re.fullmatch("validation/by_clues/.*/n", key)} for row in evaluated]
+    assert [sum(counts.values()) for counts in n_by_clues] == [5, 10]
+
+
 def test_a_finished_run_says_so_and_does_nothing(config_file, tmp_path, capsys):
     arguments = ["--config", str(config_file()), "--run-dir", str(tmp_path / "run")]
     train.main(arguments)

@@ -94,6 +94,22 @@ def test_no_more_rows_than_there_are(model, puzzles):
     assert shares(model, puzzles, 1, 10_000) == shares(model, puzzles, 1, 37)
 
 
+# The whole evaluation
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_every_forward_pass_is_in_the_precision_of_training(precision, model, data_dir):
+    settings = tiny_settings(PUMA, data_dir)
+    settings["training"]["precision"] = precision
+    settings["validation"] |= {"n_likelihood_draws": 2}
+    config = parse_config(settings, "test")
+    enabled: list[bool] = []
+    model.model.register_forward_hook(lambda *_: enabled.append(torch.is_autocast_enabled("cpu")))
+    evaluation.evaluate(model, config, config.open_data().load(train=False), World(0, 1, CPU), n_examples=2)
+    assert len(enabled) > 16, "the loss, the likelihood and every step of sampling"
+    assert set(enabled) == {precision == "bfloat16"}
+
+
 # Intervals
 
 

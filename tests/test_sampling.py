@@ -6,7 +6,6 @@ import csv
 import itertools
 import json
 import re
-import shutil
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from conftest import ROOT, UNIFORM, tiny_gsm_settings, tiny_settings
 from helpers import assert_distribution, model_settings, random_generator, random_model
 from PIL import Image, ImageSequence
+from test_data_text_pairs import LENGTH, VOCAB, write_pairs
 from torch import Tensor
 
 import sampling
@@ -31,6 +31,7 @@ from eval import evaluate as evaluation
 from model.hub import pack_run
 from model.transformer import Transformer, build_model
 from runtime.config_file import parse_config
+from runtime.distributed import World
 from samplers.full import sample_full
 from samplers.step import Samples
 
@@ -619,18 +620,53 @@ def test_the_example_of_the_page_runs(
     assert sampling.load().solve("." * 81, SamplingRule(tokens_per_step=81), trace=True)._repr_html_() is not None
 
 
-def test_answers_to_the_test_are_those_of_an_evaluation(run_dir: Path, tmp_path: Path) -> None:
-    """Also by a rule that draws random numbers."""
-    overrides = ["validation.confidence=[random]", "validation.temperature=1.0", "validation.n_final_examples=20"]
-    run_dir = shutil.copytree(run_dir, tmp_path / "run")
-    evaluation.main([str(run_dir), *overrides, "--samples", str(tmp_path / "samples.jsonl")])
-    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    trained = sampling.load(run_dir, "cpu")
-    rows, rule = [17, 3], SamplingRule(confidence="random", temperature=1.0)
-    answers = list(trained.answer_test(rows, rule, seed=trained.config.training.seed, trace=True))
-    expected = [samples[row]["answer"] for row in rows]
-    assert [answer.verdict.answer for answer in answers] == expected
-    assert [answer.question for answer in answers] == [samples[row]["puzzle"] for row in rows]
+BLOCKS = {"name": "block_uniform", "block_size": 4}
+RANDOM_RULE = {"confidence": ["random"], "tokens_per_step": [3], "temperature": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("objective", "validation", "text"),
+    [
+        (UNIFORM, RANDOM_RULE, False),
+        (BLOCKS | {"block_attention": "prefix"}, RANDOM_RULE, False),
+        (BLOCKS | {"block_attention": "block_causal"}, RANDOM_RULE, True),
+        ({"name": "autoregressive"}, {"temperature": 1.0}, True),
+    ],
+    ids=["uniform", "prefix", "block_causal", "autoregressive"],
+)
+def test_answers_to_the_test_are_those_of_an_evaluation(
+    objective: dict[str, Any], validation: dict[str, Any], text: bool, data_dir: Path, tmp_path: Path
+) -> None:
+    """By the sampler of the objective, which stops at the end of a text; also by a rule that draws random numbers."""
+    settings = tiny_settings(objective, data_dir)
+    settings["validation"] |= validation
+    if text:
+        write_pairs(tmp_path / "pairs.jsonl", 60)
+        source = {"source": str(tmp_path / "pairs.jsonl"), "data_dir": str(tmp_path), "max_len": LENGTH}
+        settings["data"] = {"dataset": "text", "n_held_out": 20} | source
+        settings["model"]["vocab_size"] = VOCAB
+    config = parse_config(settings, "test")
+    data = config.open_data().load(train=False)
+    model = build_model(config)
+    model.reset_parameters(random_generator(0))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # probabilities that depend on the context
+        if data.eos_id is not None:  # the same on one axis of all positions, so that some texts end early
+            model.model.embed_tokens.weight[:, 0] = 1.0
+            model.lm_head.weight[:, 0] = 0.0
+            model.lm_head.weight[data.eos_id, 0] = 1.0
+    trained = sampling.TrainedModel(model.eval(), config, data, torch.device("cpu"))
+    (rule,) = config.validation.rules()
+    answers = list(trained.answer_test(range(20), rule, seed=config.training.seed, trace=True))
+    found = evaluation.evaluate(model, config, data, World(0, 1, torch.device("cpu")), 20)
+    assert [sample["answer"] for sample in found.samples] == [answer.verdict.answer for answer in answers]
+    assert [sample["prompt" if text else "puzzle"] for sample in found.samples] == [each.question for each in answers]
+    assert found.samplers[0].nfe == pytest.approx(np.mean([answer.nfe for answer in answers]))
+    backwards = list(trained.answer_test([17, 3], rule, seed=config.training.seed))
+    assert [answer.verdict for answer in backwards] == [answers[17].verdict, answers[3].verdict]
+    if text:
+        n_last = [(answer.order == answer.nfe).sum() for answer in answers]
+        assert max(n_last) > 3, "or no text ended early, with EOS in all other positions at the last pass"
 
 
 def test_holes_of_texts_are_filled_and_the_rest_is_kept(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
 import torch
 import yaml
-from conftest import PUMA, run_python, run_ranks, tiny_settings
+from conftest import PUMA, UNIFORM, run_python, run_ranks, tiny_settings
 from test_data_sudoku_boards import boards
 
 import train
@@ -18,7 +19,8 @@ from data.sudoku_solver import solve_singles
 from eval import evaluate as evaluation
 from eval.accuracy import SamplerResult, group_results, wilson_interval
 from eval.evaluate import validation_loss
-from model.transformer import Transformer
+from model.transformer import Transformer, build_model
+from progressive_block import BlockLayout
 from runtime.checkpoint import find_checkpoint
 from runtime.config_file import parse_config
 from runtime.distributed import World
@@ -75,19 +77,40 @@ def test_the_loss_does_not_depend_on_ranks_or_batches(model, puzzles):
         assert shares(model, puzzles, 1, 37, batch_size)[0] == pytest.approx(alone, rel=1e-6)
 
 
-def test_masks_are_fixed(model, puzzles):
-    torch.manual_seed(1)
-    first = shares(model, puzzles, 1, 37)
-    torch.manual_seed(2)
-    assert shares(model, puzzles, 1, 37) == first
-
-
-def test_the_loss_is_that_of_the_uniform_objective(puzzles):
-    """A head of zeros gives every token the same probability, whatever is masked."""
-
-    model = Transformer(parse_config(tiny_settings(PUMA, Path()), "test").model)
-    torch.nn.init.zeros_(model.lm_head.weight)
-    assert shares(model, puzzles, 1, 37)[0] == pytest.approx(np.log(6), rel=1e-5)
+@pytest.mark.parametrize(
+    ("objective", "size"),
+    [
+        (UNIFORM, 32),
+        (PUMA, 32),
+        ({"name": "block_uniform", "block_size": 4, "block_attention": "prefix"}, 4),
+        ({"name": "block_uniform", "block_size": 4, "block_attention": "block_causal"}, 4),
+    ],
+    ids=["uniform", "puma", "prefix", "block_causal"],
+)
+@torch.no_grad()
+def test_the_loss_is_that_of_fixed_masks_whatever_the_seed(objective, size, puzzles):
+    """Drawn in each block of the model; a block is predicted from the clean tokens before it."""
+    settings = tiny_settings(objective, Path())
+    model = build_model(parse_config(settings, "test"))
+    model.reset_parameters(torch.Generator().manual_seed(0))
+    model.lm_head.weight.mul_(20)  # losses that differ from token to token
+    losses = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        settings["training"]["seed"] = seed
+        losses.append(validation_loss(model.eval(), parse_config(settings, "test"), puzzles, World(0, 1, CPU)))
+    assert losses[0] == losses[1]
+    x0, prompt_mask = map(torch.from_numpy, puzzles.rows(np.arange(settings["validation"]["n_loss_rows"])))
+    generator = torch.Generator().manual_seed(evaluation.MASK_SEED)
+    masked = BlockLayout(32, size, "prefix").mask_uniformly(~prompt_mask, generator)
+    xt = x0.masked_fill(masked, puzzles.mask_id)
+    logits = [
+        model.logits(torch.cat([x0[:, :start], xt[:, start : start + size]], dim=1))[:, start:]
+        for start in range(0, 32, size)
+    ]
+    blocks = masked.view(-1, size)
+    weight = oracle.weights_of(blocks, int(blocks.any(1).sum())).view_as(masked)
+    assert losses[0] == pytest.approx(oracle.score_batch(torch.cat(logits, dim=1), x0, weight).loss, rel=1e-5)
 
 
 def test_no_more_rows_than_there_are(model, puzzles):

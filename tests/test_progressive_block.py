@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from conftest import tiny_settings
+from helpers import assert_distribution
 from torch import Tensor
 
 import progressive_block
@@ -68,6 +70,9 @@ def build(
 def puma(layout: BlockAttention = "prefix", size: int = BLOCK, **changes: Any) -> BlockPumaSettings:
     settings = {"n_stages": 4, "collapse_threshold": None} | changes
     return BlockPumaSettings(name="block_puma", block_size=size, block_attention=layout, **settings)
+
+
+UNIFORM_BLOCKS = BlockUniformSettings(name="block_uniform", block_size=BLOCK, block_attention="prefix")
 
 
 def invented_confidence(x0: Tensor, step: int) -> Tensor:
@@ -176,19 +181,29 @@ def test_over_ranks_a_block_weighs_the_same_wherever_it_is(monkeypatch):
     assert float(blocks.weights(masked).sum()) == pytest.approx(1), "in evaluation all ranks count all rows"
 
 
-def test_uniform_masks_each_number_of_positions_of_a_block_equally_often():
-    settings = BlockUniformSettings(name="block_uniform", block_size=BLOCK, block_attention="prefix")
+@pytest.mark.parametrize("name", ["block_uniform", "block_puma"])
+def test_the_weights_of_training_are_over_ranks(name, monkeypatch):
+    monkeypatch.setattr(progressive_block, "mean_over_ranks", lambda n_counted: (n_counted + 10) / 2)
+    xt, _, weight = build(puma() if name == "block_puma" else UNIFORM_BLOCKS).draw(0)
+    masked = (xt == MASK).view(-1, BLOCK)
+    n_blocks = int(masked.any(1).sum())
+    assert n_blocks != 10, "the other rank has another number"
+    expected = oracle.weights_of(masked, (n_blocks + 10) / 2).view_as(xt)
+    torch.testing.assert_close(weight.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("settings", [UNIFORM_BLOCKS, puma(uniform_fraction=0.5)], ids=lambda settings: settings.name)
+def test_uniform_masks_each_number_of_positions_of_a_block_equally_often(settings):
+    """In all rows of the baseline, and in the uniform rows beside the pool, which are the last ones."""
     data = Rows()
     data.prompt_mask[:] = False
     data.prompt_mask[:, :2] = True  # two maskable positions in the first block
-    objective = build(settings, 40, data)
-    counts = torch.cat([(run_step(objective, step)[0] == MASK).view(40, -1, BLOCK).sum(2) for step in range(100)])
+    objective = build(settings, 40 if settings is UNIFORM_BLOCKS else 80, data)
+    counts = torch.cat([(run_step(objective, step)[0][-40:] == MASK).view(40, -1, BLOCK).sum(2) for step in range(100)])
     for block, n_maskable in enumerate((2, 4, 4)):
-        share = counts[:, block].bincount(minlength=5) / len(counts)
-        assert share[0] == 0
-        torch.testing.assert_close(
-            share[1 : n_maskable + 1], torch.full((n_maskable,), 1 / n_maskable), rtol=0.1, atol=0
-        )
+        possible = torch.arange(BLOCK + 1)
+        probabilities = ((possible >= 1) & (possible <= n_maskable)) / n_maskable
+        assert_distribution(counts[:, block].bincount(minlength=BLOCK + 1), probabilities)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

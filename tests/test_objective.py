@@ -151,6 +151,23 @@ def test_loss_and_gradient_of_a_batch_equal_the_oracle(objective: dict[str, Any]
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("order", ["confidence", "random"])
+def test_only_the_order_of_confidence_reveals_the_most_confident(order: str) -> None:
+    built = make_objective(PUMA | {"reveal_order": order}, numbered_rows(60, 25, n_maskable=24), 20)
+    before, confidence = built.pool.rows.masked.clone(), random_log_probs((20, 25), 0)
+    (batch,) = built.microbatches(0)
+    built.observe(batch, confidence)
+    built.end_step()
+    most_confident = []
+    for row in built.pool.rows.age.nonzero()[:, 0].tolist():  # those that have not retired
+        masked = built.pool.rows.masked[row]
+        revealed = before[row] & ~masked
+        if revealed.any():
+            most_confident.append(bool(confidence[row, revealed].min() > confidence[row, masked].max()))
+    assert len(most_confident) > 5
+    assert all(most_confident) == (order == "confidence")
+
+
 @every_objective
 def test_every_drawn_row_is_used_and_none_twice_in_an_epoch(objective: dict[str, Any]) -> None:
     """Rows in the batches are the first ones of the shuffled data without a gap, whoever takes them."""

@@ -429,7 +429,8 @@ def test_the_command_prints_the_board_the_order_the_verdict_and_the_nfe(
     sampling.main(["--checkpoint", str(tmp_path / "run"), "--puzzle", PUZZLE, "--tokens-per-step", "3"])
     head, *board, legend, verdict, nfe = capsys.readouterr().out.splitlines()
     assert head.split() == ["filled", "board", "filled", "at", "step"]
-    steps = [int(number) for line in board for number in re.findall(r"\d+", line[14:])]
+    start = head.index("filled at step")
+    steps = [int(number) for line in board for number in re.findall(r"\d+", line[start:])]
     assert sorted(steps) == [1 + rank // 3 for rank in range(len(steps))]
     assert legend.startswith("[5] clue")
     assert verdict.startswith("not solved: "), "an untrained model"

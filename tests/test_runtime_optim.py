@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -73,18 +72,7 @@ def test_a_tied_head_is_one_parameter():
     assert len(parameters) == len(set(parameters))
 
 
-@pytest.mark.parametrize(("warmup_steps", "n_steps"), [(0, 10), (4, 20), (10, 11), (30, 20)])
-def test_linear_warm_up_then_half_a_cosine(warmup_steps, n_steps):
-    training = settings(learning_rate=0.3, warmup_steps=warmup_steps)
-    for step in range(n_steps + 1):
-        if step < warmup_steps:
-            expected = 0.3 * step / warmup_steps
-        else:
-            expected = 0.3 * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, n_steps - warmup_steps)))
-        assert learning_rate(step, training, n_steps) == pytest.approx(expected, abs=1e-12), step
-
-
-@pytest.mark.parametrize(("warmup_steps", "n_steps"), [(0, 10), (7, 1000), (10, 11), (30, 20), (500, 907_000)])
+@pytest.mark.parametrize(("warmup_steps", "n_steps"), [(0, 10), (4, 20), (7, 1000), (10, 11), (30, 20), (500, 907_000)])
 def test_the_learning_rate_is_that_of_transformers_bit_for_bit(warmup_steps, n_steps):
     from transformers.optimization import get_cosine_schedule_with_warmup
 

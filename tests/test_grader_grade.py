@@ -133,9 +133,9 @@ LARGE: dict[str, Callable[[int], str]] = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_twenty_megabytes_take_ten_times_the_work_of_two(name: str) -> None:
+def test_ten_times_the_text_takes_ten_times_the_work(name: str) -> None:
     seconds = []
-    for n in (2 * 10**6, 20 * 10**6):
+    for n in (4 * 10**5, 4 * 10**6):
         text = LARGE[name](n)
         times = []
         for _ in range(3):
@@ -145,7 +145,7 @@ def test_twenty_megabytes_take_ten_times_the_work_of_two(name: str) -> None:
         seconds.append(min(times))
         assert program is not None
         assert program.startswith("def f():\n")
-    assert seconds[1] < 40 * seconds[0] + 0.1  # a quadratic search takes a hundred times as long
+    assert seconds[1] < 40 * seconds[0] + 0.02  # a quadratic search takes a hundred times as long
     tracemalloc.start()
     try:
         extract_program(text)

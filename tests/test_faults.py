@@ -46,7 +46,7 @@ from data.word_problems import cached_word_problems
 from progressive import PumaObjective
 from runtime import checkpoint as checkpoint_module
 from runtime.checkpoint import find_checkpoint, latest_checkpoint, open_checkpoint
-from runtime.config_file import parse_config
+from runtime.config_file import parse_config, read_config
 from runtime.launch import _first_failure
 from runtime.metrics import Recorder, read_metrics
 from training.update import Updater
@@ -661,6 +661,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_others(number, config_file, tmp_path
     """Without anybody who looks after the processes, as srun starts them: a rank notices by itself."""
     config = config_file(training__max_steps=100_000, training__save_every=5, training__eval_every=100_000)
     run_dir = tmp_path / "run"
+    read_config(config).open_data().load(train=True)  # writes the boards, which can take longer than a rank waits below
     program: tuple[object, ...] = ("train.py",)
     if number == signal.SIGSTOP:  # only the limit of a collective ends it, which holds for the start and each save too
         impatient = (

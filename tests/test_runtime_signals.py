@@ -311,8 +311,8 @@ def test_one_rank_signalled_stops_all_at_the_same_step(config_file, tmp_path):
     checkpoint = latest_checkpoint(run_dir)
     assert json.loads((checkpoint.path / "manifest.json").read_text())["n_ranks"] == 2
     assert max(losses(run_dir)) == checkpoint.step
-    seconds = {row["step"]: row["seconds"] for row in read_metrics(run_dir)}
-    assert seconds[checkpoint.step] - seconds[before] <= 5, "the stop must not take long"
+    # The first or second exchange after the signal; the number of steps between exchanges at most doubles each time.
+    assert checkpoint.step <= 4 * before + 20, "the stop must not take long"
 
 
 def test_one_rank_signalled_in_an_evaluation_stops_all(config_file, tmp_path):

@@ -1,4 +1,4 @@
-"""Small parts that several tests share: the project's syntax trees, rows that can be told apart, models, chi-square."""
+"""Small parts that several tests share: syntax trees, rows that can be told apart, models, chi-square, losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from conftest import ROOT
 from torch import Tensor
 
 from config import ModelSettings
+from data.sudoku_boards import BOX_SHAPE
 from model.transformer import Transformer
+from runtime.metrics import read_metrics
+from samplers.step import Samples
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").exists(),
@@ -128,3 +131,23 @@ def assert_distribution(counts: Tensor, probabilities: Tensor) -> None:
     statistic = float(((counts - expected) ** 2 / expected).sum())
     deviation = ((statistic / freedom) ** (1 / 3) - 1 + 2 / (9 * freedom)) / math.sqrt(2 / (9 * freedom))
     assert deviation < 5, f"chi-square {statistic:.1f} with {freedom} degrees of freedom"
+
+
+def assert_same_samples(ours: Samples, theirs: Samples) -> None:
+    """The same tokens, in the same order, with as many passes."""
+    for name in ("tokens", "order", "nfe"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+def solved_grid(size: int) -> np.ndarray:
+    """A legal grid: the first row shifted by a box's width in each row of boxes and by one between them; int64 [C]."""
+    height, width = BOX_SHAPE[size]
+    rows = [
+        [(width * (row % height) + row // height + column) % size + 1 for column in range(size)] for row in range(size)
+    ]
+    return np.array(rows).ravel()
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """The training losses of a run, by step."""
+    return {row["step"]: row["train/loss"] for row in read_metrics(run_dir) if "train/loss" in row}

@@ -17,7 +17,7 @@ from data.stream import SequenceStream, _sampled_fingerprint, changed_sources, f
 
 
 @dataclass
-class NumberedRows:
+class RepeatedNumbers:
     """Row i holds the token i twice, so that a drawn row tells where it comes from; the first is the prompt."""
 
     n_rows: int
@@ -33,7 +33,7 @@ class NumberedRows:
 
 
 def streams(n_rows: int, n_ranks: int, seed: int = 0) -> list[SequenceStream]:
-    return [SequenceStream(NumberedRows(n_rows), seed, rank, n_ranks) for rank in range(n_ranks)]
+    return [SequenceStream(RepeatedNumbers(n_rows), seed, rank, n_ranks) for rank in range(n_ranks)]
 
 
 def draw(stream: SequenceStream, n_rows: int) -> list[int]:
@@ -98,7 +98,7 @@ def test_the_state_resumes_exactly(n_rows, n_ranks, before, after):
             draw(straight, n)
         state = straight.state_dict()
         assert state == {"n_drawn": sum(before), "left_behind": [], "start": 0, "n_earlier": 0}
-        resumed = SequenceStream(NumberedRows(n_rows), 0, rank, n_ranks)
+        resumed = SequenceStream(RepeatedNumbers(n_rows), 0, rank, n_ranks)
         draw(resumed, 3)  # what a fresh pool has drawn before its state is loaded
         resumed.load_state_dict(state)
         assert resumed.n_drawn == straight.n_drawn == sum(before)
@@ -134,7 +134,7 @@ def test_what_is_drawn_is_tokens_and_prompt_mask():
 
 def test_a_set_without_rows_is_refused():
     with pytest.raises(ValueError, match="no rows"):
-        SequenceStream(NumberedRows(0), 0)
+        SequenceStream(RepeatedNumbers(0), 0)
 
 
 def array_data(n_rows: int, length: int = 2, **changes: Any) -> ArrayData:
@@ -188,11 +188,11 @@ def test_fingerprints_of_earlier_versions_are_compared_as_they_were_made():
 def test_a_change_of_ranks_loses_no_row_and_repeats_none(n_rows, chain):
     """Each list says how much every rank draws before the next number of ranks; the last one draws all the rest."""
     drawn: list[int] = []
-    state = SequenceStream(NumberedRows(n_rows), 0).state_dict()
+    state = SequenceStream(RepeatedNumbers(n_rows), 0).state_dict()
     for n_each in chain:
         n_before, states = len(drawn), []
         for rank, n in enumerate(n_each):
-            stream = SequenceStream(NumberedRows(n_rows), 0, rank, len(n_each))
+            stream = SequenceStream(RepeatedNumbers(n_rows), 0, rank, len(n_each))
             stream.load_state_dict(state | {"n_earlier": 0})
             drawn += draw(stream, n)
             states.append(stream.state_dict())

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers import solved_grid
 
 from data.sudoku import Faults, SudokuSettings, describe_board, find_faults, format_boards, judge_boards
-from data.sudoku_boards import BOX_SHAPE
-
-
-def solved_grid(size: int) -> np.ndarray:
-    """A legal grid, int64 [C]."""
-    height, width = BOX_SHAPE[size]
-    rows = [
-        [(width * (row % height) + row // height + column) % size + 1 for column in range(size)] for row in range(size)
-    ]
-    return np.array(rows).flatten()
 
 
 def judge(puzzle: np.ndarray, grid: np.ndarray, solution: np.ndarray, size: int) -> tuple[float, float]:

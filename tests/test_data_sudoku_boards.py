@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import SHARED, run_python
+from helpers import solved_grid
 
 from data.sudoku import main
 from data.sudoku_boards import (
@@ -33,15 +34,6 @@ def groups_of(size: int) -> list[set[int]]:
             groups.setdefault(group, set()).add(number)
     assert len(groups) == 3 * size
     return list(groups.values())
-
-
-def solved_grid(size: int) -> np.ndarray:
-    """A legal grid: the first row shifted by a box's width in each row of boxes and by one between them; [C]."""
-    height, width = BOX_SHAPE[size]
-    rows = [
-        [(width * (row % height) + row // height + column) % size + 1 for column in range(size)] for row in range(size)
-    ]
-    return np.array(rows).ravel()
 
 
 def boards(size: int, n: int = 1, n_clues: int | None = None) -> np.ndarray:

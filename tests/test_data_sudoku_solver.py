@@ -7,8 +7,9 @@ import csv
 import numpy as np
 import pytest
 from conftest import SHARED
+from helpers import solved_grid
 from test_data_generate_sudoku import solutions, train_set
-from test_data_sudoku_boards import groups_of, solved_grid
+from test_data_sudoku_boards import groups_of
 
 from data.sudoku_boards import legal_solutions, read_boards
 from data.sudoku_solver import count_solutions, solve, solve_singles

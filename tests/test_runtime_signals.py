@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_fresh_python, started, started_ranks
 from forked import Forked
+from helpers import losses
 from test_train import CASES, assert_same_checkpoint
 
 import samplers.causal
@@ -31,10 +32,6 @@ def wait_for_step(run_dir: Path, step: int, process: Forked, timeout_s: float = 
         assert process.poll() is None, f"ended with {process.returncode} before step {step}: {process.communicate()}"
         assert time.monotonic() < deadline, f"no step {step} within {timeout_s} s"
         time.sleep(0.02)
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    return {row["step"]: row["train/loss"] for row in read_metrics(run_dir) if "train/loss" in row}
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import PUMA
+from helpers import assert_same_samples
 from test_model_block_mask import BLOCK, LENGTH, MASK, build
 from torch import Tensor
 
@@ -18,7 +19,6 @@ from config import SamplingRule
 from model.transformer import Transformer
 from samplers.block import sample_blocks
 from samplers.full import sample_full
-from samplers.step import Samples
 
 RULES = {
     "top_prob": {},
@@ -44,11 +44,6 @@ def prompts(n_rows: int = 7, seed: int = 2) -> Tensor:
     given[0, :BLOCK] = given[1, BLOCK : 2 * BLOCK] = given[2, 2 * BLOCK :] = given[3, 5 : 2 * BLOCK] = True
     given[4], given[5], given[5:, 0] = True, False, True
     return xt.masked_fill(~given, MASK)
-
-
-def assert_same_samples(ours: Samples, theirs: Samples) -> None:
-    for name in ("tokens", "order", "nfe"):
-        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
 
 
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES.keys())

@@ -16,7 +16,7 @@ import oracle
 import pytest
 import torch
 from conftest import ROOT, UNIFORM, tiny_gsm_settings, tiny_settings
-from helpers import assert_distribution, model_settings, random_generator, random_model
+from helpers import assert_distribution, assert_same_samples, model_settings, random_generator, random_model
 from PIL import Image, ImageSequence
 from test_data_text_pairs import LENGTH, VOCAB, write_pairs
 from torch import Tensor
@@ -102,12 +102,6 @@ def rows_alone(model: Transformer, xt: Tensor, rule: SamplingRule, seed: int) ->
         torch.cat([one.order for one in single]),
         torch.cat([one.nfe for one in single]),
     )
-
-
-def assert_same_samples(ours: Samples, theirs: Samples) -> None:
-    assert torch.equal(ours.tokens, theirs.tokens)
-    assert torch.equal(ours.order, theirs.order)
-    assert torch.equal(ours.nfe, theirs.nfe)
 
 
 # Against the oracle

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import PUMA, UNIFORM, run_python, tiny_settings
+from helpers import losses
 from slurm_cluster import Cluster, missing, start_cluster, wait_for
 
 from runtime.checkpoint import latest_checkpoint
-from runtime.metrics import read_metrics
 
 reason = missing()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(reason is not None, reason=str(reason))]
@@ -58,10 +58,6 @@ def undisturbed(tmp_path_factory, data_dir) -> tuple[Path, dict[int, float]]:
     result = run_python("train.py", "--config", config, "--run-dir", folder / "run", timeout=900)
     assert result.returncode == 0, result.stderr
     return config, losses(folder / "run")
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    return {row["step"]: row["train/loss"] for row in read_metrics(run_dir) if "train/loss" in row}
 
 
 def wait_for_step(cluster: Cluster, job: str, run_dir: Path, step: int) -> None:

@@ -47,7 +47,16 @@ from report.trace import Trace, write_traces
 from runtime.checkpoint import Checkpoint, reading_checkpoint, resumable_checkpoint, step_folders
 from runtime.command import shell_command
 from runtime.config_file import changed_settings, dump_config, format_changes, read_config
-from runtime.distributed import claim_report, fail_once, main_first, on_main, only_on_main, start_world, stop_world
+from runtime.distributed import (
+    claim_report,
+    fail_once,
+    main_bar,
+    main_first,
+    on_main,
+    only_on_main,
+    start_world,
+    stop_world,
+)
 from runtime.final import FINAL_FILE, read_final
 from runtime.history import Session
 from runtime.lock import lock_run
@@ -148,8 +157,7 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
     evaluation: Evaluation | None = None  # of this step
     saved_step, seconds_before = run.step, run.seconds
 
-    # None: no bar where standard error is no terminal
-    with tqdm(total=run.n_steps, initial=run.step, unit="step", disable=None if recorder else True) as bar:
+    with main_bar(run.world, total=run.n_steps, initial=run.step, unit="step") as bar:
         started = time.perf_counter()
         try:
             while run.step < run.n_steps or run.pending_metrics is not None:

@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -108,6 +108,15 @@ def alone(path: Path) -> Iterator[None]:
                     say(f"waiting for another process that writes {path}")
                 fcntl.lockf(file, fcntl.LOCK_EX)
         yield
+
+
+def make_once(path: Path, is_made: Callable[[], bool], make: Callable[[], None]) -> None:
+    """Make a file or folder on first use; of several processes one makes it, and the others wait."""
+    if is_made():  # without a lock, since nothing may be writable
+        return
+    with alone(path):
+        if not is_made():  # now, by another process
+            make()
 
 
 def say(line: str) -> None:

@@ -244,8 +244,8 @@ def free_memory() -> int:
     """Bytes of memory that programs can still get: of the machine, or of this process's control groups if less."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     machine, membership = Path("/proc/meminfo"), Path("/proc/self/cgroup")
-    if machine.exists():
-        limits += [1024 * number for name, number in _read_counts(machine).items() if name == "MemAvailable:"]
+    if machine.exists() and (kib := _read_counts(machine).get("MemAvailable:")) is not None:
+        limits.append(1024 * kib)
     if membership.exists():
         lines = membership.read_text(encoding="utf-8").splitlines()
         for group in (line.removeprefix("0::/") for line in lines if line.startswith("0::/")):

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.files import alone, check_out, write_text
+from data.files import check_out, make_once, write_text
 from data.foreign import CommandParser, check_memory, ends_with_message, whole_number
 from data.sudoku_boards import BOX_SHAPE, SudokuData, check_request, make_data, puzzle_keys, save_array
 from grader.cores import count_cores
@@ -88,16 +88,16 @@ def cached_generated(
     """Files of training and test puzzles in `data_dir`, generated on first use; see `generate_sudoku`."""
     name = f"sudoku_{size}x{size}_{n_train}_{n_test}_clues{min_clues}to{max_clues}_seed{seed}"
     paths = Path(data_dir) / f"{name}_train.npy", Path(data_dir) / f"{name}_test.npy"
-    if all(path.exists() for path in paths):  # also where nothing can be written
-        return paths
-    with alone(paths[0]):
-        if not all(path.exists() for path in paths):  # now, by another process
-            parts = generate_sudoku(
-                size, n_train=n_train, n_test=n_test, min_clues=min_clues, max_clues=max_clues, seed=seed
-            )
-            for data, path in zip(parts, paths, strict=True):
-                assert data is not None  # the settings require at least one of each
-                save_array(path, data.boards)
+
+    def make() -> None:
+        parts = generate_sudoku(
+            size, n_train=n_train, n_test=n_test, min_clues=min_clues, max_clues=max_clues, seed=seed
+        )
+        for data, path in zip(parts, paths, strict=True):
+            assert data is not None  # the settings require at least one of each
+            save_array(path, data.boards)
+
+    make_once(paths[0], lambda: all(path.exists() for path in paths), make)
     return paths
 
 

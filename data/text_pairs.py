@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from data.dataset import AnswerVerdict, DataSet, DataSettings, JudgedAnswers
-from data.files import alone, making_folder, say
+from data.files import make_once, making_folder, say
 from data.foreign import check_file, escape, reading, shorten
 from data.hashes import cached_hash, hash_file
 from data.pretokenize import find_files, pretokenize, read_rows
@@ -242,16 +242,16 @@ class TextData(PairDataSet):
         columns = (settings.prompt_column, settings.completion_column)
         facts = [VERSION, _identity(settings.source), columns, self.vocab_size]
         folder = Path(settings.data_dir) / f"tokenizer_{_digest(facts)}"
-        if folder.exists():
-            return str(folder)
-        with alone(folder):
-            if not folder.exists():  # now, by another process
-                say(f"training a tokenizer of {self.vocab_size} tokens in {folder}")
-                chunks = islice(read_rows(settings.source, columns), N_TOKENIZER_CHUNKS)
-                texts = (text for chunk in chunks for column in chunk for text in column)
-                tokenizer = train_byte_pairs(texts, PIECES, self.vocab_size)
-                with making_folder(folder) as scratch:
-                    tokenizer.save_pretrained(scratch)
+
+        def train() -> None:
+            say(f"training a tokenizer of {self.vocab_size} tokens in {folder}")
+            chunks = islice(read_rows(settings.source, columns), N_TOKENIZER_CHUNKS)
+            texts = (text for chunk in chunks for column in chunk for text in column)
+            tokenizer = train_byte_pairs(texts, PIECES, self.vocab_size)
+            with making_folder(folder) as scratch:
+                tokenizer.save_pretrained(scratch)
+
+        make_once(folder, folder.exists, train)
         return str(folder)
 
     def _tokenized(self, source: str, split: str) -> Path:

@@ -14,12 +14,13 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from data.files import WriteError, alone, making_folder, say
+from data.files import WriteError, make_once, making_folder, say
 from data.foreign import check_memory
 from data.text import encode_completions, encode_prompts, encode_rows, train_byte_pairs
 from data.token_files import META_FILE, TOKENIZER_DIR, write_token_files
@@ -385,12 +386,10 @@ def cached_word_problems(
         WriteError: the folder cannot be written.
     """
     folder = Path(data_dir) / f"{FOLDERS[difficulty]}_{n_train}_{n_test}_seed{seed}_len{max_len}"
-    if not (folder / META_FILE).exists():  # else no lock, since nothing may be writable
-        with alone(folder):
-            if not (folder / META_FILE).exists():  # now, by another process
-                _write_problems(
-                    folder, n_train=n_train, n_test=n_test, seed=seed, max_len=max_len, difficulty=difficulty
-                )
+    write = partial(
+        _write_problems, folder, n_train=n_train, n_test=n_test, seed=seed, max_len=max_len, difficulty=difficulty
+    )
+    make_once(folder, (folder / META_FILE).exists, write)
     return folder
 
 

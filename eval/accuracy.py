@@ -214,11 +214,6 @@ def _summarize(test: TestQuestions, rule: SamplingRule, totals: dict[str, float]
     )
 
 
-def main_bar(world: World, **options: Any) -> tqdm:
-    """A progress bar on the main process, if standard error is a terminal; the options of `tqdm`."""
-    return tqdm(**options, disable=None if world.is_main else True)
-
-
 def rank_batches(n_rows: int, world: World, batch_size: int) -> list[np.ndarray]:
     """The rows of this rank out of 0..n_rows-1, in batches; every row belongs to exactly one rank."""
     rows = np.arange(world.rank, n_rows, world.n_ranks)

@@ -32,7 +32,6 @@ from eval.accuracy import (
     TestQuestions,
     count_examples,
     interruptible,
-    main_bar,
     measure_rule,
     rank_batches,
 )
@@ -46,6 +45,7 @@ from runtime.distributed import (
     autocast,
     autocast_dtype,
     ends_once,
+    main_bar,
     main_first,
     on_main,
     start_world,

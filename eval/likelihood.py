@@ -42,7 +42,7 @@ from data.dataset import DataSet, SequenceData
 from data.files import check_out, write_text
 from data.foreign import CommandParser, whole_number
 from data.text import decode_completions
-from eval.accuracy import NORMAL_95, main_bar, rank_batches
+from eval.accuracy import NORMAL_95, rank_batches
 from model.hub import LoadedModel, load_model
 from model.token_predictions import hash_uniform, mix_keys
 from model.transformer import Transformer
@@ -53,11 +53,13 @@ from runtime.distributed import (
     autocast,
     autocast_dtype,
     ends_once,
+    main_bar,
     main_first,
     on_main,
     start_world,
     sum_over_ranks,
 )
+from runtime.markdown import markdown_table
 from samplers.step import no_op
 from unmasking import reveal_top
 
@@ -285,12 +287,9 @@ def _measure(loaded: LoadedModel, data: DataSet, world: World, *, n_rows: int, n
 
 def table(results: list[CheckpointResult]) -> list[str]:
     """Lines of a Markdown table, with 95% intervals."""
-    lines = [
-        f"The first {results[0].n_rows} held-out rows. In brackets half of the 95% interval.",
-        "",
-        "| checkpoint | tokens | nats per token | for padding | masks alone | less the first | bits per byte | masks |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    titles = ["checkpoint", "tokens", "nats per token", "for padding", "masks alone", "less the first"]
+    titles += ["bits per byte", "masks"]
+    rows = []
     for result in results:
         sign = "" if result.exact else "<= "
         nats = f"{sign}{result.nats_per_token:.4g} ({_half(result.standard_error)})"
@@ -298,12 +297,11 @@ def table(results: list[CheckpointResult]) -> list[str]:
         if result.difference is not None and result is not results[0]:
             gap = f"{result.difference:+.3g} ({_half(result.difference_error)})"
         bits = "-" if result.bits_per_byte is None else f"{sign}{result.bits_per_byte:.4g}"
-        n_draws = "exact" if result.exact else result.n_draws
-        lines.append(
-            f"| {result.checkpoint} | {result.n_tokens:,} | {nats} | {result.padding_per_token:.2g} | "
-            f"{_half(result.mask_error)} | {gap} | {bits} | {n_draws} |"
-        )
-    return lines
+        n_draws = "exact" if result.exact else str(result.n_draws)
+        padding, masks = f"{result.padding_per_token:.2g}", _half(result.mask_error)
+        rows.append([result.checkpoint, f"{result.n_tokens:,}", nats, padding, masks, gap, bits, n_draws])
+    what = f"The first {results[0].n_rows} held-out rows. In brackets half of the 95% interval."
+    return [what, "", *markdown_table(titles, rows)]
 
 
 def _half(error: float | None) -> str:

@@ -31,13 +31,14 @@ from data.dataset import DataSet
 from data.files import check_out, write_text
 from data.foreign import read_text, reading
 from data.hashes import hash_arrays
-from eval.accuracy import TestQuestions, count_examples, main_bar, measure_rule
+from eval.accuracy import TestQuestions, count_examples, measure_rule
 from model.hub import load_model
 from model.transformer import Transformer
 from progressive_block import block_layout
-from runtime.distributed import World, autocast, autocast_dtype, main_first, on_main
+from runtime.distributed import World, autocast, autocast_dtype, main_bar, main_first, on_main
 from runtime.figures import COLORS, LINES, MARKERS, MAX_LABEL, plain_label, set_grid, set_log_axis
 from runtime.machine import device_name
+from runtime.markdown import markdown_table
 
 KL_BOUND = 0.01  # of `stable`, whose dial is the threshold
 PROBABILITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -374,18 +375,17 @@ def sweep_table(points: Sequence[Point]) -> list[str]:
             f"{digests and f' ({digests})'}. Bold: no other setting is as accurate with fewer evaluations, or in less "
             "time.",
             "",
-            "| rule | dial | solved | 95% interval | evaluations | seconds |",
-            "| --- | --- | ---: | ---: | ---: | ---: |",
         ]
+        rows = []
         for point in own_points:
             nfe, seconds = f"{point.nfe:.1f}", f"{point.seconds:.3g}"
             nfe = f"**{nfe}**" if point in by_nfe else nfe
             seconds = f"**{seconds}**" if point in by_seconds else seconds
-            lines.append(
-                f"| {point.rule} | {point.dial} {point.value:g} | {100 * point.accuracy:.1f}% | "
-                f"{100 * point.accuracy_low:.1f} to {100 * point.accuracy_high:.1f} | {nfe} | {seconds} |"
-            )
-        lines.append("")
+            interval = f"{100 * point.accuracy_low:.1f} to {100 * point.accuracy_high:.1f}"
+            dial, solved = f"{point.dial} {point.value:g}", f"{100 * point.accuracy:.1f}%"
+            rows.append([point.rule, dial, solved, interval, nfe, seconds])
+        titles = ["rule", "dial", "solved", "95% interval", "evaluations", "seconds"]
+        lines += [*markdown_table(titles, rows, text_columns=(0, 1)), ""]
     return lines[:-1]
 
 

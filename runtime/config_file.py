@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from config import Config
 from data.foreign import MAX_MESSAGE, escape, read_text, reading, shorten
+from runtime.markdown import markdown_table
 
 MAX_CONFIG_BYTES, MAX_NODES, MAX_DEPTH = 1 << 20, 1000, 10  # a file of settings has about 100 values in 4 levels
 REMEDY = "docs/settings.md lists all settings"
@@ -265,7 +266,7 @@ def _known_keys(location: list[str]) -> Iterator[str]:
 
 def settings_table() -> str:
     """Markdown table of all settings, for docs/settings.md."""
-    lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
+    rows = []
     for section, models in _sections():
         for model in models:
             tag = (*_literal(model, "name"), *_literal(model, "dataset"))
@@ -274,8 +275,8 @@ def settings_table() -> str:
                 if field.description is None:  # the tag itself
                     continue
                 default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
-                lines.append(f"| `{label}` `{key}` | {default} | {field.description} |")
-    return "\n".join(lines)
+                rows.append([f"`{label}` `{key}`", default, field.description])
+    return "\n".join(markdown_table(["setting", "default", "meaning"], rows, text_columns=range(3)))
 
 
 def insert_settings(text: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from data.foreign import ends_with_message, fail
 
@@ -271,6 +272,11 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=_patient)
     return values
+
+
+def main_bar(world: World, **options: Any) -> tqdm:
+    """A progress bar on the main process, if standard error is a terminal; the options of `tqdm`."""
+    return tqdm(**options, disable=None if world.is_main else True)
 
 
 def rank_slice(total: int, rank: int, n_ranks: int) -> slice:

@@ -186,7 +186,7 @@ def test_runs_that_start_together_generate_the_boards_once(tmp_path, monkeypatch
             np.save(path.with_name(path.name.replace("train", name)), data.boards)
         yield
 
-    monkeypatch.setattr(generator, "alone", wait)
+    monkeypatch.setattr("data.files.alone", wait)
     monkeypatch.setattr(generator, "generate_sudoku", None)
     assert [len(load_sudoku_file(path, 4)) for path in cached_generated(*request)] == [50, 10]
 

@@ -365,12 +365,14 @@ EXPERIMENTS = {
             Variant("uniform", "addition_baseline.yaml"),
             Variant("uniform, 16,000 sums", "addition_baseline.yaml", ("data.n_train=16000",)),
             *(
-                Variant(f"puma, {change}", "addition_puma.yaml", (override,))
-                for change, override in (
-                    ("random order", RANDOM_ORDER),
-                    ("uniform fraction 0.25", "objective.uniform_fraction=0.25"),
-                    ("tau 0.9", "objective.collapse_threshold=0.9"),
-                    ("rate 5.0e-4", "training.learning_rate=5.0e-4"),
+                Variant(f"puma, {change}", "addition_puma.yaml", overrides)
+                for change, overrides in (
+                    ("random order", (RANDOM_ORDER,)),
+                    ("pool of 16", (POOL_OF_16,)),
+                    ("pool of 16, random order", (POOL_OF_16, RANDOM_ORDER)),
+                    ("uniform fraction 0.25", ("objective.uniform_fraction=0.25",)),
+                    ("tau 0.9", ("objective.collapse_threshold=0.9",)),
+                    ("rate 5.0e-4", ("training.learning_rate=5.0e-4",)),
                 )
             ),
             Variant("puma, K 1 until 1,000, then 8", "addition_puma.yaml", k_schedule((1, 0), (8, 1000))),

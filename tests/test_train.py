@@ -148,8 +148,9 @@ train.main()
     assert run_python("-c", killed, *arguments[1:], tmp_path / "killed").returncode == -signal.SIGKILL
     assert latest_checkpoint(tmp_path / "killed").step == 40
     for name in ("killed", "straight"):
-        result = run_python(*arguments, tmp_path / name)
+        result = run_python(*arguments, tmp_path / name, PUMA_TESTS_DRAW="1")
         assert result.returncode == 0, result.stderr
+        assert {"report.html", "curves_step.png"} <= {path.name for path in (tmp_path / name).iterdir()}
     assert_same_checkpoint(tmp_path / "killed", tmp_path / "straight")
 
 

@@ -18,7 +18,7 @@ the sum ends. All positions of the sum are maskable, including the padding.
 Each operand has its own number of digits, uniform from 1 to N, and random digits. Unequal operands are the general
 case, and chains of every length up to N occur, since a chain may continue past the smaller operand through 9s of the
 larger one. But each further column makes a chain about ten times rarer: with N = 20, one row in 30 has length 3 or
-more, one in 4,000 has 5 or more. Training rows are left like this. In the test, every second question is drawn by
+more, one in 3,400 has 5 or more. Training rows are left like this. In the test, every second question is drawn by
 carry chain instead, with the lengths 1 to N in turn, so that there are as many questions of each. Most of these
 lengths do not occur in training: they measure whether the model has learned the rule.
 

@@ -753,7 +753,7 @@ def test_a_run_with_a_mutated_file_is_shown_or_refused(name, good, tmp_path, mon
 @pytest.mark.filterwarnings("ignore:.*history.json cannot be read:RuntimeWarning")
 @pytest.mark.parametrize("name", RECORDS)
 def test_runs_with_many_mutated_files_are_shown_or_refused(name, good, tmp_path):
-    run_property(name, good, tmp_path / "mutated", 50, show)
+    run_property(name, good, tmp_path / "mutated", 25, show)
 
 
 # Read by the same functions as other files of COMMANDS.
@@ -771,4 +771,4 @@ READ_ALIKE = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_many_mutated_files_are_read_or_refused(name, good, tmp_path):
     assert COMMANDS.keys() > READ_ALIKE
-    run_property(name, good, tmp_path / "mutated", 50 if name in READ_ALIKE else 150)
+    run_property(name, good, tmp_path / "mutated", 25 if name in READ_ALIKE else 75)

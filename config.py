@@ -214,7 +214,13 @@ class TrainingSettings(Settings):
     learning_rate: float = Field(gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay, only on matrices")
     adam_betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.999), description="decay rates of the two moments of AdamW")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up; then cosine decay to 0")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up of the learning rate")
+    decay_steps: int | None = Field(
+        None,
+        ge=0,
+        description="last steps, in which the learning rate decays to 0 as a cosine; before, it is constant; null: all "
+        "after the warm-up",
+    )
     num_epochs: float | None = Field(None, gt=0, le=1e9, description="length: updates = epochs * rows // batch_size")
     max_steps: int | None = Field(
         None, gt=0, validate_default=True, description="length in updates; with num_epochs, the smaller one counts"

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -61,6 +61,7 @@ from runtime.final import FINAL_FILE, read_final
 from runtime.history import Session
 from runtime.lock import lock_run
 from runtime.metrics import METRICS_FILE, Recorder
+from runtime.optim import decay_start
 from runtime.signals import StopRequested, StopVote, raise_at_interrupt
 from sampling import TrainedModel
 from training.run import (
@@ -383,8 +384,9 @@ def check_unchanged(config: Config, run_dir: Path, config_file: Path, overrides:
     begun = step_folders(run_dir) or (run_dir / FINAL_FILE).exists()
     if not begun or not (run_dir / "config.yaml").exists():
         return
-    changes = changed_settings(read_config(run_dir / "config.yaml"), config)
-    if not changes:
+    before = read_config(run_dir / "config.yaml")
+    changes = changed_settings(before, config)
+    if not changes or may_change_length(before, config, changes.keys(), run_dir):
         return
     listed = format_changes(changes)
     length_only = changes.keys() <= {"training.max_steps", "training.num_epochs"}
@@ -398,6 +400,17 @@ def check_unchanged(config: Config, run_dir: Path, config_file: Path, overrides:
             f"  {shell_command('train.py', *arguments)}"
         )
     raise ValueError(f"{run_dir} was started with other settings; give another --run-dir, or restore them:\n{listed}")
+
+
+def may_change_length(before: Config, config: Config, changes: Set[str], run_dir: Path) -> bool:
+    """Whether only the length of an incomplete run changes, and no update that it has done would have been another."""
+    lengths = [(each.training, each.training.max_steps) for each in (before, config)]
+    if not changes <= {"training.max_steps", "training.decay_steps"} or (run_dir / FINAL_FILE).exists():
+        return False
+    if config.training.num_epochs is not None:  # the number of rows is not known here
+        return False
+    newest = int(step_folders(run_dir)[0].name.removeprefix("step_"))
+    return all(n_steps is not None and newest <= decay_start(training, n_steps) for training, n_steps in lengths)
 
 
 def prepare(config_file: Path, overrides: Sequence[str], run_dir: Path) -> tuple[Run, DataSet, Recorder | None] | None:

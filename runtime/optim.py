@@ -25,12 +25,22 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
 
 
 def learning_rate(step: int, settings: TrainingSettings, n_steps: int) -> float:
-    """Learning rate of the update after `step` updates: linear warm-up, then half a cosine to 0 at `n_steps`."""
+    """Learning rate of the update after `step` updates: linear warm-up, constant, then half a cosine to 0 at `n_steps`.
+
+    Without `decay_steps` the decay begins at the end of the warm-up.
+    """
     warmup_steps = settings.warmup_steps
     if step < warmup_steps:
         return settings.learning_rate * (step / warmup_steps)
-    progress = (step - warmup_steps) / max(1, n_steps - warmup_steps)
+    start = decay_start(settings, n_steps)
+    progress = max(0, step - start) / max(1, n_steps - start)
     return settings.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def decay_start(settings: TrainingSettings, n_steps: int) -> int:
+    """Number of updates before the learning rate decays; up to there it does not depend on `n_steps`."""
+    decay_steps = n_steps if settings.decay_steps is None else settings.decay_steps
+    return max(settings.warmup_steps, n_steps - decay_steps)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

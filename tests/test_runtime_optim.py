@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from config import TrainingSettings
 from model.transformer import Transformer
 from runtime.config_file import parse_config
-from runtime.optim import build_ema, build_optimizer, learning_rate, set_learning_rate, update_ema
+from runtime.optim import build_ema, build_optimizer, decay_start, learning_rate, set_learning_rate, update_ema
 
 CONFIG = parse_config(tiny_settings(UNIFORM, Path("boards")), "test")
 
@@ -81,6 +81,27 @@ def test_the_learning_rate_is_that_of_transformers_bit_for_bit(warmup_steps, n_s
     training = settings(learning_rate=0.3, warmup_steps=warmup_steps)
     for step in range(0, n_steps + 1, max(1, n_steps // 1000)):
         assert learning_rate(step, training, n_steps) == 0.3 * factor(step), step
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "decay_steps", "n_steps"), [(0, 4, 10), (4, 10, 20), (3, 0, 9), (0, 1, 5), (10, 90, 100)]
+)
+def test_a_constant_rate_with_a_decay_at_the_end_is_that_of_transformers(warmup_steps, decay_steps, n_steps):
+    from transformers.optimization import get_wsd_schedule
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.3)
+    schedule = get_wsd_schedule(optimizer, warmup_steps, decay_steps, n_steps, decay_type="cosine")
+    training = settings(learning_rate=0.3, warmup_steps=warmup_steps, decay_steps=decay_steps)
+    for step in range(n_steps):
+        assert learning_rate(step, training, n_steps) == pytest.approx(0.3 * schedule.lr_lambdas[0](step)), step
+        if step <= decay_start(training, n_steps):
+            assert learning_rate(step, training, n_steps) == learning_rate(step, training, 2 * n_steps), step
+
+
+def test_a_decay_longer_than_the_run_begins_after_the_warm_up():
+    training = settings(warmup_steps=4, decay_steps=30)
+    assert decay_start(training, 20) == 4
+    assert learning_rate(20, training, 20) == 0
 
 
 def test_a_learning_rate_in_a_tensor_is_set_in_place():

@@ -271,6 +271,28 @@ def test_a_complete_run_says_how_to_train_longer(config_file, tmp_path, capsys):
             assert json.loads((tmp_path / "run_longer" / "final.json").read_text())["steps"] == 8
 
 
+def test_a_run_whose_rate_has_not_decayed_gets_another_length(config_file, tmp_path, capsys):
+    config, run_dir = str(config_file(PUMA)), tmp_path / "run"
+    train.main(["--config", config, "--run-dir", str(run_dir), "training.decay_steps=2"])
+    (run_dir / "final.json").unlink()
+    longer = ["--config", config, "training.max_steps=8", "training.decay_steps=3"]
+    with pytest.raises(SystemExit) as stop:  # its newest checkpoint has the decay of 6 steps
+        train.main([*longer, "--run-dir", str(run_dir)])
+    assert stop.value.code == 2
+    assert "training.max_steps: 6 -> 8" in capsys.readouterr().err
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
+    for changes in (["training.max_steps=4"], ["training.max_steps=8", "training.learning_rate=0.5"]):
+        with pytest.raises(SystemExit):
+            train.main(["--config", config, "--run-dir", str(run_dir), "training.decay_steps=2", *changes])
+    for name in ("run", "straight"):
+        train.main([*longer, "--run-dir", str(tmp_path / name)])
+    assert_same_checkpoint(tmp_path / "run", tmp_path / "straight")
+    rates = [row["train/learning_rate"] for row in read_metrics(run_dir)]
+    assert len(rates) == 8
+    assert rates[2:6] == [1e-3] * 4
+    assert rates[6] > rates[7] > 0
+
+
 def test_a_shorter_length_by_another_key_is_not_called_longer(config_file, tmp_path, capsys):
     config, run_dir = str(config_file(PUMA)), tmp_path / "run"
     train.main(["--config", config, "--run-dir", str(run_dir)])

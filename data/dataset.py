@@ -82,9 +82,12 @@ class ArrayData:
 
 @dataclass(frozen=True)
 class JudgedAnswers:
-    """Results of judging answers, row by row."""
+    """Results of judging answers, row by row.
 
-    figures: dict[str, np.ndarray]  # by name, see `DataSet.figures`; float32 [n]
+    Evaluation refuses figures that are not as `DataSet.figures` and `DataSet.numbers` say, and names the value.
+    """
+
+    figures: dict[str, np.ndarray]  # by name, those of `DataSet.figures` and `DataSet.numbers`; float32 [n]
     samples: list[dict[str, Any]] = field(default_factory=list)  # readable, one per row, or empty
 
 
@@ -167,7 +170,11 @@ class DataSet(ABC):
     bad row; the message names it.
     """
 
-    figures: tuple[str, ...] = ("accuracy",)  # names of the figures that `judge` reports; accuracy comes first
+    # Names of what `judge` reports. Accuracy comes first and is 0 or 1 per question, since intervals, groups of
+    # difficulty and samples tell right answers from wrong ones. The others are shares from 0 to 1, such as a graded
+    # score, and are shown as percentages.
+    figures: tuple[str, ...] = ("accuracy",)
+    numbers: tuple[str, ...] = ()  # names of what `judge` reports besides, any finite numbers: an edit distance
     question_noun: str = "questions"  # for messages: "solved 95.9% of 2000 unseen puzzles"
     question_option: str = "prompt"  # the option of sampling.py that takes a question
     takes_gold: bool = False  # whether `verdicts` needs right answers: they do not follow from the questions

@@ -51,7 +51,8 @@ class SamplerResult:
     accuracy_low: float  # 95% interval
     accuracy_high: float
     nfe: float  # mean network forward evaluations per sequence
-    details: dict[str, float]  # means of the other figures of the data set
+    details: dict[str, float]  # means of the other figures of the data set, shares
+    numbers: dict[str, float] = field(default_factory=dict)  # means of `DataSet.numbers`
     groups: list[GroupResult] = field(default_factory=list)  # in ascending order for each measure of difficulty
     options: dict[str, str | float] = field(default_factory=dict)  # what else the rule sets, see `SamplingRule.options`
 
@@ -142,11 +143,11 @@ def measure_rule(
     bar: tqdm | None = None,
     vote: StopVote | None = None,
 ) -> RuleMeasurement:
-    """Sample by one rule and judge the answers."""
+    """Sample by one rule and judge the answers. Raises ValueError for figures that are none, see `check_figures`."""
     data, n_examples = test.data, test.n_examples
     sampler = build_sampler(config, data.validation.eos_id)
-    names = (*data.figures, "nfe")
-    sums = torch.zeros(len(names), dtype=torch.float64, device=world.device)
+    names = (*data.figures, *data.numbers)
+    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=world.device)
     samples: dict[int, dict[str, Any]] = {}
     solved = torch.zeros(n_examples, dtype=torch.float64, device=world.device)
     seconds = 0.0
@@ -165,19 +166,49 @@ def measure_rule(
             tokens = result.tokens.cpu().numpy()
             seconds += time.perf_counter() - began
             judged = data.judge(tokens, rows)
-            figures = [*(judged.figures[name] for name in data.figures), result.nfe.cpu().numpy()]
+            check_figures(judged, data, rows, config.data.dataset)
+            figures = [*(judged.figures[name] for name in names), result.nfe.cpu().numpy()]
             sums += torch.tensor([each.sum(dtype=np.float64) for each in figures], device=world.device)
             solved[rows] = torch.from_numpy(judged.figures["accuracy"] == 1).to(solved)
             samples |= _as_samples(judged, rows[rows < config.validation.n_table_rows], rule)
             if bar is not None:
                 bar.update(len(rows) * world.n_ranks)
-    totals = dict(zip(names, sum_over_ranks(sums).tolist(), strict=True))
+    totals = dict(zip((*names, "nfe"), sum_over_ranks(sums).tolist(), strict=True))
     gathered = {row: facts for part in gather(samples) for row, facts in part.items()}
     return RuleMeasurement(
         _summarize(test, rule, totals, sum_over_ranks(solved).cpu().numpy() == 1),
         [gathered[row] for row in sorted(gathered)],
         float(sum_over_ranks(torch.tensor(seconds, dtype=torch.float64, device=world.device))),
     )
+
+
+def check_figures(judged: JudgedAnswers, data: DataSet, rows: np.ndarray, dataset: str) -> None:
+    """Raise ValueError unless `judged` has all figures of the data set, of the right shape and with allowed values.
+
+    Args:
+        rows: numbers of the judged questions, int64 [n].
+        dataset: the data set's name in the settings, for the message.
+    """
+    for name in (*data.figures, *data.numbers):
+        values = judged.figures.get(name)
+        shape = None if values is None else np.shape(values)
+        if values is None or shape != rows.shape:
+            got = "left it out" if values is None else f"gave an array of shape {shape}"
+            raise ValueError(
+                f"data set {dataset!r}: judge must report {name!r} as an array of shape {rows.shape}, and {got}"
+            )
+        if name == "accuracy":
+            allowed, wanted = (values == 0) | (values == 1), "0 or 1; report a graded score as another figure"
+        elif name in data.figures:
+            allowed, wanted = (values >= 0) & (values <= 1), "a share from 0 to 1; name it in numbers, not figures"
+        else:
+            allowed, wanted = np.isfinite(values), "finite"
+        if not allowed.all():
+            first = int(np.argmin(allowed))
+            raise ValueError(
+                f"data set {dataset!r}: judge gave {name!r} the value {float(values[first]):g} for question "
+                f"{rows[first]}; it must be {wanted}"
+            )
 
 
 def _as_samples(judged: JudgedAnswers, rows: np.ndarray, rule: SamplingRule) -> dict[int, dict[str, Any]]:
@@ -194,7 +225,7 @@ def _summarize(test: TestQuestions, rule: SamplingRule, totals: dict[str, float]
     """The result of a rule.
 
     Args:
-        totals: sum of each figure and of the forward evaluations over all questions.
+        totals: sum of each figure and number, and of the forward evaluations, over all questions.
         solved: bool [n].
     """
     low, high = wilson_interval(totals["accuracy"], test.n_examples)
@@ -204,11 +235,12 @@ def _summarize(test: TestQuestions, rule: SamplingRule, totals: dict[str, float]
         confidence=rule.confidence,
         tokens_per_step=rule.tokens_per_step,
         n=test.n_examples,
-        accuracy=means.pop("accuracy"),
+        accuracy=means["accuracy"],
         accuracy_low=low,
         accuracy_high=high,
-        nfe=means.pop("nfe"),
-        details=means,
+        nfe=means["nfe"],
+        details={name: means[name] for name in test.data.figures if name != "accuracy"},
+        numbers={name: means[name] for name in test.data.numbers},
         groups=group_results(test.difficulty, solved, reference),
         options=rule.options,
     )

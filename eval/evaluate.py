@@ -84,7 +84,9 @@ class Evaluation:
         for result in self.samplers:
             for name in ("accuracy", "accuracy_low", "accuracy_high", "nfe"):
                 values[f"validation/{name}/{result.label}"] = getattr(result, name)
-            values |= {f"validation/{name}/{result.label}": value for name, value in result.details.items()}
+            values |= {
+                f"validation/{name}/{result.label}": value for name, value in (result.details | result.numbers).items()
+            }
         if self.reference is not None:
             values["validation/reference"] = self.reference[1]
         for group in self.samplers[0].groups:
@@ -100,9 +102,9 @@ class Evaluation:
             error = NORMAL_95 * self.likelihood.standard_error
             lines.append(f"{bound}{self.likelihood.nats_per_token:.4g} nats per token (+- {error:.2g})")
         for result in self.samplers:
-            details = "".join(
-                f", {name.replace('_', ' ')} {100 * value:.2f}%" for name, value in result.details.items()
-            )
+            shown = {name: f"{100 * value:.2f}%" for name, value in result.details.items()}
+            shown |= {name: f"{value:.4g}" for name, value in result.numbers.items()}
+            details = "".join(f", {name.replace('_', ' ')} {value}" for name, value in shown.items())
             lines.append(
                 f"{rule_in_words(result.confidence, result.tokens_per_step, result.options)}: "
                 f"accuracy {100 * result.accuracy:.1f}% "

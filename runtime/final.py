@@ -39,6 +39,7 @@ class Sampler(TypedDict):
     accuracy_high: Share
     nfe: float
     details: dict[str, float]
+    numbers: NotRequired[dict[str, float]]
     groups: list[Group]
     options: NotRequired[dict[str, str | float]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracle
@@ -14,6 +15,8 @@ from conftest import PUMA, UNIFORM, run_python, run_ranks, tiny_settings
 from test_data_sudoku_boards import boards
 
 import train
+from data.dataset import JudgedAnswers
+from data.sudoku import Sudoku
 from data.sudoku_boards import SudokuData, make_data
 from data.sudoku_solver import solve_singles
 from eval import evaluate as evaluation
@@ -131,6 +134,51 @@ def test_every_forward_pass_is_in_the_precision_of_training(precision, model, da
     evaluation.evaluate(model, config, config.open_data().load(train=False), World(0, 1, CPU), n_examples=2)
     assert len(enabled) > 16, "the loss, the likelihood and every step of sampling"
     assert set(enabled) == {precision == "bfloat16"}
+
+
+# Figures of a data set
+
+
+@pytest.mark.parametrize(
+    ("reported", "wrong"),
+    [
+        ({"accuracy": 0.8}, "'accuracy' the value 0.8 for question 0"),
+        ({"accuracy": 1.2}, "'accuracy' the value 1.2 for question 0"),
+        ({"accuracy": np.nan}, "'accuracy' the value nan"),
+        ({"cell_accuracy": 3.2}, "'cell_accuracy' the value 3.2"),
+        ({"cell_accuracy": -0.1}, "'cell_accuracy' the value -0.1"),
+        ({"edit_distance": np.inf}, "'edit_distance' the value inf"),
+        ({"edit_distance": None}, "'edit_distance' as an array of shape (3,), and left it out"),
+        ({"edit_distance": [1.0]}, "gave an array of shape (1,)"),
+    ],
+)
+def test_figures_that_are_none_are_refused_by_name_and_value(reported, wrong, model, data_dir, monkeypatch):
+    with pytest.raises(ValueError, match="data set 'sudoku'") as caught:
+        evaluate_with_figures(model, data_dir, monkeypatch, **reported)
+    assert wrong in str(caught.value)
+
+
+def test_shares_are_shown_as_percentages_and_other_numbers_as_they_are(model, data_dir, monkeypatch):
+    result = evaluate_with_figures(model, data_dir, monkeypatch, edit_distance=3.2)
+    (sampler,) = evaluation.as_json(result)["samplers"]
+    assert sampler["details"] == {"cell_accuracy": 0.5}
+    assert sampler["numbers"] == {"edit_distance": pytest.approx(3.2)}
+    assert "cell accuracy 50.00%, edit distance 3.2," in result.table()
+    assert result.metrics()["validation/edit_distance/top_prob_1"] == pytest.approx(3.2)
+
+
+def evaluate_with_figures(model, data_dir, monkeypatch, **reported: Any) -> evaluation.Evaluation:
+    """Evaluate on three questions with a data set that reports other figures than Sudoku's; None: leaves one out."""
+    values = {"accuracy": 1, "cell_accuracy": 0.5, "edit_distance": 0} | reported
+    arrays = {
+        name: np.full(3, value) if np.isscalar(value) else np.array(value)
+        for name, value in values.items()
+        if value is not None
+    }
+    monkeypatch.setattr(Sudoku, "numbers", ("edit_distance",))
+    monkeypatch.setattr(Sudoku, "judge", lambda *_: JudgedAnswers(arrays))
+    config = parse_config(tiny_settings(PUMA, data_dir), "test")
+    return evaluation.evaluate(model, config, config.open_data().load(train=False), World(0, 1, CPU), n_examples=3)
 
 
 # Intervals
@@ -363,10 +411,12 @@ def test_two_processes_count_every_item_once(run_dir, tmp_path):
         assert ours["n"] == 11
         assert 0 < ours["details"]["cell_accuracy"] < 1
         assert theirs["details"] == pytest.approx(ours["details"])
-        assert (theirs["groups"], theirs["options"]) == (ours["groups"], ours["options"])
-        assert {
-            key: value for key, value in ours.items() if key not in ("details", "groups", "options")
-        } == pytest.approx({key: value for key, value in theirs.items() if key not in ("details", "groups", "options")})
+        exact = ("numbers", "groups", "options")
+        assert [theirs[key] for key in exact] == [ours[key] for key in exact]
+        means = [
+            {key: value for key, value in each.items() if key not in (*exact, "details")} for each in (ours, theirs)
+        ]
+        assert means[0] == pytest.approx(means[1])
     assert together.stdout.count("validation loss") == 1, "one process prints"
 
 

@@ -104,6 +104,15 @@ def test_the_page_holds_what_the_files_do(run_dir, tmp_path, capsys):
     assert page.count("<p class=good>solved") == sum(each["verdict"] == "solved" for each in samples)
 
 
+def test_shares_are_percentages_and_other_numbers_are_not(run_dir):
+    final = json.loads((run_dir / "final.json").read_text())
+    final["evaluation"]["samplers"][0] |= {"details": {"letter_accuracy": 0.5}, "numbers": {"edit_distance": 3.2}}
+    (run_dir / "final.json").write_text(json.dumps(final))
+    words = parsed(build_page(run_dir))
+    assert "letter accuracy edit distance passes" in words
+    assert " 50.0% 3.2 " in words
+
+
 def test_traces_are_answers_of_the_evaluation_a_wrong_one_first(run_dir):
     samples = [json.loads(line) for line in (run_dir / "samples_00000006.jsonl").read_text().splitlines()]
     answers = {each["puzzle"]: each for each in samples}

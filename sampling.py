@@ -72,6 +72,9 @@ class Answer:
     verdict: AnswerVerdict  # the answer on its own, and whether it is right
     tokens: np.ndarray  # int64 [L]
     order: np.ndarray  # int64 [L], step at which a position was filled, from 1; 0 for given positions
+    # float32 [L], probability that the model gave to the token at the step that filled the position, before any
+    # temperature; nan where it filled nothing: given positions, and EOS after the end.
+    confidence: np.ndarray
     nfe: int  # network forward evaluations
     trace: Trace | None = None  # how the answer came about, if it was asked for
 
@@ -346,7 +349,9 @@ class TrainedModel:
                         before_pass=before_pass,
                         record=N_CANDIDATES if trace else None,
                     )
-                tokens, order = result.tokens.cpu().numpy(), result.order.cpu().numpy()
+                tokens, order, confidence = (
+                    each.cpu().numpy() for each in (result.tokens, result.order, result.confidence)
+                )
                 if holes:
                     verdicts = [AnswerVerdict(decode_whole(data.tokenizer, row)) for row in tokens]
                 else:
@@ -360,6 +365,7 @@ class TrainedModel:
                         verdict,
                         tokens[i],
                         order[i],
+                        confidence[i],
                         int(result.nfe[i]),
                         build_trace(data, question, prompt, tokens[i], passes, config.mask_id, verdict)
                         if trace

@@ -75,11 +75,10 @@ def sample_causal(
         )
         nfe[sampled] += 1
         tokens[sampled, position], order[sampled, position] = predicted.token, nfe[sampled]
+        filling.confidence[sampled, position] = predicted.log_prob.exp()
         if record is not None:
             here = torch.ones(len(sampled), 1, dtype=torch.bool, device=tokens.device)
-            filling.record(
-                sampled, position, here, scatter_predictions(predicted, here.nonzero(as_tuple=True), here.shape)
-            )
+            filling.record(sampled, position, scatter_predictions(predicted, here.nonzero(as_tuple=True), here.shape))
         if eos_id is not None:
             filling.end_rows(sampled[predicted.token == eos_id], eos_id)
         running = (tokens[active] == mask_id).any(1)

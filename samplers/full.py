@@ -38,8 +38,8 @@ def sample_full(
             otherwise Gumbel noise is added, see `model.token_predictions.gumbel_noise`.
         seed, row_ids: random numbers depend only on these (row_ids: int64 [B], by default 0..B-1).
         before_pass: called before each forward pass; an exception that it raises ends the sampling.
-        record: None records nothing; k records the confidence of each written token and every pass with the k most
-            probable tokens at its masked positions (0: none): `Samples.confidence` and `Samples.passes`.
+        record: None records nothing; k records every pass with the k most probable tokens at its masked positions (0:
+            none): `Samples.passes`.
     """
     filling = Filling(xt, mask_id, rule, seed=seed, row_ids=row_ids, record=record)
     number = 0

@@ -28,9 +28,11 @@ class Samples:
     tokens: Tensor  # int64 [B, L], without mask tokens
     order: Tensor  # int64 [B, L], pass at which a position was (last) filled, from 1; 0 for given positions
     nfe: Tensor  # int64 [B], forward passes of the row
-    # Recorded where asked for (`record=k`), else None; on the CPU.
-    confidence: Tensor | None = None  # float32 [B, L], see `Pass`
-    passes: list[Pass] | None = None  # in the order in which they were computed
+    # float32 [B, L]: probability that the model gave to the token at a position, at the pass that wrote it, before any
+    # temperature; nan where the model wrote nothing: given positions, and EOS after the end.
+    confidence: Tensor
+    # In the order in which they were computed, on the CPU; None unless asked for (`record=k`).
+    passes: list[Pass] | None = None
 
     def history(self, row: int) -> list[Pass]:
         """The recorded passes of one row, in order; each holds this row alone. Entry i is pass i + 1 in `order`."""
@@ -46,9 +48,7 @@ class Pass:
     # int64 [b, L], after the pass, with the mask token where a position is (again) masked. EOS tokens after the first
     # one of an answer are written without a prediction: they are in no pass, only in `Samples.tokens`.
     tokens: Tensor
-    # float32 [b, L]: probability that the model gave to the token now at a position, at the pass that wrote it; nan
-    # where the model wrote nothing: given and masked positions, and EOS after the end.
-    confidence: Tensor
+    confidence: Tensor  # float32 [b, L], of `tokens` as in `Samples`; nan at masked positions too
     # The most probable tokens, best first, at the positions that this pass predicted; elsewhere -1 and probability 0.
     candidates: Tensor  # int64 [b, L, k]
     probabilities: Tensor  # float32 [b, L, k]
@@ -76,11 +76,11 @@ class Filling:
         self.mask_id, self.rule = mask_id, rule
         self.tokens, self.maskable = xt.clone(), xt == mask_id  # [B, L]
         self.order = torch.zeros_like(xt)
+        self.confidence = torch.full(xt.shape, torch.nan, device=xt.device)  # [B, L], see `Samples`
         self.nfe = torch.zeros(len(xt), dtype=torch.long, device=xt.device)
         self.n_candidates = record or 0
         self.keys = row_keys(xt, seed, row_ids)  # [B]
         self._passes: list[Pass] | None = None if record is None else []
-        self._confidence = None if record is None else torch.full(xt.shape, torch.nan)
         self._memory = torch.full(xt.shape, -torch.inf, device=xt.device)  # of the rule, see `samplers.rules.RuleInput`
         self._states: Tensor | None = None  # [B, L, D], of the last pass at each position, for a rule with a KL bound
 
@@ -142,40 +142,37 @@ class Filling:
         )
         tokens = torch.where(written, predicted.token, tokens)
         order = torch.where(written, self.nfe[rows, None], order)
+        confidence = torch.where(written, predicted.log_prob.exp(), self.confidence[rows, span])
         if remasked is not None:
             tokens, order = tokens.masked_fill(remasked, self.mask_id), order.masked_fill(remasked, 0)
-        self.tokens[rows, span], self.order[rows, span] = tokens, order
+            confidence = confidence.masked_fill(remasked, torch.nan)
+        self.tokens[rows, span], self.order[rows, span], self.confidence[rows, span] = tokens, order, confidence
         if memory is not None:
             self._memory[rows, span] = memory
-        self.record(rows, start, written, predicted)
+        self.record(rows, start, predicted)
 
-    def record(self, rows: Tensor, start: int, written: Tensor, predicted: TokenPredictions) -> None:
+    def record(self, rows: Tensor, start: int, predicted: TokenPredictions) -> None:
         """Record a pass over W positions from `start` on, if passes are recorded.
 
         Args:
             rows: int64 [b].
-            written: bool [b, W], the positions that got the predicted token.
             predicted: see `scatter_predictions`.
         """
-        if self._passes is None or self._confidence is None:
+        if self._passes is None:
             return
-        rows, written, now = rows.cpu(), written.cpu(), self.tokens[rows].cpu()
-        span = slice(start, start + written.shape[1])
-        confidence = self._confidence[rows]  # [b, L]
-        confidence[:, span] = torch.where(written, predicted.log_prob.exp().cpu(), confidence[:, span])
-        confidence[now == self.mask_id] = torch.nan
-        self._confidence[rows] = confidence
+        now, confidence = self.tokens[rows].cpu(), self.confidence[rows].cpu()  # [b, L]
+        span = slice(start, start + predicted.token.shape[1])
         n_candidates = 0 if predicted.candidates is None else predicted.candidates.shape[2]
         candidates = torch.full((*now.shape, n_candidates), -1)  # [b, L, k]
         probabilities = torch.zeros(candidates.shape)
         if predicted.candidates is not None and predicted.candidate_log_probs is not None:
             candidates[:, span] = predicted.candidates.cpu()
             probabilities[:, span] = predicted.candidate_log_probs.exp().cpu()
-        self._passes.append(Pass(rows, now, confidence, candidates, probabilities))
+        self._passes.append(Pass(rows.cpu(), now, confidence, candidates, probabilities))
 
     def samples(self) -> Samples:
         """The result, with what was recorded."""
-        return Samples(self.tokens, self.order, self.nfe, self._confidence, self._passes)
+        return Samples(self.tokens, self.order, self.nfe, self.confidence, self._passes)
 
 
 def no_op() -> None:

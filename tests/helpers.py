@@ -134,9 +134,10 @@ def assert_distribution(counts: Tensor, probabilities: Tensor) -> None:
 
 
 def assert_same_samples(ours: Samples, theirs: Samples) -> None:
-    """The same tokens, in the same order, with as many passes."""
+    """The same tokens, in the same order, with as many passes, and nearly the same confidence."""
     for name in ("tokens", "order", "nfe"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    torch.testing.assert_close(ours.confidence, theirs.confidence, equal_nan=True, atol=1e-5, rtol=0)
 
 
 def solved_grid(size: int) -> np.ndarray:

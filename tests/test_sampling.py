@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import re
+import sys
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -101,6 +102,7 @@ def rows_alone(model: Transformer, xt: Tensor, rule: SamplingRule, seed: int) ->
         torch.cat([one.tokens for one in single]),
         torch.cat([one.order for one in single]),
         torch.cat([one.nfe for one in single]),
+        torch.cat([one.confidence for one in single]),
     )
 
 
@@ -164,7 +166,6 @@ def test_no_rule_changes_what_is_given_or_leaves_a_mask(options: dict[str, Any],
     assert not (found.tokens == MASK_ID).any()
     assert torch.equal(found.order > 0, masked)
     assert torch.equal(found.order.amax(1), found.nfe), "every pass writes something, the last one too"
-    assert found.confidence is not None
     assert torch.equal(found.confidence.isnan(), ~masked)
     if "revise" in options:
         history = [found.history(row) for row in range(len(xt))]
@@ -240,7 +241,8 @@ def test_a_row_does_not_depend_on_its_neighbours_or_the_batch_size(options: dict
     together = sample_full(model, xt, MASK_ID, rule, seed=5)
     assert_same_samples(together, rows_alone(model, xt, rule, seed=5))
     turned = sample_full(model, xt.flip(0), MASK_ID, rule, seed=5, row_ids=torch.arange(7).flip(0))
-    assert_same_samples(together, Samples(turned.tokens.flip(0), turned.order.flip(0), turned.nfe.flip(0)))
+    parts = (turned.tokens, turned.order, turned.nfe, turned.confidence)
+    assert_same_samples(together, Samples(*(part.flip(0) for part in parts)))
 
 
 def test_finished_rows_leave_the_batch() -> None:
@@ -262,7 +264,8 @@ def test_nothing_to_fill() -> None:
     model = random_model()
     for xt in (torch.zeros(3, 5, dtype=torch.long), torch.empty(0, 5, dtype=torch.long)):
         found = sample_full(model, xt, MASK_ID)
-        assert_same_samples(found, Samples(xt, torch.zeros_like(xt), torch.zeros(len(xt), dtype=torch.long)))
+        nothing = torch.full(xt.shape, torch.nan)
+        assert_same_samples(found, Samples(xt, torch.zeros_like(xt), torch.zeros(len(xt), dtype=torch.long), nothing))
 
 
 @every_rule
@@ -497,7 +500,9 @@ def test_answers_in_python(run_dir: Path, tmp_path: Path, monkeypatch: pytest.Mo
     model = sampling.load(run_dir, "cpu")
     answers = model.solve([PUZZLE, "." * 16], SamplingRule(tokens_per_step=8))
     assert [answer.nfe for answer in answers] == [2, 2]
-    assert answers[0].tokens.shape == answers[0].order.shape == (16,)
+    assert answers[0].tokens.shape == answers[0].order.shape == answers[0].confidence.shape == (16,)
+    assert np.array_equal(np.isnan(answers[0].confidence), answers[0].order == 0)
+    assert answers[0].confidence.dtype == np.float32
     assert answers[0].verdict.right == (answers[0].verdict.answer == SOLUTION)
     assert model.solve([]) == []
     single = model.solve(PUZZLE, SamplingRule(tokens_per_step=8))
@@ -589,7 +594,7 @@ def test_the_command_refuses_bad_input_with_status_2(
     assert message in capsys.readouterr().err
 
 
-def test_the_example_of_the_page_runs(
+def test_the_examples_of_the_page_run(
     config_file: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -605,10 +610,17 @@ def test_the_example_of_the_page_runs(
     monkeypatch.setattr(sampling, "SHIPPED", tmp_path / "packed")
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    setup, trace, samples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    names: dict[str, Any] = {}
+    exec(setup.replace("/path/to/puma", str(tmp_path)), names)
+    assert sys.path[0] == str(tmp_path)
     capsys.readouterr()
-    exec(code, {})
+    exec(trace, names)
     assert "not solved" in capsys.readouterr().out
+    exec(samples, names)
+    assert len(names["filled"]) == 51
+    assert len({sample.tokens.tobytes() for sample in names["samples"]}) == 4
     with Image.open("sampling.gif") as made, Image.open(ROOT / "docs" / "sampling.gif") as shown:
         assert made.size == shown.size
         assert len(list(ImageSequence.Iterator(made))) == 18, "51 empty cells, three per pass"

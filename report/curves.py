@@ -4,9 +4,10 @@
     python -m report.curves runs/puma_seed* runs/uniform_seed* --target 0.9
 
 Runs whose settings differ only in the seed are drawn as one line, the mean, with a band from the lowest to the highest
-seed. The band of a single run is the 95% interval of its accuracy. `--target` also prints a table: when each setting
-first reaches the target, and how many times less that is than for the last setting on the command line, by the same
-sampling rule.
+seed. The band of a single run is the 95% interval of its accuracy. Runs of different code have equal settings: with
+`--by folder` runs are one line if their folders differ only in `seed` and its number. A table of the last evaluations
+is printed. `--target` also prints when each setting first reaches the target, and how many times less that is than for
+the last setting on the command line, by the same sampling rule.
 
 PUMA trains on each sequence for a whole trajectory, so which method is ahead can depend on the axis.
 """
@@ -20,12 +21,13 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from data.files import check_out
 from data.foreign import CommandParser, ends_with_message, escape
 from runtime.config_file import read_config, setting_name
 from runtime.figures import COLORS, LINES, MARKERS, plain_label, set_grid, set_log_axis
+from runtime.history import read_history
 from runtime.markdown import markdown_table
 from runtime.metrics import HEADLINE, METRICS_FILE, read_metrics
 
@@ -39,6 +41,8 @@ AXES = {
     "seconds": "seconds of training",
     "tokens": "tokens trained on",
 }
+By = Literal["settings", "folder"]  # what the runs that are drawn as one line have in common
+SEED = r"[-_. ]*(seed[-_. ]*[0-9]*)?[-_. ]*$"  # at the end of a folder's name
 RUN_AXES = ("step", "sequences_distinct", "seconds")  # of figures of one run, whose tokens are proportional to updates
 
 
@@ -165,6 +169,31 @@ def target_table(curves: Sequence[Curve], target: float, baseline: str, axes: Se
     return markdown_table(titles, rows)
 
 
+def last_table(curves: Sequence[Curve], losses: dict[str, list[float]]) -> list[str]:
+    """Lines of a Markdown table: the last evaluation of each setting, means over runs with the lowest and highest.
+
+    Args:
+        losses: the last validation loss of each run, by setting. A setting without curves has no accuracy.
+    """
+    groups = by_setting_and_rule(curves)
+    several = len({curve.rule for curve in curves}) > 1
+    rows = []
+    for setting, own in losses.items():
+        found = {rule: group for (name, rule), group in groups.items() if name == setting} or {"": []}
+        for rule, group in found.items():
+            last = [curve.points[-1] for curve in group]
+            rows.append(
+                [
+                    escape(f"{setting}: {rule}" if several and rule else setting),
+                    str(len(last) or len(own)),
+                    mean_and_range([point["step"] for point in last], ",.0f"),
+                    mean_and_range([100 * point["accuracy"] for point in last], ".1f"),
+                    mean_and_range(own, ".4f"),
+                ]
+            )
+    return markdown_table(["last evaluation", "runs", "updates", "accuracy, %", "validation loss"], rows)
+
+
 def _needed(group: Sequence[Curve], target: float, axis: str) -> tuple[list[float], list[float]]:
     """The values on `axis` at which seeds reach the target, and the last ones of the seeds that never do."""
     found = [(curve.first_reaching(target, axis), curve.points[-1][axis]) for curve in group]
@@ -213,11 +242,11 @@ class _Runs(NamedTuple):
     records: dict[Path, list[dict[str, Any]]]
 
 
-def _read_runs(run_dirs: Sequence[Path]) -> _Runs:
+def _read_runs(run_dirs: Sequence[Path], by: By = "settings") -> _Runs:
     """Read runs. One that is named twice, perhaps by two paths, is one run, where it is named last."""
     places = {os.path.realpath(run_dir): run_dir for run_dir in reversed(run_dirs)}
     distinct = list(places.values())[::-1]
-    return _Runs(_setting_names(distinct), {run_dir: _records(run_dir) for run_dir in distinct})
+    return _Runs(_setting_names(distinct, by), {run_dir: _records(run_dir) for run_dir in distinct})
 
 
 def read_curves(run_dirs: Sequence[Path], rule: str | None = None) -> list[Curve]:
@@ -302,20 +331,43 @@ def _records(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _setting_names(run_dirs: Sequence[Path]) -> dict[Path, str]:
+def _last_losses(runs: _Runs) -> dict[str, list[float]]:
+    """The last validation loss of each run that has one, by setting."""
+    losses: dict[str, list[float]] = {}
+    for run_dir, setting in runs.settings.items():
+        found = [row["validation/loss"] for row in runs.records[run_dir] if can_be_drawn(row.get("validation/loss"))]
+        losses.setdefault(setting, []).extend(found[-1:])
+    return losses
+
+
+def _setting_names(run_dirs: Sequence[Path], by: By) -> dict[Path, str]:
     """The name of each run's setting, the same for all its seeds and for no other setting.
 
     That is the run's folder, or what is common to the folders of all seeds, without `seed` and its number, with as many
     parents as distinguish it from the other settings.
     """
     found = {run_dir: _setting(run_dir) for run_dir in run_dirs}
-    settings = {run_dir: setting for run_dir, (setting, _) in found.items()}
+    settings = {run_dir: setting if by == "settings" else _seedless(run_dir) for run_dir, (setting, _) in found.items()}
     first: dict[tuple[str, int | None], Path] = {}
-    for run_dir, each in found.items():
-        if first.setdefault(each, run_dir) != run_dir:
+    alike: dict[str, Path] = {}
+    for run_dir, (setting, seed) in found.items():
+        if seed is None:  # no settings to compare
+            continue
+        line = settings[run_dir]
+        other, same_seed = alike.setdefault(line, run_dir), first.setdefault((line, seed), run_dir)
+        if found[other][0] != setting:
             warnings.warn(
-                f"{first[each]} and {run_dir} are runs of one setting and the same seed {each[1]}: as two seeds they "
-                "make the band too narrow",
+                f"{other} and {run_dir} are one line by their folders, but their settings differ in more than the seed",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        elif same_seed != run_dir:
+            codes = [_code(each) for each in (same_seed, run_dir)]
+            of_codes = "" if codes[0] == codes[1] else f", and of different code (commits {' and '.join(codes)})"
+            remedy = "" if by == "folder" else "; --by folder tells runs apart by the names of their folders"
+            warnings.warn(
+                f"{same_seed} and {run_dir} are runs of one setting and the same seed {seed}{of_codes}: as two seeds "
+                f"they make the band too narrow{remedy}",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -340,8 +392,21 @@ def _common_parts(folders: Sequence[Path]) -> tuple[str, ...]:
     common = os.path.commonprefix(names)  # noqa: RUF071, of names, not paths
     if any(name[len(common) :][:1].isdigit() for name in names):
         common = common.rstrip("0123456789")  # of `run_1` and `run_10`
-    common = re.sub(r"[-_. ]*(seed[-_. ]*[0-9]*)?[-_. ]*$", "", common)
+    common = re.sub(SEED, "", common)
     return (*folders[0].parent.parts, common) if common else Path(os.path.commonpath(folders)).parts
+
+
+def _seedless(run_dir: Path) -> str:
+    """The path of a run without `seed` and its number at the end."""
+    folder = Path(os.path.abspath(run_dir))
+    name = re.sub(SEED, "", folder.name)
+    return str(folder.parent / name if name else folder.parent)
+
+
+def _code(run_dir: Path) -> str:
+    """The commit of a run's last session, and whether files had been changed since."""
+    last = (read_history(run_dir) or [{}])[-1]
+    return f"{str(last.get('commit') or 'unknown')[:10]}{' with changes' if last.get('modified') else ''}"
 
 
 def _setting(run_dir: Path) -> tuple[str, int | None]:
@@ -358,6 +423,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(description="Draw loss and accuracy of runs.")
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--x", choices=AXES, default="step", help="x-axis")
+    parser.add_argument(
+        "--by", choices=get_args(By), default="settings", help="what the runs of one line share, apart from the seed"
+    )
     parser.add_argument("--rule", help="the only sampling rule to draw, for example top_prob_1")
     parser.add_argument(
         "--target", type=float, help="accuracy from 0 to 1: mark and print when each setting first reaches it"
@@ -373,7 +441,7 @@ def main(arguments: list[str] | None = None) -> None:
         targets = [] if options.target is None else [options.target]
         # `runs/puma*` also names the logs beside the run directories
         run_dirs = [path for path in options.run_dirs if not path.is_file()] or options.run_dirs
-        runs = _read_runs(run_dirs)
+        runs = _read_runs(run_dirs, options.by)
         curves, last = _curves(runs, options.rule), list(runs.settings)[-1]
         baseline = runs.settings[last]
         if targets and all(curve.setting != baseline for curve in curves):
@@ -383,7 +451,9 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{rule} yet: name another run last"
             )
         _draw(runs, curves, options.x, options.out, targets)
+        print("\n".join(last_table(curves, _last_losses(runs))))
         if targets:
+            print()
             print("\n".join(target_table(curves, options.target, baseline)))
         print(f"wrote {options.out}")
 

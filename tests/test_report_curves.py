@@ -184,7 +184,8 @@ def test_a_run_that_is_named_twice_is_one_run(tmp_path, drawn, monkeypatch, caps
     assert len(read_curves(list(map(Path, words)), "top_prob_1")) == 2
     curves.main([*words, "--rule", "top_prob_1", "--target", "0.5"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[:4] for line in lines[2:4]] == [
+    assert lines[2:4] == ["| puma | 1 | 100 | 50.0 | 1.2000 |", "| uniform | 1 | 100 | 50.0 | 1.2000 |"]
+    assert [line.split(" | ")[:4] for line in lines[7:9]] == [
         ["| puma", "1 of 1", "100", "1.0"],
         ["| uniform", "1 of 1", "100", "1"],
     ]
@@ -200,6 +201,60 @@ def test_two_runs_of_one_seed_are_warned_about(tmp_path):
     ) as found:
         read_curves(runs)
     assert len(found) == 1
+
+
+def patched_runs(folder: Path) -> list[Path]:
+    """Runs of the same settings and seeds, before and after a change of the code."""
+    runs = []
+    for name, share in (("puma", 1.0), ("puma_patched", 0.5)):
+        for seed in (0, 1):
+            run_dir = configured(write_run(folder / f"{name}_seed{seed}", share=share), seed, name="puma", n_stages=2)
+            code = {"commit": f"{name:x<40}", "modified": name != "puma"}
+            (run_dir / "history.json").write_text(json.dumps({"sessions": [code]}))
+            runs.append(run_dir)
+    return runs
+
+
+def test_runs_of_different_code_are_told_apart_by_their_folders(tmp_path, drawn, capsys, recwarn):
+    runs = patched_runs(tmp_path)
+    curves.main([*map(str, runs), "--rule", "top_prob_1", "--by", "folder", "--out", str(tmp_path / "out.png")])
+    assert drawn[0].axes[1].get_legend_handles_labels()[1] == ["puma, 2 seeds", "puma_patched, 2 seeds"]
+    printed = capsys.readouterr().out
+    assert "| puma | 2 | 100 | 50.0 | 1.2000 |" in printed
+    assert "| puma_patched | 2 | 100 | 25.0 | 1.2000 |" in printed
+    assert not recwarn.list
+
+
+def test_the_warning_about_one_seed_names_different_code(tmp_path):
+    runs = patched_runs(tmp_path)
+    with pytest.warns(
+        RuntimeWarning, match=r"different code \(commits pumaxxxxxx and puma_patch with changes\)"
+    ) as found:
+        read_curves(runs)
+    assert len(found) == 2
+    assert all("--by folder" in str(each.message) for each in found)
+
+
+def test_runs_of_one_folder_name_and_different_settings_are_warned_about(tmp_path, drawn):
+    runs = [
+        configured(write_run(tmp_path / f"puma_seed{seed}"), seed, name="puma", n_stages=2 + seed) for seed in (0, 1)
+    ]
+    with pytest.warns(RuntimeWarning, match="their settings differ"):
+        curves.main([*map(str, runs), "--by", "folder", "--out", str(tmp_path / "out.png")])
+
+
+def test_the_last_evaluations_are_listed_with_their_range(tmp_path, drawn, capsys):
+    shares = (1.0, 0.5)
+    runs = [
+        configured(write_run(tmp_path / f"puma_seed{seed}", share=share), seed, name="puma", n_stages=2)
+        for seed, share in enumerate(shares)
+    ]
+    curves.main([*map(str, [*runs, young(tmp_path / "young")]), "--out", str(tmp_path / "out.png")])
+    assert capsys.readouterr().out.splitlines()[2:5] == [
+        "| puma: top_prob_1 | 2 | 100 | 37.5 (25.0 to 50.0) | 1.2000 |",
+        "| puma: top_prob_2 | 2 | 100 | 18.8 (12.5 to 25.0) | 1.2000 |",
+        "| young | 0 | - | - | - |",
+    ]
 
 
 def test_settings_are_read_once(tmp_path, drawn, monkeypatch):
@@ -351,7 +406,7 @@ def test_a_target_with_records_that_lack_an_axis(tmp_path, drawn, capsys):
     records = runs[0] / METRICS_FILE
     records.write_text(re.sub(r'"seconds": [\d.]+, ', "", records.read_text()))
     curves.main([*map(str, runs), "--rule", "top_prob_1", "--target", "0.5", "--out", str(tmp_path / "out.png")])
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().out.partition("first at")[2]
     assert "| uniform | 1 of 1 | 100 | 1 |" in printed
     assert "old" not in printed
 

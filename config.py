@@ -415,9 +415,14 @@ class ValidationSettings(_RuleOptions):
     tokens_per_step: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         (1,), min_length=1, description="positions filled per forward pass"
     )
-    n_examples: int = Field(1000, gt=0, description="number of test sequences sampled per evaluation")
+    n_examples: int = Field(
+        1000,
+        ge=0,
+        description="number of test sequences sampled per evaluation; 0: only the validation loss, which then selects "
+        "the best checkpoint",
+    )
     n_final_examples: int | None = Field(
-        None, gt=0, description="number of test sequences sampled after the last step; null: n_examples"
+        None, ge=0, description="number of test sequences sampled after the last step; null: n_examples"
     )
     n_loss_rows: int = Field(1000, gt=0, description="number of rows for the validation loss (fixed masks)")
     n_likelihood_draws: int = Field(
@@ -437,10 +442,20 @@ class ValidationSettings(_RuleOptions):
     @model_validator(mode="after")
     def _rules_go_together(self) -> ValidationSettings:
         found = [self._problems(*chosen) for chosen in product(self.confidence, self.tokens_per_step)]
-        problems = dict.fromkeys(problem for each in found for problem in each)
+        problems = list(dict.fromkeys(problem for each in found for problem in each))
+        if self.n_final_examples == 0 and self.n_examples:
+            problems.append(
+                f"n_final_examples 0 with n_examples {self.n_examples}: the result would lack the accuracy, which "
+                "selects checkpoints; set n_examples to 0 too, or leave n_final_examples out"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def n_last_examples(self) -> int:
+        """Number of test sequences sampled after the last step."""
+        return self.n_examples if self.n_final_examples is None else self.n_final_examples
 
     def rules(self) -> list[SamplingRule]:
         """All sampling rules; the first one gives the headline figure."""

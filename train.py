@@ -9,6 +9,7 @@ The run directory identifies the run: the same command again continues from its 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -189,13 +190,13 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
                     evaluation = measure(run, data, vote)
                     record_evaluation(run, evaluation, recorder, bar)
                     if saved_step == run.step:
-                        score_run(run, evaluation.accuracy)
+                        score_run(run, score_of(run, evaluation))
                 started = time.perf_counter()
             # None only if an earlier command took the last step, and ended before it wrote final.json.
             return evaluation or measure(run, data, vote)
         except StopRequested as stop:
             if run.step > saved_step:
-                save(run, evaluation.accuracy if evaluation else None, seconds_before)
+                save(run, score_of(run, evaluation) if evaluation else None, seconds_before)
             return stop.number
 
 
@@ -236,18 +237,26 @@ def record_evaluation(run: Run, evaluation: Evaluation, recorder: Recorder | Non
 def measure(run: Run, data: DataSet, vote: StopVote) -> Evaluation:
     """Evaluate the run at its current step; every rank calls this. Raises StopRequested."""
     validation = run.config.validation
-    n_examples = validation.n_examples
-    if run.step == run.n_steps and validation.n_final_examples is not None:
-        n_examples = validation.n_final_examples
+    n_examples = validation.n_last_examples if run.step == run.n_steps else validation.n_examples
     with run.session.phase("evaluation"):
         return evaluate(run.evaluated_model(), run.config, data, run.world, n_examples, vote)
+
+
+def score_of(run: Run, evaluation: Evaluation) -> float:
+    """What selects the best checkpoint, higher is better: the accuracy, or the loss if training asks no questions.
+
+    Losses are negative, so that those of a run that asks questions since it was resumed are below any accuracy.
+    """
+    if run.config.validation.n_examples and evaluation.accuracy is not None:
+        return evaluation.accuracy
+    return -evaluation.loss if math.isfinite(evaluation.loss) else -sys.float_info.max  # JSON has no nan
 
 
 def save(run: Run, score: float | None, seconds_before: float) -> None:
     """Write a checkpoint and note it in the history; every rank calls this.
 
     Args:
-        score: the accuracy, if it was measured at this step.
+        score: see `score_of`; None if this step was not evaluated.
         seconds_before: of training, in earlier sessions.
 
     Raises:
@@ -271,8 +280,8 @@ def show_progress(run: Run, metrics: dict[str, Any], bar: tqdm) -> None:
 
 
 def show_evaluation(run: Run, evaluation: Evaluation, bar: tqdm) -> None:
-    """Show the accuracy as a line."""
-    line = f"step {run.step:,}: {evaluation.table().splitlines()[1]}"
+    """Show the main result as a line."""
+    line = f"step {run.step:,}: {evaluation.headline}"
     with bar.external_write_mode():
         say(line)
 
@@ -289,12 +298,12 @@ def finish(run: Run, model: Transformer, data: DataSet, evaluation: Evaluation, 
     Raises:
         WriteError: final.json cannot be written. What fails with traces, curves or the page gives a warning.
     """
-    headline = evaluation.samplers[0]
+    headline = evaluation.samplers[0] if evaluation.samplers else None
     with ended_in_history(run):
         final = {
-            "accuracy": headline.accuracy,
-            "n": headline.n,
-            "nfe": headline.nfe,
+            "accuracy": evaluation.accuracy,
+            "n": 0 if headline is None else headline.n,
+            "nfe": None if headline is None else headline.nfe,
             "train_seconds": round(run.seconds, 3),
             "steps": run.step,
             "evaluation": as_json(evaluation),
@@ -306,7 +315,8 @@ def finish(run: Run, model: Transformer, data: DataSet, evaluation: Evaluation, 
         write_traces(trace_answers(run, model, data, evaluation), run.run_dir / TRACES_FILE)
     pictures, page = draw(run.run_dir)
     figures = ("accuracy", "n", "nfe", "train_seconds", "steps")
-    recorder.final({name: final[name] for name in figures} | {"loss": evaluation.loss}, pictures, page)
+    known = {name: final[name] for name in figures if final[name] is not None}
+    recorder.final(known | {"loss": evaluation.loss}, pictures, page)
     return final
 
 
@@ -334,6 +344,8 @@ def warned_about(path: Path) -> Iterator[None]:
 
 def trace_answers(run: Run, model: Transformer, data: DataSet, evaluation: Evaluation) -> list[Trace]:
     """How some answers of the evaluation came about, by its first rule: one wrong answer, if any, and right ones."""
+    if not evaluation.samplers:  # sampling is switched off
+        return []
     config, rule = run.config, run.config.validation.rules()[0]
     by = (rule.confidence, rule.tokens_per_step)
     samples = [each for each in evaluation.samples if (each["confidence"], each["tokens_per_step"]) == by]
@@ -366,9 +378,12 @@ def stop_early(run: Run, stopped: Signals, recorder: Recorder | None) -> None:
 
 
 def print_result(config: Config, run_dir: Path, final: dict[str, Any]) -> None:
-    """Print the accuracy of a complete run, what it has written, and a command that samples from it."""
+    """Print the main result of a complete run, what it has written, and a command that samples from it."""
     data = config.open_data()
-    say(f"solved {100 * final['accuracy']:.1f}% of {final['n']} unseen {data.question_noun}")
+    if final["accuracy"] is None:
+        say(f"validation loss {final['evaluation']['loss']:.4f}")
+    else:
+        say(f"solved {100 * final['accuracy']:.1f}% of {final['n']} unseen {data.question_noun}")
     if "example" in final:  # not in older runs
         question = (f"--{data.question_option}", escape(str(final["example"])))
         command = shell_command("sampling.py", "--checkpoint", run_dir, *question)

@@ -111,7 +111,7 @@ def count_examples(config: Config, overrides: Sequence[str], data: DataSet) -> i
         if value is not None and any(override.startswith(f"validation.{key}=") for override in overrides):
             check_n_examples(value, data, f"validation.{key}")
             return value
-    return min(validation.n_final_examples or validation.n_examples, data.n_questions)
+    return min(validation.n_last_examples, data.n_questions)
 
 
 @dataclass(frozen=True)

@@ -62,18 +62,23 @@ SWEEP_READS = ("n_examples", "n_final_examples", "batch_size", "temperature")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results of one evaluation; `samplers` is in the order of the settings, and its first entry is the headline."""
+    """Results of one evaluation."""
 
     loss: float
-    samplers: list[SamplerResult]
+    samplers: list[SamplerResult]  # in the order of the settings, the headline first; none if no question was asked
     reference: tuple[str, float] | None = None  # name of a simple method, and the share of the questions that it solves
     samples: list[dict[str, Any]] = field(default_factory=list)  # some of the sampled answers, judged
     likelihood: Likelihood | None = None  # of the rows of the validation loss
 
     @property
-    def accuracy(self) -> float:
-        """Accuracy of the headline sampler, which selects the best checkpoint."""
-        return self.samplers[0].accuracy
+    def accuracy(self) -> float | None:
+        """Accuracy of the headline sampler; None if no question was asked."""
+        return self.samplers[0].accuracy if self.samplers else None
+
+    @property
+    def headline(self) -> str:
+        """The main result as a line."""
+        return _rule_line(self.samplers[0]) if self.samplers else f"validation loss {self.loss:.4f}"
 
     def metrics(self) -> dict[str, float | None]:
         """Flat dictionary for the records; None: a group of questions without a reference."""
@@ -89,7 +94,7 @@ class Evaluation:
             }
         if self.reference is not None:
             values["validation/reference"] = self.reference[1]
-        for group in self.samplers[0].groups:
+        for group in self.samplers[0].groups if self.samplers else ():
             facts = {key: value for key, value in asdict(group).items() if key not in ("by", "value")}
             values |= {f"validation/by_{group.by}/{group.value:g}/{key}": value for key, value in facts.items()}
         return values
@@ -101,21 +106,25 @@ class Evaluation:
             bound = "" if self.likelihood.exact else "at most "
             error = NORMAL_95 * self.likelihood.standard_error
             lines.append(f"{bound}{self.likelihood.nats_per_token:.4g} nats per token (+- {error:.2g})")
-        for result in self.samplers:
-            shown = {name: f"{100 * value:.2f}%" for name, value in result.details.items()}
-            shown |= {name: f"{value:.4g}" for name, value in result.numbers.items()}
-            details = "".join(f", {name.replace('_', ' ')} {value}" for name, value in shown.items())
-            lines.append(
-                f"{rule_in_words(result.confidence, result.tokens_per_step, result.options)}: "
-                f"accuracy {100 * result.accuracy:.1f}% "
-                f"({100 * result.accuracy_low:.1f} to {100 * result.accuracy_high:.1f}) of {result.n}{details}, "
-                f"{result.nfe:.1f} forward evaluations"
-            )
+        lines += map(_rule_line, self.samplers)
         if self.reference is not None:
             lines.append(f"{self.reference[0]} alone: accuracy {100 * self.reference[1]:.1f}%")
-        if self.samplers[0].groups:
+        if self.samplers and self.samplers[0].groups:
             lines += ["", f"by difficulty ({self.samplers[0].label}):", *_group_lines(self)]
         return "\n".join(lines)
+
+
+def _rule_line(result: SamplerResult) -> str:
+    """The result of a sampling rule as a line."""
+    shown = {name: f"{100 * value:.2f}%" for name, value in result.details.items()}
+    shown |= {name: f"{value:.4g}" for name, value in result.numbers.items()}
+    details = "".join(f", {name.replace('_', ' ')} {value}" for name, value in shown.items())
+    return (
+        f"{rule_in_words(result.confidence, result.tokens_per_step, result.options)}: "
+        f"accuracy {100 * result.accuracy:.1f}% "
+        f"({100 * result.accuracy_low:.1f} to {100 * result.accuracy_high:.1f}) of {result.n}{details}, "
+        f"{result.nfe:.1f} forward evaluations"
+    )
 
 
 def _group_lines(evaluation: Evaluation) -> list[str]:
@@ -159,7 +168,7 @@ def evaluate(
     """Evaluate `model` on the first questions of the test; every rank calls this and gets the full result.
 
     Args:
-        n_examples: number of questions to answer (all, if there are fewer).
+        n_examples: number of questions to answer (all, if there are fewer); 0: only the loss, no question.
         vote: asked before every forward pass.
 
     Raises:
@@ -177,12 +186,14 @@ def evaluate(
         ):
             loss = validation_loss(model, config, data.validation, world, vote)
             measured = _likelihood(model, config, data.validation, world, vote)
-            questions = np.arange(n_examples)
-            test = TestQuestions(data, data.reference(questions), data.difficulty(questions), n_examples)
-            results = [measure_rule(model, config, test, world, rule=rule, bar=bar, vote=vote) for rule in rules]
+            results, reference = [], None
+            if n_examples:
+                questions = np.arange(n_examples)
+                reference = data.reference(questions)
+                test = TestQuestions(data, reference, data.difficulty(questions), n_examples)
+                results = [measure_rule(model, config, test, world, rule=rule, bar=bar, vote=vote) for rule in rules]
     finally:
         model.train(was_training)
-    reference = test.reference
     return Evaluation(
         loss,
         [each.result for each in results],

@@ -209,6 +209,8 @@ def sweep(
     for checkpoint, rules in zip(checkpoints, chosen, strict=True):
         data = main_first(world, partial(checkpoint.config.open_data().load, train=False))
         n = count_examples(checkpoint.config, overrides, data)
+        if n == 0:
+            raise ValueError(f"{checkpoint.name} asks no questions: give a number, validation.n_final_examples=100")
         checkpoint.model.to(world.device)
         conditions = on_main(partial(_conditions_of, checkpoint, data, n, world))
         loaded.append((checkpoint, TestQuestions(data, None, {}, n), conditions))

@@ -301,21 +301,25 @@ def _draw(runs: _Runs, curves: Sequence[Curve], axis: str, out: Path, targets: S
     for run_dir, rows in runs.records.items():
         if not all(axis in row for row in rows):
             raise ValueError(f"--x {axis}: {run_dir / METRICS_FILE} does not record it; choose another axis")
+    # Those of the others are in the legend by their curve of accuracy.
+    unnamed = dict.fromkeys(settings[len({curve.setting for curve in curves}) :])
     for run_dir, setting in runs.settings.items():
         rows, color = runs.records[run_dir], COLORS[settings.index(setting) % len(COLORS)]
         for key, style in (("train/loss", {"alpha": 0.3}), ("validation/loss", {"marker": "."})):
             found = [
                 (row[axis], row[key]) for row in rows if can_be_drawn(row.get(axis)) and can_be_drawn(row.get(key))
             ]
-            loss_plot.plot([x for x, _ in found], [y for _, y in found], color=color, **style)
+            label = plain_label(setting) if setting in unnamed else None
+            unnamed.pop(setting, None)
+            loss_plot.plot([x for x, _ in found], [y for _, y in found], color=color, label=label, **style)
     loss_plot.set(xlabel=AXES[axis], ylabel="loss (faint: training, dots: validation)", yscale="log")
     set_grid(loss_plot, integers=axis != "seconds")
     plot_accuracy(accuracy_plot, curves, axis, targets)
     if accuracy_plot.get_xscale() == "log":
         set_log_axis(loss_plot)
-    handles, labels = accuracy_plot.get_legend_handles_labels()
+    handles = [line for plot in (accuracy_plot, loss_plot) for line in plot.get_legend_handles_labels()[0]]
     if handles:
-        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize="small")
+        figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize="small")
     figure.savefig(out, dpi=120)
 
 
@@ -447,7 +451,7 @@ def main(arguments: list[str] | None = None) -> None:
         if targets and all(curve.setting != baseline for curve in curves):
             rule = f" by {options.rule}" if options.rule else ""
             raise ValueError(
-                f"--target: {last}, the last one named, is what the others are compared with, but it has no evaluation"
+                f"--target: {last}, the last one named, is what the others are compared with, but it has no accuracy"
                 f"{rule} yet: name another run last"
             )
         _draw(runs, curves, options.x, options.out, targets)

@@ -115,10 +115,14 @@ def _facts(summary: RunSummary, rows: list[dict[str, Any]], final: dict[str, Any
         "distinct sequences": f"{last.get('sequences_distinct', 0):,}",
         "training": duration(last.get("seconds", 0.0)),
     }
-    if final is not None:
+    if final is not None and final["accuracy"] is not None:
         facts["final accuracy"] = f"{100 * final['accuracy']:.1f}% of {final['n']:,}"
+    elif final is not None:
+        facts["final validation loss"] = f"{final['evaluation']['loss']:.4f}"
     if summary.accuracy is not None:
         facts["best accuracy"] = f"{100 * summary.accuracy:.1f}% at {summary.accuracy_step:,}"
+    elif summary.loss is not None:
+        facts["lowest validation loss"] = f"{summary.loss:.4f} at {summary.loss_step:,}"
     cells = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts.items())
     return f"<dl class=facts>{cells}</dl>"
 
@@ -192,6 +196,9 @@ def _results(final: dict[str, Any] | None) -> Iterator[str]:
     evaluation = final["evaluation"]
     samplers, reference = evaluation["samplers"], evaluation.get("reference")
     yield "<h2>Final evaluation</h2>"
+    if not samplers:
+        yield f"<p>Validation loss {evaluation['loss']:.4f}; no questions were asked.</p>"
+        return
     yield f"<p>{samplers[0]['n']:,} unseen questions, validation loss {evaluation['loss']:.4f}</p>"
     names, numbers = list(samplers[0]["details"]), list(samplers[0].get("numbers", {}))  # older runs have no numbers
     shown = [name.replace("_", " ") for name in (*names, *numbers)]

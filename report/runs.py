@@ -3,6 +3,8 @@
     python -m report.runs runs
     python -m report.runs runs --json
 
+The best is the highest accuracy, or the lowest validation loss where no questions were asked.
+
 A run is a folder with a config.yaml, at any depth; packed models (`python -m model.hub pack`) are left out. Its state
 is one of
 
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from data.foreign import BadInput, CommandParser, ends_with_message, escape, shorten
-from report.curves import accuracy_points, rules_of
+from report.curves import accuracy_points, can_be_drawn, rules_of
 from runtime.config_file import parse_config, read_sections
 from runtime.final import load_final
 from runtime.history import HISTORY_FILE, read_history
@@ -48,6 +50,8 @@ class RunSummary:
     n_steps: int | None = None  # length in steps; None if it is not known
     accuracy: float | None = None  # best of the first sampling rule
     accuracy_step: int | None = None  # when it was measured
+    loss: float | None = None  # lowest of the validation
+    loss_step: int | None = None  # when it was measured
     started: str | None = None  # of the first session, UTC
     ended: str | None = None  # of the last session, or its last checkpoint
     commit: str | None = None  # of the last session
@@ -117,6 +121,9 @@ def _read(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
         if points:
             best = max(points, key=lambda point: point["accuracy"])
             facts |= {"accuracy": best["accuracy"], "accuracy_step": int(best["step"])}
+        losses = [(row["validation/loss"], row["step"]) for row in rows if can_be_drawn(row.get("validation/loss"))]
+        if losses:
+            facts["loss"], facts["loss_step"] = min(losses)
         if not rows and (run_dir / METRICS_FILE).exists() and (run_dir / METRICS_FILE).stat().st_size:
             problems.append(f"{run_dir / METRICS_FILE} holds no row that can be read")
     except BadInput as error:
@@ -141,10 +148,12 @@ def _number(raw: dict[str, Any], section: str, key: str) -> int | None:
 
 def table(runs: list[RunSummary], folder: Path) -> str:
     """The list as text, paths relative to `folder`."""
-    rows = [("run", "state", "objective", "data", "steps", "best accuracy")]
+    rows = [("run", "state", "objective", "data", "steps", "best")]
     for run in runs:
         steps = f"{run.step:,}" + (f" of {run.n_steps:,}" if run.n_steps and run.n_steps != run.step else "")
-        best = "" if run.accuracy is None else f"{100 * run.accuracy:.1f}% at {run.accuracy_step:,}"
+        best = "" if run.loss is None else f"loss {run.loss:.4f} at {run.loss_step:,}"
+        if run.accuracy is not None:
+            best = f"{100 * run.accuracy:.1f}% at {run.accuracy_step:,}"
         name = os.path.relpath(run.run, folder) if Path(run.run) != folder else run.run
         data = run.data or ""
         data = data if len(data) <= MAX_DATA else f"{data[: MAX_DATA - 3]}..."

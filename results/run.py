@@ -172,8 +172,8 @@ def check_settings(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, 
         recorded: runs in the records, by label and seed.
 
     Raises:
-        ValueError: a setting is wrong or overrides the seeds, or an existing run directory or record has other
-            settings.
+        ValueError: a setting is wrong or overrides the seeds, runs would ask no questions, or an existing run directory
+            or record has other settings.
     """
     for task in tasks:
         config, run_config = read_config(task.config, task.all_overrides), task.run_dir / "config.yaml"
@@ -181,6 +181,10 @@ def check_settings(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, 
             raise ValueError(
                 f"training.seed={config.training.seed}: would replace seed {task.seed} of {task.variant.label!r}; "
                 "leave it out, or change the seeds of the experiment in results/experiments.py"
+            )
+        if not config.validation.n_last_examples:
+            raise ValueError(
+                f"validation.n_examples=0: {task.variant.label!r} would have no accuracy to compare; leave it out"
             )
         if run_config.exists() and (changes := changed_settings(read_config(run_config), config)):
             raise ValueError(
@@ -297,9 +301,12 @@ def _origin(run_dir: Path) -> dict[str, str]:
 
 
 def _final(run_dir: Path) -> dict[str, Any] | None:
-    """Accuracy with its interval, number of questions, and accuracy by difficulty; None if the run is not complete."""
+    """Accuracy with its interval, number of questions, and accuracy by difficulty.
+
+    None if the run is not complete, or asked no questions.
+    """
     final = read_final(run_dir)
-    if final is None:
+    if final is None or not final["evaluation"]["samplers"]:
         return None
     result = final["evaluation"]["samplers"][0]
     groups = [{key: group[key] for key in ("by", "value", "n", "accuracy")} for group in result["groups"]]

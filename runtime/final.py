@@ -52,17 +52,17 @@ class Reference(TypedDict):
 
 
 class FinalEvaluation(TypedDict):
-    """The last evaluation, by all sampling rules of the settings; the first is the headline."""
+    """The last evaluation, by all sampling rules of the settings, the headline first; none if no question was asked."""
 
     loss: float
-    samplers: Annotated[list[Sampler], Field(min_length=1)]
+    samplers: list[Sampler]
     reference: NotRequired[Reference]
 
 
 class Final(TypedDict):
     """What readers of final.json rely on; it holds more."""
 
-    accuracy: Share
+    accuracy: Share | None  # of the headline; None if no question was asked
     n: Count
     evaluation: FinalEvaluation
 
@@ -78,6 +78,8 @@ def load_final(run_dir: Path) -> dict[str, Any] | None:
     with reading(f"{path}", "the command of the run writes it again"):
         final = read_json(path)
         FINAL.validate_python(final, strict=True)
+        if (final["accuracy"] is None) != (not final["evaluation"]["samplers"]):
+            raise ValueError("it has an accuracy without sampling rules, or rules without an accuracy")
         return final
 
 

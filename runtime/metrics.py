@@ -50,7 +50,8 @@ class Recorder:
             WriteError: the records cannot be written.
         """
         self.path = run_dir / METRICS_FILE
-        self._best = -1.0  # accuracy so far, for the summary of wandb
+        # So far, for the summary of wandb.
+        self._best_accuracy, self._best_loss = -1.0, math.inf
         kept = [row for row in read_metrics(run_dir) if row["step"] <= from_step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._wandb = _start_wandb(run_dir, config)
@@ -127,17 +128,23 @@ class Recorder:
 
     def _send(self, row: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
         """Pass a row on to wandb and TensorBoard."""
-        # Accuracy of the first sampling rule, if this row has one.
+        # Accuracy of the first sampling rule, if this row has one; a run that asks no questions has only the loss.
         accuracy: Any = next((value for key, value in row.items() if key.startswith(HEADLINE)), None)
-        is_best = isinstance(accuracy, (int, float)) and accuracy > self._best
-        if is_best:
-            self._best = float(accuracy)
+        loss: Any = row.get("validation/loss")
+        best: dict[str, Any] = {}
+        if isinstance(accuracy, (int, float)):
+            if accuracy > self._best_accuracy:
+                self._best_accuracy = float(accuracy)
+                best = {"best/accuracy": accuracy, "best/step": row["step"]}
+        elif isinstance(loss, (int, float)) and loss < self._best_loss:
+            self._best_loss = float(loss)
+            best = {"best/loss": loss, "best/step": row["step"]}
         with self._talking_to_wandb() as run:
             if run is not None:
                 if row["step"] >= self._wandb_step:
                     run.log(row | _wandb_media(row, samples), step=row["step"], commit=True)
-                if is_best:
-                    run.summary.update({"best/accuracy": accuracy, "best/step": row["step"]})
+                if best:
+                    run.summary.update(best)
         with self._talking_to_tensorboard() as writer:
             if writer is not None:
                 for key, value in row.items():

@@ -347,6 +347,7 @@ BAD = {
     "no length": ("training.max_steps=null", "num_epochs or max_steps"),
     "unknown confidence rule": ("validation.confidence=[top_prop]", "validation.confidence.0 = 'top_prop'"),
     "no confidence rule": ("validation.confidence=[]", "validation.confidence = []"),
+    "no accuracy at the end": ("validation.n_final_examples=0", "set n_examples to 0 too"),
     "no tokens per step": ("validation.tokens_per_step=[0]", "validation.tokens_per_step.0 = 0"),
     "stability without a threshold": ("validation.kl_bound=0.01", "kl_bound 0.01 needs a threshold"),
     "passes without revising": ("validation.n_passes=9", "n_passes 9 needs revise"),
@@ -423,7 +424,7 @@ def test_all_problems_are_named_at_once(tiny):
         "objective.k_schedule=[[0, 0]]",
         "model.hidden_size=15",
         "data.source=files",
-        "validation.n_examples=0",
+        "validation.n_examples=-1",
         "extra=1",
     )
     assert "8 problems" in lines[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -372,6 +373,17 @@ def test_a_single_row_has_no_error_and_its_file_no_nan(run_dir, tmp_path):
     found = json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert found["likelihood"]["standard_error"] is None
     assert found["likelihood"]["nats_per_token"] > 0
+
+
+def test_without_questions_only_the_loss_is_measured(run_dir, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    evaluation.main([str(run_dir), "--json", str(out), "validation.n_examples=0"])
+    assert json.loads(out.read_text())["samplers"] == []
+    assert re.fullmatch(r"validation loss [\d.]+\n", capsys.readouterr().out)
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(run_dir), "--sweep", "--out", str(tmp_path / "sweep"), "validation.n_examples=0"])
+    assert stop.value.code == 2
+    assert "asks no questions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["n_examples", "n_final_examples"])

@@ -396,8 +396,17 @@ def test_a_target_is_not_compared_with_another_setting_than_the_last(rule, by, t
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: --target: {runs[1]}, the last one named, is what the others are compared with")
-    assert error.endswith(f"but it has no evaluation{by} yet: name another run last\n")
+    assert error.endswith(f"but it has no accuracy{by} yet: name another run last\n")
     assert not drawn
+
+
+def test_runs_without_accuracy_are_in_the_legend_and_the_table(tmp_path, drawn, capsys):
+    runs = [write_run(tmp_path / name) for name in ("sampled", "loss_only")]
+    records = runs[1] / METRICS_FILE
+    records.write_text(re.sub(r', "validation/accuracy[^,}]*', "", records.read_text()))
+    curves.main([*map(str, runs), "--rule", "top_prob_1", "--out", str(tmp_path / "out.png")])
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["sampled", "loss_only"]
+    assert "| loss_only | 1 | - | - | 1.2000 |" in capsys.readouterr().out
 
 
 def test_a_target_with_records_that_lack_an_axis(tmp_path, drawn, capsys):

@@ -101,7 +101,7 @@ def test_states_and_figures(resumed, capsys):
         main([str(folder)])
         holder.communicate(b"\n")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["run", "state", "objective", "data", "steps", "best", "accuracy"]
+    assert lines[0].split() == ["run", "state", "objective", "data", "steps", "best"]
     states = {line.split()[0]: line.split()[1] for line in lines[1:4]}
     assert states == {"damaged": "damaged", "long": "running", "resumed": "complete"}
     assert lines[4].startswith(f"damaged: config {folder}/damaged/config.yaml cannot be read")

@@ -159,6 +159,10 @@ def test_all_settings_of_an_experiment_are_read_and_differ(name, tmp_path):
         (["--jobs", "0"], "--jobs: must be an integer from 1 to 1024, got 0"),
         (["training.max_step=1"], "did you mean 'max_steps'?"),
         (["--draw", "training.max_steps=1"], "training.max_steps=1: not with --draw"),
+        (
+            ["validation.n_examples=0", "validation.n_final_examples=0"],
+            "validation.n_examples=0: 'rotary and learned' would have no accuracy",
+        ),
         (["training.seed=7"], "training.seed=7: would replace seed 0 of 'rotary and learned'; leave it out, or change"),
         (["--budget-s", "nan"], "--budget-s: must be a finite number above 0, got nan"),
         (["--budget-s", "inf"], "--budget-s: must be a finite number above 0, got inf"),

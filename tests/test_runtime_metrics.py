@@ -225,6 +225,14 @@ def test_wandb_gets_the_same_rows(tmp_path, monkeypatch):
     assert [json.loads(line) for line in (tmp_path / "samples_00000002.jsonl").read_text().splitlines()] == boards
 
 
+def test_the_best_of_a_run_without_accuracy_is_its_lowest_loss(tmp_path, monkeypatch):
+    fake = use(monkeypatch)
+    recorder = record(tmp_path, mode="online")
+    for step, loss in enumerate((0.5, 0.25, 0.75), 1):
+        recorder.write(row(step, **{"validation/loss": loss}))
+    assert fake.summary == {"best/loss": 0.25, "best/step": 2}
+
+
 def test_a_resumed_run_is_the_same_wandb_run(tmp_path, monkeypatch):
     fake = use(monkeypatch)
     record(tmp_path, mode="online", name="mine")

@@ -33,7 +33,11 @@ import train
 from data import hashes
 from data.generate_sudoku import generate_sudoku, write_csv
 from model.transformer import Transformer
-from runtime.checkpoint import Checkpoint, find_checkpoint, latest_checkpoint
+from report import curves
+from report.runs import summarize
+from report.runs import table as runs_table
+from runtime.checkpoint import Checkpoint, find_checkpoint, latest_checkpoint, step_folders
+from runtime.final import load_final
 from runtime.history import read_history
 from runtime.metrics import read_metrics
 
@@ -633,3 +637,62 @@ def test_a_full_disk_under_standard_output_does_not_end_a_run_with_a_bar(monkeyp
     with tqdm(total=6, file=io.StringIO()) as bar, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Full())
         train.show_evaluation(run, evaluation, bar)
+
+
+# Without sampling
+
+
+@pytest.fixture
+def losses_of(monkeypatch):
+    """Validation losses in place of the measured ones, in the order of the evaluations."""
+
+    def replace(*values: float) -> None:
+        remaining = iter(values)
+        monkeypatch.setattr("eval.evaluate.validation_loss", lambda *_: next(remaining))
+
+    return replace
+
+
+@pytest.mark.pictures
+def test_a_run_that_asks_no_questions_is_judged_by_its_loss(config_file, tmp_path, losses_of, capsys):
+    """Its best checkpoint, result, page, and what the commands show of it."""
+    losses_of(0.5, 0.25, 0.75, 1.0)
+    steps = {"training__max_steps": 4, "training__eval_every": 1, "training__save_every": 1}
+    config = config_file(validation__n_examples=0, training__keep_checkpoints=1, **steps)
+    run_dir = tmp_path / "run"
+    train.main(["--config", str(config), "--run-dir", str(run_dir)])
+    assert "validation loss 1.0000" in capsys.readouterr().out
+    assert [path.name for path in step_folders(run_dir)] == ["step_00000004", "step_00000002"]
+    final = json.loads((run_dir / "final.json").read_text())
+    assert (final["accuracy"], final["n"], final["evaluation"]) == (None, 0, {"loss": 1.0, "samplers": []})
+    assert load_final(run_dir) == final
+    page = (run_dir / "report.html").read_text()
+    assert "final validation loss" in page
+    assert "0.2500 at 2" in page
+    summary = summarize(run_dir)
+    assert (summary.state, summary.accuracy, summary.loss, summary.loss_step) == ("complete", None, 0.25, 2)
+    assert "loss 0.2500 at 2" in runs_table([summary], tmp_path)
+    curves.main([str(run_dir), "--out", str(tmp_path / "curves.png")])
+    assert "| run | 1 | - | - | 1.0000 |" in capsys.readouterr().out
+    train.main(["--config", str(config), "--run-dir", str(run_dir)])
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_a_run_may_ask_questions_only_at_its_end(config_file, tmp_path, losses_of):
+    """Its checkpoints are still compared by the loss."""
+    losses_of(0.25, 0.5)
+    config = config_file(validation__n_examples=0, validation__n_final_examples=3, training__keep_checkpoints=1)
+    train.main(["--config", str(config), "--run-dir", str(tmp_path / "run")])
+    final = json.loads((tmp_path / "run" / "final.json").read_text())
+    assert final["n"] == final["evaluation"]["samplers"][0]["n"] == 3
+    assert [find_checkpoint(path).score for path in step_folders(tmp_path / "run")] == [-0.5, -0.25]
+
+
+def test_a_loss_that_is_no_number_is_the_worst(config_file, tmp_path, losses_of):
+    losses_of(float("nan"), 0.5)
+    config = config_file(validation__n_examples=0)
+    train.main(["--config", str(config), "--run-dir", str(tmp_path / "run")])
+    last, first = (find_checkpoint(path).score for path in step_folders(tmp_path / "run"))
+    assert first is not None
+    assert first < -1e300
+    assert last == -0.5

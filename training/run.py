@@ -210,7 +210,7 @@ def settle_gradient_buckets(
 
 
 def save_run(run: Run, score: float | None) -> None:
-    """Write a checkpoint; every rank calls this. `score`: the accuracy, if it was measured at this step."""
+    """Write a checkpoint; every rank calls this. `score`: of this step, if it was evaluated; higher is better."""
     weights = {"model": gather_weights(run.model.weights(), run.world)}
     train_state = {
         "optimizer": gather_moments(run.optimizer, run.world),
@@ -243,7 +243,7 @@ def save_run(run: Run, score: float | None) -> None:
 
 
 def score_run(run: Run, score: float) -> None:
-    """Add the accuracy to the checkpoint of this step, which was saved before its evaluation; every rank calls this."""
+    """Add the score to the checkpoint of this step, which was saved before its evaluation; every rank calls this."""
     score_checkpoint(run.run_dir, run.world, run.config, run.step, score)
 
 

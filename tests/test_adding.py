@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 from pathlib import Path
@@ -11,35 +12,40 @@ from conftest import ROOT, run_python
 from docs_check import fenced_commands
 
 PAGE = (ROOT / "docs" / "adding.md").read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"```(?:python|yaml)\n# (.+)\n((?:.*\n)*?)```", PAGE))
+BLOCKS: dict[str, str] = dict(re.findall(r"```(?:python|yaml)\n# (.+)\n((?:.*\n)*?)```", PAGE))
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of the code with what the page adds."""
+    """A copy of the code with what the page adds, and nothing else."""
     copy = tmp_path / "puma"
     skipped = shutil.ignore_patterns(".*", "runs", "tests", "results", "docs", "__pycache__", "*.npy")
     shutil.copytree(ROOT, copy, ignore=skipped)
-    for name in ("data/reversed_strings.py", "yaml_files/reversed_strings.yaml", "fixed_share.py"):
-        (copy / name).write_text(BLOCKS[name], encoding="utf-8")
-    config = (copy / "config.py").read_text(encoding="utf-8")
-    old = re.search(r"^AnyDataSettings = .*\n", config, re.MULTILINE)
-    assert old is not None
-    new = BLOCKS["config.py: AnyDataSettings"]
-    config = config.replace(old[0], f"from data.reversed_strings import ReversedStringsSettings\n\n{new}")
-    settings = BLOCKS["config.py: before AnyObjectiveSettings"]
-    config = config.replace(
-        "\nAnyObjectiveSettings = (\n", f"\n{settings}\n\nAnyObjectiveSettings = (\n    FixedShareSettings |"
-    )
-    (copy / "config.py").write_text(config, encoding="utf-8")
-    run = (copy / "training" / "run.py").read_text(encoding="utf-8")
-    last = "    return UniformObjective("
-    assert run.count(last) == 1
-    branch = BLOCKS["training/run.py: before the last line of build_objective"]
-    imports = "from config import FixedShareSettings\nfrom fixed_share import FixedShareObjective\n"
-    run = run.replace(last, branch + last).replace("from baselines import", imports + "from baselines import", 1)
-    (copy / "training" / "run.py").write_text(run, encoding="utf-8")
+    for title, block in BLOCKS.items():
+        name, _, place = title.partition(": ")
+        path = copy / name
+        path.write_text(placed(block, place, path.read_text(encoding="utf-8")) if place else block, encoding="utf-8")
     return copy
+
+
+def placed(block: str, place: str, code: str) -> str:
+    """`code` with a block of the page at the place that its title names."""
+    lines, own = code.splitlines(keepends=True), lines_of(place, code)
+    return "".join([*lines[: own.start], block, *lines[own.stop :]])
+
+
+def lines_of(place: str, code: str) -> slice:
+    """The lines of a file that a block replaces; none if the block is inserted."""
+    before, name = place.startswith("before "), place.split()[-1]
+    for node in reversed(ast.parse(code).body):
+        assert node.end_lineno is not None
+        if place == "with the imports" and isinstance(node, ast.Import | ast.ImportFrom):
+            return slice(node.end_lineno, node.end_lineno)
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return slice(node.end_lineno - 1, node.end_lineno - 1)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return slice(node.lineno - 1, node.lineno - 1 if before else node.end_lineno)
+    raise ValueError(f"no place {place!r}")
 
 
 def run_there(checkout: Path, *arguments: str) -> str:
@@ -47,6 +53,15 @@ def run_there(checkout: Path, *arguments: str) -> str:
     done = run_python(*arguments, folder=checkout, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize("union", ["AnyDataSettings", "AnyObjectiveSettings"])
+def test_the_unions_are_those_of_the_code_with_the_new_class(union: str):
+    config = (ROOT / "config.py").read_text(encoding="utf-8")
+    own = "".join(config.splitlines(keepends=True)[lines_of(union, config)])
+    *others, new = re.findall(r"\w+Settings\b", BLOCKS[f"config.py: {union}"])
+    assert others == re.findall(r"\w+Settings\b", own)
+    assert f"class {new}(" in PAGE
 
 
 def test_the_data_set_trains_evaluates_and_samples(checkout: Path):

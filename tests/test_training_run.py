@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,13 +13,14 @@ from conftest import tiny_settings
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from config import TrainingSettings
+from config import ObjectiveSettings, PumaSettings, TrainingSettings, UniformSettings
 from progressive import PumaObjective
 from runtime.checkpoint import latest_checkpoint
 from runtime.config_file import parse_config
 from runtime.distributed import World
 from training.run import (
     Run,
+    build_objective,
     build_run,
     count_steps,
     interval_metrics,
@@ -120,6 +121,16 @@ def test_settings_that_make_no_batch_are_refused_before_a_model_is_built(
     for training in ({"micro_batch_size": 3}, {"max_steps": None, "num_epochs": 1e-6}):
         with pytest.raises(ValueError, match=r"training\."):
             build({"name": "uniform"}, data_dir, tmp_path, **training)
+
+
+def test_settings_without_an_objective_are_refused(data_dir: Path, tmp_path: Path) -> None:
+    """Also those that derive from another objective's: that one would be trained under the new name."""
+    built = build({"name": "uniform"}, data_dir, tmp_path)
+    stream = built.objective.queue.stream
+    for base, own in ((ObjectiveSettings, {}), (UniformSettings, {}), (PumaSettings, {"n_stages": 4})):
+        new = type("NewSettings", (base,), {"__annotations__": {"name": Literal["new"]}})
+        with pytest.raises(NotImplementedError, match="'new' has no branch in build_objective"):
+            build_objective(new(name="new", **own), built.config.training, stream, built.config.mask_id, CPU)
 
 
 @pytest.mark.parametrize("objective", [{"name": "puma", "n_stages": 4}, {"name": "uniform"}])

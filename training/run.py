@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from baselines import AutoregressiveObjective, UniformObjective
-from config import AutoregressiveSettings, Config, ObjectiveSettings, ProgressiveSettings, TrainingSettings
+from config import AnyObjectiveSettings, Config, ProgressiveSettings, TrainingSettings
 from data.files import say
 from data.foreign import BadInput, check_memory
 from data.row_queue import RowQueue
@@ -152,7 +152,7 @@ def count_steps(training: TrainingSettings, n_rows: int) -> int:
 
 
 def build_objective(
-    settings: ObjectiveSettings,
+    settings: AnyObjectiveSettings,
     training: TrainingSettings,
     stream: SequenceStream,
     mask_id: int,
@@ -163,6 +163,7 @@ def build_objective(
     Raises:
         ValueError: the batch does not divide over the ranks, the rows of a rank do not divide into microbatches, the
             pool has fewer rows than there are ranks, or the rows need more memory than is free.
+        NotImplementedError: no branch builds an objective of this name.
     """
     n_rows, rest = divmod(training.batch_size, stream.n_ranks)
     if rest:
@@ -175,14 +176,17 @@ def build_objective(
     check_memory(20 * n_held * stream.data.length, f"training.batch_size {training.batch_size}")
     queue = RowQueue(stream, n_rows, device)
     rows = {"n_rows": n_rows, "micro_rows": micro_rows}
-    if isinstance(settings, AutoregressiveSettings):
+    # By name, not by class: settings that derive from another objective's must not train that objective.
+    if settings.name == "autoregressive":
         return AutoregressiveObjective(queue, stream.data.eos_id, **rows)
     # A seed of its own: different on every rank and different from that of the weights.
     generator = torch.Generator(device).manual_seed(training.seed * 1_000_003 + stream.rank + 1)
     layout = block_layout(settings, stream.data.length)
-    if isinstance(settings, ProgressiveSettings):
+    if settings.name in ("puma", "block_puma"):
         return PumaObjective(settings, queue, layout, mask_id, **rows, generator=generator)
-    return UniformObjective(queue, layout, mask_id, **rows, generator=generator)
+    if settings.name in ("uniform", "block_uniform"):
+        return UniformObjective(queue, layout, mask_id, **rows, generator=generator)
+    raise NotImplementedError(f"objective.name {settings.name!r} has no branch in build_objective of training/run.py")
 
 
 def data_parallel(model: Transformer, device: torch.device) -> DistributedDataParallel:

@@ -21,18 +21,10 @@ from runtime.distributed import sum_over_ranks
 class UniformObjective(MaskedObjective):
     """The baseline: fresh sequences in every update, masks drawn uniformly in each block."""
 
-    masked_fraction = torch.zeros(())  # of the last update
-
     @override
-    def draw_masks(self, step: int) -> tuple[Tensor, Tensor]:
+    def draw_masks(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         x0, maskable = self.queue.take_next(self.n_rows)
-        masked = self.layout.mask_uniformly(maskable, self.generator)
-        self.masked_fraction = (masked.sum(1) / maskable.sum(1)).mean()
-        return x0, masked
-
-    @override
-    def metrics(self) -> dict[str, Tensor]:
-        return {"masked_fraction": self.masked_fraction} | super().metrics()
+        return x0, maskable, self.layout.mask_uniformly(maskable, self.generator)
 
 
 class AutoregressiveObjective(Objective):
@@ -51,7 +43,7 @@ class AutoregressiveObjective(Objective):
     def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         x0, maskable = self.queue.take_next(self.n_rows)
         target = next_token_targets(x0, maskable, self.eos_id)
-        self.target_fraction = (target.sum(1) / maskable.sum(1)).mean()
+        self.target_fraction.copy_((target.sum(1) / maskable.sum(1)).mean())  # in place, for CUDA graphs
         # Gradients are averaged over ranks, not summed, so the weights are multiplied by n_ranks.
         return x0, x0, target_weights(target, sum_over_ranks(target.sum())) * self.queue.stream.n_ranks
 

@@ -203,10 +203,10 @@ class PumaPool:
         stage = torch.where(n_masked > 0, stage_of(n_maskable - n_masked, n_maskable, n_stages), n_stages)
         self.rows.stage.copy_(stage.view_as(self.rows.stage))
 
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """The batch that the next update trains: x0 int64 [B, L] and masked bool [B, L], copies."""
+    def batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The batch that the next update trains: x0 int64 [B, L], maskable and masked bool [B, L], copies."""
         index = self._batch_index()
-        return self.rows.x0[index], self.rows.masked[index]
+        return self.rows.x0[index], self.rows.maskable[index], self.rows.masked[index]
 
     def advance(self, confidence: Tensor) -> None:
         """Reveal positions of `batch()` by confidence (float32 [B, L]) and replace finished rows by fresh ones.
@@ -230,7 +230,6 @@ class PumaPool:
         return {
             "n_stages": torch.tensor(self.n_stages),
             "stage_histogram": counts / counts.sum(),
-            "masked_fraction": (self.rows.masked.sum(1) / self.rows.maskable.sum(1)).mean(),
             "sequences_finished": self.n_finished,
             "sequences_finished_steps": self.n_finished_steps,
         }
@@ -324,15 +323,15 @@ class PumaObjective(MaskedObjective):
         self._confidence = torch.empty(n_rows, layout.length, device=generator.device)
 
     @override
-    def draw_masks(self, step: int) -> tuple[Tensor, Tensor]:
+    def draw_masks(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         self.pool.set_n_stages(self.settings.n_stages_at(step))
-        x0, masked = self.pool.batch()
         n_uniform = self.n_rows - self.n_pool_rows
-        if n_uniform:
-            fresh, maskable = self.queue.take_next(n_uniform)
-            x0 = torch.cat([x0, fresh])  # [B, L]
-            masked = torch.cat([masked, self.layout.mask_uniformly(maskable, self.generator)])
-        return x0, masked
+        if not n_uniform:
+            return self.pool.batch()
+        x0, maskable = self.queue.take_next(n_uniform)
+        fresh = x0, maskable, self.layout.mask_uniformly(maskable, self.generator)
+        x0, maskable, masked = (torch.cat(parts) for parts in zip(self.pool.batch(), fresh, strict=True))  # [B, L]
+        return x0, maskable, masked
 
     @override
     def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:

@@ -118,16 +118,23 @@ class MaskedObjective(Objective):
     ) -> None:
         super().__init__(queue, n_rows=n_rows, micro_rows=micro_rows, generator=generator)
         self.layout, self.mask_id = layout, mask_id
+        # Of the last batch. Changed in place, since a CUDA graph uses the same memory at every step.
+        self.masked_fraction = torch.zeros((), device=generator.device)
 
     @abstractmethod
-    def draw_masks(self, step: int) -> tuple[Tensor, Tensor]:
-        """The rows of one update, x0 int64 [B, L], and what is masked in them, bool [B, L]."""
+    def draw_masks(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows of one update, x0 int64 [B, L], and which positions are maskable and masked, both bool [B, L]."""
 
     @override
     def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        x0, masked = self.draw_masks(step)
+        x0, maskable, masked = self.draw_masks(step)
+        self.masked_fraction.copy_((masked.sum(1) / maskable.sum(1)).mean())
         return x0.masked_fill(masked, self.mask_id), x0, self.layout.weights(masked, over_ranks=True)
 
     @override
     def microbatches(self, step: int) -> Iterator[Microbatch]:
         return self.layout.microbatches(*self.draw(step), self.micro_rows)
+
+    @override
+    def metrics(self) -> dict[str, Tensor]:
+        return {"masked_fraction": self.masked_fraction} | super().metrics()

@@ -125,8 +125,8 @@ def test_uniform_rows_are_those_of_the_next_updates(config_file, tmp_path):
     for step in range(2):  # of 8 rows
         batches.append(objective.draw_masks(step))
         objective.prefetch()
-    assert torch.equal(rows.x0, torch.cat([x0 for x0, _ in batches])[:12])
-    assert torch.equal(rows.masked, torch.cat([masked for _, masked in batches])[:12])
+    assert torch.equal(rows.x0, torch.cat([x0 for x0, _, _ in batches])[:12])
+    assert torch.equal(rows.masked, torch.cat([masked for _, _, masked in batches])[:12])
     assert not (rows.masked & ~rows.maskable).any()
 
 
@@ -144,7 +144,8 @@ def test_puma_rows_are_those_of_the_pool(config_file, tmp_path):
     assert not (rows.masked & ~rows.maskable).any()
     with pytest.raises(ValueError, match="--rows 17: the pool has 16 rows; set at most that"):
         training_rows(objective, 17, seed=0)
-    next_rows = row_set(*objective.draw_masks(0))  # one of the pool's two batches
+    x0, _, masked = objective.draw_masks(0)  # one of the pool's two batches
+    next_rows = row_set(x0, masked)
     assert len(next_rows) == 8
     assert next_rows < pool
 

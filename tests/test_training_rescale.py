@@ -12,8 +12,9 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from config import AnyObjectiveSettings, TrainingSettings
+from data.foreign import BadInput
 from data.stream import SequenceStream
-from runtime.checkpoint import latest_checkpoint
+from runtime.checkpoint import latest_checkpoint, reading_checkpoint
 from runtime.config_file import read_config
 from runtime.distributed import World
 from training import run as run_module
@@ -117,6 +118,16 @@ def test_the_sequences_of_every_epoch_are_those_of_an_undisturbed_run(case, chai
     assert state["n_drawn"] >= len(state["left_behind"]), "nothing that slower ranks had left is still to be drawn"
     undisturbed = SequenceStream(data, 0).draw(n_drawn)[0][:, 0].tolist()
     assert finished + Counter(flying) == Counter(undisturbed)
+
+
+def test_state_that_cannot_be_divided_is_refused(tmp_path):
+    """It would be lost silently. The checkpoint itself is in order, so the message must not say to delete it."""
+    states = states_of(ranks_of(PUMA, numbered_rows(N_ROWS, LENGTH), 4))
+    for state in states:
+        state["objective"] |= {"visits": torch.zeros(4), "n_masked": 3}
+    message = "state 'n_masked', 'visits' cannot be carried over to another number of processes: start 4 again"
+    with pytest.raises(BadInput, match=message), reading_checkpoint(tmp_path):
+        rescale(states, World(0, 2, CPU), 7, 5)
 
 
 def test_ranks_go_on_with_random_numbers_of_their_own():

@@ -2,7 +2,7 @@
 
 The rows of the data that no process has drawn are divided anew (`data/stream.py`). So are the rows in flight: those of
 all ranks, in rank order, are split evenly over the new ranks. No sequence is lost and none is drawn twice within an
-epoch. Only the random numbers differ from those of an uninterrupted run.
+epoch. Only the random numbers differ from those of an uninterrupted run. Other state of an objective is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.foreign import BadInput
 from data.stream import merge_streams
 from runtime.distributed import World, rank_slice
 
@@ -30,8 +31,17 @@ def rescale(states: Sequence[State], world: World, seed: int, step: int) -> Stat
 
     Returns:
         The state of this rank, in the form in which `save_run` saves it.
+
+    Raises:
+        BadInput: the objective has state that cannot be divided.
     """
     objectives = [state["objective"] for state in states]
+    if unknown := objectives[0].keys() - {"queue", "generator", "pool"}:
+        listed = ", ".join(map(repr, sorted(unknown)))
+        raise BadInput(
+            f"the objective's state {listed} cannot be carried over to another number of processes: "
+            f"start {len(states)} again, or give another --run-dir"
+        )
     queue = merge_streams([objective["queue"] for objective in objectives])
     objective: State = {"queue": queue | {"n_earlier": _part(queue["n_earlier"], world)}}
     if "generator" in objectives[0]:

@@ -255,7 +255,7 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
     """Load a checkpoint, saved by any number of processes, into a run that `build_run` has just built.
 
     Raises:
-        ValueError: the checkpoint was trained on other data.
+        ValueError: the checkpoint was trained on other data, or as in `rescale`.
     """
     state = checkpoint.state("train")
     train = run.objective.queue.stream.data

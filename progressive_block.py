@@ -98,6 +98,8 @@ def block_layout(settings: ObjectiveSettings, length: int) -> BlockLayout:
 class MaskedObjective(Objective):
     """Base of the objectives that mask rows: the mean loss over the blocks of `layout` that have masked positions.
 
+    A subclass implements `draw_masks`, and overrides `weights` for another loss.
+
     Args:
         layout: the blocks of a row.
         mask_id: the mask token.
@@ -129,7 +131,11 @@ class MaskedObjective(Objective):
     def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         x0, maskable, masked = self.draw_masks(step)
         self.masked_fraction.copy_((masked.sum(1) / maskable.sum(1)).mean())
-        return x0.masked_fill(masked, self.mask_id), x0, self.layout.weights(masked, over_ranks=True)
+        return x0.masked_fill(masked, self.mask_id), x0, self.weights(maskable, masked)
+
+    def weights(self, maskable: Tensor, masked: Tensor) -> Tensor:
+        """The loss weight of each position, float32 [B, L], from what `draw_masks` returns: `BlockLayout.weights`."""
+        return self.layout.weights(masked, over_ranks=True)
 
     @override
     def microbatches(self, step: int) -> Iterator[Microbatch]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +14,7 @@ from conftest import ROOT, run_python
 from docs_check import fenced_commands
 
 PAGE = (ROOT / "docs" / "adding.md").read_text(encoding="utf-8")
+COMMANDS = [command.words[1:] for command in fenced_commands(PAGE, "docs/adding.md")]
 BLOCKS: dict[str, str] = dict(re.findall(r"```(?:python|yaml)\n# (.+)\n((?:.*\n)*?)```", PAGE))
 
 
@@ -65,7 +68,7 @@ def test_the_unions_are_those_of_the_code_with_the_new_class(union: str):
 
 
 def test_the_data_set_trains_evaluates_and_samples(checkout: Path):
-    train, evaluate, sample = (command.words[1:] for command in fenced_commands(PAGE, "docs/adding.md"))
+    train, evaluate, sample, _ = COMMANDS
     trained = run_there(checkout, *train, "training.device=cpu", "training.precision=float32")
     solved = re.search(r"solved ([\d.]+)% of 500 unseen strings", trained)
     assert solved is not None, trained
@@ -75,6 +78,43 @@ def test_the_data_set_trains_evaluates_and_samples(checkout: Path):
 
 
 def test_the_objective_trains(checkout: Path):
-    changes = ["objective.name=fixed_share", "objective.share=0.4", "training.max_steps=5", "validation.n_examples=8"]
-    out = run_there(checkout, "train.py", "--config", "yaml_files/reversed_strings.yaml", *changes)
-    assert "fixed_share" in out
+    out = run_there(checkout, *COMMANDS[-1], "training.max_steps=5", "training.log_every=1", "validation.n_examples=8")
+    assert "cosine" in out
+    records = (checkout / "runs" / "cosine" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all(0 < json.loads(record)["train/masked_fraction"] <= 1 for record in records)
+
+
+# Of 5 letters n are masked: the share of such rows, and the sum of their weights, for n = 1 to 5; letter by letter,
+# once as one block and once as a second block after one that is all prompt.
+WEIGHTS_BY_N = """
+import torch
+from config import CosineSettings
+from cosine import CosineObjective
+from data.reversed_strings import ReversedStringsSettings
+from data.row_queue import RowQueue
+from data.stream import SequenceStream
+from progressive_block import BlockLayout
+
+data = ReversedStringsSettings(dataset="reversed_strings").open(27).train
+for elbo in False, True:
+    for size in 10, 5:
+        queue = RowQueue(SequenceStream(data, 0), 20_000, torch.device("cpu"))
+        settings, generator = CosineSettings(name="cosine", elbo=elbo), torch.Generator().manual_seed(0)
+        objective = CosineObjective(
+            settings, queue, BlockLayout(10, size, "prefix"), 26, n_rows=20_000, micro_rows=20_000, generator=generator
+        )
+        xt, x0, weight = objective.draw(0)
+        assert weight.dtype == torch.float32 and bool((xt[weight == 0] == x0[weight == 0]).all())
+        n_masked = (xt == 26).sum(1)
+        print(*((n_masked == n).double().mean().item() for n in range(6)))
+        print(*(weight[n_masked == n].sum().item() for n in range(6)))
+"""
+
+
+def test_the_weights_of_the_objective_make_the_bound_of_the_likelihood(checkout: Path):
+    """With them every number of masked positions has the same part of the loss, as it has with uniform masks."""
+    lines = run_there(checkout, "-c", WEIGHTS_BY_N).splitlines()
+    chance = [2 / math.pi * (math.asin(n / 5) - math.asin((n - 1) / 5)) for n in range(1, 6)]
+    expected = [chance, chance, chance, chance, chance, [1 / 5] * 5, chance, [1 / 5] * 5]
+    for line, values in zip(lines, expected, strict=True):
+        assert [float(each) for each in line.split()] == pytest.approx([0, *values], abs=0.01)

@@ -45,7 +45,7 @@ from model.transformer import Transformer
 from report.curves import RUN_AXES, draw_curves
 from report.page import PAGE_FILE, TRACES_FILE, write_page
 from report.trace import Trace, write_traces
-from runtime.checkpoint import Checkpoint, reading_checkpoint, resumable_checkpoint, step_folders
+from runtime.checkpoint import Checkpoint, loading_checkpoint, resumable_checkpoint, step_folders
 from runtime.command import shell_command
 from runtime.config_file import changed_settings, dump_config, format_changes, read_config
 from runtime.distributed import (
@@ -112,7 +112,7 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
     run = build_run(config, world, run_dir, data.train, resuming=checkpoint is not None)
     run.session = session
     if checkpoint is not None:
-        with reading_checkpoint(checkpoint.path):
+        with loading_checkpoint(checkpoint.path):
             restore_run(run, checkpoint)
     on_main(lambda: write_text(run_dir / "config.yaml", dump_config(config)))
     if world.is_main:

@@ -45,8 +45,8 @@ class TooLittleMemory(ValueError):
 
 
 @contextmanager
-def reading(what: str, remedy: str) -> Iterator[None]:
-    """Turn any exception inside into BadInput, which names `what`, the reason and the remedy.
+def reading(what: str, remedy: str, problem: str = "cannot be read") -> Iterator[None]:
+    """Turn any exception inside into BadInput, which names `what`, the problem, the reason and the remedy.
 
     The exception stays the cause, so that its traceback is not lost. BadInput passes unchanged, so calls can be nested.
 
@@ -63,8 +63,8 @@ def reading(what: str, remedy: str) -> Iterator[None]:
             raise
         name, end = shorten(escape(what), MAX_NAME), f": {remedy}"
         reason = escape(" ".join(_reason(error).split()))
-        room = MAX_MESSAGE - len(name) - len(" cannot be read ()") - len(end)
-        raise BadInput(f"{name} cannot be read ({shorten(reason, room)}){end}") from error
+        room = MAX_MESSAGE - len(f"{name} {problem} (){end}")
+        raise BadInput(f"{name} {problem} ({shorten(reason, room)}){end}") from error
 
 
 def _reason(error: BaseException) -> str:

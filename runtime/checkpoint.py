@@ -42,7 +42,9 @@ from runtime.distributed import World, gather
 MANIFEST = "manifest.json"
 FORMAT = 2
 STEP_NAME = re.compile(r"step_([0-9]{8,})")
-REMEDY = "delete the checkpoint, or copy it again"
+DAMAGE_REMEDY = "delete the checkpoint, or copy it again"
+# Of a checkpoint that is in order: its files match its manifest.
+MISFIT_REMEDY = "restore the code that wrote it, or give another --run-dir (PUMA_TRACEBACK=1 shows the line)"
 # Errors of reading that come of the checkpoint itself: a file is missing or of another kind, or a block unreadable.
 DAMAGED = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}
 # Messages of RuntimeErrors that torch raises for host memory and CUDA libraries.
@@ -103,20 +105,39 @@ class Checkpoint:
 
 
 @contextmanager
-def reading_checkpoint(path: Path, file: str | None = None) -> Iterator[None]:
-    """Tell damage of a checkpoint from errors of the machine, after which it may be in order. Calls can be nested.
+def reading_checkpoint(path: Path, file: str) -> Iterator[None]:
+    """Tell damage of a file of a checkpoint from errors of the machine, after which it may be in order.
 
-    Args:
-        file: what is read of it; None for all of it.
+    Only what reads files and checks their content belongs inside. Calls can be nested.
 
     Raises:
-        BadInput: what the checkpoint holds cannot be used; the remedy is to delete it.
+        BadInput: the file is damaged; the remedy is to delete the checkpoint.
         OSError: it cannot be read now, or there is too little memory. Other errors of the machine (device, ranks) pass
             unchanged too.
     """
-    what = f"checkpoint {path}" + (f": {file}" if file else "")
+    with _except_of_machine(f"checkpoint {path}: {file}", DAMAGE_REMEDY, "cannot be read"):
+        yield
+
+
+@contextmanager
+def loading_checkpoint(path: Path) -> Iterator[None]:
+    """The same for the code that takes up what was read: if that fails, the fault is not the checkpoint's.
+
+    The usual cause is an objective or a model whose state has changed since.
+
+    Raises:
+        BadInput: the state does not fit this code; the message never proposes to delete the checkpoint.
+        OSError: as `reading_checkpoint`.
+    """
+    with _except_of_machine(f"checkpoint {path}", MISFIT_REMEDY, "does not fit this code"):
+        yield
+
+
+@contextmanager
+def _except_of_machine(what: str, remedy: str, problem: str) -> Iterator[None]:
+    """`reading`, but errors of the machine are raised as OSError if of memory, else unchanged."""
     of_machine: Exception | None = None
-    with reading(what, REMEDY):
+    with reading(what, remedy, problem):
         try:
             yield
         except Exception as error:

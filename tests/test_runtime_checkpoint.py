@@ -27,8 +27,8 @@ from runtime.checkpoint import (
     Checkpoint,
     find_checkpoint,
     latest_checkpoint,
+    loading_checkpoint,
     open_checkpoint,
-    reading_checkpoint,
     resumable_checkpoint,
     save_checkpoint,
     score_checkpoint,
@@ -498,10 +498,15 @@ def test_only_what_a_checkpoint_holds_is_blamed_on_it(error, raised, sound, monk
     monkeypatch.setattr(module, "load_file", failing)
     monkeypatch.setattr(torch, "load", failing)
     checkpoint = open_checkpoint(sound)
-    for read in (failing, lambda: checkpoint.weights("model"), lambda: checkpoint.state("train")):
-        with pytest.raises(raised) as caught, reading_checkpoint(sound):
+    for read in (lambda: checkpoint.weights("model"), lambda: checkpoint.state("train")):
+        # Where the code that loads it is, this stays the message of the file.
+        with pytest.raises(raised) as caught, loading_checkpoint(sound):
             read()
         assert ("delete the checkpoint" in str(caught.value)) == (raised is BadInput)
+    with pytest.raises(raised) as caught, loading_checkpoint(sound):
+        failing()
+    assert "delete" not in str(caught.value)
+    assert ("does not fit this code" in str(caught.value)) == (raised is BadInput)
 
 
 def test_a_state_that_needs_more_memory_than_is_free_is_not_blamed(sound, monkeypatch):

@@ -33,10 +33,11 @@ import train
 from data import hashes
 from data.generate_sudoku import generate_sudoku, write_csv
 from model.transformer import Transformer
+from progressive import PumaObjective
 from report import curves
 from report.runs import summarize
 from report.runs import table as runs_table
-from runtime.checkpoint import Checkpoint, find_checkpoint, latest_checkpoint, step_folders
+from runtime.checkpoint import find_checkpoint, latest_checkpoint, step_folders
 from runtime.final import load_final
 from runtime.history import read_history
 from runtime.metrics import read_metrics
@@ -113,27 +114,36 @@ def test_six_steps_equal_three_a_restart_and_three(objective, config_file, tmp_p
     assert len(losses[0]) == 6
 
 
-def test_a_checkpoint_with_the_state_of_older_versions_continues(config_file, tmp_path, monkeypatch):
-    config, run_dir = str(config_file(PUMA, training__log_every=2)), tmp_path / "run"
-    train.main(["--config", config, "--run-dir", str(run_dir)])
-    shutil.copytree(run_dir, tmp_path / "straight")
-    (run_dir / "final.json").unlink()
-    shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
-    read = Checkpoint.state
-
-    def older_state(checkpoint, name):
-        state = read(checkpoint, name)
-        if name == "train":
-            del state["finished_recorded"]
-            return state | {"scheduler": {"last_epoch": 3}}
-        return state | {"totals": torch.stack([state.pop("loss_sum"), state.pop("grad_norm_sum")])}
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "state", older_state)
-        train.main(["--config", config, "--run-dir", str(run_dir)])
-    assert_same_checkpoint(tmp_path / "straight", run_dir)
-    losses = [[row.get("train/loss") for row in read_metrics(path)] for path in (tmp_path / "straight", run_dir)]
-    assert losses[0] == losses[1]
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (lambda objective, state: state["my_new_field"], "it lacks 'my_new_field'"),
+        (lambda objective, state: objective.my_new_field, "has no attribute 'my_new_field'"),
+        (lambda objective, state: torch.zeros(3).copy_(state["pool"]["x0"]), "The size of tensor"),
+    ],
+    ids=["a missing key", "a missing attribute", "another shape"],
+)
+def test_an_error_of_changed_code_is_not_blamed_on_the_checkpoint(
+    fault, reason, config_file, tmp_path, monkeypatch, capsys
+):
+    """Who obeys the message would delete a checkpoint that is in order."""
+    arguments = ["--config", str(config_file()), "--run-dir", str(tmp_path / "run")]
+    train.main(arguments)
+    (tmp_path / "run" / "final.json").unlink()
+    monkeypatch.setattr(PumaObjective, "load_state_dict", fault)
+    for traceback in ("0", "1"):
+        monkeypatch.setenv("PUMA_TRACEBACK", traceback)
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments)
+        assert stop.value.code == 2
+        message = capsys.readouterr().err
+        assert ("in <lambda>" in message) == (traceback == "1"), "the line of the error"
+    error = message[message.index("error: checkpoint ") :]
+    assert "step_00000006 does not fit this code" in error
+    assert reason in error
+    assert "PUMA_TRACEBACK=1" in error
+    assert "delete" not in error
+    assert latest_checkpoint(tmp_path / "run").step == 6, "it stays under its name"
 
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(config_file, tmp_path):

@@ -60,7 +60,7 @@ from runtime.distributed import (
 )
 from runtime.final import FINAL_FILE, read_final
 from runtime.history import Session
-from runtime.lock import lock_run
+from runtime.lock import check_shared, lock_run
 from runtime.metrics import METRICS_FILE, Recorder
 from runtime.optim import decay_start
 from runtime.signals import StopRequested, StopVote, raise_at_interrupt
@@ -85,21 +85,23 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
     """Load the data and build the run; restore its newest checkpoint if there is one.
 
     Raises:
-        ValueError: bad data, settings that do not fit the machine or the checkpoint, or the run is in use.
+        ValueError: bad data, settings that do not fit the machine or the checkpoint, the run is in use, or the
+            processes do not share the run directory.
         OSError: the run directory is not writable.
     """
     session = Session()
     world = start_world(config.training.device)
     check_graph(config, world)
 
-    def open_run_dir() -> Checkpoint | None:
+    def open_run_dir() -> tuple[str, Checkpoint | None]:
         with reported(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
         with reported(run_dir / ".lock"):
-            lock_run(run_dir)
-        return resumable_checkpoint(run_dir)
+            holder = lock_run(run_dir)
+        return holder, resumable_checkpoint(run_dir)
 
-    checkpoint = on_main(open_run_dir)
+    holder, checkpoint = on_main(open_run_dir)
+    check_shared(run_dir, holder, world)
     if config.model.init_from is not None and checkpoint is None:
         check_init_from(config.model.init_from)  # before work on the data
     if world.is_main:

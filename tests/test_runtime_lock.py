@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -9,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, run_ranks
 
 from runtime import lock
-from runtime.lock import is_locked, lock_run
+from runtime.distributed import World
+from runtime.lock import check_shared, is_locked, lock_run
 
 HOLD = """
 import sys
@@ -61,3 +64,46 @@ def test_a_look_at_a_free_lock_finds_it_free(tmp_path):
     assert not is_locked(tmp_path)
     (tmp_path / ".lock").touch()
     assert not is_locked(tmp_path)
+
+
+# Several nodes
+
+OTHER_NODE = World(1, 2, torch.device("cpu"))
+
+
+def test_what_the_main_process_writes_may_arrive_late(tmp_path):
+    """On a network file system another node sees a new folder after a while."""
+    run_dir = tmp_path / "run"
+
+    def arrive() -> None:
+        run_dir.mkdir()
+        (run_dir / ".lock").write_text("process 1 on a\n")
+
+    threading.Timer(2 * lock.LOOK_S, arrive).start()
+    check_shared(run_dir, "process 1 on a", OTHER_NODE)
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "the folder of an earlier start"])
+def test_a_folder_of_another_node_is_refused_with_its_place(there, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "SHARED_S", 0.1)
+    run_dir = tmp_path / "run"
+    if there != "nothing":
+        run_dir.mkdir()
+    if "earlier" in there:
+        (run_dir / ".lock").write_text("process 1 on a since 2026-01-01\n")
+    with pytest.raises(ValueError, match="do not share the run directory") as caught:
+        check_shared(run_dir, "process 1 on a since 2026-01-02", OTHER_NODE)
+    assert f"{run_dir} on {os.uname().nodename}" in str(caught.value)
+
+
+def test_a_run_whose_processes_have_folders_of_their_own_ends_before_any_step(config_file, tmp_path):
+    code = f"""
+import os, sys, train, runtime.lock
+runtime.lock.SHARED_S = 1.0
+train.main(["--config", sys.argv[1], "--run-dir", {str(tmp_path)!r} + "/node" + os.environ["RANK"]])
+"""
+    result = run_ranks(2, "-c", code, config_file())
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("error: ") == 1, result.stderr
+    assert f"{tmp_path}/node1 on " in result.stderr
+    assert not (tmp_path / "node0" / "checkpoints").exists()

@@ -264,9 +264,11 @@ def test_figures_of_every_objective(objective: dict[str, Any]) -> None:
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     data = numbered_rows(23, 12)
-    with pytest.raises(ValueError, match="batch_size 10 does not divide over 3 processes"):
-        make_objective(PUMA, data, 10, n_ranks=3)
-    with pytest.raises(ValueError, match="micro_batch_size 4 does not divide the 6 rows"):
+    for batch_size, n_ranks, remedy in ((10, 3, "2 or 5"), (256, 24, "16 or 32"), (7, 2, "1 or 7"), (8, 12, "8")):
+        message = f"batch_size {batch_size} does not divide over {n_ranks} processes: start {remedy}$"
+        with pytest.raises(ValueError, match=message):
+            make_objective(PUMA, data, batch_size, n_ranks=n_ranks)
+    with pytest.raises(ValueError, match=r"micro_batch_size 4 does not divide the 6 rows of each process: .* 3 or 6$"):
         make_objective(UNIFORM, data, 12, micro_batch_size=4, n_ranks=2)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -167,10 +168,16 @@ def build_objective(
     """
     n_rows, rest = divmod(training.batch_size, stream.n_ranks)
     if rest:
-        raise ValueError(f"training.batch_size {training.batch_size} does not divide over {stream.n_ranks} processes")
+        raise ValueError(
+            f"training.batch_size {training.batch_size} does not divide over {stream.n_ranks} processes: start "
+            f"{nearest_divisors(training.batch_size, stream.n_ranks)}"
+        )
     micro_rows = min(training.micro_batch_size or n_rows, n_rows)
     if n_rows % micro_rows:
-        raise ValueError(f"training.micro_batch_size {micro_rows} does not divide the {n_rows} rows of each process")
+        raise ValueError(
+            f"training.micro_batch_size {micro_rows} does not divide the {n_rows} rows of each process: set it to "
+            f"{nearest_divisors(n_rows, micro_rows)}"
+        )
     # Rows in the queue, on their way to it, and in the pool; int64 tokens, masks and their copies.
     n_held = n_rows * (6 + (settings.pool_batches if isinstance(settings, ProgressiveSettings) else 0))
     check_memory(20 * n_held * stream.data.length, f"training.batch_size {training.batch_size}")
@@ -187,6 +194,13 @@ def build_objective(
     if settings.name in ("uniform", "block_uniform"):
         return UniformObjective(queue, layout, mask_id, **rows, generator=generator)
     raise NotImplementedError(f"objective.name {settings.name!r} has no branch in build_objective of training/run.py")
+
+
+def nearest_divisors(total: int, number: int) -> str:
+    """The divisors of `total` next below and above `number`, which is none, as text: `16 or 32`, or one of them."""
+    divisors = {each for n in range(1, math.isqrt(total) + 1) if total % n == 0 for each in (n, total // n)}
+    below, above = [n for n in divisors if n < number], [n for n in divisors if n > number]
+    return " or ".join(map(str, [max(below)] + ([min(above)] if above else [])))
 
 
 def data_parallel(model: Transformer, device: torch.device) -> DistributedDataParallel:

@@ -61,7 +61,9 @@ class ModelSettings(Settings):
         None, description="no position attends to a later one; null: as the objective requires, all else is an error"
     )
     init_from: str | None = Field(
-        None, description="run directory, checkpoint, Qwen2 folder or Hugging Face name to start from; null: random"
+        None,
+        description="run directory, RUN@best, RUN@STEP, checkpoint, Qwen2 folder or Hugging Face name to start from; "
+        "null: random",
     )
     shifted: bool | None = Field(
         None,

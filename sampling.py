@@ -394,7 +394,8 @@ def _bar(n_questions: int, unit: str) -> Iterator[tuple[Callable[[], None], Call
 def load(path: str | Path | None = None, device: str = "auto") -> TrainedModel:
     """Load a run directory (its newest checkpoint), a checkpoint folder, or a folder written by `model.hub`.
 
-    Averaged weights if there are any.
+    `runs/NAME@best` is the best checkpoint of a run, `runs/NAME@5000` that of a step. Averaged weights if there are
+    any.
 
     Args:
         path: None: the small Sudoku model of this repository.
@@ -491,7 +492,8 @@ def _parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, S
     parser = CommandParser(description="Solve puzzles, write programs or add numbers with a trained model.")
     parser.add_argument(
         "--checkpoint",
-        help="run directory, checkpoint, or folder of `python -m model.hub`; by default the repository's Sudoku model",
+        help="run directory, RUN@best, RUN@STEP, checkpoint, or folder of `python -m model.hub`; by default the "
+        "repository's Sudoku model",
     )
     parser.add_argument(
         "--puzzle", action="append", default=[], help="Sudoku: cells row by row, . or 0 for empty cells; repeatable"

@@ -271,7 +271,7 @@ def _check_files(options: Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
     parser = CommandParser(description="Evaluate a checkpoint on its test split.")
-    parser.add_argument("checkpoint", help="run directory (its newest checkpoint) or checkpoint folder")
+    parser.add_argument("checkpoint", help="run directory (its newest checkpoint), RUN@best, RUN@STEP or checkpoint")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace the run's; with --sweep also more runs"
     )

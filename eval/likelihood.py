@@ -318,7 +318,9 @@ def _report(results: list[CheckpointResult], path: Path | None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
     parser = CommandParser(description="Likelihood of held-out rows, or a bound of it, in nats per token.")
-    parser.add_argument("checkpoints", nargs="+", metavar="RUN", help="run directories, checkpoints, and key=value")
+    parser.add_argument(
+        "checkpoints", nargs="+", metavar="RUN", help="run directories, RUN@best, RUN@STEP, checkpoints, and key=value"
+    )
     parser.add_argument("--rows", type=whole_number(2, 1 << 24), default=500, help="held-out rows")
     parser.add_argument("--draws", type=whole_number(2, 1 << 16), default=16, help="masks per row, an even number")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")

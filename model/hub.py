@@ -25,7 +25,7 @@ from config import Config, ModelSettings
 from data.files import reported, write_text
 from data.foreign import CommandParser, ends_with_message, read_json, reading
 from model.transformer import EMBEDDING, HEAD, POSITIONS, Transformer, build_model, count_parameters
-from runtime.checkpoint import MANIFEST, Checkpoint, find_checkpoint
+from runtime.checkpoint import MANIFEST, Checkpoint, chosen_folder, find_checkpoint, split_choice
 from runtime.config_file import dump_config, override_config, read_config
 
 CONFIG_FILE = "config.json"
@@ -78,6 +78,7 @@ class LoadedModel:
 def load_model(path: str, overrides: Sequence[str] = ()) -> LoadedModel:
     """The model of a run directory (its newest checkpoint), a checkpoint folder or a folder written by this file.
 
+    `runs/NAME@best` and `runs/NAME@5000` are other checkpoints of a run, see `runtime.checkpoint.find_checkpoint`.
     With averaged weights if there are any. The data settings of a folder written by this file read only that folder,
     unless overrides name other data.
 
@@ -128,8 +129,13 @@ def _model_with(weights: dict[str, Tensor], config: Config, source: str) -> Tran
 
 
 def check_init_from(source: str) -> None:
-    """Raise ValueError if `model.init_from` is a local folder that is not there; quick, so that it can come first."""
-    folder = Path(source)
+    """Raise ValueError if `model.init_from` is a local folder, or a checkpoint of a run, that is not there.
+
+    Quick, so that it can come first.
+    """
+    folder, choice = split_choice(source)
+    if choice is not None and folder.is_dir():
+        chosen_folder(folder, choice)
     if folder.exists() or not source.startswith(("runs/", "./", "../", "/", "~")):  # else a name on the hub
         return
     config = Path("yaml_files") / f"{folder.name}.yaml"
@@ -159,10 +165,10 @@ def load_initial_weights(model: Transformer, config: Config) -> None:
 
 def _read(source: str) -> Pretrained:
     """Read what `load_model` reads, a Qwen2 folder, or a model of the Hugging Face hub."""
-    folder = Path(source)
-    is_run = (folder / MANIFEST).exists() or (folder / "checkpoints").is_dir()
+    folder, choice = split_choice(source)
+    is_run = choice is not None or (folder / MANIFEST).exists() or (folder / "checkpoints").is_dir()
     if is_run or (_is_written_here(folder) and not (folder / CONFIG_FILE).exists()):
-        loaded = _load_checkpoint(find_checkpoint(folder)) if is_run else load_model(source)
+        loaded = _load_checkpoint(find_checkpoint(source)) if is_run else load_model(source)
         return Pretrained(loaded.source, loaded.config.model, loaded.config.shifted, loaded.model.weights())
     if folder.is_dir() and not (folder / CONFIG_FILE).exists():
         raise ValueError(f"model.init_from: {source} holds neither a checkpoint nor a config.json")
@@ -416,7 +422,9 @@ def main(arguments: list[str] | None = None) -> None:
     pack.set_defaults(write=pack_run)
     for command in (export, pack):
         command.add_argument(
-            "checkpoint", metavar="RUN_DIR", help="run directory (its newest checkpoint) or checkpoint"
+            "checkpoint",
+            metavar="RUN_DIR",
+            help="run directory (its newest checkpoint), RUN@best, RUN@STEP or checkpoint",
         )
         command.add_argument("out", metavar="OUT_DIR", type=Path, help="new or empty folder")
     options = parser.parse_args(arguments)

@@ -42,6 +42,7 @@ from runtime.distributed import World, gather
 MANIFEST = "manifest.json"
 FORMAT = 2
 STEP_NAME = re.compile(r"step_([0-9]{8,})")
+CHOICE = re.compile("best|[0-9]{1,18}")  # of a run's checkpoints, after an @
 DAMAGE_REMEDY = "delete the checkpoint, or copy it again"
 # Of a checkpoint that is in order: its files match its manifest.
 MISFIT_REMEDY = "restore the code that wrote it, or give another --run-dir (PUMA_TRACEBACK=1 shows the line)"
@@ -301,16 +302,70 @@ def resumable_checkpoint(run_dir: Path) -> Checkpoint | None:
 def find_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint at `path`: a checkpoint folder, or a run directory, whose newest checkpoint is taken.
 
+    `runs/NAME@best` is the one of the highest score of a run, `runs/NAME@5000` the one of a step.
+
     Raises:
-        ValueError: no checkpoint there, or only damaged ones.
+        ValueError: no checkpoint there, or only damaged ones; or the chosen one is missing or damaged.
+        OSError: as `open_checkpoint`.
+    """
+    run_dir, choice = split_choice(path)
+    if choice is not None:
+        return _open_step(chosen_folder(run_dir, choice))
+    if (run_dir / MANIFEST).exists():
+        return open_checkpoint(run_dir)
+    found = latest_checkpoint(run_dir)
+    if found is None:
+        raise _no_checkpoint(run_dir)
+    return found
+
+
+def split_choice(path: str | Path) -> tuple[Path, str | None]:
+    """Split `runs/NAME@best` or `runs/NAME@5000` into a run directory and what is chosen of it.
+
+    Nothing is chosen (None) by a path that exists: the name of a folder may have an @.
     """
     path = Path(path)
-    if (path / MANIFEST).exists():
-        return open_checkpoint(path)
-    found = latest_checkpoint(path)
-    if found is None:
-        raise ValueError(f"{path} holds no usable checkpoint: name a run directory or a checkpoint folder")
-    return found
+    name, _, choice = path.name.rpartition("@")
+    if not name or path.exists():
+        return path, None
+    run_dir = path.with_name(name)
+    return (run_dir, choice) if CHOICE.fullmatch(choice) or run_dir.is_dir() else (path, None)
+
+
+def chosen_folder(run_dir: Path, choice: str) -> Path:
+    """The folder of a checkpoint of a run, which need not be in order.
+
+    Args:
+        choice: `best`, or a step.
+
+    Raises:
+        ValueError: there is none; the message lists the steps that there are.
+        OSError: a score cannot be read now, so the best one is unknown.
+    """
+    paths = step_folders(run_dir)
+    if not paths:
+        raise _no_checkpoint(run_dir)
+    scores, unread = _read_scores(paths)
+    best = next(iter(_best_first(scores)), None)
+    if choice == "best":
+        if unread:
+            raise OSError(f"the score of checkpoint {unread[0]} cannot be read now")
+        if best is not None:
+            return best
+        problem = "no evaluated checkpoint, so none is the best"
+    elif CHOICE.fullmatch(choice):
+        chosen = run_dir / "checkpoints" / f"step_{int(choice):08d}"
+        if chosen in paths:
+            return chosen
+        problem = f"no checkpoint of step {choice}"
+    else:
+        problem = f"no checkpoint {choice!r} (after @ comes best or a step)"
+    steps = [f"{int(path.name.removeprefix('step_'))}{' (best)' * (path == best)}" for path in reversed(paths)]
+    raise ValueError(f"{run_dir} has {problem}: there are {', '.join(steps)}")
+
+
+def _no_checkpoint(path: Path) -> ValueError:
+    return ValueError(f"{path} holds no usable checkpoint: name a run directory or a checkpoint folder")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -427,7 +482,7 @@ def _prune(run_dir: Path, n_newest: int, written: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     paths = step_folders(run_dir)
     scores, unread = _read_scores(paths)
-    by_score = sorted(scores, key=lambda path: (scores[path], path.name), reverse=True)
+    by_score = _best_first(scores)
     if set(paths) <= {written, *paths[:n_newest], *by_score[:1]}:
         return  # without reading any
     newest, failed = _first_sound([path for path in paths if path != written], n_newest - 1, known=set())
@@ -473,6 +528,11 @@ def _delete(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _best_first(scores: dict[Path, float]) -> list[Path]:
+    """Checkpoints in the order of their scores, of equal ones the newest first."""
+    return sorted(scores, key=lambda path: (scores[path], path.name), reverse=True)
 
 
 def _read_scores(paths: Sequence[Path]) -> tuple[dict[Path, float], list[Path]]:

@@ -25,7 +25,7 @@ from data.word_problems import generate_problems
 from model import hub
 from model.hub import fit_vocabulary, load_initial_weights, load_model, read_qwen2
 from model.transformer import POSITIONS, Transformer, build_model
-from runtime.checkpoint import find_checkpoint
+from runtime.checkpoint import find_checkpoint, open_checkpoint
 from runtime.config_file import flatten, parse_config, read_config
 from samplers.causal import sample_causal
 
@@ -132,6 +132,7 @@ def test_rotary_base_is_read_in_old_and_new_spelling(tmp_path, tokens, data_dir)
     ("source", "expected"),
     [
         ("runs/tinygsm_mini_arm", "Train it first: python train.py --config yaml_files/tinygsm_mini_arm.yaml"),
+        ("runs/tinygsm_mini_arm@best", "--config yaml_files/tinygsm_mini_arm.yaml"),
         ("./tinygsm_mini_arm", "model.init_from: ./tinygsm_mini_arm does not exist"),
         ("runs/my_own", "runs/my_own does not exist"),
     ],
@@ -291,6 +292,32 @@ def test_a_resumed_run_no_longer_needs_what_it_started_from(autoregressive_run, 
     model, settings = loaded.model, loaded.config
     assert model.shifted
     assert settings.shifted
+
+
+def test_a_chosen_checkpoint_of_a_run_is_loaded_packed_and_started_from(autoregressive_run, config_file, tmp_path):
+    """The run has saved steps 3 and 6."""
+    source = f"{autoregressive_run}@3"
+    weights = open_checkpoint(autoregressive_run / "checkpoints" / "step_00000003").weights("ema")
+    assert load_model(source).step == 3
+    hub.pack_run(source, tmp_path / "packed")
+    run, _ = train.start(read_config(config_file(PUMA, model__init_from=source)), tmp_path / "run")
+    for name, tensor in weights.items():
+        assert torch.equal(run.model.weights()[name], tensor), name
+        assert torch.equal(load_model(str(tmp_path / "packed")).model.weights()[name], tensor.bfloat16().float()), name
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [("4", r"has no checkpoint of step 4: there are 3.*, 6"), ("last", "after @ comes best or a step")],
+)
+def test_a_checkpoint_to_start_from_that_is_not_there_is_refused_before_any_work(
+    choice, message, autoregressive_run, config_file, tmp_path
+):
+    source = f"{autoregressive_run}@{choice}"
+    config = read_config(config_file(PUMA, model__init_from=source, data__data_dir=str(tmp_path / "boards")))
+    with pytest.raises(ValueError, match=message):
+        train.start(config, tmp_path / "run")
+    assert not (tmp_path / "boards").exists()
 
 
 def test_a_run_starts_from_a_packed_model(autoregressive_run, config_file, tmp_path):

@@ -130,6 +130,59 @@ def test_no_checkpoint(tmp_path):
             find_checkpoint(path)
 
 
+def test_the_best_checkpoint_and_that_of_a_step_are_found(tmp_path):
+    run_dir = tmp_path / "run"
+    for step, score in ((2, 0.5), (4, 0.75), (6, 0.75), (8, 0.25), (10, None)):
+        save(run_dir, step, score, keep=9)
+    check(find_checkpoint(f"{run_dir}@best"), 6)  # of equal ones the newest, as when old ones are deleted
+    check(find_checkpoint(f"{run_dir}@2"), 2)
+    check(find_checkpoint(tmp_path / "run@00000010"), 10)
+    check(find_checkpoint(f"{run_dir}@10/"), 10)
+    there = re.escape("there are 2, 4, 6 (best), 8, 10") + "$"
+    for choice in ("3", "9" * 18, "9" * 100, "last", "", "step_00000002", "-2"):
+        with pytest.raises(ValueError, match=f"{run_dir} has no checkpoint.*{there}"):
+            find_checkpoint(f"{run_dir}@{choice}")
+    (folder(run_dir, 6) / "train.pt").unlink()
+    with pytest.raises(ValueError, match=r"step_00000006: train\.pt is missing"):
+        find_checkpoint(f"{run_dir}@best")
+
+
+def test_a_chosen_checkpoint_that_is_not_there_is_explained(tmp_path):
+    run_dir = tmp_path / "run"
+    with pytest.raises(ValueError, match="run holds no usable checkpoint"):
+        find_checkpoint(f"{run_dir}@best")
+    save(run_dir, 3)
+    save(run_dir, 5)
+    with pytest.raises(ValueError, match=r"no evaluated checkpoint, so none is the best: there are 3, 5$"):
+        find_checkpoint(f"{run_dir}@best")
+
+
+def test_a_folder_whose_name_has_an_at_sign_is_itself(tmp_path):
+    save(tmp_path / "run", 3, score=0.5)
+    for name in ("run@best", "run@3", "me@home", "@best"):
+        save(tmp_path / name, 5, score=0.5)
+        save(tmp_path / name, 6, score=0.25)
+        check(find_checkpoint(tmp_path / name), 6)
+        check(find_checkpoint(f"{tmp_path / name}@best"), 5)
+        check(find_checkpoint(folder(tmp_path / name, 5)), 5)
+    check(find_checkpoint(f"{tmp_path}/run"), 3)
+
+
+def test_a_best_checkpoint_that_is_unknown_just_now_is_not_replaced_by_another(tmp_path, monkeypatch):
+    save(tmp_path, 3, score=0.5)
+    save(tmp_path, 5, score=0.25)
+    read = module.read_json
+
+    def failing(path):
+        if path.parent == folder(tmp_path, 3):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path)
+
+    monkeypatch.setattr(module, "read_json", failing)
+    with pytest.raises(OSError, match=r"step_00000003 cannot be read now"):
+        find_checkpoint(f"{tmp_path}@best")
+
+
 def test_a_step_saved_again_is_replaced(tmp_path):
     save(tmp_path, 3, score=0.1)
     save(tmp_path, 3, score=0.2)

@@ -251,7 +251,11 @@ class TrainingSettings(Settings):
         description="recompute each layer in the backward pass: a fifth more time, a tenth of the activation memory",
         json_schema_extra=FREE_ON_RESUME,
     )
-    compile: bool = Field(False, description="torch.compile the model; worthwhile for long runs; on a CPU it needs g++")
+    compile: bool = Field(
+        False,
+        description="torch.compile the model; worthwhile for long runs; on a CPU it needs g++",
+        json_schema_extra=FREE_ON_RESUME,
+    )
     cuda_graph: Literal["auto"] | bool = Field(
         "auto",
         description="capture an update once and replay it, for models bound by kernel launches; auto: with one process "

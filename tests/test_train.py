@@ -146,6 +146,20 @@ def test_an_error_of_changed_code_is_not_blamed_on_the_checkpoint(
     assert latest_checkpoint(tmp_path / "run").step == 6, "it stays under its name"
 
 
+def test_a_resumed_run_may_be_compiled(config_file, tmp_path, monkeypatch):
+    config, run_dir = str(config_file()), tmp_path / "run"
+    train.main(["--config", config, "--run-dir", str(run_dir)])
+    shutil.copytree(run_dir, tmp_path / "eager")
+    (run_dir / "final.json").unlink()
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
+    compiled = []
+    # The compiler takes a minute; its numbers are those of the model, up to rounding (tests/test_model_transformer.py).
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+    train.main(["--config", config, "--run-dir", str(run_dir), "training.compile=true"])
+    assert compiled
+    assert_same_checkpoint(tmp_path / "eager", run_dir)
+
+
 def test_a_killed_run_continues_as_if_nothing_had_happened(config_file, tmp_path):
     config = config_file(training__max_steps=80, training__save_every=20, training__eval_every=80)
     arguments = ["train.py", "--config", config, "--run-dir"]

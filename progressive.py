@@ -251,7 +251,7 @@ class PumaPool:
             if isinstance(own, Tensor) and (state[key].shape, state[key].dtype) != (own.shape, own.dtype):
                 raise ValueError(f"the pool's {key} is {state[key].dtype} {list(state[key].shape)}")
         self.n_stages = state["n_stages"]
-        self.turn.fill_(state.get("turn", 0))  # absent in older checkpoints, where M was 1
+        self.turn.fill_(state["turn"])
         for name, own in self.rows.tensors().items():
             own.copy_(state[name].view_as(own))
         self.n_finished.copy_(state["n_finished"])

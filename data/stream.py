@@ -27,28 +27,14 @@ def fingerprint(data: SequenceData) -> dict[str, str]:
     return {name: hashlib.sha256(f"{layout} {digest}".encode()).hexdigest() for name, digest in data.hashes().items()}
 
 
-def changed_sources(data: SequenceData, now: dict[str, str], before: dict[str, str] | str) -> list[str]:
-    """Names of the sources that differ between the fingerprint `now` of `data` and an earlier one.
+def changed_sources(now: dict[str, str], before: dict[str, str]) -> list[str]:
+    """Names of the sources that differ between the fingerprint `now` of a data set and an earlier one.
 
     Sources are compared in order and not by name, since files may be in another folder now.
-
-    Args:
-        before: as saved; earlier versions saved `_sampled_fingerprint`.
     """
-    if isinstance(before, str):
-        return [] if before == _sampled_fingerprint(data) else list(now)
     if len(before) != len(now):
         return list(now)
     return [name for (name, digest), saved in zip(now.items(), before.values(), strict=True) if digest != saved]
-
-
-def _sampled_fingerprint(data: SequenceData) -> str:
-    """A hash of the number of rows, length, mask token and 64 evenly spaced rows."""
-    tokens, prompt_mask = data.rows(np.linspace(0, len(data) - 1, 64).astype(np.int64))
-    digest = hashlib.sha256(f"{len(data)} {data.length} {data.mask_id}".encode())
-    digest.update(tokens.tobytes())
-    digest.update(prompt_mask.tobytes())
-    return digest.hexdigest()
 
 
 class SequenceStream:

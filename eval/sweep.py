@@ -63,10 +63,7 @@ SHOWN = 6  # of a digest, in tables and plots
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """All that a measurement depends on besides the rule: points with equal conditions can be compared.
-
-    The last three are None in files of before they were recorded: unknown, so equal to no known one.
-    """
+    """All that a measurement depends on besides the rule: points with equal conditions can be compared."""
 
     checkpoint: str
     step: int | None  # updates; None for a folder of `model.hub`, which does not tell
@@ -75,9 +72,9 @@ class Conditions:
     n: int  # questions, the first of the test
     batch_size: int
     device: str
-    precision: str | None = None  # of the forward passes
-    model: str | None = None  # digest of the weights, and of the settings by which they make predictions
-    questions: str | None = None  # digest of the questions, as text and as tokens, and of the right answers
+    precision: str  # of the forward passes
+    model: str  # digest of the weights, and of the settings by which they make predictions
+    questions: str  # digest of the questions, as text and as tokens, and of the right answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,15 +364,12 @@ def sweep_table(points: Sequence[Point]) -> list[str]:
         own_points.sort(key=lambda point: (list(RULES).index(point.rule), point.value))
         by_nfe, by_seconds = pareto_front(own_points, "nfe"), pareto_front(own_points, "seconds")
         step = "" if conditions.step is None else f", step {conditions.step:,}"
-        precision = "" if conditions.precision is None else f", {conditions.precision}"
-        known = [(name, getattr(conditions, name)) for name in ("model", "questions")]
-        digests = ", ".join(f"{name} {digest[:SHOWN]}" for name, digest in known if digest is not None)
         lines += [
             f"{conditions.checkpoint}{step}: the first {conditions.n} questions of the test, "
             f"temperature {conditions.temperature:g}, seed {conditions.seed}, batches of {conditions.batch_size}, "
-            f"{conditions.device}{precision}"
-            f"{digests and f' ({digests})'}. Bold: no other setting is as accurate with fewer evaluations, or in less "
-            "time.",
+            f"{conditions.device}, {conditions.precision} (model {conditions.model[:SHOWN]}, "
+            f"questions {conditions.questions[:SHOWN]}). Bold: no other setting is as accurate with fewer evaluations, "
+            "or in less time.",
             "",
         ]
         rows = []
@@ -456,7 +450,7 @@ def labels_of(groups: Sequence[Conditions]) -> list[str]:
             values = {getattr(each, name) for each in groups if each.checkpoint == own.checkpoint or not is_own}
             if len(values) > 1:
                 value = getattr(own, name)
-                shown = "unknown" if value is None else value[:SHOWN] if name in ("model", "questions") else value
+                shown = value[:SHOWN] if name in ("model", "questions") else value
                 parts.append(f"{name.replace('_', ' ')} {shown}")
         labels.append(
             "\n".join([plain_label(own.checkpoint), *textwrap.wrap(plain_label(", ".join(parts), 200), MAX_LABEL)])

@@ -40,7 +40,7 @@ from runtime.config_file import dump_config, read_config
 from runtime.distributed import World, gather
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 STEP_NAME = re.compile(r"step_([0-9]{8,})")
 CHOICE = re.compile("best|[0-9]{1,18}")  # of a run's checkpoints, after an @
 DAMAGE_REMEDY = "delete the checkpoint, or copy it again"

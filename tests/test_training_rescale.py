@@ -14,12 +14,11 @@ from torch import Tensor
 from config import AnyObjectiveSettings, TrainingSettings
 from data.foreign import BadInput
 from data.stream import SequenceStream
-from runtime.checkpoint import latest_checkpoint, reading_checkpoint
+from runtime.checkpoint import Checkpoint, latest_checkpoint, loading_checkpoint
 from runtime.config_file import read_config
 from runtime.distributed import World
-from training import run as run_module
 from training.rescale import rescale
-from training.run import build_objective, build_run, restore_run, save_run
+from training.run import Run, build_objective, build_run, restore_run, save_run
 from training.update import Updater
 
 CPU = torch.device("cpu")
@@ -126,7 +125,7 @@ def test_state_that_cannot_be_divided_is_refused(tmp_path):
     for state in states:
         state["objective"] |= {"visits": torch.zeros(4), "n_masked": 3}
     message = "state 'n_masked', 'visits' cannot be carried over to another number of processes: start 4 again"
-    with pytest.raises(BadInput, match=message), reading_checkpoint(tmp_path):
+    with pytest.raises(BadInput, match=message), loading_checkpoint(tmp_path):
         rescale(states, World(0, 2, CPU), 7, 5)
 
 
@@ -171,7 +170,7 @@ def test_a_run_continues_on_another_kind_of_device(config_file, tmp_path, monkey
     config = read_config(config_file())
     data = config.open_data().train
 
-    def new_run() -> run_module.Run:
+    def new_run() -> Run:
         return build_run(config, World(0, 1, CPU), tmp_path, data)
 
     run = new_run()
@@ -179,14 +178,15 @@ def test_a_run_continues_on_another_kind_of_device(config_file, tmp_path, monkey
     save_run(run, None)
     assert run.objective.generator is not None
     saved_state, drawn = run.objective.generator.get_state(), int(run.objective.queue.sequences_drawn)
-    of_this_device = run_module._rank_state
+    of_this_device = Checkpoint.state
 
-    def of_a_gpu(*arguments: Any) -> dict[str, Any]:
-        state = of_this_device(*arguments)
-        state["objective"]["generator"] = torch.zeros(16, dtype=torch.uint8)
+    def of_a_gpu(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+        state = of_this_device(checkpoint, name)
+        if name == "rank_0":
+            state["objective"]["generator"] = torch.zeros(16, dtype=torch.uint8)
         return state
 
-    monkeypatch.setattr(run_module, "_rank_state", of_a_gpu)
+    monkeypatch.setattr(Checkpoint, "state", of_a_gpu)
     continued = [new_run(), new_run()]
     for each in continued:
         restore_run(each, latest_checkpoint(tmp_path))

@@ -65,7 +65,7 @@ def fresh_generator_state(world: World, seed: int, step: int) -> Tensor:
 
 def _rescale_pool(pools: Sequence[State], world: World) -> State:
     """This rank's part of the rows of all pools (see `PumaPool.state_dict`) and of their counters."""
-    n_batches = pools[0].get("n_batches", 1)
+    n_batches = pools[0]["n_batches"]
     n_rows = sum(len(pool["age"]) for pool in pools) // n_batches  # of a batch, on all ranks
     own = rank_slice(n_rows, world.rank, world.n_ranks)
     state: State = {}

@@ -236,7 +236,7 @@ def save_run(run: Run, score: float | None) -> None:
         "seconds_recorded": run.seconds_recorded,
         "finished_recorded": run.finished_recorded,
         "data_fingerprint": run.data_fingerprint,
-        "unrecorded": run.pending_metrics,  # the earlier name, which checkpoints keep
+        "pending_metrics": run.pending_metrics,
     }
     if run.ema is not None and run.averaged_model is not None:
         weights["ema"] = gather_weights(run.averaged_model.weights(), run.world)
@@ -272,8 +272,7 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
         ValueError: the checkpoint was trained on other data, or as in `rescale`.
     """
     state = checkpoint.state("train")
-    train = run.objective.queue.stream.data
-    if changed := changed_sources(train, run.data_fingerprint, state["data_fingerprint"]):
+    if changed := changed_sources(run.data_fingerprint, state["data_fingerprint"]):
         raise BadInput(
             f"the training data has changed since checkpoint {checkpoint.path} was saved: restore "
             f"{' and '.join(changed)}, or give another --run-dir"
@@ -287,9 +286,9 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
         run.ema.n_averaged.copy_(state["ema_n_averaged"])
     load_moments(run.optimizer, state["optimizer"])
     if checkpoint.n_ranks == run.world.n_ranks:
-        own = _rank_state(checkpoint, run.world.rank)
+        own = checkpoint.state(f"rank_{run.world.rank}")
     else:
-        ranks = [_rank_state(checkpoint, rank) for rank in range(checkpoint.n_ranks)]
+        ranks = [checkpoint.state(f"rank_{rank}") for rank in range(checkpoint.n_ranks)]
         own = rescale(ranks, run.world, run.config.training.seed, checkpoint.step)
         if run.world.is_main:
             say(f"{run.run_dir}: saved by {checkpoint.n_ranks} processes, continues on {run.world.n_ranks}")
@@ -303,19 +302,10 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
     run.grad_norm_sum.copy_(own["grad_norm_sum"])
     run.step, run.n_summed = checkpoint.step, int(own["n_summed"])
     run.seconds, run.seconds_recorded = float(state["seconds"]), float(state["seconds_recorded"])
-    # Absent in older checkpoints: then the first record is about all steps.
-    n_finished, n_finished_steps = state.get("finished_recorded", (0, 0))
+    n_finished, n_finished_steps = state["finished_recorded"]
     run.finished_recorded = int(n_finished), int(n_finished_steps)
     if checkpoint.score is None:  # else the evaluation was complete
-        run.pending_metrics = state.get("unrecorded")  # not in older checkpoints
-
-
-def _rank_state(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
-    """The state that `save_run` saved for a rank."""
-    state = checkpoint.state(f"rank_{rank}")
-    if "totals" in state:  # float64 [2], in older checkpoints
-        state["loss_sum"], state["grad_norm_sum"] = state.pop("totals")
-    return state
+        run.pending_metrics = state["pending_metrics"]
 
 
 def progress_metrics(run: Run) -> dict[str, Any]:

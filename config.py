@@ -28,11 +28,11 @@ AnyDataSettings = SudokuSettings | TinyGsmSettings | AdditionSettings | TextSett
 NumberOfStages = Annotated[int, Field(gt=0, le=1 << 20)]  # the records hold a share for each stage
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
-Confidence = Literal["top_prob", "top_prob_margin", "neg_entropy", "random"]
+ModelConfidence = Literal["top_prob", "top_prob_margin", "neg_entropy"]  # measures of a predicted distribution
+Confidence = Literal[ModelConfidence, "random"]
 Revision = Literal["remask", "plan", "running_confidence"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 BlockAttention = Literal["prefix", "block_causal"]
-RevealOrder = Literal["confidence", "random"]
 
 
 class ModelSettings(Settings):
@@ -145,10 +145,11 @@ class ProgressiveSettings(ObjectiveSettings):
         le=1.0,
         description="tau: also reveal masked positions whose max probability exceeds it; null: off",
     )
-    reveal_order: RevealOrder = Field(
-        "confidence",
-        description="which positions a row reveals at its next stage: those that the model is most sure of, as in the "
-        "paper, or random ones, to separate what the order does from what the pool does",
+    reveal_order: Confidence = Field(
+        "top_prob",
+        description="score of masked positions, as in sampling; the highest are revealed first; top_prob as in the "
+        "paper; top_prob_margin and neg_entropy take one more pass of the output head, without a backward pass; random "
+        "separates what the order does from what the pool does",
     )
     pool_batches: int = Field(
         1,

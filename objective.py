@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from config import ModelConfidence
 from data.row_queue import RowQueue
+from model.token_scores import TokenScores
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Objective(ABC):
     """Base of all objectives, with all methods that the training loop calls.
 
     A subclass implements `draw`, which chooses the masks. In each update the loop takes `microbatches`, passes the
-    confidences of each to `observe`, and calls `end_step` after the optimizer step. These methods need no host sync
+    scores of each to `observe`, and calls `end_step` after the optimizer step. These methods need no host sync
     and may be captured in a CUDA graph; `prefetch` runs on the host.
 
     Args:
@@ -53,6 +55,8 @@ class Objective(ABC):
         micro_rows: rows of a microbatch.
         generator: source of all random numbers, on the device; None if the objective is deterministic.
     """
+
+    confidence: ModelConfidence = "top_prob"  # the rule of the confidence that `observe` receives
 
     def __init__(
         self, queue: RowQueue, *, n_rows: int, micro_rows: int, generator: torch.Generator | None = None
@@ -67,8 +71,8 @@ class Objective(ABC):
         """The forward passes of one update; their number and shapes are the same on all ranks."""
         return split_rows(*self.draw(step), self.micro_rows)
 
-    def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
-        """Receive the max log-probabilities (float32 [b, L]) of a forward pass, valid where `weight` is not 0."""
+    def observe(self, microbatch: Microbatch, scores: TokenScores) -> None:
+        """Receive the scores of a forward pass, valid where `weight` is not 0; their loss has no graph any more."""
 
     def end_step(self) -> None:
         """Called after the optimizer step: retire finished rows and admit fresh ones."""

@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from config import ProgressiveSettings
 from data.row_queue import RowQueue
+from model.token_scores import TokenScores
 from objective import Microbatch
 from progressive_block import BlockLayout, MaskedObjective
 from runtime.distributed import rank_slice
@@ -57,12 +58,12 @@ def reveal_next_stage(
     masked: Tensor,
     stage: Tensor,
     maskable: Tensor,
-    confidence: Tensor,
+    confidence: Tensor | None,
+    max_log_prob: Tensor,
     *,
     n_stages: int,
     collapse_threshold: float | None,
     generator: torch.Generator,
-    random_order: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Move every row to its next stage and reveal positions up to its target (docs/algorithm.md, steps 3, 4 and 7).
 
@@ -70,9 +71,9 @@ def reveal_next_stage(
         masked: bool [B, L].
         stage: int64 [B].
         maskable: bool [B, L], False on prompts.
-        confidence: float32 [B, L], max log-probability at each masked position.
+        confidence: float32 [B, L], higher is revealed first; None: random positions are revealed up to the target.
+        max_log_prob: float32 [B, L], that of the most probable token at each masked position.
         collapse_threshold: tau; also reveal every masked position whose max probability exceeds it.
-        random_order: reveal random positions up to the target instead of the most confident ones.
 
     Returns:
         masked (bool [B, L]; undefined for finished rows), stage (int64 [B]) and finished (bool [B]).
@@ -81,13 +82,13 @@ def reveal_next_stage(
     n_revealed = n_maskable - masked.sum(1)
     stage = stage + 1
     target = draw_target(stage, n_stages, n_maskable, generator)
-    if random_order:
+    if confidence is None:
         reveal = reveal_random(masked, target - n_revealed, generator)  # [B, L]
     else:
         reveal = reveal_top(confidence, masked, target - n_revealed)  # [B, L]
     collapsed = torch.zeros_like(masked)
     if collapse_threshold is not None:
-        collapsed = masked & ~reveal & (confidence > math.log(collapse_threshold))
+        collapsed = masked & ~reveal & (max_log_prob > math.log(collapse_threshold))
     masked = masked & ~(reveal | collapsed)
     n_masked = masked.sum(1)
     finished = (stage >= n_stages) | (n_masked == 0)
@@ -174,12 +175,11 @@ class PumaPool:
         *,
         n_segments: int = 1,
         n_batches: int = 1,
-        random_order: bool = False,
     ) -> None:
         """Fill `n_batches` batches of `n_rows` rows from `queue`; `n_segments` must divide the length."""
         self.queue, self.generator, self.n_segments = queue, generator, n_segments
         self.n_rows, self.n_batches = n_rows, n_batches
-        self.n_stages, self.collapse_threshold, self.random_order = n_stages, collapse_threshold, random_order
+        self.n_stages, self.collapse_threshold = n_stages, collapse_threshold
         device = generator.device
         batches = []
         for _ in range(n_batches):
@@ -208,15 +208,16 @@ class PumaPool:
         index = self._batch_index()
         return self.rows.x0[index], self.rows.maskable[index], self.rows.masked[index]
 
-    def advance(self, confidence: Tensor) -> None:
-        """Reveal positions of `batch()` by confidence (float32 [B, L]) and replace finished rows by fresh ones.
+    def advance(self, confidence: Tensor | None, max_log_prob: Tensor) -> None:
+        """Reveal positions of `batch()` and replace finished rows by fresh ones. Then the next batch has its turn.
 
-        Then it is the turn of the next batch.
+        Args:
+            confidence, max_log_prob: float32 [B, L]; see `reveal_next_stage`.
         """
         index = self._batch_index()
         batch = self.rows.take(index)
         batch.age += 1
-        batch.masked, batch.stage = self._reveal(batch, confidence)
+        batch.masked, batch.stage = self._reveal(batch, confidence, max_log_prob)
         retired = (batch.stage == self.n_stages).all(1)  # [B]
         self.n_finished += retired.sum()
         self.n_finished_steps += (batch.age * retired).sum()
@@ -265,17 +266,17 @@ class PumaPool:
         """Reshape rows ([n, L]) to one row per segment, [n * S, L / S]."""
         return values.reshape(len(values) * self.n_segments, -1)
 
-    def _reveal(self, rows: Rows, confidence: Tensor) -> tuple[Tensor, Tensor]:
+    def _reveal(self, rows: Rows, confidence: Tensor | None, max_log_prob: Tensor) -> tuple[Tensor, Tensor]:
         """Masks (bool [n, L]) and stages (int64 [n, S]) of rows one stage later; finished segments have no masks."""
         masked, stage, finished = reveal_next_stage(
             self._segments(rows.masked),
             rows.stage.flatten(),
             self._segments(rows.maskable),
-            self._segments(confidence),
+            None if confidence is None else self._segments(confidence),
+            self._segments(max_log_prob),
             n_stages=self.n_stages,
             collapse_threshold=self.collapse_threshold,
             generator=self.generator,
-            random_order=self.random_order,
         )
         masked, stage = masked & ~finished[:, None], stage.masked_fill(finished, self.n_stages)
         return masked.view_as(rows.masked), stage.view_as(rows.stage)
@@ -318,9 +319,10 @@ class PumaObjective(MaskedObjective):
             generator,
             n_segments=layout.n_blocks,
             n_batches=settings.pool_batches,
-            random_order=settings.reveal_order == "random",
         )
-        self._confidence = torch.empty(n_rows, layout.length, device=generator.device)
+        if settings.reveal_order != "random":
+            self.confidence = settings.reveal_order
+        self._confidence, self._max_log_prob = torch.empty(2, n_rows, layout.length, device=generator.device)
 
     @override
     def draw_masks(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -334,12 +336,15 @@ class PumaObjective(MaskedObjective):
         return x0, maskable, masked
 
     @override
-    def observe(self, microbatch: Microbatch, confidence: Tensor) -> None:
-        self._confidence[microbatch.rows, microbatch.columns] = confidence[:, microbatch.columns]
+    def observe(self, microbatch: Microbatch, scores: TokenScores) -> None:
+        rows, columns = microbatch.rows, microbatch.columns
+        self._confidence[rows, columns] = scores.confidence[:, columns]
+        self._max_log_prob[rows, columns] = scores.max_log_prob[:, columns]
 
     @override
     def end_step(self) -> None:
-        self.pool.advance(self._confidence[: self.n_pool_rows])
+        confidence = None if self.settings.reveal_order == "random" else self._confidence[: self.n_pool_rows]
+        self.pool.advance(confidence, self._max_log_prob[: self.n_pool_rows])
 
     @override
     def metrics(self) -> dict[str, Tensor]:

@@ -142,9 +142,10 @@ def dense_step(config: Config, trainer: DenseTrainer, stream: SequenceStream) ->
         raise ValueError(f"objective {settings.name!r} has no plain form: see `python -m bench block`")
     if not isinstance(settings, ProgressiveSettings):
         return lambda: trainer.step(fresh_batch(stream, config))
-    if settings.uniform_fraction or settings.pool_batches > 1 or settings.reveal_order != "confidence":
+    if settings.uniform_fraction or settings.pool_batches > 1 or settings.reveal_order != "top_prob":
         raise ValueError(
-            "objective.uniform_fraction above 0, pool_batches above 1 and reveal_order 'random' have no plain form"
+            "objective.uniform_fraction above 0, pool_batches above 1 and a reveal_order other than 'top_prob' have no "
+            "plain form"
         )
     pool = DensePool(stream, config, settings, trainer.device)
     return lambda: pool.advance(trainer.step(pool.batch()))

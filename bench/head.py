@@ -46,7 +46,7 @@ def run_head(problem: Problem, path: str, dtype: torch.dtype | None) -> tuple[Te
     places = weight[0].nonzero().squeeze(1)  # [n]
     with autocast(hidden.device, dtype):
         if path == "ours":
-            loss, _, confidence = score_tokens(hidden, head, x0, weight)
+            loss, _, _, confidence = score_tokens(hidden, head, x0, weight)
         elif path == "dense":
             loss, confidence = score(F.linear(hidden, head), x0, weight)
         else:

@@ -1,4 +1,4 @@
-"""Draw the figure of README: masks of the baseline, and masks of the PUMA pool of a trained model.
+"""Draw the figure of README: masks of the baseline, and masks of the PUMA pool of a trained model (`top_prob`).
 
     python train.py --config yaml_files/sudoku_mini_puma.yaml --run-dir RUN_DIR model.vocab_size=6 data.size=4 \
         model.learned_positions=16 data.n_train=20000 data.min_clues=4 data.max_clues=5 objective.n_stages=6 \
@@ -57,6 +57,7 @@ def trajectory(run_dir: Path, row: int, seed: int) -> tuple[Tensor, Tensor, list
             stage,
             maskable,
             scores.confidence,
+            scores.max_log_prob,
             n_stages=n_stages,
             collapse_threshold=None,
             generator=generator,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from config import ModelConfidence
 from model.logits import combine_tiles, compute_dtype, product_matrix, tile_shape, write_logits
 
 # Logit of the banned token: its probability is 0, and being finite it gives 0 * logit = 0.
@@ -30,12 +31,20 @@ class TokenPredictions(NamedTuple):
     kl: Tensor | None = None  # float32 [N], divergence from the distribution of the states `previous`, in nats
     hidden: Tensor | None = None  # [N, D], the states that the predictions are made from
 
+    def confidence(self, rule: ModelConfidence) -> Tensor:
+        """The confidence by a rule, float32 [N]; higher is more confident."""
+        if rule == "top_prob_margin":  # difference to the second most probable token (Kim et al. 2025)
+            return self.margin
+        if rule == "neg_entropy":
+            return self.neg_entropy
+        return self.log_prob  # top_prob, of the chosen token
+
 
 @torch.no_grad()
 def predict_tokens(
     hidden: Tensor,
     head: Tensor,
-    banned: int,
+    banned: int | None,
     *,
     temperature: float = 0.0,
     noise_key: Tensor | None = None,
@@ -48,7 +57,7 @@ def predict_tokens(
     Args:
         hidden: [N, D].
         head: [V, D].
-        banned: the mask token, which gets probability 0.
+        banned: the mask token, which gets probability 0; None: no token.
         temperature: 0 takes the most probable token; otherwise logits are divided by it to choose the token.
         noise_key: int64 [N], one random key per position; required with a temperature.
         n_candidates: k; at most as many as there are tokens besides the banned one are returned.
@@ -71,7 +80,7 @@ def predict_tokens(
                 matrix,
                 len(head),
                 buffer,
-                banned,
+                -1 if banned is None else banned,
                 temperature=temperature,
                 noise_key=keys,
                 n_candidates=n_candidates,

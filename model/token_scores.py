@@ -15,15 +15,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from config import ModelConfidence
 from model.logits import SMALL_VOCABULARY, chunk_rows, chunk_scorer, compute_dtype, plain_matmul, product_matrix
+from model.token_predictions import predict_tokens
 
 
 class TokenScores(NamedTuple):
-    """Scores of the true tokens."""
+    """The true tokens' scores, and how sure the model is of its predictions, at positions of nonzero weight.
+
+    The mask token counts as any other here. It is never a true token and soon has little probability.
+    """
 
     loss: Tensor  # float32 scalar, sum of weight * nll; the only entry with a gradient
     nll: Tensor  # float32 [B, L], -log p(x0 | xt); 0 where weight is 0
-    confidence: Tensor  # float32 [B, L], max log-probability; -inf where weight is 0
+    max_log_prob: Tensor  # float32 [B, L], that of the most probable token; -inf where weight is 0
+    confidence: Tensor  # float32 [B, L], by the rule asked for, higher is surer; -inf where weight is 0
 
 
 class ScoredPositions:
@@ -67,6 +73,7 @@ def score_tokens(
     weight: Tensor,
     scored: ScoredPositions | None = None,
     compiled: bool = False,
+    confidence: ModelConfidence = "top_prob",
 ) -> TokenScores:
     """Score the true tokens where `weight` is not 0.
 
@@ -77,27 +84,32 @@ def score_tokens(
         weight: float32 [B, L].
         scored: made from `weight` before the backbone ran.
         compiled: compile the softmax over a large vocabulary.
+        confidence: the rule of `TokenScores.confidence`. All but `top_prob` compute the logits of the scored positions
+            once more, without gradient: the kernels of the loss keep no more than its own statistics.
     """
     indices = (scored or ScoredPositions(weight, head.shape[0])).indices()
     states, target, own_weight = hidden.flatten(0, 1), x0.flatten(), weight.flatten()
     if indices is not None:
         # Not `states[indices]`, whose backward pass sorts, since indices could repeat.
         states, target, own_weight = (each.index_select(0, indices) for each in (states, target, own_weight))
-    loss, nll, confidence = _ScoreChunks.apply(
+    loss, nll, max_log_prob = _ScoreChunks.apply(
         states, head, target, own_weight, compute_dtype(head), compiled, torch.is_grad_enabled()
     )
-    if indices is None:  # positions of weight 0 were scored too
-        nll, confidence = nll.view_as(weight), confidence.view_as(weight)
-        return TokenScores(loss, nll.masked_fill(weight == 0, 0.0), confidence.masked_fill(weight == 0, -torch.inf))
-    return TokenScores(
-        loss,
-        torch.zeros_like(weight).flatten().index_copy(0, indices, nll).view_as(weight),
-        torch.full_like(weight, -torch.inf).flatten().index_copy(0, indices, confidence).view_as(weight),
-    )
+
+    def place(values: Tensor, elsewhere: float) -> Tensor:
+        if indices is None:  # positions of weight 0 were scored too
+            return values.view_as(weight).masked_fill(weight == 0, elsewhere)
+        return torch.full_like(weight, elsewhere).flatten().index_copy(0, indices, values).view_as(weight)
+
+    top = place(max_log_prob, -torch.inf)
+    sure = top
+    if confidence != "top_prob":
+        sure = place(predict_tokens(states, head, banned=None).confidence(confidence), -torch.inf)
+    return TokenScores(loss, place(nll, 0.0), top, sure)
 
 
 class _ScoreChunks(torch.autograd.Function):
-    """Loss, NLL and confidence of N positions; computes the gradients in the forward pass."""
+    """Loss, NLL and max log-probability of N positions; computes the gradients in the forward pass."""
 
     @staticmethod
     def forward(

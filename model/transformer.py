@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
-from config import Config, ModelSettings
+from config import Config, ModelConfidence, ModelSettings
 from data.foreign import check_memory
 from model.attention import Attention, KeyValueCache, rotary_tables
 from model.block_mask import decoding_mask, noisy_and_clean, training_mask
@@ -219,8 +219,12 @@ class Transformer(nn.Module):
             assert isinstance(layer, Layer)
             layer.recomputed = True
 
-    def forward(self, xt: Tensor, x0: Tensor, weight: Tensor) -> TokenScores:
-        """Loss, NLL and confidence of x0 given xt (int64 [B, L]) at positions of nonzero weight (float32 [B, L])."""
+    def forward(self, xt: Tensor, x0: Tensor, weight: Tensor, confidence: ModelConfidence = "top_prob") -> TokenScores:
+        """Loss, NLL and confidence of x0 given xt (int64 [B, L]) at positions of nonzero weight (float32 [B, L]).
+
+        Args:
+            confidence: see `score_tokens`.
+        """
         scored = ScoredPositions(weight, self.lm_head.weight.shape[0])
         if self.block_size is None:
             hidden = self._align(self.model(xt))
@@ -229,7 +233,7 @@ class Transformer(nn.Module):
             mask = training_mask(xt.shape[1], self.block_size, xt.device, self.model.head_width)
             hidden = self.model(tokens, positions=positions, mask=mask)[:, : xt.shape[1]]  # [B, L, D]
         compiled = self.training and self.model.compiled is not None
-        return score_tokens(hidden, self.lm_head.weight, x0, weight, scored, compiled)
+        return score_tokens(hidden, self.lm_head.weight, x0, weight, scored, compiled, confidence)
 
     def predict(
         self,

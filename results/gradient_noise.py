@@ -101,10 +101,10 @@ def gradients(model: Transformer, objective: Objective, dtype: torch.dtype | Non
         with torch.set_grad_enabled(measured):
             for microbatch in objective.microbatches(0):
                 with autocast(device, dtype):
-                    scores = model(microbatch.xt, microbatch.x0, microbatch.weight)
+                    scores = model(microbatch.xt, microbatch.x0, microbatch.weight, objective.confidence)
                 if measured:
                     scores.loss.backward()
-                objective.observe(microbatch, scores.confidence.detach())
+                objective.observe(microbatch, scores)
         objective.end_step()
         objective.prefetch()
         if measured:

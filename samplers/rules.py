@@ -122,14 +122,10 @@ def filled_after(rule: SamplingRule, seen: RuleInput) -> Tensor:
 
 def confidence_of(rule: SamplingRule, seen: RuleInput) -> Tensor:
     """Confidence of each masked position, float32 [b, W]; higher is filled first."""
-    if rule.confidence == "top_prob":  # of the chosen token
-        return seen.predicted.log_prob
-    if rule.confidence == "top_prob_margin":  # difference to the second most probable token (Kim et al. 2025)
-        return seen.predicted.margin
-    if rule.confidence == "neg_entropy":
-        return seen.predicted.neg_entropy
-    assert seen.keys is not None
-    return hash_uniform(mix_keys(seen.keys, -1)).float()  # random
+    if rule.confidence == "random":
+        assert seen.keys is not None
+        return hash_uniform(mix_keys(seen.keys, -1)).float()
+    return seen.predicted.confidence(rule.confidence)
 
 
 def draws_numbers(rule: SamplingRule) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from config import ModelSettings
 from data.sudoku_boards import BOX_SHAPE
+from model.token_scores import TokenScores
 from model.transformer import Transformer
 from runtime.metrics import read_metrics
 from samplers.step import Samples
@@ -90,6 +91,12 @@ def random_generator(seed: int) -> torch.Generator:
 def random_log_probs(shape: tuple[int, ...], seed: int) -> Tensor:
     """Stand-in for the model's confidences: log-probabilities spread over (0, 1), float32."""
     return torch.rand(shape, generator=random_generator(seed)).clamp(min=1e-6).log()
+
+
+def scores_of(confidence: Tensor, max_log_prob: Tensor | None = None) -> TokenScores:
+    """What an objective observes; by the rule `top_prob` if the confidence ([b, L]) is given alone."""
+    nothing = torch.full_like(confidence, torch.nan)
+    return TokenScores(nothing.sum(), nothing, confidence if max_log_prob is None else max_log_prob, confidence)
 
 
 def model_settings(**changes: Any) -> ModelSettings:

@@ -27,19 +27,21 @@ class Scores:
 
     loss: float
     nll: Tensor  # float64 [B, L], 0 where weight is 0
-    confidence: Tensor  # float64 [B, L], -inf where weight is 0
+    max_log_prob: Tensor  # float64 [B, L], -inf where weight is 0
+    confidence: Tensor  # float64 [B, L], by the rule, -inf where weight is 0
     grad_logits: Tensor  # float64 [B, L, V], d loss / d logits
 
 
-def score_batch(logits: Tensor, x0: Tensor, weight: Tensor) -> Scores:
+def score_batch(logits: Tensor, x0: Tensor, weight: Tensor, rule: str = "top_prob") -> Scores:
     """Loss = sum over positions of weight * -log p(x0), from dense logits [B, L, V].
 
-    The derivative of -log p(x0) by the logits is (softmax - one hot of x0).
+    The confidence is that of the sampler's rule, but the mask token counts as any other. The derivative of -log p(x0)
+    by the logits is (softmax - one hot of x0).
     """
     log_p = log_softmax(logits)
     loss = 0.0
     nll = torch.zeros(x0.shape, dtype=torch.float64)
-    confidence = torch.full(x0.shape, -torch.inf, dtype=torch.float64)
+    max_log_prob, confidence = torch.full((2, *x0.shape), -torch.inf, dtype=torch.float64)
     gradient = torch.zeros(logits.shape, dtype=torch.float64)
     for row in range(x0.shape[0]):
         for position in range(x0.shape[1]):
@@ -47,11 +49,12 @@ def score_batch(logits: Tensor, x0: Tensor, weight: Tensor) -> Scores:
             if w == 0:
                 continue
             nll[row, position] = -log_p[row, position, token]
-            confidence[row, position] = log_p[row, position].max()
+            max_log_prob[row, position] = log_p[row, position].max()
+            confidence[row, position] = prediction(logits[row, position], None)[1][rule]
             loss += w * float(nll[row, position])
             gradient[row, position] = w * log_p[row, position].exp()
             gradient[row, position, token] -= w
-    return Scores(loss, nll, confidence, gradient)
+    return Scores(loss, nll, max_log_prob, confidence, gradient)
 
 
 def weights_of(masked: Tensor, n_rows: int) -> Tensor:
@@ -111,11 +114,14 @@ def advance_row(
     n_maskable: int,
     stage: int,
     confidence: Tensor,
+    max_log_prob: Tensor,
     target: int,
     n_stages: int,
     collapse_threshold: float | None,
 ) -> Transition:
     """Steps 3 and 4 for one row whose new stage draws `target`.
+
+    The confidence ([L], by any rule) chooses up to the target, the largest probability is compared with the threshold.
 
     Where the threshold reveals more than the target does, the stage is that of the row's revealed ratio, but never
     below stage + 1: where n_maskable is small the rounded counts fall short of the stage's interval, and a row sent
@@ -127,7 +133,7 @@ def advance_row(
     reveal = most_confident(confidence, masked, target - (n_maskable - len(masked)))
     collapsed = set()
     if collapse_threshold is not None:
-        sure = {position for position in masked if math.exp(float(confidence[position])) > collapse_threshold}
+        sure = {position for position in masked if math.exp(float(max_log_prob[position])) > collapse_threshold}
         collapsed = sure - reveal
     left = frozenset(masked - reveal - collapsed)
     if collapsed:
@@ -135,10 +141,10 @@ def advance_row(
     return Transition(left, stage, finished=not left)
 
 
-def prediction(logits: Tensor, mask_id: int) -> tuple[int, dict[str, float]]:
+def prediction(logits: Tensor, mask_id: int | None) -> tuple[int, dict[str, float]]:
     """The most probable token at one position (logits [V]) and its confidence by each rule.
 
-    The mask token is struck out before probabilities are taken.
+    The mask token, if one is given, is struck out before probabilities are taken.
     """
     allowed = [token for token in range(len(logits)) if token != mask_id]
     log_p = dict(zip(allowed, log_softmax(logits[allowed]).tolist(), strict=True))

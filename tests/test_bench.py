@@ -149,6 +149,7 @@ def test_block(tmp_path):
         (["step", "--config", "no.yaml"], "no.yaml"),
         (["step", "objective.uniform_fraction=0.5"], "no plain form"),
         (["step", "objective.pool_batches=2"], "no plain form"),
+        (["step", "objective.reveal_order=neg_entropy"], "no plain form"),
         (["step", "--config", str(TINYGSM.with_name("tinygsm_block_puma.yaml")), *SMALL], "python -m bench block"),
         (["step", "--length", "25"], "multiple of 8"),
         (["step", "--batch", "0"], "must be an integer from 1"),
@@ -232,7 +233,7 @@ def test_the_pool_advances_alike(tau):
             for i in range(n_rows)
         ]
         n_finished = int(ours.n_finished)
-        ours.advance(confidence)
+        ours.advance(confidence, confidence)
         assert int(ours.n_finished) - n_finished == sum(stage == n_stages for _, stage in plain)
         for i, (masked, stage) in enumerate(plain):
             if stage < n_stages:

@@ -328,6 +328,7 @@ BAD = {
     "schedule of single numbers": ("objective.k_schedule=[3]", "objective.k_schedule.0 = 3"),
     "two schedules": ("objective.n_stages=4", "exactly one of n_stages and k_schedule"),
     "no schedule": ("objective={name: puma}", "exactly one of n_stages and k_schedule"),
+    "unknown order": ("objective.reveal_order=confidence", "reveal_order = 'confidence': input should be 'top_prob'"),
     "all rows uniform": ("objective.uniform_fraction=1.0", "objective.uniform_fraction = 1.0"),
     "heads do not divide the width": ("model.hidden_size=15", "15 is not a multiple of num_attention_heads 2"),
     "odd head width": ("model.hidden_size=6", "must be even"),

@@ -123,7 +123,7 @@ class Exact:
             n_before = sum(token == MASK_ID for token in xt[row, :place].tolist())
             likely = self.table[known].movedim(n_before, 0).reshape(2, -1).sum(1)
             nll[row, place] = -math.log(likely[x0[row, place]] / likely.sum())
-        return TokenScores((weight * nll).sum(), nll, nll)
+        return TokenScores((weight * nll).sum(), nll, nll, nll)
 
 
 def test_the_bound_of_a_model_that_knows_its_data_is_their_entropy() -> None:

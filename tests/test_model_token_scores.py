@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import oracle
 import pytest
@@ -13,6 +13,7 @@ from helpers import assert_distribution, needs_compiler, random_generator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from config import ModelConfidence
 from model import logits as sizes
 from model.logits import SMALL_VOCABULARY
 from model.token_predictions import gumbel_noise, hash_uniform, predict_tokens
@@ -44,16 +45,18 @@ def assert_equals_oracle(
     case: tuple[Tensor, Tensor, Tensor, Tensor],
     tolerance: float,
     loss_scale: float = 1.0,
+    rule: str = "top_prob",
 ) -> None:
     """Scores, and after a backward pass of loss_scale * loss the gradients too."""
     hidden, head, x0, weight = case
     dense_hidden, dense_head = hidden.detach().double(), head.detach().double()
-    expected = oracle.score_batch(dense_hidden @ dense_head.T, x0, weight)
+    expected = oracle.score_batch(dense_hidden @ dense_head.T, x0, weight, rule)
     (loss_scale * scores.loss).backward()
     flat = expected.grad_logits.flatten(0, 1)
     compared = {
         "loss": (scores.loss.detach(), torch.tensor(expected.loss, dtype=torch.float64)),
         "nll": (scores.nll, expected.nll),
+        "max_log_prob": (scores.max_log_prob, expected.max_log_prob),
         "confidence": (scores.confidence, expected.confidence),
         "hidden": (hidden.grad, loss_scale * expected.grad_logits @ dense_head),
         "head": (head.grad, loss_scale * flat.T @ dense_hidden.flatten(0, 1)),
@@ -127,19 +130,48 @@ def test_a_scaled_loss_has_scaled_gradients() -> None:
     assert_equals_oracle(score_tokens(*case), case, tolerance=2e-5, loss_scale=-3.5)
 
 
-def test_positions_without_weight_have_no_nll_and_no_confidence() -> None:
+RULES: tuple[ModelConfidence, ...] = get_args(ModelConfidence)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("vocabulary", [2, 11, SMALL_VOCABULARY + 1])
+def test_the_confidence_of_every_rule_equals_the_oracle(rule: ModelConfidence, vocabulary: int) -> None:
+    """With a small vocabulary, where all positions are scored, and a large one. Loss and gradients stay the same."""
+    case, plain = random_case(vocabulary=vocabulary), random_case(vocabulary=vocabulary)
+    scores, expected = score_tokens(*case, confidence=rule), score_tokens(*plain)
+    expected.loss.backward()
+    assert scores.confidence.dtype == torch.float32
+    assert_equals_oracle(scores, case, tolerance=2e-5, rule=rule)
+    gradients = [(ours.grad, theirs.grad) for ours, theirs in zip(case[:2], plain[:2], strict=True)]
+    for ours, theirs in (*zip(scores[:3], expected[:3], strict=True), *gradients):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_positions_without_weight_have_no_nll_and_no_confidence(rule: ModelConfidence) -> None:
     hidden, head, x0, weight = random_case()
-    scores = score_tokens(hidden, head, x0, weight)
+    scores = score_tokens(hidden, head, x0, weight, confidence=rule)
     assert (scores.nll[weight == 0] == 0).all()
+    assert (scores.max_log_prob[weight == 0] == -torch.inf).all()
     assert (scores.confidence[weight == 0] == -torch.inf).all()
     assert (scores.nll[weight != 0] > 0).all()
+    assert scores.confidence[weight != 0].isfinite().all()
 
 
-def test_only_the_loss_has_a_gradient() -> None:
-    scores = score_tokens(*random_case())
+@pytest.mark.parametrize("rule", RULES)
+def test_only_the_loss_has_a_gradient(rule: ModelConfidence) -> None:
+    scores = score_tokens(*random_case(), confidence=rule)
     assert scores.loss.requires_grad
-    assert not scores.nll.requires_grad
-    assert not scores.confidence.requires_grad
+    assert not any(part.requires_grad for part in scores[1:])
+
+
+def test_the_largest_probability_takes_no_more_products_and_the_other_rules_one() -> None:
+    counts = []
+    for rule in RULES:
+        with Operations() as operations:
+            score_tokens(*random_case(vocabulary=SMALL_VOCABULARY + 1), confidence=rule)
+        counts.append(operations.count("mm"))
+    assert counts[0] < counts[1] == counts[2]
 
 
 @pytest.mark.parametrize("in_tiles", [False, True], ids=["whole", "tiles"])

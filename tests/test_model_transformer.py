@@ -300,7 +300,8 @@ def test_forward_is_about_the_token_at_each_position(shape: dict[str, Any], caus
     logits.backward(expected.grad_logits.float())
     assert float(scores.loss.detach()) == pytest.approx(expected.loss, rel=1e-5)
     torch.testing.assert_close(scores.nll.double(), expected.nll, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(scores.confidence.double(), expected.confidence, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores.max_log_prob.double(), expected.max_log_prob, rtol=1e-4, atol=1e-5)
+    assert torch.equal(scores.confidence, scores.max_log_prob)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
 

@@ -25,6 +25,7 @@ STAGES = st.integers(1, 12)
 SEGMENTS = st.sampled_from([1, 2, 3])  # of the 12 positions of a row; some hold prompts alone
 THRESHOLDS = st.sampled_from([None, 0.1, 0.5, 0.9, 1.0])
 BATCHES = st.integers(1, 3)  # in the pool
+ORDERS = st.sampled_from(["top_prob", "another rule", "random"])  # the pool does not know rules apart
 
 
 def make_pool(
@@ -49,13 +50,24 @@ def make_pool(
     )
 
 
-def step(pool: PumaPool, seed: int) -> Tensor:
-    """One training step with random confidences, which it returns; -inf where nothing is masked, as in training."""
-    x0, _, masked = pool.batch()
-    confidence = random_log_probs(tuple(x0.shape), seed).masked_fill(~masked, -torch.inf)
-    pool.advance(confidence)
+def random_confidences(masked: Tensor, seed: int, order: str) -> tuple[Tensor | None, Tensor]:
+    """Random confidences and max log-probabilities ([B, L]); -inf where nothing is masked, as in training."""
+    max_log_prob = random_log_probs(tuple(masked.shape), seed).masked_fill(~masked, -torch.inf)
+    if order == "random":
+        return None, max_log_prob
+    if order == "top_prob":
+        return max_log_prob, max_log_prob
+    other = torch.rand(masked.shape, generator=random_generator(seed + 1))  # of another range, as a margin
+    return other.masked_fill(~masked, -torch.inf), max_log_prob
+
+
+def step(pool: PumaPool, seed: int, order: str = "top_prob") -> tuple[Tensor | None, Tensor]:
+    """One training step with `random_confidences`, which it returns."""
+    _, _, masked = pool.batch()
+    confidence, max_log_prob = random_confidences(masked, seed, order)
+    pool.advance(confidence, max_log_prob)
     pool.queue.top_up()
-    return confidence
+    return confidence, max_log_prob
 
 
 def row_numbers(x0: Tensor) -> list[int]:
@@ -107,10 +119,10 @@ def test_stages_of_all_counts_equal_the_oracle() -> None:
 # One transition
 
 
-@given(SEEDS, st.integers(1, 6), st.integers(1, 20), STAGES, THRESHOLDS)
-@settings(max_examples=150)
+@given(SEEDS, st.integers(1, 6), st.integers(1, 20), STAGES, THRESHOLDS, ORDERS)
+@settings(max_examples=200)
 def test_advance_equals_the_oracle(
-    seed: int, n_rows: int, length: int, n_stages: int, collapse_threshold: float | None
+    seed: int, n_rows: int, length: int, n_stages: int, collapse_threshold: float | None, order: str
 ) -> None:
     generator = random_generator(seed)
     maskable = torch.rand(n_rows, length, generator=generator) < 0.7
@@ -118,27 +130,40 @@ def test_advance_equals_the_oracle(
     masked = maskable & (torch.rand(n_rows, length, generator=generator) < 0.7)
     masked[:, 0] = True
     stage = torch.randint(n_stages, (n_rows,), generator=generator)
-    confidence = random_log_probs((n_rows, length), seed + 1).masked_fill(~masked, -torch.inf)
+    confidence, max_log_prob = random_confidences(masked, seed + 1, order)
     after, new_stage, finished = reveal_next_stage(
         masked.clone(),
         stage.clone(),
         maskable,
         confidence,
+        max_log_prob,
         n_stages=n_stages,
         collapse_threshold=collapse_threshold,
         generator=generator,
     )
+    confidence = outcome(masked & ~after, max_log_prob, collapse_threshold) if confidence is None else confidence
     for row in range(n_rows):
         n, j = int(maskable[row].sum()), int(stage[row])
         if j + 1 == n_stages:
             assert finished[row]
             continue
         possible = [
-            oracle.advance_row(places(masked[row]), n, j, confidence[row], target, n_stages, collapse_threshold)
+            oracle.advance_row(
+                places(masked[row]), n, j, confidence[row], max_log_prob[row], target, n_stages, collapse_threshold
+            )
             for target in oracle.possible_targets(j + 1, n_stages, n)
         ]
         found = oracle.Transition(frozenset(places(after[row])), int(new_stage[row]), bool(finished[row]))
         assert found in possible
+
+
+def outcome(revealed: Tensor, max_log_prob: Tensor, collapse_threshold: float | None) -> Tensor:
+    """Confidences with which the oracle reveals what a random order has revealed ([B, L]), if any order can.
+
+    What is above the threshold is revealed in any order, so the target has chosen what is not first of all.
+    """
+    sure = max_log_prob.exp() > (2 if collapse_threshold is None else collapse_threshold)
+    return revealed + (revealed & ~sure).float()
 
 
 def test_without_a_threshold_only_the_target_is_revealed() -> None:
@@ -149,6 +174,7 @@ def test_without_a_threshold_only_the_target_is_revealed() -> None:
         torch.tensor([0]),
         masked,
         torch.zeros(1, 100),
+        torch.zeros(1, 100),
         n_stages=10,
         collapse_threshold=None,
         generator=random_generator(0),
@@ -157,15 +183,21 @@ def test_without_a_threshold_only_the_target_is_revealed() -> None:
     assert (stage.item(), finished.item()) == (1, False)
 
 
-def test_a_threshold_reveals_all_above_it_and_sets_the_stage_from_the_ratio() -> None:
-    """70 of 100 positions are above tau, which is stage 7 of 10 though the row came from stage 0."""
+@pytest.mark.parametrize("order", ["top_prob", "another rule"])
+def test_a_threshold_reveals_all_above_it_and_sets_the_stage_from_the_ratio(order: str) -> None:
+    """70 of 100 positions are above tau, which is stage 7 of 10 though the row came from stage 0.
+
+    Tau is compared with the largest probability, whatever the rule that chooses the 10 to 20 of the target.
+    """
     masked = torch.ones(1, 100, dtype=torch.bool)
-    confidence = torch.where(torch.arange(100) < 70, 0.91, 0.89).log()[None]
+    max_log_prob = torch.where(torch.arange(100) < 70, 0.91, 0.89).log()[None]
+    confidence = max_log_prob if order == "top_prob" else -4.0 * torch.arange(100)[None]
     after, stage, finished = reveal_next_stage(
         masked,
         torch.tensor([0]),
         masked,
         confidence,
+        max_log_prob,
         n_stages=10,
         collapse_threshold=0.9,
         generator=random_generator(0),
@@ -182,6 +214,7 @@ def test_a_threshold_of_1_reveals_nothing_more() -> None:
         torch.tensor([0]),
         masked,
         torch.zeros(1, 100),
+        torch.zeros(1, 100),
         n_stages=10,
         collapse_threshold=1.0,
         generator=random_generator(0),
@@ -190,21 +223,22 @@ def test_a_threshold_of_1_reveals_nothing_more() -> None:
     assert not finished.item()
 
 
-def test_a_random_order_ignores_the_confidence_and_reveals_every_position_equally_often() -> None:
-    """In one stage of rows of 20 positions. A threshold still reveals by confidence."""
+def test_a_random_order_reveals_every_position_equally_often() -> None:
+    """In one stage of rows of 20 positions. A threshold still reveals by the largest probability."""
     n_rows, length = 4000, 20
     masked = torch.ones(n_rows, length, dtype=torch.bool)
     for collapse_threshold, n_sure in ((None, 0), (0.9, 5)):
-        confidence = torch.where(torch.arange(length) < n_sure, 0.0, -1.0 - torch.arange(length)).expand(n_rows, -1)
+        sure = torch.arange(length) < n_sure
+        max_log_prob = torch.where(sure, 0.0, -1.0 - torch.arange(length)).expand(n_rows, -1)
         after, _, _ = reveal_next_stage(
             masked,
             torch.zeros(n_rows, dtype=torch.long),
             masked,
-            confidence,
+            None,
+            max_log_prob,
             n_stages=4,
             collapse_threshold=collapse_threshold,
             generator=random_generator(0),
-            random_order=True,
         )
         n_masked = after.sum(0)[n_sure:]
         assert not after[:, :n_sure].any()
@@ -222,6 +256,7 @@ def test_a_short_row_is_never_sent_back_by_its_ratio() -> None:
             stage,
             torch.ones(1, 1, dtype=torch.bool),
             torch.full((1, 1), -9.0),
+            torch.full((1, 1), -9.0),
             n_stages=4,
             collapse_threshold=0.9,
             generator=random_generator(0),
@@ -232,10 +267,10 @@ def test_a_short_row_is_never_sent_back_by_its_ratio() -> None:
 # The pool
 
 
-@given(SEEDS, st.integers(1, 9), STAGES, THRESHOLDS, SEGMENTS, BATCHES)
-@settings(max_examples=40)
+@given(SEEDS, st.integers(1, 9), STAGES, THRESHOLDS, SEGMENTS, BATCHES, ORDERS)
+@settings(max_examples=60)
 def test_prompts_never_change_and_every_row_has_a_masked_position(
-    seed: int, n_rows: int, n_stages: int, collapse_threshold: float | None, n_segments: int, n_batches: int
+    seed: int, n_rows: int, n_stages: int, collapse_threshold: float | None, n_segments: int, n_batches: int, order: str
 ) -> None:
     """`x0` is at every moment a row of the data, and what is masked lies off its prompt."""
     data = numbered_rows(23, 12, seed % 1000)
@@ -250,21 +285,21 @@ def test_prompts_never_change_and_every_row_has_a_masked_position(
         in_flight = pool.rows.masked.view(n_batches * n_rows * n_segments, -1).any(1)
         assert ((stage >= 0) & (stage < n_stages))[in_flight].all()
         assert (stage == n_stages)[~in_flight].all()
-        step(pool, seed + number)
+        step(pool, seed + number, order)
 
 
-@given(SEEDS, STAGES, THRESHOLDS, SEGMENTS, BATCHES)
-@settings(max_examples=40)
+@given(SEEDS, STAGES, THRESHOLDS, SEGMENTS, BATCHES, ORDERS)
+@settings(max_examples=60)
 def test_every_transition_of_the_pool_is_one_of_the_oracles(
-    seed: int, n_stages: int, collapse_threshold: float | None, n_segments: int, n_batches: int
+    seed: int, n_stages: int, collapse_threshold: float | None, n_segments: int, n_batches: int, order: str
 ) -> None:
     """Segments of rows that stay follow the oracle; a row leaves if and only if the oracle lets all of them finish."""
     pool = make_pool(6, n_stages, collapse_threshold, seed, n_segments=n_segments, n_batches=n_batches)
     for number in range(2 * n_stages * n_batches):
         batch = slice(number % n_batches * 6, (number % n_batches + 1) * 6)
         before = rows_at(pool, batch)
-        confidence = step(pool, seed + number)
-        assert_transitions_of_the_oracle(pool, before, rows_at(pool, batch), confidence)
+        confidence, max_log_prob = step(pool, seed + number, order)
+        assert_transitions_of_the_oracle(pool, before, rows_at(pool, batch), confidence, max_log_prob)
 
 
 def rows_at(pool: PumaPool, where: slice) -> Rows:
@@ -272,15 +307,21 @@ def rows_at(pool: PumaPool, where: slice) -> Rows:
     return pool.rows.take(torch.arange(len(pool.rows.age))[where])
 
 
-def assert_transitions_of_the_oracle(pool: PumaPool, before: Rows, after: Rows, confidence: Tensor) -> None:
-    """What an update may make of a batch of the pool, given the confidences ([B, L]) of its masked positions."""
+def assert_transitions_of_the_oracle(
+    pool: PumaPool, before: Rows, after: Rows, confidence: Tensor | None, max_log_prob: Tensor
+) -> None:
+    """What an update may make of a batch of the pool, given what it observed ([B, L]) at its masked positions."""
     n_segments, n_stages = pool.n_segments, pool.n_stages
+    if confidence is None:
+        left = after.masked & (after.age > 0)[:, None]
+        confidence = outcome(before.masked & ~left, max_log_prob, pool.collapse_threshold)
     for row, stayed in enumerate((after.age > 0).tolist()):
         possible = possible_transitions(
             before.masked[row].view(n_segments, -1),
             before.stage[row].tolist(),
             before.maskable[row].view(n_segments, -1),
             confidence[row].view(n_segments, -1),
+            max_log_prob[row].view(n_segments, -1),
             n_stages,
             pool.collapse_threshold,
         )
@@ -303,6 +344,7 @@ def possible_transitions(
     stage: list[int],
     maskable: Tensor,
     confidence: Tensor,
+    max_log_prob: Tensor,
     n_stages: int,
     collapse_threshold: float | None,
 ) -> list[list[oracle.Transition]]:
@@ -316,7 +358,14 @@ def possible_transitions(
         found.append(
             [
                 oracle.advance_row(
-                    places(masked[segment]), n, j, confidence[segment], target, n_stages, collapse_threshold
+                    places(masked[segment]),
+                    n,
+                    j,
+                    confidence[segment],
+                    max_log_prob[segment],
+                    target,
+                    n_stages,
+                    collapse_threshold,
                 )
                 for target in oracle.possible_targets(min(j + 1, n_stages - 1), n_stages, n)
             ]
@@ -324,15 +373,15 @@ def possible_transitions(
     return found
 
 
-@given(SEEDS, THRESHOLDS)
-@settings(max_examples=30)
-def test_what_is_revealed_stays_revealed(seed: int, collapse_threshold: float | None) -> None:
+@given(SEEDS, THRESHOLDS, ORDERS)
+@settings(max_examples=40)
+def test_what_is_revealed_stays_revealed(seed: int, collapse_threshold: float | None, order: str) -> None:
     pool = make_pool(6, 5, collapse_threshold, seed)
     for number in range(12):
         if number == 7:
             pool.set_n_stages(9)
         masked = pool.rows.masked.clone()
-        step(pool, seed + number)
+        step(pool, seed + number, order)
         stayed = pool.rows.age > 0
         assert not (pool.rows.masked & ~masked)[stayed].any()
 
@@ -341,7 +390,7 @@ def test_a_fully_revealed_row_retires_at_once() -> None:
     """The published code keeps a finished row for the rest of its stages, though it can give no loss."""
     pool = make_pool(8, n_stages=16, collapse_threshold=0.9)
     before = row_numbers(pool.rows.x0)
-    pool.advance(torch.zeros(pool.rows.x0.shape))  # sure of everything
+    pool.advance(None, torch.zeros(pool.rows.x0.shape))  # sure of everything
     assert (pool.rows.age == 0).all()
     assert int(pool.n_finished) == 8
     assert not set(before) & set(row_numbers(pool.rows.x0))

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from conftest import tiny_settings
-from helpers import assert_distribution
+from helpers import assert_distribution, scores_of
 from torch import Tensor
 
 import progressive_block
@@ -89,7 +89,7 @@ def run_step(objective: Objective, step: int) -> tuple[Tensor, Tensor, Tensor]:
     for batch in batches:
         width = batch.xt.shape[1]
         confidence = invented_confidence(batch.x0, step)
-        objective.observe(batch, confidence.masked_fill(batch.weight == 0, -torch.inf))
+        objective.observe(batch, scores_of(confidence.masked_fill(batch.weight == 0, -torch.inf)))
         for whole, part in ((xt, batch.xt), (x0, batch.x0), (weight, batch.weight)):
             whole[batch.rows, batch.columns] = part[:, batch.columns]
         behind = torch.ones(width, dtype=torch.bool)
@@ -133,7 +133,7 @@ def test_one_block_per_row_is_the_row_objective_bit_for_bit(plain, block, layout
             for batch in objective.microbatches(step):
                 scores = model(batch.xt, batch.x0, batch.weight)
                 scores.loss.backward()
-                objective.observe(batch, scores.confidence)
+                objective.observe(batch, scores)
                 losses[-1].append(scores.loss.item())
             optimizer.step()
             optimizer.zero_grad()

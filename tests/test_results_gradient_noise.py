@@ -36,9 +36,9 @@ def test_variants_differ_in_pool_and_order_alone():
     puma = [each for each in variants(5).values() if isinstance(each, PumaSettings)]
     assert {each.n_stages for each in puma} == {5}
     assert [(each.pool_batches, each.reveal_order) for each in puma] == [
-        (1, "confidence"),
+        (1, "top_prob"),
         (1, "random"),
-        (16, "confidence"),
+        (16, "top_prob"),
     ]
 
 

@@ -38,8 +38,8 @@ def go_back(run_dir: Path, copy: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, data_dir) -> Path:
-    """Two layers, an average, two microbatches per step, a tied head: all that sharding touches."""
-    settings = tiny_settings(PUMA, data_dir)
+    """Two layers, an average, two microbatches per step, a tied head used twice: all that sharding touches."""
+    settings = tiny_settings(PUMA | {"reveal_order": "top_prob_margin"}, data_dir)
     settings["model"] |= {"num_hidden_layers": 2, "tie_word_embeddings": True}
     settings["training"] |= {"micro_batch_size": 2, "max_grad_norm": 0.1, "keep_checkpoints": 9}
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"

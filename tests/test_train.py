@@ -50,6 +50,11 @@ CASES = {
     "block_uniform_causal": {"name": "block_uniform", "block_size": 8, "block_attention": "block_causal"},
     "block_puma_prefix": PUMA | {"name": "block_puma", "block_size": 8, "block_attention": "prefix"},
     "block_puma_causal": PUMA | {"name": "block_puma", "block_size": 8, "block_attention": "block_causal"},
+    "puma_by_margin": PUMA | {"reveal_order": "top_prob_margin"},
+    "puma_by_entropy": {"name": "puma", "n_stages": 4, "reveal_order": "neg_entropy"},
+    "puma_in_random_order": {"name": "puma", "n_stages": 4, "reveal_order": "random"},
+    "block_puma_causal_by_entropy": PUMA
+    | {"name": "block_puma", "block_size": 8, "block_attention": "block_causal", "reveal_order": "neg_entropy"},
     "puma_with_uniform_rows": {"name": "puma", "n_stages": 4, "uniform_fraction": 0.25},
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import NumberedRows, numbered_rows, random_log_probs
+from helpers import NumberedRows, numbered_rows, random_log_probs, scores_of
 from pydantic import TypeAdapter
 from torch import Tensor
 
@@ -51,7 +51,7 @@ def run_step(objective: Any, seed: int) -> list[int]:
     turn = int(pool.turn) if pool else 0
     batch = list(objective.microbatches(0))
     for number, microbatch in enumerate(batch):
-        objective.observe(microbatch, random_log_probs(tuple(microbatch.xt.shape), seed + number))
+        objective.observe(microbatch, scores_of(random_log_probs(tuple(microbatch.xt.shape), seed + number)))
     rows = torch.cat([part.x0[:, 0] for part in batch if part.columns in (slice(None), slice(0, 4))]).tolist()
     objective.end_step()
     objective.prefetch()

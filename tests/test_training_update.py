@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import oracle
 import pytest
 import torch
 from conftest import PUMA, UNIFORM, tiny_settings
 from test_progressive import assert_transitions_of_the_oracle, rows_at
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from config import Confidence
+from model.token_scores import TokenScores
 from objective import Microbatch
 from progressive import PumaObjective
 from runtime.config_file import parse_config
@@ -28,6 +30,8 @@ OBJECTIVES = {
     "uniform": UNIFORM,
     "puma": PUMA,
     "random_order": {"name": "puma", "n_stages": 4, "reveal_order": "random"},
+    "order_of_the_margin": PUMA | {"reveal_order": "top_prob_margin", "collapse_threshold": 0.5},
+    "order_of_the_entropy": {"name": "puma", "n_stages": 4, "reveal_order": "neg_entropy"},
     "mixed": {"name": "puma", "n_stages": 4, "uniform_fraction": 0.25},
     "block_puma": {"name": "block_puma", "n_stages": 4, "block_size": 8, "block_attention": "block_causal"},
     "autoregressive": {"name": "autoregressive"},
@@ -63,19 +67,22 @@ def build(objective: dict[str, Any], data_dir: Path, run_dir: Path, device: str 
     return build_run(config, world, run_dir, config.open_data().train)
 
 
-def test_a_pool_reveals_by_the_confidence_of_the_weights_before_the_update(
-    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("order", get_args(Confidence))
+@pytest.mark.parametrize("collapse_threshold", [None, 0.5])
+def test_a_pool_reveals_by_the_scores_of_the_weights_before_the_update(
+    order: str, collapse_threshold: float | None, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The confidence is the largest probability, whichever token has it: not that of the true token."""
-    run = build(PUMA | {"collapse_threshold": 0.5}, data_dir, tmp_path, micro_batch_size=4)
+    """By those of the model's own predictions, whichever token has them: not by those of the true token."""
+    objective = PUMA | {"collapse_threshold": collapse_threshold, "reveal_order": order}
+    run = build(objective, data_dir, tmp_path, micro_batch_size=4)
     assert isinstance(run.objective, PumaObjective)
     with torch.no_grad():
         run.model.lm_head.weight.mul_(20)  # about half of the probabilities exceed the threshold
     pool, observe, seen = run.objective.pool, run.objective.observe, []
 
-    def recorded(microbatch: Microbatch, confidence: Tensor) -> None:
-        seen.append((microbatch, confidence.clone()))
-        observe(microbatch, confidence)
+    def recorded(microbatch: Microbatch, scores: TokenScores) -> None:
+        seen.append((microbatch, scores))
+        observe(microbatch, scores)
 
     monkeypatch.setattr(run.objective, "observe", recorded)
     updater = Updater(run)
@@ -85,15 +92,21 @@ def test_a_pool_reveals_by_the_confidence_of_the_weights_before_the_update(
         before = rows_at(pool, batch)
         updater.step()
         assert [microbatch.rows for microbatch, _ in seen] == [slice(0, 4), slice(4, 8)]
-        for microbatch, confidence in seen:
+        for microbatch, scores in seen:
             with torch.no_grad():
                 logits = model.logits(microbatch.xt)
-            expected = oracle.score_batch(logits, microbatch.x0, microbatch.weight).confidence
+            rule = "top_prob" if order == "random" else order
+            expected = oracle.score_batch(logits, microbatch.x0, microbatch.weight, rule)
             scored = microbatch.weight != 0
             assert torch.equal(scored, before.masked[microbatch.rows])
-            torch.testing.assert_close(confidence[scored].double(), expected[scored], rtol=1e-4, atol=1e-5)
-        observed = torch.cat([confidence for _, confidence in seen])
-        assert_transitions_of_the_oracle(pool, before, rows_at(pool, batch), observed)
+            for name in ("nll", "max_log_prob", "confidence"):
+                found, wanted = getattr(scores, name)[scored], getattr(expected, name)[scored]
+                torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+        max_log_prob, confidence = (
+            torch.cat([getattr(scores, name) for _, scores in seen]) for name in ("max_log_prob", "confidence")
+        )
+        after = rows_at(pool, batch)
+        assert_transitions_of_the_oracle(pool, before, after, None if order == "random" else confidence, max_log_prob)
         seen.clear()
 
 

@@ -90,10 +90,10 @@ def apply_update(run: Run, dtype: torch.dtype | None) -> None:
         sync = run.wrapped.no_sync() if isinstance(run.wrapped, DistributedDataParallel) and not last else nullcontext()
         with sync:
             with autocast(run.world.device, dtype):
-                scores = run.wrapped(microbatch.xt, microbatch.x0, microbatch.weight)
+                scores = run.wrapped(microbatch.xt, microbatch.x0, microbatch.weight, run.objective.confidence)
             scores.loss.backward()
         run.loss_sum += scores.loss.detach()
-        run.objective.observe(microbatch, scores.confidence)
+        run.objective.observe(microbatch, scores)
     run.grad_norm_sum += full_tensor(
         nn.utils.clip_grad_norm_(run.model.parameters(), run.config.training.max_grad_norm)
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -48,7 +49,7 @@ SHAPE = (
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
-    "n_key_value_heads",
+    "num_key_value_heads",
     "rotary",
     "rope_theta",
     "rms_norm_eps",
@@ -179,19 +180,31 @@ def fit_weights(pretrained: Pretrained, settings: ModelSettings) -> dict[str, Te
     """The weights for a model of these settings, with the vocabulary resized.
 
     Raises:
-        ValueError: other settings differ; the message names both values.
+        ValueError: other settings differ; the message names both values and gives a section that fits.
     """
-    found = [(key, getattr(settings, key), getattr(pretrained.settings, key)) for key in SHAPE]
-    problems = [
-        f"  {key}: {ours} in the settings, {theirs} in the weights" for key, ours, theirs in found if ours != theirs
-    ]
-    ours, theirs = settings.learned_positions, pretrained.settings.learned_positions
-    if theirs is not None and ours != theirs:
-        problems.append(f"  learned_positions: {ours} in the settings, {theirs} in the weights")
-    if settings.tie_word_embeddings and not pretrained.settings.tie_word_embeddings:
-        problems.append("  tie_word_embeddings: true in the settings, false in the weights")
-    if problems:
-        raise ValueError(f"the model section does not fit {pretrained.source}:\n" + "\n".join(problems))
+    ours, theirs = (
+        each.model_copy(update={"num_key_value_heads": each.n_key_value_heads})
+        for each in (settings, pretrained.settings)
+    )
+    differing = [key for key in SHAPE if getattr(ours, key) != getattr(theirs, key)]
+    if theirs.learned_positions not in (None, ours.learned_positions):
+        differing.append("learned_positions")
+    if ours.tie_word_embeddings and not theirs.tie_word_embeddings:
+        differing.append("tie_word_embeddings")
+    if differing:
+        listed = "\n".join(
+            f"  {key}: {_yaml(getattr(ours, key))} in the settings, {_yaml(getattr(theirs, key))} in the weights"
+            for key in differing
+        )
+        kept: dict[str, Any] = {"init_from": ours.init_from, "shifted": ours.shifted, "causal": ours.causal}
+        kept["vocab_size"] = max(ours.vocab_size, theirs.vocab_size)
+        if theirs.learned_positions is None:
+            kept["learned_positions"] = ours.learned_positions
+        section = {"model": theirs.model_copy(update=kept).model_dump(exclude_defaults=True)}
+        raise ValueError(
+            f"the model section does not fit {pretrained.source}:\n{listed}\nThis one does:\n"
+            + yaml.safe_dump(section, sort_keys=False).rstrip()
+        )
     weights = dict(pretrained.weights)
     if not settings.tie_word_embeddings and pretrained.settings.tie_word_embeddings:
         weights[HEAD] = weights[EMBEDDING].clone()
@@ -263,6 +276,11 @@ def write_qwen2(
     folder: Path, model: Pretrained, *, causal: bool, mask_id: int, eos_id: int | None, pad_id: int | None
 ) -> None:
     """Write a folder that `Qwen2ForCausalLM.from_pretrained` opens with equal logits.
+def _yaml(value: float | bool | None) -> str:
+    """A value as it is written in a YAML file."""
+    return yaml.safe_dump(value).partition("\n")[0]
+
+
 
     For a bidirectional model config.json has `is_causal: false`, which transformers 5 uses and older versions ignore.
     """

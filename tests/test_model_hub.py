@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import PUMA, ROOT, SHARED, UNIFORM, run_python, tiny_gsm_settings, tiny_settings
 from safetensors.torch import load, save_file
 from torch import Tensor
@@ -178,10 +179,23 @@ def test_another_shape_is_refused_with_both_numbers(tmp_path, data_dir):
     other = {"hidden_size": 32, "num_hidden_layers": 5, "rope_theta": 1e6, "tie_word_embeddings": True}
     with pytest.raises(ValueError, match="does not fit") as error:
         loaded(make_config(data_dir, tmp_path / "qwen2", model=other))
-    for key, ours, theirs in (("hidden_size", 32, 16), ("num_hidden_layers", 5, 2), ("rope_theta", 1e6, 1e4)):
+    numbers = (("hidden_size", 32, 16), ("num_hidden_layers", 5, 2), ("rope_theta", 1000000.0, 10000.0))
+    for key, ours, theirs in numbers:
         assert f"{key}: {ours} in the settings, {theirs} in the weights" in str(error.value)
-    assert "tie_word_embeddings" in str(error.value)
-    assert "intermediate_size" not in str(error.value)
+    problems, section = str(error.value).split("\nmodel:\n")
+    assert "tie_word_embeddings: true in the settings, false in the weights" in problems
+    assert "intermediate_size" not in problems
+    fitting = yaml.safe_load(section)
+    assert fitting["init_from"] == str(tmp_path / "qwen2")
+    del other["tie_word_embeddings"], other["rope_theta"]  # the message leaves defaults out
+    loaded(make_config(data_dir, tmp_path / "qwen2", model=other | fitting))
+
+
+@pytest.mark.parametrize("given", [{"num_key_value_heads": 4}, {"num_key_value_heads": None}])
+def test_settings_are_named_as_in_yaml_files(given, tmp_path, data_dir):
+    write_reference(tmp_path / "qwen2")
+    with pytest.raises(ValueError, match=r"\n  num_key_value_heads: 4 in the settings, 2 in the weights\n"):
+        loaded(make_config(data_dir, tmp_path / "qwen2", model=given))
 
 
 @pytest.mark.parametrize(
@@ -349,7 +363,7 @@ def test_a_table_of_positions_is_taken_over_or_refused_with_both_lengths(data_di
     assert torch.equal(table, find_checkpoint(tmp_path / "mdm").weights("ema")[POSITIONS])
     for length, problem in (
         (40, "learned_positions: 40 in the settings, 32 in the weights"),
-        (None, "None in the settings, 32"),
+        (None, "null in the settings, 32"),
     ):
         settings["model"]["learned_positions"] = length
         with pytest.raises(ValueError, match=problem):

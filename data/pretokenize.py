@@ -17,10 +17,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from io import FileIO
+from itertools import chain, islice
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,7 @@ SPLITS = ("train", "test", "valid", "dev")  # how the names of their files begin
 KINDS = {".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}  # readers of `datasets`, by file name
 CHUNK_ROWS = 500  # rows per task of a worker process: 1 MiB of labels
 MAX_PENDING_CHUNKS = 4  # per worker
+N_FIRST_CHUNKS = 40  # tokenized in a few seconds, less than worker processes of `train.py` take to import torch
 SAVE_EVERY_S = 5.0
 SAY_EVERY_S = 60.0  # where there is no progress bar
 # Recorded in meta.json, so that a call never appends to rows that were encoded differently.
@@ -92,7 +95,8 @@ def pretokenize(
         source: see `read_rows`.
         tokenizer_name, eos_token: see `data.text.load_tokenizer`.
         limit: rows of the source to read; None: all.
-        n_workers: processes; None: one per CPU core that this process may use; 1: this one.
+        n_workers: processes; 1: this one; None: one per CPU core that this process may use, after the first
+            `N_FIRST_CHUNKS` chunks, which this one tokenizes.
         columns: of the prompt and of the completion.
         split: of a data set on the Hub.
         truncate: see `data.text.encode_rows`.
@@ -298,8 +302,18 @@ def _encode_chunks(
     work: Callable[[list[str], list[str]], Rows],
     n_workers: int | None,
 ) -> Generator[Rows, None, None]:
-    """`work` on each chunk in worker processes, in order, with a bounded number of pending chunks."""
-    n_workers = n_workers or count_cores()
+    """`work` on each chunk in worker processes, in order, with a bounded number of pending chunks.
+
+    Raises:
+        ChildProcessError: a worker process was killed.
+    """
+    if n_workers is None:
+        n_workers = count_cores()
+        yield from (work(*chunk) for chunk in islice(chunks, N_FIRST_CHUNKS))
+        following = next(chunks, None)
+        if following is None:
+            return
+        chunks = chain([following], chunks)
     if n_workers == 1:
         yield from (work(*chunk) for chunk in chunks)
         return
@@ -312,6 +326,10 @@ def _encode_chunks(
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a process that tokenizes was killed, perhaps for want of memory; the same command continues"
+        ) from error
     finally:
         executor.shutdown(cancel_futures=True)
 

@@ -7,7 +7,9 @@ import os
 import re
 import signal
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,6 +86,36 @@ def test_files_hold_what_a_slow_loop_finds(tmp_path, tokenizer_dir):
     whole = [i for i, row in enumerate(tokens) if row[-2] == tokenizer.eos_token_id]
     programs = decode_completions(tokenizer, tokens[whole], prompt_mask[whole])
     assert programs == [kept[i]["code"] for i in whole]
+
+
+def test_many_rows_are_shared_out_after_the_first(tmp_path, tokenizer_dir, monkeypatch):
+    """As many rows as take longer than the start of worker processes; the files are the same."""
+    write_rows(tmp_path / "rows.jsonl", 1203)
+    arguments = (str(tmp_path / "rows.jsonl"), str(tokenizer_dir))
+    started_workers: list[int] = []
+
+    def start(n_workers: int, *options: Any) -> ProcessPoolExecutor:
+        started_workers.append(n_workers)
+        return ProcessPoolExecutor(n_workers, *options)
+
+    monkeypatch.setattr(module, "ProcessPoolExecutor", start)
+    monkeypatch.setattr(module, "count_cores", lambda: 2)
+    pretokenize(*arguments, tmp_path / "alone", MAX_LEN)
+    assert started_workers == []
+    monkeypatch.setattr(module, "N_FIRST_CHUNKS", 2)
+    pretokenize(*arguments, tmp_path / "shared", MAX_LEN)
+    assert started_workers == [2]
+    for name in ("labels.bin", "prompt_mask.bin", "meta.json"):
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "shared" / name).read_bytes(), name
+
+
+def kill_worker(prompts: list[str], completions: list[str]) -> module.Rows:
+    os._exit(9)
+
+
+def test_a_worker_that_is_killed_ends_the_command_with_a_message():
+    with pytest.raises(ChildProcessError, match="was killed"):
+        list(module._encode_chunks(iter([(["a"], ["b"])] * 3), kill_worker, 2))
 
 
 def test_white_space_around_the_texts_changes_nothing(tmp_path, tokenizer_dir):

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from signal import SIGINT, Signals
 from typing import Any
@@ -35,12 +36,12 @@ import torch
 from tqdm import tqdm
 
 from config import Config
-from data.dataset import DataSet
+from data.dataset import DataSet, DataSettings
 from data.files import WriteError, reported, say, write_text
 from data.foreign import INTERRUPTED, CommandParser, escape, shorten
 from eval.accuracy import check_n_examples
 from eval.evaluate import Evaluation, as_json, evaluate
-from model.hub import check_init_from
+from model.hub import check_init_from, check_initial_tokenizer, initial_data
 from model.transformer import Transformer
 from report.curves import RUN_AXES, draw_curves
 from report.page import PAGE_FILE, TRACES_FILE, write_page
@@ -106,8 +107,11 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
         check_init_from(config.model.init_from)  # before work on the data
     if world.is_main:
         say(f"data: {escape(config.data.describe())}")
+    resumed = None if checkpoint is None else run_dir
     with session.phase("data"):
-        data = main_first(world, lambda: config.open_data().load(train=True))
+        data = main_first(world, lambda: open_data(config, resumed).load(train=True))
+    if config.model.init_from is not None and checkpoint is None:
+        on_main(partial(check_initial_tokenizer, config.model.init_from, data))
     for key in ("n_examples", "n_final_examples"):
         if not config.validation.is_default(key):  # the default is for large tests
             check_n_examples(getattr(config.validation, key), data, f"validation.{key}")
@@ -116,14 +120,38 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
     if checkpoint is not None:
         with loading_checkpoint(checkpoint.path):
             restore_run(run, checkpoint)
+    if checkpoint is None:
+        on_main(partial(data.keep_tokenizer, run_dir))
     on_main(lambda: write_text(run_dir / "config.yaml", dump_config(config)))
     if world.is_main:
         if config.training.cuda_graph is True and world.device.type != "cuda":
             warnings.warn("training.cuda_graph is ignored: this machine has no GPU", stacklevel=2)
-        for warning in data.warnings():
-            warnings.warn(warning, stacklevel=2)
+        warn_about(data)
         say(start_message(run))
     return run, data
+
+
+def open_data(config: Config, resumed: Path | None = None) -> DataSet:
+    """The data of a run, with the tokenizer of its weights; see `DataSettings.in_run` and `model.hub.initial_data`.
+
+    Args:
+        resumed: directory of a run that has a checkpoint; None: the run starts.
+
+    Raises:
+        ValueError: the run starts from weights whose tokenizer is not known.
+    """
+    data: DataSettings = config.data
+    if resumed is None and config.model.init_from is not None:
+        data = initial_data(config)
+    elif resumed is not None:
+        data = data.in_run(resumed)
+    return data.open(config.model.vocab_size)
+
+
+def warn_about(data: DataSet) -> None:
+    """Show the warnings about the data."""
+    for warning in data.warnings():
+        warnings.warn(warning, stacklevel=3)
 
 
 def open_records(run: Run) -> Recorder | None:

@@ -19,6 +19,7 @@ import numpy as np
 from data.hashes import hash_arrays
 from data.questions import Question
 from data.settings import Settings
+from data.text import TOKENIZER_DIR
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -155,6 +156,30 @@ class DataSettings(Settings, ABC):
     def open(self, vocab_size: int) -> DataSet:
         """The data set for a model with `vocab_size` tokens. Reads no file yet."""
 
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether the settings name no tokenizer, so that one is trained on the data."""
+        return False
+
+    def with_tokenizer(self, folder: Path) -> DataSettings:
+        """The same data, tokenized with the tokenizer of a folder. By default these settings: there is no choice."""
+        return self
+
+    def in_run(self, run_dir: Path) -> DataSettings:
+        """The same data with the tokenizer of a run, which `DataSet.keep_tokenizer` has written to its directory.
+
+        The model of the run knows the tokens of no other. Where the settings say, another may be found by now.
+
+        Raises:
+            ValueError: the run has none, and it cannot be made again.
+        """
+        folder = run_dir / TOKENIZER_DIR
+        if folder.is_dir():
+            return self.with_tokenizer(folder)
+        if self.trains_tokenizer:
+            raise ValueError(f"{folder} is missing, the tokenizer that was trained for the run: copy it with the run")
+        return self
+
     def in_folder(self, folder: Path) -> DataSettings:
         """Settings that read what encoding a question needs, such as a tokenizer, from the folder of an exported model.
 
@@ -264,6 +289,13 @@ class DataSet(ABC):
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer; None if tokens are not text."""
         return None
+
+    def keep_tokenizer(self, run_dir: Path) -> None:
+        """Write the tokenizer to a run's directory, for `DataSettings.in_run`; by default there is none.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
 
     def difficulty(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Measures of difficulty by name, each [n]: the lowest value of the question's group, or NaN if unknown."""

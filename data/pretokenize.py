@@ -43,8 +43,8 @@ from data.foreign import (
     whole_number,
 )
 from data.gsm8k import HUB_NAME, read_problems
-from data.text import encode_rows, load_tokenizer
-from data.token_files import LABELS_FILE, META_FILE, PROMPT_FILE, TOKENIZER_DIR, data_shape, read_meta, write_meta
+from data.text import TOKENIZER_DIR, encode_rows, load_tokenizer
+from data.token_files import LABELS_FILE, META_FILE, PROMPT_FILE, data_shape, read_meta, write_meta
 from grader.cores import count_cores
 
 PROGRESS_FILE = ".progress.json"

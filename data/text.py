@@ -25,8 +25,31 @@ TOKENIZER_FILE = "tokenizer.json"
 # JSON files: what a tokenizer is read from.
 TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 MAX_TOKENIZER_BYTES = 1 << 28
+TOKENIZER_REMEDY = f"name a folder or Hugging Face name with {TOKENIZER_FILE}"
+TOKENIZER_DIR = "tokenizer"  # folder of a tokenizer, beside tokenized rows and in the directory of a run
 EOS, MASK = "<eos>", "<mask>"  # of the tokenizers that are trained here
 MIN_TRAINED_VOCAB = 256 + 2  # bytes, EOS and mask token
+
+
+def find_tokenizer(name: str) -> Path:
+    """The tokenizer.json of a tokenizer: a file, in a folder, or of a Hugging Face name, downloaded on first use.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    from huggingface_hub import snapshot_download  # slow to import
+
+    with reading(f"tokenizer {name!r}", TOKENIZER_REMEDY):
+        path = Path(name)
+        if path.suffix == ".json":
+            check_file(path, MAX_TOKENIZER_BYTES)
+            return path
+        folder = path if path.is_dir() else Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
+        for file in folder.glob("*.json"):
+            check_file(file, MAX_TOKENIZER_BYTES)
+        if not (folder / TOKENIZER_FILE).is_file():
+            raise ValueError(f"it has no fast version ({TOKENIZER_FILE}); choose one that has")
+        return folder / TOKENIZER_FILE
 
 
 def load_tokenizer(name: str, eos_token: str | None = None) -> Any:
@@ -43,22 +66,14 @@ def load_tokenizer(name: str, eos_token: str | None = None) -> Any:
     Raises:
         ValueError: it cannot be loaded, has no fast version, or no EOS token or not this one.
     """
-    from huggingface_hub import snapshot_download
     from transformers import PreTrainedTokenizerFast  # slow to import, and Sudoku runs do not need it
 
-    with reading(f"tokenizer {name!r}", f"name a folder or Hugging Face name with {TOKENIZER_FILE}"):
-        folder = Path(name)
-        if folder.suffix == ".json":
-            check_file(folder, MAX_TOKENIZER_BYTES)
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder))
+    file = find_tokenizer(name)
+    with reading(f"tokenizer {name!r}", TOKENIZER_REMEDY):
+        if Path(name).suffix == ".json":
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
         else:
-            if not folder.is_dir():
-                folder = Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
-            for file in folder.glob("*.json"):
-                check_file(file, MAX_TOKENIZER_BYTES)
-            if not (folder / TOKENIZER_FILE).is_file():
-                raise ValueError(f"it has no fast version ({TOKENIZER_FILE}); choose one that has")
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, trust_remote_code=False)
         tokenizer.init_kwargs.pop("auto_map", None)  # a saved copy names no code either
         # Settings of tokenizer.json that would apply to every text.
         tokenizer.backend_tokenizer.no_padding()

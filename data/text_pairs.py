@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -27,20 +28,21 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from data.dataset import AnswerVerdict, DataSet, DataSettings, JudgedAnswers
-from data.files import make_once, making_folder, say
-from data.foreign import check_file, escape, reading, shorten
+from data.files import make_once, making_folder, reported, say
+from data.foreign import escape, reading, shorten
 from data.hashes import cached_hash, hash_file
 from data.pretokenize import find_files, pretokenize, read_rows
 from data.questions import Question
 from data.settings import FREE_ON_RESUME
 from data.text import (
-    MAX_TOKENIZER_BYTES,
     MIN_TRAINED_VOCAB,
+    TOKENIZER_DIR,
     TOKENIZER_FILE,
     check_tokens,
     decode_completions,
     encode_completions,
     encode_prompts,
+    find_tokenizer,
     load_tokenizer,
     prompt_fits,
     prompt_row,
@@ -96,6 +98,23 @@ class PairDataSet(DataSet):
     @abstractmethod
     def folder(self) -> Path:
         """The folder of the tokenized rows, which may be written on first use."""
+
+    @property
+    @abstractmethod
+    def tokenizer_name(self) -> str:
+        """Folder, tokenizer.json or Hugging Face name of the tokenizer, which may be trained on first use."""
+
+    @override
+    def keep_tokenizer(self, run_dir: Path) -> None:
+        folder, file = run_dir / TOKENIZER_DIR, find_tokenizer(self.tokenizer_name)
+        tokenizer, content = self.tokenizer, file.read_bytes()  # first, since it may be the one that is replaced
+        with reported(folder):
+            if folder.exists():
+                shutil.rmtree(folder)
+        with making_folder(folder) as scratch:
+            tokenizer.save_pretrained(scratch)
+            # Byte for byte, since the folder of the tokenized rows is named after its hash.
+            (scratch / TOKENIZER_FILE).write_bytes(content)
 
     @cached_property
     def all_rows(self) -> TokenFileData:
@@ -200,10 +219,19 @@ class TextSettings(PairSettings):
         test = self.test_source or f"the last {self.n_held_out:,} pairs"
         return f"pairs of {self.prompt_column} and {self.completion_column} in {self.source}, tested on {test}"
 
+    @property
+    @override
+    def trains_tokenizer(self) -> bool:
+        return self.tokenizer is None
+
+    @override
+    def with_tokenizer(self, folder: Path) -> TextSettings:
+        return self.model_copy(update={"tokenizer": str(folder)})
+
     @override
     def in_folder(self, folder: Path) -> TextSettings:
         """The tokenizer of the folder; no rows."""
-        return self.model_copy(update={"tokenizer": str(folder)})
+        return self.with_tokenizer(folder)
 
     @override
     def open(self, vocab_size: int) -> TextData:
@@ -231,11 +259,15 @@ class TextData(PairDataSet):
     @cached_property
     @override
     def tokenizer(self) -> Any:
-        return load_tokenizer(self._tokenizer_name, self.settings.eos_token)
+        return load_tokenizer(self.tokenizer_name, self.settings.eos_token)
 
     @cached_property
-    def _tokenizer_name(self) -> str:
-        """The tokenizer of the settings, or the folder of one that is trained on first use."""
+    @override
+    def tokenizer_name(self) -> str:
+        """The tokenizer of the settings, or the folder of one that is trained on first use.
+
+        Only a run that starts trains one: settings of a checkpoint name that of the run (`DataSettings.in_run`).
+        """
         settings = self.settings
         if settings.tokenizer is not None:
             return settings.tokenizer
@@ -256,16 +288,15 @@ class TextData(PairDataSet):
 
     def _tokenized(self, source: str, split: str) -> Path:
         """The folder of the rows of a source, which are tokenized on first use."""
-        settings, name = self.settings, self._tokenizer_name
+        settings, name = self.settings, self.tokenizer_name
         columns = (settings.prompt_column, settings.completion_column)
-        facts = [VERSION, _identity(source), split, columns, _tokenizer_identity(name), settings.eos_token]
+        facts = [VERSION, _identity(source), split, columns, hash_file(find_tokenizer(name)), settings.eos_token]
         folder = Path(settings.data_dir) / f"{split}_{settings.max_len}_{_digest(facts)}"
         pretokenize(
             source,
             name,
             folder,
             max_len=settings.max_len,
-            n_workers=1,
             columns=columns,
             split=split,
             truncate=False,
@@ -357,16 +388,6 @@ def _identity(source: str) -> list[str]:
         return [source]
     with reading(f"source {source!r}", "give .jsonl or .parquet files or a folder of them"):
         return [source, *(cached_hash(Path(file)) for file in find_files(path))]
-
-
-def _tokenizer_identity(name: str) -> str:
-    """The content of a tokenizer; of one on the Hub only its name."""
-    path = Path(name) if name.endswith(".json") else Path(name) / TOKENIZER_FILE
-    if not path.exists():
-        return name
-    with reading(f"tokenizer {name!r}", f"name a folder or Hugging Face name with {TOKENIZER_FILE}"):
-        check_file(path, MAX_TOKENIZER_BYTES)
-        return hash_file(path)
 
 
 def _digest(facts: list[Any]) -> str:

@@ -97,6 +97,11 @@ class TinyGsmSettings(PairSettings):
         return TinyGsm(self, vocab_size)
 
     @override
+    def with_tokenizer(self, folder: Path) -> TinyGsmSettings:
+        """Word problems keep their own."""
+        return self.model_copy(update={"tokenizer": str(folder)}) if self.source == "files" else self
+
+    @override
     def in_folder(self, folder: Path) -> TinyGsmSettings:
         """The tokenizer of the folder; no rows."""
         return TinyGsmSettings(
@@ -135,18 +140,23 @@ class TinyGsm(PairDataSet):
             difficulty=settings.difficulty or "easy",
         )
 
+    @property
+    @override
+    def tokenizer_name(self) -> str:
+        """The tokenizer of the settings, or the one that wrote the rows."""
+        return self.settings.tokenizer or tokenizer_of(self.folder)
+
     @cached_property
     @override
     def tokenizer(self) -> Any:
         """The tokenizer that wrote the rows; ValueError if it cannot be loaded or its EOS differs from the rows'."""
-        name = self.settings.tokenizer or tokenizer_of(self.folder)
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(self.tokenizer_name)
         has_rows = self.settings.tokenizer is None or (self.folder / META_FILE).exists()  # not beside exported weights
         eos_id = read_meta(self.folder).get("eos_id") if has_rows else None
         if eos_id not in (None, tokenizer.eos_token_id):
             raise ValueError(
-                f"the rows in {self.folder} end in token {eos_id}, but EOS of tokenizer {name!r} is "
-                f"{tokenizer.eos_token_id}: set data.tokenizer to the tokenizer that wrote them"
+                f"the rows in {self.folder} end in token {eos_id}, but EOS of tokenizer {self.tokenizer_name!r} "
+                f"is {tokenizer.eos_token_id}: set data.tokenizer to the tokenizer that wrote them"
             )
         return tokenizer
 

@@ -23,10 +23,9 @@ from tqdm import tqdm
 from data.files import reported, write_text
 from data.foreign import MAX_INTEGER, read_json, reading
 from data.hashes import cached_findings, cached_hash, hash_arrays
-from data.text import SEPARATOR
+from data.text import SEPARATOR, TOKENIZER_DIR
 
 LABELS_FILE, PROMPT_FILE, META_FILE = "labels.bin", "prompt_mask.bin", "meta.json"
-TOKENIZER_DIR = "tokenizer"
 N_CHECKED = 20_000  # rows that are checked at a time
 COUNTS = ("num_examples", "max_len", "max_token_id", "eos_id", "num_left_out")  # numbers in meta.json
 # As the published code writes; other values are refused.

@@ -22,8 +22,8 @@ import numpy as np
 
 from data.files import WriteError, make_once, making_folder, say
 from data.foreign import check_memory
-from data.text import encode_completions, encode_prompts, encode_rows, train_byte_pairs
-from data.token_files import META_FILE, TOKENIZER_DIR, write_token_files
+from data.text import TOKENIZER_DIR, encode_completions, encode_prompts, encode_rows, train_byte_pairs
+from data.token_files import META_FILE, write_token_files
 
 Difficulty = Literal["easy", "hard"]
 

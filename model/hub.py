@@ -23,10 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config import Config, ModelSettings
+from data.dataset import DataSet, DataSettings
 from data.files import reported, write_text
 from data.foreign import CommandParser, ends_with_message, read_json, reading
+from data.text import TOKENIZER_DIR, TOKENIZER_FILE, load_tokenizer
 from model.transformer import EMBEDDING, HEAD, POSITIONS, Transformer, build_model, count_parameters
-from runtime.checkpoint import MANIFEST, Checkpoint, chosen_folder, find_checkpoint, split_choice
+from runtime.checkpoint import MANIFEST, Checkpoint, chosen_folder, find_checkpoint, run_dir_of, split_choice
 from runtime.config_file import dump_config, override_config, read_config
 
 CONFIG_FILE = "config.json"
@@ -106,6 +108,12 @@ def _is_written_here(folder: Path) -> bool:
     return (folder / SETTINGS_FILE).exists() and (folder / WEIGHTS_FILE).exists() and not (folder / MANIFEST).exists()
 
 
+def _is_run(source: str) -> bool:
+    """Whether the source is a checkpoint or a run directory."""
+    folder, choice = split_choice(source)
+    return choice is not None or (folder / MANIFEST).exists() or (folder / "checkpoints").is_dir()
+
+
 def _load_checkpoint(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> LoadedModel:
     """See `load_model`."""
     config = checkpoint.config(overrides)
@@ -145,6 +153,58 @@ def check_init_from(source: str) -> None:
     raise ValueError(f"model.init_from: {source} does not exist")
 
 
+def tokenizer_folder(source: str) -> Path | None:
+    """Where a run, a checkpoint or a folder written by this file keeps its tokenizer; None: `source` is another.
+
+    The folder is missing if the data has no tokenizer.
+    """
+    folder, _ = split_choice(source)
+    if _is_run(source):
+        return (run_dir_of(folder) if (folder / MANIFEST).exists() else folder) / TOKENIZER_DIR
+    return folder if _is_written_here(folder) else None
+
+
+def initial_data(config: Config) -> DataSettings:
+    """The data settings of a run that starts from `model.init_from`: with its tokenizer if one would be trained.
+
+    Raises:
+        ValueError: one would be trained, and the weights are not of a run that has one.
+    """
+    source = config.model.init_from
+    assert source is not None
+    if not config.data.trains_tokenizer:
+        return config.data
+    folder = tokenizer_folder(source)
+    if folder is None or not (folder / TOKENIZER_FILE).is_file():
+        remedy = f"set data.tokenizer: {source}"
+        if folder is not None:
+            remedy = f"copy the one that it was trained with to {folder}, or set data.tokenizer"
+        raise ValueError(
+            "data.tokenizer is null, so a tokenizer would be trained whose tokens are not those of model.init_from "
+            f"{source}: {remedy}"
+        )
+    return config.data.with_tokenizer(folder)
+
+
+def check_initial_tokenizer(source: str, data: DataSet) -> None:
+    """Raise ValueError if the run `model.init_from` has a tokenizer in which a token of the data is another text."""
+    folder = tokenizer_folder(source)
+    if folder is None or not (folder / TOKENIZER_FILE).is_file() or data.tokenizer is None:
+        return
+    ours, theirs = (
+        {token: text for text, token in tokenizer.get_vocab().items()}
+        for tokenizer in (data.tokenizer, load_tokenizer(str(folder)))
+    )
+    changed = [token for token in sorted(ours.keys() & theirs.keys()) if ours[token] != theirs[token]]
+    if changed:
+        first = changed[0]
+        raise ValueError(
+            f"the tokenizer of the data is not that of model.init_from {source}: {len(changed)} tokens differ, such as "
+            f"{first}, {ours[first]!r} in the data and {theirs[first]!r} there. Set data.tokenizer: {folder}, or start "
+            "from other weights"
+        )
+
+
 def load_initial_weights(model: Transformer, config: Config) -> None:
     """Load the weights of `model.init_from` into `model`, with the vocabulary resized; averaged ones if a run has them.
 
@@ -166,8 +226,7 @@ def load_initial_weights(model: Transformer, config: Config) -> None:
 
 def _read(source: str) -> Pretrained:
     """Read what `load_model` reads, a Qwen2 folder, or a model of the Hugging Face hub."""
-    folder, choice = split_choice(source)
-    is_run = choice is not None or (folder / MANIFEST).exists() or (folder / "checkpoints").is_dir()
+    folder, is_run = Path(source), _is_run(source)
     if is_run or (_is_written_here(folder) and not (folder / CONFIG_FILE).exists()):
         loaded = _load_checkpoint(find_checkpoint(source)) if is_run else load_model(source)
         return Pretrained(loaded.source, loaded.config.model, loaded.config.shifted, loaded.model.weights())
@@ -215,6 +274,11 @@ def fit_weights(pretrained: Pretrained, settings: ModelSettings) -> dict[str, Te
         if name in weights:
             weights[name] = fit_vocabulary(weights[name], settings.vocab_size)
     return weights
+
+
+def _yaml(value: float | bool | None) -> str:
+    """A value as it is written in a YAML file."""
+    return yaml.safe_dump(value).partition("\n")[0]
 
 
 def fit_vocabulary(matrix: Tensor, vocab_size: int) -> Tensor:
@@ -276,11 +340,6 @@ def write_qwen2(
     folder: Path, model: Pretrained, *, causal: bool, mask_id: int, eos_id: int | None, pad_id: int | None
 ) -> None:
     """Write a folder that `Qwen2ForCausalLM.from_pretrained` opens with equal logits.
-def _yaml(value: float | bool | None) -> str:
-    """A value as it is written in a YAML file."""
-    return yaml.safe_dump(value).partition("\n")[0]
-
-
 
     For a bidirectional model config.json has `is_causal: false`, which transformers 5 uses and older versions ignore.
     """

@@ -101,8 +101,20 @@ class Checkpoint:
             return state
 
     def config(self, overrides: Sequence[str] = ()) -> Config:
-        """Settings of the run when it was saved, with `section.key=value` overrides."""
-        return read_config(self.path / "config.yaml", overrides)
+        """Settings of the run when it was saved, with `section.key=value` overrides and the tokenizer of the run.
+
+        Raises:
+            ValueError: a setting is wrong, or the tokenizer is missing; see `data.dataset.DataSettings.in_run`.
+        """
+        config = read_config(self.path / "config.yaml", overrides)
+        if any(text.startswith("data.tokenizer=") for text in overrides):
+            return config
+        return config.model_copy(update={"data": config.data.in_run(run_dir_of(self.path))})
+
+
+def run_dir_of(checkpoint: Path) -> Path:
+    """The run directory of a checkpoint's folder, by its place."""
+    return Path(os.path.normpath(checkpoint / ".." / ".."))
 
 
 @contextmanager

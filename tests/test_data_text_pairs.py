@@ -6,19 +6,25 @@ import json
 import random
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
-from conftest import ROOT, tiny_settings
+from conftest import ROOT, UNIFORM, tiny_settings
 
 import train
+from data import text_pairs
 from data.pretokenize import find_files
 from data.questions import Question
-from data.text import decode_completions, load_tokenizer
-from data.text_pairs import TextData, TextSettings
+from data.text import decode_completions, load_tokenizer, train_byte_pairs
+from data.text_pairs import PIECES, TextData, TextSettings
+from model.hub import load_model, pack_run
+from runtime.checkpoint import find_checkpoint
+from sampling import load
 
 VOCAB = 300
 LENGTH = 32
@@ -112,7 +118,7 @@ def test_the_tokenizer_may_be_named_by_another_path(tmp_path, monkeypatch):
     write_pairs(tmp_path / "pairs.jsonl", 60)
     data = open_text(tmp_path)
     data.tokenizer.save_pretrained(tmp_path / "copy")
-    shutil.copy(Path(data._tokenizer_name) / "tokenizer.json", tmp_path / "copy" / "tokenizer.json")
+    shutil.copy(Path(data.tokenizer_name) / "tokenizer.json", tmp_path / "copy" / "tokenizer.json")
     assert open_text(tmp_path, tokenizer=str(tmp_path / "copy")).folder == data.folder
     monkeypatch.chdir(tmp_path)
     assert open_text(tmp_path, tokenizer="copy").folder == data.folder
@@ -244,3 +250,172 @@ def test_the_page_trains(tmp_path, monkeypatch, capsys):
     Path("run.yaml").write_text(yaml.safe_dump(small))
     train.main(["--config", "run.yaml", "--run-dir", "run"])
     assert re.search(r"solved [\d.]+% of 10 unseen prompts", capsys.readouterr().out)
+
+
+# Runs keep their tokenizer
+
+
+def run_settings(folder: Path, **data: Any) -> dict[str, Any]:
+    """A run of seconds on the pairs in `folder`."""
+    settings = tiny_settings(dict(UNIFORM), folder)
+    settings["model"] |= {"vocab_size": VOCAB, "learned_positions": None}
+    settings["data"] = {
+        "dataset": "text",
+        "source": str(folder / "pairs.jsonl"),
+        "data_dir": str(folder / "kept"),
+        "max_len": LENGTH,
+        "n_held_out": 10,
+    } | data
+    settings["training"] |= {"max_steps": 2, "batch_size": 4, "eval_every": 100, "save_every": 1}
+    settings["validation"] = {"n_examples": 1, "n_loss_rows": 2, "tokens_per_step": [16]}
+    return settings
+
+
+def run_text(folder: Path, settings: dict[str, Any], name: str = "run") -> Path:
+    (folder / f"{name}.json").write_text(json.dumps(settings))
+    train.main(["--config", str(folder / f"{name}.json"), "--run-dir", str(folder / name)])
+    return folder / name
+
+
+def without_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on no tokenizer may be trained."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("a tokenizer is trained")
+
+    monkeypatch.setattr(text_pairs, "train_byte_pairs", fail)
+
+
+def test_a_run_keeps_its_tokenizer_when_its_pairs_change_and_go(tmp_path, monkeypatch):
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    run_dir = run_text(tmp_path, run_settings(tmp_path))
+    prompt = load(run_dir).data.encode("ab ca")
+    without_training(monkeypatch)
+    rows = [{"prompt": f"toad {number}", "completion": "owl"} for number in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert np.array_equal(load(run_dir).data.encode("ab ca"), prompt)
+    checkpoint = run_dir / "checkpoints" / "step_00000002"
+    monkeypatch.chdir(checkpoint)
+    for path in (checkpoint, Path(), Path("../step_00000001"), f"{run_dir}@1"):
+        assert np.array_equal(load(path).data.encode("ab ca"), prompt), path
+    loaded = load_model(str(run_dir))
+    assert loaded.config.open_data().load(train=False).question(0).text == "toad 30", "evaluated on what is there now"
+    assert load_model(str(run_dir), ["data.tokenizer=other"]).config.data.tokenizer == "other"
+    (tmp_path / "pairs.jsonl").unlink()
+    shutil.rmtree(tmp_path / "kept")
+    pack_run(str(run_dir), tmp_path / "packed")
+    moved = run_dir.rename(tmp_path / "moved")
+    for path in (moved, tmp_path / "packed"):
+        trained = load(path)
+        assert np.array_equal(trained.data.encode("ab ca"), prompt), path
+        assert trained.complete("ab ca").nfe > 0
+    shutil.rmtree(moved / "tokenizer")
+    with pytest.raises(ValueError, match="tokenizer is missing, the tokenizer that was trained for the run"):
+        load(moved)
+
+
+def test_the_rows_of_a_run_are_not_tokenized_again(tmp_path, tokenizer_on_the_hub, monkeypatch):
+    """Whether its tokenizer was trained or came from elsewhere."""
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    for name, tokenizer in (("trained", None), ("fetched", tokenizer_on_the_hub)):
+        run_dir = run_text(tmp_path, run_settings(tmp_path, tokenizer=tokenizer), name)
+        before = sorted((tmp_path / "kept").iterdir())
+        config = load_model(str(run_dir)).config
+        assert config.data.model_dump()["tokenizer"] == str(run_dir / "tokenizer")
+        config.open_data().load(train=True)
+        assert sorted((tmp_path / "kept").iterdir()) == before, name
+
+
+@pytest.fixture
+def tokenizer_on_the_hub(tmp_path, monkeypatch) -> str:
+    """The name of a tokenizer whose file this code would write in another way."""
+    import huggingface_hub
+
+    folder = tmp_path / "cache"
+    train_byte_pairs(["ab bc", "c a"] * 20, PIECES, VOCAB - 1).save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text())))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(folder))
+    return "some/where"
+
+
+def test_a_run_resumes_with_its_tokenizer_and_not_on_other_pairs(tmp_path, monkeypatch, capsys):
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    settings = run_settings(tmp_path)
+    straight = run_text(tmp_path, settings, "straight")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "is_due", lambda run, every: sys.exit(1) if run.step == 2 else every == 1)
+        with pytest.raises(SystemExit):
+            run_text(tmp_path, settings)
+    shutil.rmtree(tmp_path / "kept")
+    without_training(monkeypatch)
+    pairs = (tmp_path / "pairs.jsonl").read_text()
+    (tmp_path / "pairs.jsonl").write_text(pairs.replace("a", "b"))
+    with pytest.raises(SystemExit) as stop:
+        run_text(tmp_path, settings)
+    assert stop.value.code == 2
+    assert "the training data has changed since checkpoint" in capsys.readouterr().err
+    (tmp_path / "pairs.jsonl").write_text(pairs)
+    weights = find_checkpoint(run_text(tmp_path, settings)).weights("ema")
+    for name, tensor in find_checkpoint(straight).weights("ema").items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+def test_a_run_that_starts_from_another_takes_its_tokenizer(tmp_path, monkeypatch, capsys):
+    """On other pairs too; another tokenizer is refused."""
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    settings = run_settings(tmp_path) | {"objective": {"name": "autoregressive"}}
+    settings["validation"] = {"n_examples": 1, "n_loss_rows": 2}
+    source = run_text(tmp_path, settings, "arm")
+    settings = run_settings(tmp_path, source=str(tmp_path / "other.jsonl"))
+    (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "toad owl", "completion": "owl toad"}) * 40)
+    settings["model"]["init_from"] = str(source)
+    with monkeypatch.context() as patch:
+        without_training(patch)
+        for name, start in (("run", source), ("step", source / "checkpoints" / "step_00000001"), ("at", f"{source}@1")):
+            settings["model"]["init_from"] = str(start)
+            run_dir = run_text(tmp_path, settings, name)
+            kept = [folder / "tokenizer" / "tokenizer.json" for folder in (source, run_dir)]
+            assert kept[0].read_bytes() == kept[1].read_bytes(), name
+    train_byte_pairs(["toad owl"] * 20, PIECES, VOCAB).save_pretrained(tmp_path / "toads")
+    settings["data"]["tokenizer"] = str(tmp_path / "toads")
+    with pytest.raises(SystemExit) as stop:
+        run_text(tmp_path, settings, "refused")
+    assert stop.value.code == 2
+    assert f"Set data.tokenizer: {source / 'tokenizer'}" in capsys.readouterr().err
+    settings["data"]["tokenizer"] = None
+    shutil.rmtree(source / "tokenizer")
+    settings["model"]["init_from"] = str(source)
+    with pytest.raises(SystemExit):
+        run_text(tmp_path, settings, "bare")
+    assert f"copy the one that it was trained with to {source / 'tokenizer'}" in capsys.readouterr().err
+
+
+def test_a_qwen2_folder_needs_its_tokenizer_named(tmp_path, monkeypatch, capsys):
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    qwen = write_qwen2(tmp_path / "qwen")
+    settings = run_settings(tmp_path)
+    settings["model"] |= {"init_from": str(qwen), "vocab_size": VOCAB + 1}
+    with monkeypatch.context() as patch:
+        without_training(patch)
+        with pytest.raises(SystemExit) as stop:
+            run_text(tmp_path, settings)
+    assert stop.value.code == 2
+    assert f"set data.tokenizer: {qwen}" in capsys.readouterr().err
+    settings["data"]["tokenizer"] = str(qwen)
+    run_dir = run_text(tmp_path, settings)
+    shutil.rmtree(qwen)
+    assert load(run_dir).complete("ab ca").nfe > 0
+
+
+def write_qwen2(folder: Path) -> Path:
+    """A random model of transformers that fits `run_settings`, with a tokenizer."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    shape = tiny_settings({}, folder)["model"]
+    del shape["learned_positions"]
+    Qwen2ForCausalLM(
+        Qwen2Config(**shape | {"vocab_size": VOCAB, "num_key_value_heads": 2, "rope_theta": 10000.0})
+    ).save_pretrained(folder)
+    train_byte_pairs(["ab bc", "c a"] * 20, PIECES, VOCAB).save_pretrained(folder)
+    return folder

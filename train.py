@@ -2,6 +2,7 @@
 
     python train.py --config yaml_files/sudoku_puma.yaml [key=value ...] [--run-dir DIR]
     python -m runtime.launch --nproc-per-node=8 train.py --config yaml_files/sudoku_puma.yaml
+    python train.py --config yaml_files/text_sorting_puma.yaml --prepare    # only the data, on a login node
 
 The run directory identifies the run: the same command again continues from its newest checkpoint.
 """
@@ -41,7 +42,7 @@ from data.files import WriteError, reported, say, write_text
 from data.foreign import INTERRUPTED, CommandParser, escape, shorten
 from eval.accuracy import check_n_examples
 from eval.evaluate import Evaluation, as_json, evaluate
-from model.hub import check_init_from, check_initial_tokenizer, initial_data
+from model.hub import check_init_from, check_initial_tokenizer, fetch_initial_weights, initial_data
 from model.transformer import Transformer
 from report.curves import RUN_AXES, draw_curves
 from report.page import PAGE_FILE, TRACES_FILE, write_page
@@ -458,6 +459,21 @@ def may_change_length(before: Config, config: Config, changes: Set[str], run_dir
     return all(n_steps is not None and newest <= decay_start(training, n_steps) for training, n_steps in lengths)
 
 
+def prepare_data(config: Config) -> None:
+    """Fetch and write what a run with these settings needs: its data, such as tokenized rows, and a model of the hub.
+
+    Raises:
+        ValueError: bad data, or `model.init_from` is not there.
+    """
+    if config.model.init_from is not None:
+        check_init_from(config.model.init_from)
+        fetch_initial_weights(config.model.init_from)
+    say(f"data: {escape(config.data.describe())}")
+    data = open_data(config).load(train=True)
+    warn_about(data)
+    say(f"ready: {len(data.train):,} training sequences, {data.n_questions:,} {data.question_noun} of the test")
+
+
 def prepare(config_file: Path, overrides: Sequence[str], run_dir: Path) -> tuple[Run, DataSet, Recorder | None] | None:
     """All that comes before the first step; None if the run is complete, whose result is printed then.
 
@@ -500,12 +516,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, type=Path, help="YAML file with all settings")
     parser.add_argument("--run-dir", type=Path, help="what the run writes; by default runs/<name of the config>")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. training.seed=1")
+    parser.add_argument(
+        "--prepare", action="store_true", help="only fetch and write the data that the run needs, as on a login node"
+    )
     options = parser.parse_intermixed_args(arguments)
     run_dir = options.run_dir or Path("runs") / options.config.stem
     warnings.formatwarning = lambda message, *_, **__: f"warning: {escape(str(message))}\n"
     try:
         raise_at_interrupt()
         try:
+            if options.prepare:
+                prepare_data(read_config(options.config, options.overrides))
+                return
             prepared = prepare(options.config, options.overrides, run_dir)
         except (ValueError, OSError) as error:
             fail_once(error)

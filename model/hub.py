@@ -294,6 +294,12 @@ def fit_vocabulary(matrix: Tensor, vocab_size: int) -> Tensor:
     return torch.cat([matrix, mean.expand(n_new, -1)])
 
 
+def fetch_initial_weights(source: str) -> None:
+    """Download the model of `model.init_from` if it is a Hugging Face name. Raises ValueError."""
+    if not (_is_run(source) or Path(source).exists()):
+        _download(source)
+
+
 def _download(name: str) -> Path:
     """Download a model of the Hugging Face hub unless it is in the local cache; returns its folder.
 

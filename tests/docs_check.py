@@ -228,9 +228,22 @@ def small_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return small
 
 
+def write_small_qwen2(folder: Path) -> None:
+    """What stands for a Hugging Face model: random weights of the shape of `small_settings`, and a tokenizer."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from data.word_problems import train_tokenizer
+
+    (yaml_file,) = (ROOT / "yaml_files").glob("text_qwen2_*.yaml")
+    shape = small_settings(yaml.safe_load(yaml_file.read_text()))["model"] | {"vocab_size": 512}
+    del shape["init_from"]
+    Qwen2ForCausalLM(Qwen2Config(**shape)).save_pretrained(folder)
+    train_tokenizer().save_pretrained(folder)
+
+
 def prepare(folder: Path) -> None:
     """Copy the checkout to `folder`, make its YAML files small, and write what stands for downloads and user files."""
-    from data.word_problems import generate_problems, train_tokenizer
+    from data.word_problems import generate_problems
 
     shutil.copytree(ROOT, folder, ignore=NOT_COPIED)
     (folder / ".venv").symlink_to(sys.prefix)
@@ -240,7 +253,7 @@ def prepare(folder: Path) -> None:
     subprocess.run([sys.executable, "-c", write_pairs.replace("20_000", "100")], cwd=folder, check=True)
     for path in (folder / "yaml_files").glob("*.yaml"):
         path.write_text(yaml.safe_dump(small_settings(yaml.safe_load(path.read_text()))))
-    train_tokenizer().save_pretrained(folder / "Qwen" / "Qwen2-0.5B")
+    write_small_qwen2(folder / "Qwen" / "Qwen2-0.5B")
     problems = generate_problems(104, seed=0)
     rows = [{"question": problem.question, "code": problem.code} for problem in problems[:100]]
     questions = [{"question": problem.question, "answer": f"#### {problem.answer}"} for problem in problems[100:]]

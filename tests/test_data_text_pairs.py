@@ -15,7 +15,9 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, UNIFORM, tiny_settings
+from docs_check import small_settings, write_small_qwen2
 
+import sampling
 import train
 from data import text_pairs
 from data.pretokenize import find_files
@@ -419,3 +421,34 @@ def write_qwen2(folder: Path) -> Path:
     ).save_pretrained(folder)
     train_byte_pairs(["ab bc", "c a"] * 20, PIECES, VOCAB).save_pretrained(folder)
     return folder
+
+
+def test_the_page_starts_from_a_pretrained_model(tmp_path, monkeypatch, capsys):
+    """The YAML file of docs/own_data.md, with a tiny model in place of Qwen2, on text without prompts."""
+    write_small_qwen2(tmp_path / "Qwen" / "Qwen2-0.5B")
+    settings = small_settings(yaml.safe_load((ROOT / "yaml_files" / "text_qwen2_puma.yaml").read_text()))
+    settings["model"]["vocab_size"] = 520
+    settings["data"]["source"] = "free.jsonl"
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "", "completion": f"Anna has {number} books"} for number in range(40)]
+    Path("free.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_text(tmp_path, settings)
+    sampling.main(["--checkpoint", "run", "--prompt", ""])
+    assert "network forward evaluations" in capsys.readouterr().out
+    _, prompt_mask = load("run").data.test.rows(np.arange(20))
+    assert (prompt_mask.sum(1) == 1).all(), "the newline that follows the prompt"
+
+
+def test_data_can_be_prepared_beforehand(tmp_path, monkeypatch, capsys):
+    """As the run needs them, with overrides, and without a run directory."""
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    settings = run_settings(tmp_path, n_held_out=20)
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    monkeypatch.chdir(tmp_path)
+    train.main(["--config", "run.json", "--prepare", "data.n_held_out=10"])
+    assert "44 training sequences" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+    without_training(monkeypatch)
+    before = sorted((tmp_path / "kept").iterdir())
+    run_text(tmp_path, settings)
+    assert sorted((tmp_path / "kept").iterdir()) == before

@@ -666,7 +666,7 @@ def test_a_full_disk_under_standard_output_does_not_end_a_run_with_a_bar(monkeyp
         def write(self, text):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    evaluation: Any = SimpleNamespace(table=lambda: "rule\n50%")
+    evaluation: Any = SimpleNamespace(headline="rule 50%")
     run: Any = SimpleNamespace(step=3)
     with tqdm(total=6, file=io.StringIO()) as bar, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Full())

@@ -386,5 +386,6 @@ EXPERIMENTS = {
         overrides=("data.max_digits=20", "model.learned_positions=63"),
         targets=(0.5, 0.9),
         seeds=(0, 1, 2, 3, 4),  # seeds differ by up to 85 points
+        shown=("puma", "uniform", "puma, pool of 16", "puma, random order", "uniform, 16,000 sums"),
     ),
 }

@@ -176,8 +176,7 @@ def test_runs_are_measured_and_drawn(config_file, tmp_path, monkeypatch):
     records = json.loads((out / "records.json").read_text())
     assert [run["label"] for run in records["runs"]] == ["puma", "uniform"]
     assert records["runs"][0]["masks"] == (
-        "puma, K = 3, 5 from update 4, tau = 0.9, reveal order top_prob, a pool of 2 batches, 8 rows per update, "
-        "seed 0"
+        "puma, K = 3, 5 from update 4, tau = 0.9, reveal order top_prob, a pool of 2 batches, 8 rows per update, seed 0"
     )
     for run in records["runs"]:
         assert [point["step"] for point in run["points"]] == [3, 6]

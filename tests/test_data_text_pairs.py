@@ -317,7 +317,7 @@ def test_a_run_keeps_its_tokenizer_when_its_pairs_change_and_go(tmp_path, monkey
 
 
 def test_the_rows_of_a_run_are_not_tokenized_again(tmp_path, tokenizer_on_the_hub, monkeypatch):
-    """Whether its tokenizer was trained or came from elsewhere."""
+    """Neither with a trained tokenizer nor with one from the Hub."""
     write_pairs(tmp_path / "pairs.jsonl", 60)
     for name, tokenizer in (("trained", None), ("fetched", tokenizer_on_the_hub)):
         run_dir = run_text(tmp_path, run_settings(tmp_path, tokenizer=tokenizer), name)

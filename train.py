@@ -47,7 +47,7 @@ from model.transformer import Transformer
 from report.curves import RUN_AXES, draw_curves
 from report.page import PAGE_FILE, TRACES_FILE, write_page
 from report.trace import Trace, write_traces
-from runtime.checkpoint import Checkpoint, loading_checkpoint, resumable_checkpoint, step_folders
+from runtime.checkpoint import Checkpoint, loading_checkpoint, resumable_checkpoint, step_folders, step_of
 from runtime.command import shell_command
 from runtime.config_file import changed_settings, dump_config, format_changes, read_config
 from runtime.distributed import (
@@ -118,11 +118,11 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
             check_n_examples(getattr(config.validation, key), data, f"validation.{key}")
     run = build_run(config, world, run_dir, data.train, resuming=checkpoint is not None)
     run.session = session
-    if checkpoint is not None:
-        with loading_checkpoint(checkpoint.path):
-            restore_run(run, checkpoint)
     if checkpoint is None:
         on_main(partial(data.keep_tokenizer, run_dir))
+    else:
+        with loading_checkpoint(checkpoint.path):
+            restore_run(run, checkpoint)
     on_main(lambda: write_text(run_dir / "config.yaml", dump_config(config)))
     if world.is_main:
         if config.training.cuda_graph is True and world.device.type != "cuda":
@@ -455,7 +455,7 @@ def may_change_length(before: Config, config: Config, changes: Set[str], run_dir
         return False
     if config.training.num_epochs is not None:  # the number of rows is not known here
         return False
-    newest = int(step_folders(run_dir)[0].name.removeprefix("step_"))
+    newest = step_of(step_folders(run_dir)[0])
     return all(n_steps is not None and newest <= decay_start(training, n_steps) for training, n_steps in lengths)
 
 

@@ -41,7 +41,7 @@ from runtime.distributed import World, gather
 
 MANIFEST = "manifest.json"
 FORMAT = 3
-STEP_NAME = re.compile(r"step_([0-9]{8,})")
+STEP_NAME = re.compile(r"step_[0-9]{8,}")
 CHOICE = re.compile("best|[0-9]{1,18}")  # of a run's checkpoints, after an @
 DAMAGE_REMEDY = "delete the checkpoint, or copy it again"
 # Of a checkpoint that is in order: its files match its manifest.
@@ -203,7 +203,7 @@ def save_checkpoint(
         WriteError: the disk is full or fails, on any rank; all ranks raise. Earlier checkpoints are untouched.
     """
     folder = run_dir / "checkpoints"
-    target, scratch = folder / f"step_{step:08d}", folder / f".step_{step:08d}.incomplete"
+    target, scratch = folder / step_name(step), folder / f".{step_name(step)}.incomplete"
 
     def prepare() -> None:
         with reported(scratch):
@@ -240,7 +240,7 @@ def score_checkpoint(run_dir: Path, world: World, config: Config, step: int, sco
     Raises:
         WriteError: the disk is full or fails, or the checkpoint is damaged; all ranks raise, and it is untouched.
     """
-    path = run_dir / "checkpoints" / f"step_{step:08d}"
+    path = run_dir / "checkpoints" / step_name(step)
 
     def write() -> None:
         with reported(path / MANIFEST), reading_checkpoint(path, MANIFEST):
@@ -366,13 +366,13 @@ def chosen_folder(run_dir: Path, choice: str) -> Path:
             return best
         problem = "no evaluated checkpoint, so none is the best"
     elif CHOICE.fullmatch(choice):
-        chosen = run_dir / "checkpoints" / f"step_{int(choice):08d}"
+        chosen = run_dir / "checkpoints" / step_name(int(choice))
         if chosen in paths:
             return chosen
         problem = f"no checkpoint of step {choice}"
     else:
         problem = f"no checkpoint {choice!r} (after @ comes best or a step)"
-    steps = [f"{int(path.name.removeprefix('step_'))}{' (best)' * (path == best)}" for path in reversed(paths)]
+    steps = [f"{step_of(path)}{' (best)' * (path == best)}" for path in reversed(paths)]
     raise ValueError(f"{run_dir} has {problem}: there are {', '.join(steps)}")
 
 
@@ -453,17 +453,26 @@ def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     write_text(path / MANIFEST, json.dumps(manifest | {"sha256": _own_digest(manifest)}, indent=1))
 
 
+def step_name(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def step_folders(run_dir: Path) -> list[Path]:
     """The checkpoints of a run by their names, newest first, readable or not."""
     folders = (run_dir / "checkpoints").glob("step_*")
-    numbers = {path: int(match[1]) for path in folders if (match := STEP_NAME.fullmatch(path.name))}
-    return sorted(numbers, key=lambda path: numbers[path], reverse=True)
+    return sorted((path for path in folders if STEP_NAME.fullmatch(path.name)), key=step_of, reverse=True)
 
 
 def _open_step(path: Path) -> Checkpoint:
     """As `open_checkpoint`, for a folder whose name has the step."""
     checkpoint = open_checkpoint(path)
-    if path.name != f"step_{checkpoint.step:08d}":
+    if path.name != step_name(checkpoint.step):
         raise ValueError(f"checkpoint {path}: it was saved at step {checkpoint.step}, not at that of its name")
     return checkpoint
 

@@ -322,7 +322,9 @@ class PumaObjective(MaskedObjective):
         )
         if settings.reveal_order != "random":
             self.confidence = settings.reveal_order
-        self._confidence, self._max_log_prob = torch.empty(2, n_rows, layout.length, device=generator.device)
+        self._confidence = torch.empty(n_rows, layout.length, device=generator.device)
+        # One tensor for both where they are equal, so that an update copies it once.
+        self._max_log_prob = self._confidence if self.confidence == "top_prob" else torch.empty_like(self._confidence)
 
     @override
     def draw_masks(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -339,7 +341,8 @@ class PumaObjective(MaskedObjective):
     def observe(self, microbatch: Microbatch, scores: TokenScores) -> None:
         rows, columns = microbatch.rows, microbatch.columns
         self._confidence[rows, columns] = scores.confidence[:, columns]
-        self._max_log_prob[rows, columns] = scores.max_log_prob[:, columns]
+        if self._max_log_prob is not self._confidence:
+            self._max_log_prob[rows, columns] = scores.max_log_prob[:, columns]
 
     @override
     def end_step(self) -> None:

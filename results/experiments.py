@@ -332,24 +332,39 @@ EXPERIMENTS = {
     "addition_rates": Experiment(
         "Addition at lower learning rates than 2e-3: PUMA, its pool and order, and uniform masks",
         tuple(
-            Variant(f"{name}, rate {rate}", f"addition_{file}.yaml", (f"training.learning_rate={rate}", *overrides))
-            for name, file, rate, overrides in (
-                ("puma", "puma", "1.0e-3", ()),
-                ("uniform", "baseline", "1.0e-3", ()),
-                # As many distinct sums as PUMA draws in the same updates: K = 8 times fewer.
-                ("uniform, 12,000 sums", "baseline", "1.0e-3", ("data.n_train=12000",)),
-                ("puma, pool of 16", "puma", "1.0e-3", (POOL_OF_16,)),
-                ("puma, random order", "puma", "1.0e-3", (RANDOM_ORDER,)),
-                ("puma, tau 0.9", "puma", "1.0e-3", ("objective.collapse_threshold=0.9",)),
-                ("puma", "puma", "5.0e-4", ()),
-                ("uniform", "baseline", "5.0e-4", ()),
-                ("puma, highest first", "puma", "1.0e-3", ("data.order=most_first",)),
-                ("uniform, highest first", "baseline", "1.0e-3", ("data.order=most_first",)),
+            Variant(
+                f"{name}, rate {rate}", f"addition_{file}.yaml", (f"training.learning_rate={rate}", *overrides), seeds
             )
+            for rate, seeds, variants in (
+                (
+                    "1.0e-3",
+                    None,
+                    (
+                        ("puma", "puma", ()),
+                        ("uniform", "baseline", ()),
+                        # As many distinct sums as PUMA draws in the same updates: K = 8 times fewer.
+                        ("uniform, 12,000 sums", "baseline", ("data.n_train=12000",)),
+                        ("puma, pool of 16", "puma", (POOL_OF_16,)),
+                        ("puma, random order", "puma", (RANDOM_ORDER,)),
+                    ),
+                ),
+                (
+                    "1.0e-3",
+                    (0, 1, 2),
+                    (
+                        ("puma, tau 0.9", "puma", ("objective.collapse_threshold=0.9",)),
+                        ("puma, highest first", "puma", ("data.order=most_first",)),
+                        ("uniform, highest first", "baseline", ("data.order=most_first",)),
+                    ),
+                ),
+                ("5.0e-4", (0, 1, 2), (("puma", "puma", ()), ("uniform", "baseline", ()))),
+            )
+            for name, file, overrides in variants
         ),
         baseline="uniform, rate 1.0e-3",
         overrides=("data.order=least_first", "training.max_steps=1500"),
         targets=(0.5, 0.9),
+        seeds=(0, 1, 2, 3, 4),
         shown=(
             "puma, rate 1.0e-3",
             "uniform, rate 1.0e-3",

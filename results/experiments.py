@@ -126,6 +126,28 @@ EXPERIMENTS = {
         ),
         targets=(0.1, 0.5),
     ),
+    "sudoku_orders": Experiment(
+        "9x9 Sudoku, 22 to 28 clues: PUMA that reveals by probability, margin or entropy, each sampled by all three",
+        (
+            *(
+                Variant(f"puma, {order}", "sudoku_mini_puma.yaml", (f"objective.reveal_order={order}",))
+                for order in ("top_prob", "top_prob_margin", "neg_entropy")
+            ),
+            Variant("uniform", "sudoku_mini_baseline.yaml"),
+        ),
+        baseline="uniform",
+        overrides=(
+            "training.compile=true",
+            "training.eval_every=500",
+            RATE_OF_7E_4,
+            "data.min_clues=22",
+            "data.max_clues=28",
+            "validation.confidence=[top_prob,top_prob_margin,neg_entropy]",
+            "validation.n_examples=100",
+            "validation.n_final_examples=1000",
+        ),
+        targets=(0.1, 0.5),
+    ),
     "sudoku_variants": Experiment(
         "9x9 Sudoku, 30 to 40 clues: what each setting of PUMA changes, from the paper's K = 8 without threshold",
         (

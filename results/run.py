@@ -39,6 +39,7 @@ from runtime.final import Share, read_final
 from runtime.history import ROOT, read_history
 from runtime.markdown import markdown_table
 from runtime.metrics import read_metrics
+from samplers.options import rule_in_words
 
 POLL_S = 0.5
 N_COLUMNS = 10  # at most, in the table of accuracy by update
@@ -67,14 +68,22 @@ class Group(TypedDict):
     accuracy: Share
 
 
+class RuleResult(TypedDict):
+    """Accuracy by one sampling rule."""
+
+    rule: Text
+    accuracy: Share
+
+
 class Final(TypedDict):
-    """The last evaluation of a complete run."""
+    """The last evaluation of a complete run, by its first sampling rule; `rules` if it has several."""
 
     accuracy: Share
     low: Share
     high: Share
     n: Annotated[int, Field(ge=0, lt=MAX_INTEGER)]
     groups: list[Group]
+    rules: NotRequired[list[RuleResult]]
 
 
 class RecordedRun(TypedDict):
@@ -301,17 +310,25 @@ def _origin(run_dir: Path) -> dict[str, str]:
 
 
 def _final(run_dir: Path) -> dict[str, Any] | None:
-    """Accuracy with its interval, number of questions, and accuracy by difficulty.
+    """Accuracy with its interval, number of questions, and accuracy by difficulty and by sampling rule.
 
     None if the run is not complete, or asked no questions.
     """
     final = read_final(run_dir)
     if final is None or not final["evaluation"]["samplers"]:
         return None
-    result = final["evaluation"]["samplers"][0]
+    samplers = final["evaluation"]["samplers"]
+    result = samplers[0]
     groups = [{key: group[key] for key in ("by", "value", "n", "accuracy")} for group in result["groups"]]
     figures = {"accuracy": result["accuracy"], "low": result["accuracy_low"], "high": result["accuracy_high"]}
-    return figures | {"n": result["n"], "groups": groups}
+    rules = [
+        {
+            "rule": rule_in_words(each.get("confidence"), each.get("tokens_per_step"), each.get("options", {})),
+            "accuracy": each["accuracy"],
+        }
+        for each in samplers
+    ]
+    return figures | {"n": result["n"], "groups": groups} | ({"rules": rules} if len(rules) > 1 else {})
 
 
 def runs_by_variant(records: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -345,6 +362,7 @@ def report(experiment: Experiment, records: dict[str, Any], note: list[str]) -> 
         f"'{experiment.baseline}' needs. The target is reached at the first evaluation at or above it.",
         "",
         *_progress_table(records),
+        *_rule_table(records),
         *_difficulty_table(records),
         "",
         f"`{records['command']}`; the runs:",
@@ -383,6 +401,25 @@ def _progress_table(records: dict[str, Any]) -> list[str]:
         ]
         rows.append([label, *cells])
     return markdown_table(["solved, %, after updates", *(f"{step:,}" for step in steps)], rows)
+
+
+def _rule_table(records: dict[str, Any]) -> list[str]:
+    """Accuracy after the last update by each sampling rule; empty if all runs have one rule."""
+    finals = [run["final"] for run in records["runs"] if run["final"]]
+    rules = list(dict.fromkeys(each["rule"] for final in finals for each in final.get("rules", [])))
+    rows = []
+    for label, runs in runs_by_variant(records).items():
+        by_rule = [
+            {each["rule"]: 100 * each["accuracy"] for each in run["final"].get("rules", [])}
+            for run in runs
+            if run["final"]
+        ]
+        cells = [
+            mean_and_range([seed[rule] for seed in by_rule] if all(rule in seed for seed in by_rule) else [], ".1f")
+            for rule in rules
+        ]
+        rows.append([label, *cells])
+    return ["", *markdown_table(["solved, %, sampled by", *rules], rows)] if rules else []
 
 
 def _difficulty_table(records: dict[str, Any]) -> list[str]:

@@ -75,6 +75,21 @@ def test_accuracy_by_difficulty_is_of_all_complete_runs_or_missing():
     assert "| a | 72 (50 to 95) | - |" in page
 
 
+def test_accuracy_by_sampling_rule_is_shown_where_runs_have_several():
+    found = records()
+    assert "sampled by" not in run.report(QUESTION, found, [])
+    for accuracy, each in enumerate(found["runs"][:3]):
+        each["final"]["rules"] = [
+            {"rule": "first", "accuracy": each["final"]["accuracy"]},
+            {"rule": "second", "accuracy": accuracy / 10},
+        ]
+    del found["runs"][1]["final"]["rules"][1]  # of "b"
+    page = run.report(QUESTION, found, [])
+    assert "| solved, %, sampled by | first | second |" in page
+    assert "| a | 72.5 (50.0 to 95.0) | 10.0 (0.0 to 20.0) |" in page
+    assert "| b | 20.0 | - |" in page
+
+
 def test_progress_is_shown_where_all_seeds_have_been():
     """As in the figure: else a mean would change because seeds drop out of it."""
     found = records()
@@ -244,7 +259,7 @@ def test_an_experiment_runs_once_and_continues(
     variants = (
         Variant("from PUMA", str(uniform), ("model.shifted=false",), starts_from="with PUMA", seeds=(1,)),
         Variant("with PUMA", str(puma)),
-        Variant("uniform", str(uniform)),
+        Variant("uniform", str(uniform), ("validation.confidence=[top_prob,neg_entropy]",)),
     )
     tiny = Experiment("Which?", variants, baseline="uniform", seeds=(0, 1))
     monkeypatch.setitem(EXPERIMENTS, "tiny", tiny)
@@ -280,6 +295,10 @@ def test_an_experiment_runs_once_and_continues(
         ("from PUMA", 1),
     ]
     assert all([point["step"] for point in each["points"]] == [3, 6] for each in kept["runs"])
+    first, second = kept["runs"][1]["final"]["rules"]
+    assert (first["rule"], second["rule"]) == ("top_prob, 1 per step", "neg_entropy, 1 per step")
+    assert first["accuracy"] == kept["runs"][1]["final"]["accuracy"]
+    assert "rules" not in kept["runs"][0]["final"]
     (last,) = read_history(tmp_path / "runs/tiny/from_puma_seed1")
     assert kept["runs"][-1]["commit"].startswith(last["commit"][:7] if last["commit"] else "unknown")
     assert kept["runs"][-1]["date"] == last["ended"][:10]

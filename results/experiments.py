@@ -107,8 +107,8 @@ EXPERIMENTS = {
         shown=(
             "puma, pool of 16, tau 0.9",
             "puma as in the paper",
-            "puma, K 2, 4, 8 from 0, 250, 500",
             "uniform",
+            "puma, pool of 16, tau 0.9, rate 7e-4",
             "puma as in the paper, rate 7e-4",
             "uniform, rate 7e-4",
         ),

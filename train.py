@@ -53,12 +53,13 @@ from runtime.config_file import changed_settings, dump_config, format_changes, r
 from runtime.distributed import (
     claim_report,
     fail_once,
+    gather,
+    leaves_world,
     main_bar,
     main_first,
     on_main,
     only_on_main,
     start_world,
-    stop_world,
 )
 from runtime.final import FINAL_FILE, read_final
 from runtime.history import Session
@@ -404,6 +405,7 @@ def stop_early(run: Run, stopped: Signals, recorder: Recorder | None) -> None:
     if recorder is not None:
         say(f"stopped by {stopped.name} at step {run.step:,}; the same command continues from there")
         recorder.close()
+    gather(None)  # the launcher ends all soon after the first, and wandb may wait for the network
     if stopped == SIGINT:
         sys.exit(INTERRUPTED)
 
@@ -510,29 +512,11 @@ def complete(run: Run, data: DataSet, recorder: Recorder | None) -> None:
         recorder.close()  # last, since wandb may wait for the network
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line; bad input ends with one message and exit status 2."""
-    parser = CommandParser(description="Train a masked diffusion model.")
-    parser.add_argument("--config", required=True, type=Path, help="YAML file with all settings")
-    parser.add_argument("--run-dir", type=Path, help="what the run writes; by default runs/<name of the config>")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. training.seed=1")
-    parser.add_argument(
-        "--prepare", action="store_true", help="only fetch and write the data that the run needs, as on a login node"
-    )
-    options = parser.parse_intermixed_args(arguments)
-    run_dir = options.run_dir or Path("runs") / options.config.stem
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {escape(str(message))}\n"
+@contextmanager
+def run_failures(run_dir: Path) -> Iterator[None]:
+    """End the command with one message where the run fails or is interrupted."""
     try:
-        raise_at_interrupt()
-        try:
-            if options.prepare:
-                prepare_data(read_config(options.config, options.overrides))
-                return
-            prepared = prepare(options.config, options.overrides, run_dir)
-        except (ValueError, OSError) as error:
-            fail_once(error)
-        if prepared is not None:
-            complete(*prepared)
+        yield
     except TrainingDiverged as error:
         fail_once(str(error), status=1)
     except WriteError as error:
@@ -548,8 +532,31 @@ def main(arguments: list[str] | None = None) -> None:
         if (run_dir / FINAL_FILE).exists():
             fail_once(f"interrupted; {run_dir} is complete, and the same command draws what is missing", INTERRUPTED)
         fail_once(f"interrupted; the same command continues from the newest checkpoint in {run_dir}", INTERRUPTED)
-    finally:
-        stop_world()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; bad input ends with one message and exit status 2."""
+    parser = CommandParser(description="Train a masked diffusion model.")
+    parser.add_argument("--config", required=True, type=Path, help="YAML file with all settings")
+    parser.add_argument("--run-dir", type=Path, help="what the run writes; by default runs/<name of the config>")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. training.seed=1")
+    parser.add_argument(
+        "--prepare", action="store_true", help="only fetch and write the data that the run needs, as on a login node"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    run_dir = options.run_dir or Path("runs") / options.config.stem
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {escape(str(message))}\n"
+    with leaves_world(), run_failures(run_dir):
+        raise_at_interrupt()
+        try:
+            if options.prepare:
+                prepare_data(read_config(options.config, options.overrides))
+                return
+            prepared = prepare(options.config, options.overrides, run_dir)
+        except (ValueError, OSError) as error:
+            fail_once(error)
+        if prepared is not None:
+            complete(*prepared)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,8 @@ from data.foreign import ends_with_message, fail
 
 # A collective of training that takes longer means that a rank hangs.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# The groups for `PATIENT_TIMEOUT` are made together: who listens waits five times as long for one that cannot connect.
+CONNECT_TIMEOUT = timedelta(minutes=1)
 # The others wait for the main process while it generates or converts a data set, writes a large checkpoint to a slow
 # disk and reads those that stay, or while wandb tries to connect.
 PATIENT_TIMEOUT = timedelta(hours=6)
@@ -52,6 +55,10 @@ class World:
         return self.rank == 0
 
 
+class Unreachable(OSError):
+    """The processes cannot reach each other, nor agree on which of them says so."""
+
+
 def start_world(device: str) -> World:
     """Join the process group if there is one (RANK is set), and choose this process's device.
 
@@ -61,7 +68,7 @@ def start_world(device: str) -> World:
     Raises:
         ValueError: torch can use no CUDA GPU, and the device is `cuda`, or `auto` in a job with GPUs (see job.sh); or
             there are more processes than GPUs, or the variables of the launcher are incomplete.
-        OSError: the processes cannot reach each other.
+        Unreachable: the processes cannot reach each other.
     """
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if device != "cpu" and not on_gpu:
@@ -104,19 +111,21 @@ def _take_gpu(launched: bool) -> torch.device:
 
 
 def _join(own: torch.device, n_ranks: int) -> None:
-    """Join the process groups of all ranks, with this process's device; OSError if they cannot reach each other."""
+    """Join the process groups of all ranks, with this process's device. Raises Unreachable."""
     global _patient
     backend = "nccl" if own.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=own if own.type == "cuda" else None)
-        _patient = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
-    except dist.DistError as error:
+        group = dist.new_group(backend="gloo", timeout=CONNECT_TIMEOUT)
+        dist.distributed_c10d._set_pg_timeout(PATIENT_TIMEOUT, group)
+    except RuntimeError as error:  # a DistError, or the plain one of gloo
         place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise OSError(
+        raise Unreachable(
             f"the {n_ranks} processes of the run cannot reach each other by {place} ({reason}): "
             "check that all were started, and MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME"
         ) from error
+    _patient = group
 
 
 def _launcher_number(name: str, default: int | None = None) -> int:
@@ -173,8 +182,8 @@ def claim_report() -> bool:
 
 
 def fail_once(message: object, status: int = 2) -> NoReturn:
-    """End a command with a message, printed by one process of all that fail alike."""
-    if not claim_report():
+    """End a command with a message, printed by one process of all that fail alike, or by all that are Unreachable."""
+    if not (isinstance(message, Unreachable) or claim_report()):
         sys.exit(status)
     try:
         fail(message, status)
@@ -194,26 +203,57 @@ def stop_world() -> None:
 
 
 @contextmanager
+def leaves_world() -> Iterator[None]:
+    """Leave the process group at the end, no rank before the main one has come there.
+
+    After an error the process ends at once instead: leaving a group of NCCL may wait for the other ranks, and these
+    wait for this one until the launcher sees that it has ended.
+    """
+    try:
+        yield
+        if dist.is_initialized():
+            with suppress(RuntimeError):  # another rank has failed, and says why
+                gather(None)
+    except BaseException as error:
+        if not dist.is_initialized():
+            raise
+        status = error.code if isinstance(error, SystemExit) else 1
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        with suppress(OSError):
+            sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1 if status else 0)
+    stop_world()
+
+
+@contextmanager
 def ends_once(interrupted: str = "interrupted") -> Iterator[None]:
     """`ends_with_message` for a command of several processes, which leave the process group at its end.
 
     Args:
         interrupted: the message for Ctrl-C.
     """
-    try:
-        with ends_with_message(interrupted, fail_once):
-            yield
-    finally:
-        stop_world()
+    with leaves_world(), ends_with_message(interrupted, fail_once):
+        yield
 
 
 def main_first(world: World, work: Callable[[], T]) -> T:
     """Run `work` on the main process, then on the others, which find the files that the main process has written.
 
-    A ValueError or OSError of the main process is raised on every rank: the others do not even begin.
+    A ValueError or OSError of any rank is raised on every rank; after one of the main process the others do not even
+    begin. All wait for the last, since the collectives of training do not wait as long.
     """
-    result = only_on_main(work)
-    return cast(T, result) if world.is_main else work()
+    result, error = only_on_main(work), None
+    if not world.is_main:
+        try:
+            result = work()
+        except (ValueError, OSError) as raised:
+            error = raised
+    for failure in gather(error):
+        if failure is not None:
+            raise failure
+    return cast(T, result)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

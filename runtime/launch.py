@@ -75,7 +75,7 @@ def _first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFai
 
 def main() -> NoReturn:
     """Command line; the exit status is that of the first process that failed, 2 where none can be started, or 0."""
-    os.environ.setdefault("TORCHELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
     numbers = (*EARLY_SIGNALS, signal.SIGINT)
     for number in numbers:
         signal.signal(number, _forward)

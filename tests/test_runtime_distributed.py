@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import UNIFORM, run_python, run_ranks, tiny_settings
+from conftest import UNIFORM, run_python, run_ranks, started_ranks, tiny_settings
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -100,6 +100,15 @@ def work(folder: Path) -> None:
         main_first(world, fail)
     except ValueError as error:
         found["failure"], found["n_calls"] = str(error), len(calls)
+
+    def fail_elsewhere() -> None:
+        if not world.is_main:
+            raise OSError("the disk of another machine is full")
+
+    try:
+        main_first(world, fail_elsewhere)
+    except OSError as error:
+        found["failure_elsewhere"] = str(error)
     gather(None)  # the store ends with the first rank
     stop_world()
     torch.save(found, folder / f"rank_{rank}.pt")
@@ -151,6 +160,64 @@ def test_the_main_process_goes_first_and_its_failure_fails_all(found):
     assert [one["others_find_it_made"] for one in found] == [False, True]
     assert [one["failure"] for one in found] == ["no such data"] * 2
     assert [one["n_calls"] for one in found] == [1, 0], "it may have taken hours"
+
+
+def test_the_failure_of_another_process_fails_all(found):
+    assert [one["failure_elsewhere"] for one in found] == ["the disk of another machine is full"] * 2
+
+
+def test_a_process_that_fails_alone_ends_at_once():
+    """Leaving a group of NCCL may wait for the others, which wait for this process."""
+    code = """
+import time
+import torch.distributed as dist
+from runtime.distributed import ends_once, gather, start_world
+dist.destroy_process_group = lambda: time.sleep(600)
+with ends_once():
+    world = start_world("cpu")
+    gather(None)
+    if world.rank:
+        raise RuntimeError("lost")
+    gather(None)
+"""
+    result = run_ranks(N_RANKS, "-c", code, timeout=120)
+    assert result.returncode == 1
+    assert "RuntimeError: lost" in result.stderr
+
+
+def test_no_process_leaves_before_the_main_one(tmp_path):
+    """The launcher ends those that are left soon after the first."""
+    code = f"""
+import pathlib, time
+from runtime.distributed import ends_once, start_world
+with ends_once():
+    world = start_world("cpu")
+    if world.is_main:
+        time.sleep(0.5)
+        pathlib.Path("{tmp_path}/result").touch()
+assert pathlib.Path("{tmp_path}/result").exists()
+"""
+    result = run_ranks(N_RANKS, "-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_process_that_cannot_reach_the_others_says_so():
+    code = """
+import os
+from runtime.distributed import ends_once, start_world
+if os.environ["RANK"] == "1":
+    os.environ["GLOO_SOCKET_IFNAME"] = "none"
+with ends_once():
+    start_world("cpu")
+"""
+    with started_ranks(N_RANKS, "-c", code) as ranks:
+        try:
+            _, err = ranks[1].communicate(60)
+        finally:
+            ranks[0].kill()  # it waits
+    assert ranks[1].returncode == 2
+    assert err.startswith("error: the 2 processes of the run cannot reach each other by 127.0.0.1:"), err
+    assert err.endswith("MASTER_PORT and GLOO_SOCKET_IFNAME\n"), err
 
 
 # One process

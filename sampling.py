@@ -391,7 +391,7 @@ def _bar(n_questions: int, unit: str) -> Iterator[tuple[Callable[[], None], Call
         yield advance, before_pass
 
 
-def load(path: str | Path | None = None, device: str = "auto") -> TrainedModel:
+def load(path: str | Path | None = None, device: str = "auto", overrides: Sequence[str] = ()) -> TrainedModel:
     """Load a run directory (its newest checkpoint), a checkpoint folder, or a folder written by `model.hub`.
 
     `runs/NAME@best` is the best checkpoint of a run, `runs/NAME@5000` that of a step. Averaged weights if there are
@@ -400,9 +400,11 @@ def load(path: str | Path | None = None, device: str = "auto") -> TrainedModel:
     Args:
         path: None: the small Sudoku model of this repository.
         device: `auto`, `cpu` or `cuda`.
+        overrides: `section.key=value` settings that replace the run's, such as the place of its data.
 
     Raises:
-        ValueError: there is no usable checkpoint, or `device` is another one, or `cuda` and there is no GPU.
+        ValueError: there is no usable checkpoint, a setting is wrong, or `device` is another one, or `cuda` and there
+            is no GPU.
     """
     if device not in DEVICES:
         raise ValueError(f"device {device!r} must be one of {', '.join(DEVICES)}")
@@ -414,7 +416,7 @@ def load(path: str | Path | None = None, device: str = "auto") -> TrainedModel:
     from runtime.distributed import start_world
 
     chosen = start_world(device).device
-    loaded = load_model(str(path))
+    loaded = load_model(str(path), overrides)
     return TrainedModel(loaded.model.to(chosen), loaded.config, loaded.config.open_data(), chosen)
 
 

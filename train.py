@@ -79,7 +79,7 @@ from training.run import (
     start_interval,
     start_message,
 )
-from training.update import TrainingDiverged, Updater, check_finite, check_graph
+from training.update import TrainingDiverged, Updater, check_finite, check_graph, several_ranks_prevent_graph
 
 N_TRACES = 3  # answers whose course is recorded when a run ends
 
@@ -128,6 +128,12 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
     if world.is_main:
         if config.training.cuda_graph is True and world.device.type != "cuda":
             warnings.warn("training.cuda_graph is ignored: this machine has no GPU", stacklevel=2)
+        if several_ranks_prevent_graph(config, world):
+            warnings.warn(
+                "several processes train without a CUDA graph, which a model with so few tokens gains much from: one "
+                "GPU may be as fast (docs/speed.md)",
+                stacklevel=2,
+            )
         warn_about(data)
         say(start_message(run))
     return run, data

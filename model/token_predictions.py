@@ -37,7 +37,9 @@ class TokenPredictions(NamedTuple):
             return self.margin
         if rule == "neg_entropy":
             return self.neg_entropy
-        return self.log_prob  # top_prob, of the chosen token
+        if rule == "top_prob":  # of the chosen token
+            return self.log_prob
+        raise NotImplementedError(f"confidence {rule!r} has no branch here")
 
 
 @torch.no_grad()

@@ -253,13 +253,8 @@ class Transformer(nn.Module):
         Args:
             cache: keys and values of the positions before xt; see `KeyValueCache`.
         """
-        mask = None
-        if self.block_size is not None:
-            n_past = cache.length if cache is not None else 0
-            mask = decoding_mask(n_past, n_past + xt.shape[1], self.block_size, xt.device)
-        hidden = self._align(self.model(xt, mask=mask, cache=cache))[positions]  # [N, D]
         return predict_tokens(
-            hidden,
+            self._decode(xt, cache)[positions],
             self.lm_head.weight,
             banned,
             temperature=temperature,
@@ -268,6 +263,21 @@ class Transformer(nn.Module):
             current=current,
             previous=previous,
         )
+
+    def predicted_logits(self, xt: Tensor) -> Tensor:
+        """Logits [B, L, V] of the token at each position of xt (int64 [B, L]), as samplers see it; for analysis.
+
+        Samplers also give the mask token probability 0, and run under autocast (`training.precision`).
+        """
+        return self.lm_head(self._decode(xt))
+
+    def _decode(self, xt: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Hidden states [B, L, D] from which the tokens at the positions of xt are predicted."""
+        mask = None
+        if self.block_size is not None:
+            n_past = cache.length if cache is not None else 0
+            mask = decoding_mask(n_past, n_past + xt.shape[1], self.block_size, xt.device)
+        return self._align(self.model(xt, mask=mask, cache=cache))
 
     def weights(self) -> dict[str, Tensor]:
         """Tensors to save, by Hugging Face's names; without a tied head, as in Hugging Face's files."""
@@ -279,7 +289,10 @@ class Transformer(nn.Module):
         self.load_state_dict(tensors | tied)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """All logits [B, L, V], not aligned, as Hugging Face returns them: for tests and export, not for training."""
+        """All logits [B, L, V] as Hugging Face returns them, without the masks of blocks: for tests and export.
+
+        `predicted_logits` are those of a model that predicts shifted tokens or attends to blocks.
+        """
         return self.lm_head(self.model(tokens))
 
     def _align(self, hidden: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from conftest import ROOT, run_python
 from docs_check import fenced_commands
 
 PAGE = (ROOT / "docs" / "adding.md").read_text(encoding="utf-8")
-COMMANDS = [command.words[1:] for command in fenced_commands(PAGE, "docs/adding.md")]
+TRAIN, EVALUATE, SAMPLE, TRAIN_OBJECTIVE, EVALUATE_RULE = (
+    command.words[1:] for command in fenced_commands(PAGE, "docs/adding.md")
+)
 BLOCKS: dict[str, str] = dict(re.findall(r"```(?:python|yaml)\n# (.+)\n((?:.*\n)*?)```", PAGE))
 
 
@@ -40,12 +42,16 @@ def placed(block: str, place: str, code: str) -> str:
 def lines_of(place: str, code: str) -> slice:
     """The lines of a file that a block replaces; none if the block is inserted."""
     before, name = place.startswith("before "), place.split()[-1]
+    if place == "at the end":
+        return slice(code.count("\n"), code.count("\n"))
     for node in reversed(ast.parse(code).body):
         assert node.end_lineno is not None
         if place == "with the imports" and isinstance(node, ast.Import | ast.ImportFrom):
             return slice(node.end_lineno, node.end_lineno)
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return slice(node.end_lineno - 1, node.end_lineno - 1)
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return slice(node.body[0].end_lineno, node.body[0].end_lineno)  # after the docstring
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
             return slice(node.lineno - 1, node.lineno - 1 if before else node.end_lineno)
     raise ValueError(f"no place {place!r}")
@@ -68,20 +74,32 @@ def test_the_unions_are_those_of_the_code_with_the_new_class(union: str):
 
 
 def test_the_data_set_trains_evaluates_and_samples(checkout: Path):
-    train, evaluate, sample, _ = COMMANDS
-    trained = run_there(checkout, *train, "training.device=cpu", "training.precision=float32")
+    trained = run_there(checkout, *TRAIN, "training.device=cpu", "training.precision=float32")
     solved = re.search(r"solved ([\d.]+)% of 500 unseen strings", trained)
     assert solved is not None, trained
     assert float(solved[1]) > 95
-    assert "accuracy" in run_there(checkout, *evaluate)
-    assert run_there(checkout, *sample).splitlines()[0] == "edcba"
+    assert "accuracy" in run_there(checkout, *EVALUATE)
+    assert run_there(checkout, *SAMPLE).splitlines()[0] == "edcba"
+    assert "left_bias 0.1: accuracy" in run_there(checkout, *EVALUATE_RULE)
+    order = run_there(checkout, "-c", ORDER)
+    assert order.split() == ["1", "2", "3", "4", "5"]
 
 
 def test_the_objective_trains(checkout: Path):
-    out = run_there(checkout, *COMMANDS[-1], "training.max_steps=5", "training.log_every=1", "validation.n_examples=8")
+    out = run_there(
+        checkout, *TRAIN_OBJECTIVE, "training.max_steps=5", "training.log_every=1", "validation.n_examples=8"
+    )
     assert "cosine" in out
     records = (checkout / "runs" / "cosine" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert all(0 < json.loads(record)["train/masked_fraction"] <= 1 for record in records)
+
+
+# The pass in which each letter of the answer is written.
+ORDER = """
+from config import SamplingRule
+from sampling import load
+print(*load("runs/reversed_strings").complete("abcde", SamplingRule(left_bias=1000.0)).order[5:])
+"""
 
 
 # Of 5 letters n are masked: the share of such rows, and the sum of their weights, for n = 1 to 5; letter by letter,

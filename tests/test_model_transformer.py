@@ -320,7 +320,7 @@ def test_predict_is_about_the_chosen_positions_in_order() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_shifted_model_tells_a_token_at_the_position_before_it(causal: bool) -> None:
-    """Only `forward` and `predict` know; token 0, before which there is nothing, is told at its own position."""
+    """`logits` does not know; token 0, before which there is nothing, is told at its own position."""
     plain = random_model(causal=causal)
     shifted = Transformer(model_settings(), causal=causal, shifted=True).eval()
     shifted.load_weights(plain.weights())
@@ -335,6 +335,22 @@ def test_a_shifted_model_tells_a_token_at_the_position_before_it(causal: bool) -
     predicted = shifted.predict(xt, weight > 0, MASK_ID)
     best = [oracle.prediction(row, MASK_ID)[0] for row in about.flatten(0, 1)]
     assert predicted.token.tolist() == best
+    assert torch.equal(shifted.predicted_logits(xt), about)
+
+
+@torch.no_grad()
+def test_the_logits_of_a_block_are_those_of_a_row_that_ends_with_it() -> None:
+    plain, size = random_model(), 4
+    model = Transformer(model_settings(), causal=False, shifted=False, block_size=size).eval()
+    model.load_weights(plain.weights())
+    xt = random_tokens(2, 12)
+    logits = model.predicted_logits(xt)
+    for end in range(size, 13, size):
+        alone = model.logits(xt[:, :end]) if end == size else model.predicted_logits(xt[:, :end])
+        torch.testing.assert_close(logits[:, end - size : end], alone[:, end - size :], rtol=1e-4, atol=1e-5)
+    predicted = model.predict(xt, torch.ones_like(xt, dtype=torch.bool), MASK_ID)
+    assert torch.equal(logits[..., :MASK_ID].argmax(2).flatten(), predicted.token)
+    assert not torch.allclose(model.logits(xt), logits, atol=1e-3), "it attends to later blocks"
 
 
 def test_the_compiled_pass_serves_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from runtime.config_file import parse_config
 from runtime.distributed import World
 from runtime.optim import learning_rate
 from training.run import Run, build_run
-from training.update import Updater, apply_update, check_graph, uses_graph
+from training.update import Updater, apply_update, check_graph, several_ranks_prevent_graph, uses_graph
 
 OBJECTIVES = {
     "uniform": UNIFORM,
@@ -214,13 +214,19 @@ def test_a_graph_is_taken_where_an_update_can_be_captured(data_dir):
 
     def graph(device, n_ranks=1, **changes):
         changed = settings | {"training": settings["training"] | changes}
-        return uses_graph(parse_config(changed, "test"), World(0, n_ranks, device))
+        config = parse_config(changed, "test")
+        for rank in range(n_ranks):
+            prevented = several_ranks_prevent_graph(config, World(rank, n_ranks, device))
+            assert prevented == (n_ranks > 1 and uses_graph(config, World(0, 1, device)))
+        return uses_graph(config, World(0, n_ranks, device))
 
     assert graph(cuda)
     assert graph(cuda, cuda_graph=True)
     assert not graph(cpu)
     assert not graph(cpu, cuda_graph=True)
     assert not graph(cuda, n_ranks=2)
+    assert not graph(cuda, n_ranks=2, cuda_graph=False)
+    assert not graph(cpu, n_ranks=2)
     assert not graph(cuda, gradient_checkpointing=True)
     assert not graph(cuda, cuda_graph=False)
     settings["model"]["vocab_size"] = 10_000

@@ -139,3 +139,15 @@ def test_row_weights_of_a_part_of_the_batch_are_those_of_the_whole() -> None:
 def test_a_row_with_nothing_masked_weighs_nothing() -> None:
     masked = torch.tensor([[False, False], [True, True]])
     assert row_weights(masked, 2).tolist() == [[0.0, 0.0], [0.25, 0.25]]
+
+
+def test_random_numbers_are_those_of_the_generator():
+    """Checkpoints save it, and nothing else that draws."""
+    maskable = torch.ones(8, 16, dtype=torch.bool)
+    n_reveal = torch.full((8,), 5)
+    draws = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        generator = random_generator(0)
+        draws.append((mask_uniformly(maskable, generator), reveal_random(maskable, n_reveal, generator)))
+    assert all(torch.equal(one, other) for one, other in zip(*draws, strict=True))

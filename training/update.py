@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -142,6 +143,11 @@ def uses_graph(config: Config, world: World) -> bool:
     """Whether updates are replayed from a CUDA graph: on a GPU, if it is not switched off and nothing is in the way."""
     wanted, on_gpu = config.training.cuda_graph is not False, world.device.type == "cuda"
     return wanted and on_gpu and graph_obstacle(config, world) is None
+
+
+def several_ranks_prevent_graph(config: Config, world: World) -> bool:
+    """Whether updates would be replayed from a CUDA graph if there were one process."""
+    return uses_graph(config, replace(world, rank=0, n_ranks=1)) and not uses_graph(config, world)
 
 
 def check_graph(config: Config, world: World) -> None:

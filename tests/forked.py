@@ -111,7 +111,9 @@ class Forked:
     def __enter__(self) -> Forked:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:  # the test has failed, maybe because this program waits
+            self.kill()
         self.wait()
         self._lines.close()
         self._status.close()

@@ -201,6 +201,21 @@ assert pathlib.Path("{tmp_path}/result").exists()
     assert result.returncode == 0, result.stderr
 
 
+def test_processes_wait_longer_for_each_other_than_to_connect():
+    code = """
+import time
+from datetime import timedelta
+from runtime import distributed
+distributed.CONNECT_TIMEOUT = timedelta(seconds=1)
+with distributed.ends_once():
+    world = distributed.start_world("cpu")
+    time.sleep(0 if world.rank else 3)
+    distributed.gather(None)
+"""
+    result = run_ranks(N_RANKS, "-c", code)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_process_that_cannot_reach_the_others_says_so():
     code = """
 import os

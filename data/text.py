@@ -84,7 +84,8 @@ def load_tokenizer(name: str, eos_token: str | None = None) -> Any:
         tokenizer.eos_token = eos_token
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"tokenizer {name!r} has no EOS token, which must end and pad every sequence: choose one that has"
+            f"tokenizer {name!r} has no EOS token, which must end and pad every sequence: choose one that has, or for "
+            "`dataset: text` set data.eos_token, as in 'data.eos_token=[SEP]'"
         )
     return tokenizer
 

@@ -177,6 +177,8 @@ def _apply_override(raw: dict[str, Any], given: str) -> None:
     if not equals or not key:
         raise ValueError("it is not of the form section.key=value")
     value = yaml.load(text, Loader=_Loader)
+    if not isinstance(value, str | None) and _holds_text(key):
+        value = text  # [SEP] is a list in YAML
     if given.startswith(TAGS):
         _drop_unknown(raw, key, value)
     *sections, last = key.split(".")
@@ -186,6 +188,19 @@ def _apply_override(raw: dict[str, Any], given: str) -> None:
             raise ValueError(f"{section!r} is not a section")
         target = target[section]
     target[last] = value
+
+
+def _holds_text(key: str) -> bool:
+    """Whether a setting is text or null in every class that has it."""
+    section, _, name = key.partition(".")
+    kinds = [
+        model.model_fields[name].annotation
+        for each, models in _sections()
+        if each == section
+        for model in models
+        if name in model.model_fields
+    ]
+    return bool(kinds) and all(kind in (str, str | None) for kind in kinds)
 
 
 def _drop_unknown(raw: dict[str, Any], key: str, value: Any) -> None:

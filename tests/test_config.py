@@ -245,6 +245,22 @@ def test_a_default_that_is_written_out_is_no_key_of_another_source(tiny):
     assert read_config(tiny, [f"data={data}"]).data.source == "files"
 
 
+def test_an_override_of_text_is_text_whatever_it_looks_like(tiny):
+    """Without the quotes that YAML asks for, which shells remove."""
+    own = [
+        "data.dataset=text",
+        "data.source=a.jsonl",
+        "data.tokenizer=a",
+        "data.max_len=16",
+        "model.learned_positions=16",
+    ]
+    for given, expected in {"[SEP]": "[SEP]", '"[SEP]"': "[SEP]", "7": "7", "</s>": "</s>", "null": None}.items():
+        data = read_config(tiny, [*own, f"data.eos_token={given}", "model.vocab_size=600"]).data.model_dump()
+        assert data["eos_token"] == expected, given
+    with pytest.raises(ValueError, match=r"data.max_len = \[16\]"):
+        read_config(tiny, [*own, "data.max_len=[16]"])
+
+
 def test_the_last_override_wins(tiny):
     assert read_config(tiny, ["training.seed=1", "training.seed=2"]).training.seed == 2
 

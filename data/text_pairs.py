@@ -290,7 +290,8 @@ class TextData(PairDataSet):
         """The folder of the rows of a source, which are tokenized on first use."""
         settings, name = self.settings, self.tokenizer_name
         columns = (settings.prompt_column, settings.completion_column)
-        facts = [VERSION, _identity(source), split, columns, hash_file(find_tokenizer(name)), settings.eos_token]
+        # EOS as it is, since a file beside tokenizer.json may name it.
+        facts = [VERSION, _identity(source), split, columns, hash_file(find_tokenizer(name)), self.eos_id]
         folder = Path(settings.data_dir) / f"{split}_{settings.max_len}_{_digest(facts)}"
         pretokenize(
             source,

@@ -185,6 +185,33 @@ def test_a_verdict_compares_what_the_tokenizer_keeps(tmp_path):
     assert [verdict.right for verdict in data.verdicts(prompts, tokens, [gold + " a"])] == [False]
 
 
+def write_words(folder: Path, pairs: list[tuple[str, str]], words: str) -> dict[str, str]:
+    """Pairs, and a tokenizer that knows these words alone; the settings that name it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    rows = [json.dumps({"prompt": prompt, "completion": completion}) + "\n" for prompt, completion in pairs]
+    (folder / "pairs.jsonl").write_text("".join(rows))
+    known = ["<unk>", "<eos>", "<end>", *words.split(" ")]
+    bare = Tokenizer(models.WordLevel({word: number for number, word in enumerate(known)}, unk_token="<unk>"))
+    bare.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<eos>").save_pretrained(folder / "words")
+    return {"tokenizer": str(folder / "words")}
+
+
+def test_rows_are_tokenized_again_with_another_eos(tmp_path):
+    """Which only the file beside tokenizer.json names."""
+    pairs = [(prompt, "b a") for prompt in ("a", "b", "a b")]
+    chosen: dict[str, Any] = write_words(tmp_path, pairs, "a b \n") | {"n_held_out": 1}
+    before = open_text(tmp_path, **chosen)
+    assert (before.eos_id, before.train.labels[0, -1]) == (1, 1)
+    beside = tmp_path / "words" / "tokenizer_config.json"
+    beside.write_text(beside.read_text().replace("<eos>", "<end>"))
+    after = open_text(tmp_path, **chosen)
+    assert (after.eos_id, after.train.eos_id, after.train.labels[0, -1]) == (2, 2, 2)
+    assert open_text(tmp_path, **chosen, eos_token="<end>").folder == after.folder != before.folder
+
+
 def test_a_completion_with_the_end_of_all_is_refused(tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "completion": "a b c"}\n')
     tokenizer = str(lower_case_tokenizer(tmp_path / "low.json"))

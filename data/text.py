@@ -90,6 +90,17 @@ def load_tokenizer(name: str, eos_token: str | None = None) -> Any:
     return tokenizer
 
 
+def unknown_id(tokenizer: Any) -> int | None:
+    """The token that stands for what a tokenizer does not know; None if it has none.
+
+    None too if that is EOS: GPT-2's tokenizer names it so, and knows every text; no completion may contain it.
+    """
+    # A tokenizer.json alone names it in its model only.
+    name = getattr(tokenizer.backend_tokenizer.model, "unk_token", None) or tokenizer.unk_token
+    found: int | None = None if name is None else tokenizer.backend_tokenizer.token_to_id(name)
+    return None if found == tokenizer.eos_token_id else found
+
+
 def train_byte_pairs(texts: Iterable[str], pieces: str, vocab_size: int) -> Any:
     """Train a byte-pair tokenizer, a Hugging Face tokenizer that can encode any text; the result is deterministic.
 
@@ -203,8 +214,8 @@ def encode_rows(
     return labels, prompt_bits, len(prompts) - len(kept)
 
 
-def decode_completions(tokenizer: Any, tokens: np.ndarray, prompt_mask: np.ndarray) -> list[str]:
-    """The text after each prompt, up to the first EOS; `decode_whole` keeps all of a row.
+def completion_tokens(eos_id: int, tokens: np.ndarray, prompt_mask: np.ndarray) -> list[np.ndarray]:
+    """The tokens after each prompt, up to the first EOS: int64, of different lengths.
 
     Args:
         tokens: int64 [B, L].
@@ -213,9 +224,15 @@ def decode_completions(tokenizer: Any, tokens: np.ndarray, prompt_mask: np.ndarr
     completions = []
     for row, given in zip(tokens, prompt_mask, strict=True):
         answer = row[~given]
-        ends = np.flatnonzero(answer == tokenizer.eos_token_id)
-        completions.append(tokenizer.decode(answer[: ends[0]] if len(ends) else answer, skip_special_tokens=False))
+        ends = np.flatnonzero(answer == eos_id)
+        completions.append(answer[: ends[0]] if len(ends) else answer)
     return completions
+
+
+def decode_completions(tokenizer: Any, tokens: np.ndarray, prompt_mask: np.ndarray) -> list[str]:
+    """The text of `completion_tokens`; `decode_whole` keeps all of a row."""
+    completions = completion_tokens(tokenizer.eos_token_id, tokens, prompt_mask)
+    return [tokenizer.decode(completion, skip_special_tokens=False) for completion in completions]
 
 
 def decode_whole(tokenizer: Any, row: np.ndarray) -> str:

@@ -4,7 +4,8 @@
 `Dataset.save_to_disk` of Hugging Face wrote, or of a data set on the Hub. docs/own_data.md has an example.
 
 A row is a prompt, a newline and a completion, padded with EOS (`data/text.py`). An answer is right if it equals the
-completion; differences in white space do not count. Pairs that do not fit `max_len` tokens are left out.
+completion; differences in white space do not count, and a token for unknown text (`<unk>`) equals nothing. Pairs that
+do not fit `max_len` tokens are left out.
 
 `PairSettings` and `PairDataSet` are also the base of TinyGSM (`data/tiny_gsm.py`), which judges answers in another way.
 
@@ -36,19 +37,23 @@ from data.questions import Question
 from data.settings import FREE_ON_RESUME
 from data.text import (
     MIN_TRAINED_VOCAB,
+    SEPARATOR,
     TOKENIZER_DIR,
     TOKENIZER_FILE,
     check_tokens,
+    completion_tokens,
     decode_completions,
     encode_completions,
     encode_prompts,
+    encode_texts,
     find_tokenizer,
     load_tokenizer,
     prompt_fits,
     prompt_row,
     train_byte_pairs,
+    unknown_id,
 )
-from data.token_files import TokenFileData, count_shared_rows, open_token_files, read_meta
+from data.token_files import TokenFileData, count_completions_with, count_shared_rows, open_token_files, read_meta
 
 MAX_LENGTH = 1 << 20  # tokens per sequence
 VERSION = 1  # of the files that are written; a new one when the same settings give other files
@@ -308,15 +313,15 @@ class TextData(PairDataSet):
 
     @override
     def judge(self, tokens: np.ndarray, indices: np.ndarray) -> JudgedAnswers:
-        """Whether the text equals that of the test row; both are decoded, since a tokenizer may not keep a text."""
+        """Whether the text equals that of the test row, see `_is_right`."""
         expected, prompt_mask = self.test.rows(indices)
-        answers, completions = (decode_completions(self.tokenizer, rows, prompt_mask) for rows in (tokens, expected))
-        right = [_words(answer) == _words(wanted) for answer, wanted in zip(answers, completions, strict=True)]
+        answers, completions = (completion_tokens(self.eos_id, rows, prompt_mask) for rows in (tokens, expected))
+        right = [self._is_right(answer, wanted) for answer, wanted in zip(answers, completions, strict=True)]
         samples = [
             {
-                "prompt": self._prompt(row[given]),
-                "completion": wanted,
-                "answer": answer,
+                "prompt": self._text(row[given]).strip(),
+                "completion": self._text(wanted),
+                "answer": self._text(answer),
                 "verdict": "right" if is_right else "wrong",
             }
             for row, given, wanted, answer, is_right in zip(
@@ -336,14 +341,17 @@ class TextData(PairDataSet):
     def verdicts(
         self, prompts: np.ndarray, tokens: np.ndarray, golds: Sequence[str | None] | None = None
     ) -> list[AnswerVerdict]:
-        """Right if the completion equals the gold one, apart from white space."""
+        """Right if the completion equals the gold one as the tokenizer encodes it, see `_is_right`."""
         verdicts = []
-        for prompt, row, gold in zip(prompts, tokens, golds or [None] * len(tokens), strict=True):
-            text = self.completion(prompt, row)
-            right = None if gold is None else _words(text) == _words(self._kept(gold))
-            shown = shorten(escape(" ".join(_words(gold or ""))), MAX_SHOWN_GOLD)
+        answers = completion_tokens(self.eos_id, tokens, prompts != self.mask_id)
+        for answer, gold in zip(answers, golds or [None] * len(answers), strict=True):
+            right = None
+            if gold is not None:
+                (wanted,) = encode_completions(self.tokenizer.backend_tokenizer, [gold])
+                right = self._is_right(answer, np.array(wanted, dtype=np.int64))
+            shown = shorten(escape(" ".join((gold or "").split())), MAX_SHOWN_GOLD)
             reason = {True: "right", False: f"wrong; right is {shown}", None: ""}[right]
-            verdicts.append(AnswerVerdict(text, right, reason, {"gold": gold}))
+            verdicts.append(AnswerVerdict(self._text(answer), right, reason, {"gold": gold}))
         return verdicts
 
     @override
@@ -351,12 +359,12 @@ class TextData(PairDataSet):
         """A prompt of the test and its completion."""
         tokens, prompt_mask = self.test.rows(np.array([index]))
         return Question(
-            self._prompt(tokens[0][prompt_mask[0]]), decode_completions(self.tokenizer, tokens, prompt_mask)[0]
+            self._text(tokens[0][prompt_mask[0]]).strip(), decode_completions(self.tokenizer, tokens, prompt_mask)[0]
         )
 
     @override
     def warnings(self) -> Sequence[str]:
-        """Warn about pairs that are left out because they are too long, and about test pairs that are trained on."""
+        """Warn about pairs that do not fit, what the tokenizer does not know, and test pairs that are trained on."""
         folders = {self.folder, self.test.folder}
         counts = {folder: read_meta(folder).get("num_left_out") or 0 for folder in folders if folder is not None}
         found = [
@@ -364,22 +372,41 @@ class TextData(PairDataSet):
             for folder, n in sorted(counts.items())
             if n
         ]
+        unknown = unknown_id(self.tokenizer)
+        separator = encode_texts(self.tokenizer.backend_tokenizer, [SEPARATOR])[0]
+        if not separator or unknown in separator:
+            given = self._text(np.array(separator)) if separator else "nothing"
+            found.append(
+                f"tokenizer {self.tokenizer_name!r} encodes the newline between prompt and completion as {given}, so "
+                "nothing marks the end of a prompt: end all prompts with a word of their own, or take another tokenizer"
+            )
+        if unknown is not None:
+            name = self._text(np.array([unknown]))
+            for part, rows, effect in (
+                ("training", self.train, ""),
+                ("test", self.test, ", and no answer to them counts as right"),
+            ):
+                if n := count_completions_with(unknown, rows, part):
+                    found.append(
+                        f"{n:,} of the {len(rows):,} {part} completions have text that the tokenizer does not know: it "
+                        f"becomes {name}{effect}"
+                    )
         if n_shared := count_shared_rows(self.train, self.test):
             found.append(f"{n_shared:,} of the {len(self.test):,} test pairs are also in the training set")
         return found
 
-    def _kept(self, text: str) -> str:
-        """What the tokenizer keeps of a completion, as `judge` compares it."""
-        (ids,) = encode_completions(self.tokenizer.backend_tokenizer, [text])
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+    def _is_right(self, answer: np.ndarray, wanted: np.ndarray) -> bool:
+        """Whether two completions (int64) have equal text apart from white space, without unknown tokens.
 
-    def _prompt(self, tokens: np.ndarray) -> str:
-        """The text of the tokens of a prompt."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=False).strip()
+        Both are decoded, since a tokenizer may not keep a text. An unknown token may stand for any text.
+        """
+        unknown = unknown_id(self.tokenizer)
+        if unknown is not None and (unknown in answer or unknown in wanted):
+            return False
+        return self._text(answer).split() == self._text(wanted).split()
 
-
-def _words(text: str) -> list[str]:
-    return text.split()
+    def _text(self, tokens: np.ndarray) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
 
 
 def _identity(source: str) -> list[str]:

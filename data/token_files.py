@@ -169,6 +169,30 @@ def count_shared_rows(train: TokenFileData, test: TokenFileData) -> int:
     return int(cached_findings(path, cache, scan, {"shared": int}, arguments)["shared"])
 
 
+def count_completions_with(token: int, data: TokenFileData, part: str) -> int:
+    """Number of rows with a token after their prompt; cached beside the rows if these are in files.
+
+    Args:
+        part: name of the rows, for the name of the cache: others of the same files have another.
+    """
+
+    def scan() -> dict[str, Any]:
+        count = 0
+        for start in range(0, len(data), N_CHECKED):
+            found = start + np.flatnonzero((data.labels[start : start + N_CHECKED] == token).any(1))
+            tokens, prompt_mask = data.rows(
+                found
+            )  # few rows, since unpacking prompt masks takes longer than the search
+            count += int(((tokens == token) & ~prompt_mask).any(1).sum())
+        return {"count": count}
+
+    if data.folder is None:
+        return int(scan()["count"])
+    path = data.folder / LABELS_FILE
+    cache, arguments = path.with_name(f".{path.name}.{part}_with_{token}.json"), {"n_rows": len(data)}
+    return int(cached_findings(path, cache, scan, {"count": int}, arguments)["count"])
+
+
 def write_token_files(folder: Path, labels: np.ndarray, prompt_bits: np.ndarray, facts: dict[str, Any]) -> None:
     """Write labels (uint32 [N, L]), prompt bits (uint8 [N, L / 8]) and finally meta.json with `facts` and the sizes.
 

@@ -165,8 +165,8 @@ def test_a_bare_tokenizer_file_needs_the_name_of_its_eos(tmp_path):
 def lower_case_tokenizer(path: Path) -> Path:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-    words = ["[SEP]", "\n", " ", "a", "b", "c"]
-    bare = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=" "))
+    words = ["[SEP]", "\n", " ", "a", "b", "c", "[UNK]"]
+    bare = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
     bare.normalizer, bare.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Split("", "isolated")
     bare.save(str(path))
     return path
@@ -199,6 +199,30 @@ def write_words(folder: Path, pairs: list[tuple[str, str]], words: str) -> dict[
     return {"tokenizer": str(folder / "words")}
 
 
+def test_a_word_that_the_tokenizer_does_not_know_equals_no_other(tmp_path):
+    """Or answers to all prompts about names would be right."""
+    pairs = [("who is it", f"Mr {name}") for name in ("Lee", "Lopez", "known", "Ito", "Olsen", "known")]
+    data = open_text(tmp_path, **write_words(tmp_path, pairs, "Mr known who is it \n"), n_held_out=3)
+    for _ in range(2):  # the second time from the cache
+        training, test, *_ = data.warnings()
+        assert training.startswith("2 of the 3 training completions")
+        assert test.startswith("2 of the 3 test completions")
+        assert "<unk>" in test
+    tokens, _ = data.test.rows(np.arange(3))
+    judged = data.judge(tokens, np.arange(3))
+    assert judged.figures["accuracy"].tolist() == [0, 0, 1]
+    prompts = data.prompts(np.arange(3))
+    golds = ["Mr Ito", "Mr <unk>", "Mr known"]
+    assert [verdict.right for verdict in data.verdicts(prompts, tokens, golds)] == [False, False, True]
+
+
+@pytest.mark.parametrize(("words", "n_warnings"), [("a b \n", 0), ("a b", 1)])
+def test_a_newline_without_a_token_gives_a_warning(words, n_warnings, tmp_path):
+    pairs = [(prompt, "b a") for prompt in ("a", "b", "a b")]
+    data = open_text(tmp_path, **write_words(tmp_path, pairs, words), n_held_out=1)
+    assert sum("the newline between prompt and completion as <unk>" in line for line in data.warnings()) == n_warnings
+
+
 def test_rows_are_tokenized_again_with_another_eos(tmp_path):
     """Which only the file beside tokenizer.json names."""
     pairs = [(prompt, "b a") for prompt in ("a", "b", "a b")]
@@ -210,6 +234,27 @@ def test_rows_are_tokenized_again_with_another_eos(tmp_path):
     after = open_text(tmp_path, **chosen)
     assert (after.eos_id, after.train.eos_id, after.train.labels[0, -1]) == (2, 2, 2)
     assert open_text(tmp_path, **chosen, eos_token="<end>").folder == after.folder != before.folder
+
+
+def test_the_mask_may_be_a_token_of_the_tokenizer(tmp_path):
+    """BERT's, which has a mask and no EOS, and drops newlines."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abc", *(f"##{letter}" for letter in "abc")]
+    bert = Tokenizer(models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    bert.normalizer, bert.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    bert.decoder = decoders.WordPiece()
+    bert.add_special_tokens(words[:5])
+    bert.save(str(tmp_path / "bert.json"))
+    settings = run_settings(tmp_path, tokenizer=str(tmp_path / "bert.json"), mask_id=4)
+    settings["model"]["vocab_size"] = len(words)
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    with pytest.warns(UserWarning, match="the newline between prompt and completion as nothing"):
+        train.main(["--config", str(tmp_path / "run.json"), "--run-dir", str(tmp_path / "run"), "data.eos_token=[SEP]"])
+    trained = load(tmp_path / "run")
+    assert trained.data.encode("ab [MASK]").tolist().count(4) == LENGTH - 5, "ab, brackets and an unknown word"
+    assert (trained.complete("ab ca").tokens != 4).all()
 
 
 def test_a_completion_with_the_end_of_all_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""docs/adding.md works: its data set and its objective, copied into a checkout, train, evaluate and sample."""
+"""What docs/adding.md and docs/own_data.md add works: copied into a checkout, it trains, evaluates and samples."""
 
 from __future__ import annotations
 
@@ -10,23 +10,33 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, run_python
-from docs_check import fenced_commands
+from docs_check import fenced_commands, small_settings
+from test_data_text_pairs import write_pairs
 
-PAGE = (ROOT / "docs" / "adding.md").read_text(encoding="utf-8")
+ADDING, OWN_DATA = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("adding.md", "own_data.md"))
 TRAIN, EVALUATE, SAMPLE, TRAIN_OBJECTIVE, EVALUATE_RULE = (
-    command.words[1:] for command in fenced_commands(PAGE, "docs/adding.md")
+    command.words[1:] for command in fenced_commands(ADDING, "docs/adding.md")
 )
-BLOCKS: dict[str, str] = dict(re.findall(r"```(?:python|yaml)\n# (.+)\n((?:.*\n)*?)```", PAGE))
+
+
+def blocks_of(page: str) -> dict[str, str]:
+    """The blocks of a page whose first line says where they belong, by that line."""
+    return dict(re.findall(r"```(?:python|yaml)\n# (.+)\n((?:.*\n)*?)```", page))
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of the code with what the page adds, and nothing else."""
-    copy = tmp_path / "puma"
+    """A copy of the code with what docs/adding.md adds, and nothing else."""
+    return write_checkout(ADDING, tmp_path / "puma")
+
+
+def write_checkout(page: str, copy: Path) -> Path:
+    """Copy the code and add what a page adds."""
     skipped = shutil.ignore_patterns(".*", "runs", "tests", "results", "docs", "__pycache__", "*.npy")
     shutil.copytree(ROOT, copy, ignore=skipped)
-    for title, block in BLOCKS.items():
+    for title, block in blocks_of(page).items():
         name, _, place = title.partition(": ")
         path = copy / name
         path.write_text(placed(block, place, path.read_text(encoding="utf-8")) if place else block, encoding="utf-8")
@@ -64,13 +74,17 @@ def run_there(checkout: Path, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("union", ["AnyDataSettings", "AnyObjectiveSettings"])
-def test_the_unions_are_those_of_the_code_with_the_new_class(union: str):
+@pytest.mark.parametrize(
+    ("page", "union"),
+    [(ADDING, "AnyDataSettings"), (ADDING, "AnyObjectiveSettings"), (OWN_DATA, "AnyDataSettings")],
+    ids=["data set", "objective", "score"],
+)
+def test_the_unions_are_those_of_the_code_with_the_new_class(page: str, union: str):
     config = (ROOT / "config.py").read_text(encoding="utf-8")
     own = "".join(config.splitlines(keepends=True)[lines_of(union, config)])
-    *others, new = re.findall(r"\w+Settings\b", BLOCKS[f"config.py: {union}"])
+    *others, new = re.findall(r"\w+Settings\b", blocks_of(page)[f"config.py: {union}"])
     assert others == re.findall(r"\w+Settings\b", own)
-    assert f"class {new}(" in PAGE
+    assert f"class {new}(" in page
 
 
 def test_the_data_set_trains_evaluates_and_samples(checkout: Path):
@@ -83,6 +97,19 @@ def test_the_data_set_trains_evaluates_and_samples(checkout: Path):
     assert "left_bias 0.1: accuracy" in run_there(checkout, *EVALUATE_RULE)
     order = run_there(checkout, "-c", ORDER)
     assert order.split() == ["1", "2", "3", "4", "5"]
+
+
+def test_the_score_of_own_text_is_recorded(tmp_path: Path):
+    checkout = write_checkout(OWN_DATA, tmp_path / "puma")
+    settings = small_settings(yaml.safe_load((ROOT / "yaml_files" / "text_sorting_puma.yaml").read_text()))
+    write_pairs(checkout / "pairs.jsonl", 60)
+    settings["data"] |= {"dataset": "word_f1", "source": "pairs.jsonl"}
+    (checkout / "run.yaml").write_text(yaml.safe_dump(settings))
+    run_there(checkout, "train.py", "--config", "run.yaml", "--run-dir", "run")
+    (sampler,) = json.loads((checkout / "run" / "final.json").read_text())["evaluation"]["samplers"]
+    assert 0 <= sampler["details"]["f1"] <= 1
+    scores = "from data.word_f1 import word_f1; print(*(word_f1(each, 'a b b') for each in ('b a b', 'b c', '')))"
+    assert run_there(checkout, "-c", scores).split() == ["1.0", "0.4", "0.0"]
 
 
 def test_the_objective_trains(checkout: Path):

@@ -180,9 +180,7 @@ def count_completions_with(token: int, data: TokenFileData, part: str) -> int:
         count = 0
         for start in range(0, len(data), N_CHECKED):
             found = start + np.flatnonzero((data.labels[start : start + N_CHECKED] == token).any(1))
-            tokens, prompt_mask = data.rows(
-                found
-            )  # few rows, since unpacking prompt masks takes longer than the search
+            tokens, prompt_mask = data.rows(found)  # few, since unpacking prompt masks takes longer than the search
             count += int(((tokens == token) & ~prompt_mask).any(1).sum())
         return {"count": count}
 

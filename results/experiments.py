@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -9,16 +10,25 @@ from dataclasses import dataclass
 class Variant:
     """One variant in an experiment."""
 
-    label: str
+    label: str  # names the run directories too, see `folder_name`
     config: str  # in yaml_files/
     overrides: tuple[str, ...] = ()
     seeds: tuple[int, ...] | None = None  # None: those of the experiment
     starts_from: str | None = None  # label of the variant whose run of the same seed gives the starting weights
 
+    @property
+    def folder_name(self) -> str:
+        """The label as a part of folder names; other labels can have the same: `bias 1` and `bias -1`."""
+        return re.sub(r"[^a-z0-9]+", "_", self.label.lower())
+
 
 @dataclass(frozen=True)
 class Experiment:
-    """Variants that are compared, with all other settings equal."""
+    """Variants that are compared, with all other settings equal.
+
+    Raises:
+        ValueError: two variants would have the same run directories, or a label names no variant.
+    """
 
     question: str
     variants: tuple[Variant, ...]
@@ -29,6 +39,22 @@ class Experiment:
     seeds: tuple[int, ...] = (0, 1, 2)
     # No run shared its machine, and all had the same: figure and tables compare seconds.
     seconds_comparable: bool = False
+
+    def __post_init__(self) -> None:
+        first: dict[str, str] = {}
+        for variant in self.variants:
+            if other := first.get(variant.folder_name):
+                raise ValueError(
+                    f"labels {other!r} and {variant.label!r} give the same folder name, {variant.folder_name!r}: only "
+                    "letters from a to z and digits distinguish labels, write for example 'minus 1' for -1"
+                )
+            first[variant.folder_name] = variant.label
+        labels = [variant.label for variant in self.variants]
+        named = [("baseline", self.baseline), *(("shown", label) for label in self.shown)]
+        named += [("starts_from", each.starts_from) for each in self.variants if each.starts_from is not None]
+        for field, label in named:
+            if label not in labels:
+                raise ValueError(f"{field} {label!r} is no label of a variant: choose from {labels}")
 
 
 MINUTES = ("training.compile=true", "validation.n_examples=100", "validation.n_final_examples=500")

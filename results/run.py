@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -155,8 +154,10 @@ def tasks_of(experiment: Experiment, folder: Path, run_overrides: list[str]) -> 
         run_overrides: overrides for all runs.
     """
 
+    by_label = {variant.label: variant for variant in experiment.variants}
+
     def run_dir(label: str, seed: int) -> Path:
-        return folder.resolve() / f"{re.sub(r'[^a-z0-9]+', '_', label.lower())}_seed{seed}"
+        return folder.resolve() / f"{by_label[label].folder_name}_seed{seed}"
 
     runs = [
         (variant, seed)
@@ -215,7 +216,7 @@ def tasks_to_run(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, An
 
 
 def run_all(tasks: list[Task], n_jobs: int, budget_s: float | None) -> bool:
-    """Run tasks; returns whether all are complete at the end.
+    """Run tasks; returns whether all are complete at the end, and no run failed.
 
     Args:
         n_jobs: number of parallel runs, one thread each.
@@ -255,7 +256,7 @@ def run_all(tasks: list[Task], n_jobs: int, budget_s: float | None) -> bool:
                 process.wait()
     for task in failed:
         print(f"failed: {task.run_dir}, see {task.run_dir}.log", file=sys.stderr)
-    return all(task.is_complete for task in tasks)
+    return not failed and all(task.is_complete for task in tasks)
 
 
 def _can_start(task: Task, tasks: list[Task]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,12 +25,13 @@ from results.records import read_note
 from runtime.config_file import read_config
 from runtime.history import read_history
 
-QUESTION = Experiment("Which?", (), baseline="b", targets=(0.1, 0.45))
+VARIANTS = tuple(Variant(label, f"{label}.yaml") for label in "abc")
+QUESTION = Experiment("Which?", VARIANTS, baseline="b", targets=(0.1, 0.45))
 NOTE = ["Seeds differ.", ""]
 
 
 def records() -> dict[str, Any]:
-    """Two settings with two seeds; one run is not finished."""
+    """Two of the settings with two seeds; one run is not finished."""
     found = []
     for variant, seed, accuracy in (("a", 0, 0.5), ("b", 0, 0.2), ("a", 1, 0.95), ("b", 1, 0.4)):
         points = [
@@ -149,15 +151,42 @@ def test_pages_are_those_of_their_records(path):
     }
 
 
+@pytest.mark.parametrize(("one", "other"), [("bias -1", "bias 1"), ("rate 1e-3", "Rate 1E 3"), ("a", "a")])
+def test_labels_of_one_run_directory_are_refused(one, other):
+    """Else one row would show the runs of another setting."""
+    variants = (Variant(one, "a.yaml"), Variant(other, "a.yaml", ("model.rotary=false",)))
+    with pytest.raises(ValueError, match=re.escape(f"labels {one!r} and {other!r} give the same folder name")):
+        Experiment("Which?", variants, baseline=one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"baseline": "aa"}, "baseline 'aa' is no label"),
+        ({"shown": ("a", "B")}, "shown 'B' is no label"),
+        ({"variants": (*VARIANTS, Variant("d", "d.yaml", starts_from="e"))}, "starts_from 'e' is no label"),
+    ],
+)
+def test_a_label_of_no_variant_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(QUESTION, **changes)
+
+
+def test_an_experiment_with_a_failed_run_is_not_complete(tmp_path, monkeypatch, capsys):
+    """Even if its directory holds a complete run, which is then that of another command."""
+    (task,) = run.tasks_of(Experiment("Which?", VARIANTS[:1], baseline="a", seeds=(0,)), tmp_path, [])
+    monkeypatch.setattr(run, "POLL_S", 0)
+    monkeypatch.setattr(run, "start", lambda _: subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"]))
+    monkeypatch.setattr(run.Task, "is_complete", True)
+    assert not run.run_all([task], 1, None)
+    assert f"failed: {task.run_dir}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_all_settings_of_an_experiment_are_read_and_differ(name, tmp_path):
     experiment = EXPERIMENTS[name]
     tasks = run.tasks_of(experiment, tmp_path, [])
     assert len({task.run_dir for task in tasks}) == len(tasks)
-    labels = [variant.label for variant in experiment.variants]
-    assert experiment.baseline in labels
-    assert set(experiment.shown) <= set(labels)
-    assert {variant.starts_from for variant in experiment.variants} <= {None, *labels}
     configs = [
         read_config(ROOT / "yaml_files" / variant.config, [*experiment.overrides, *variant.overrides])
         for variant in experiment.variants

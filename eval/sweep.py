@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import TypeAdapter
 
-from config import Config, SamplingRule
+from config import DEFAULT_RULE, Config, SamplingRule
 from data.dataset import DataSet
 from data.files import check_out, write_text
 from data.foreign import read_text, reading
@@ -81,7 +81,7 @@ class Conditions:
 class Point(Conditions):
     """One measurement, and all that it depends on."""
 
-    rule: str  # key of `RULES`
+    rule: str  # key of `RULES`, perhaps those of other code
     dial: str  # setting of `SamplingRule`
     value: float  # of the dial
     settings: dict[str, Any]  # the whole rule, as given to `SamplingRule`
@@ -95,6 +95,20 @@ class Point(Conditions):
     def conditions(self) -> Conditions:
         """Without the rule and its results."""
         return Conditions(**{each.name: getattr(self, each.name) for each in fields(Conditions)})
+
+    def measured(self, named: NamedRule) -> bool:
+        """Whether this is a measurement of a rule, perhaps by code with other settings of rules.
+
+        A setting that the other code lacked has its default. One that this code lacks must be off: null, false or 0.
+        """
+        defaults = DEFAULT_RULE.model_dump()
+        known = {key: value for key, value in self.settings.items() if key in defaults or value}
+        return self.rule == named.name and defaults | known == named.rule.model_dump()
+
+
+def rule_names(points: Sequence[Point]) -> list[str]:
+    """The rules of this code, then those of points by other code, in order."""
+    return list(dict.fromkeys([*RULES, *(point.rule for point in points)]))
 
 
 def by_conditions(points: Sequence[Point]) -> dict[Conditions, list[Point]]:
@@ -223,8 +237,7 @@ def sweep(
     with main_bar(world, total=len(tasks), desc="sweep", unit="setting") as bar:
         for checkpoint, questions, conditions, named in tasks:
             bar.set_postfix_str(f"{checkpoint.name} {named.name} {named.dial} {named.value}")
-            settings = named.rule.model_dump()
-            if not any(point.conditions == conditions and point.settings == settings for point in points):
+            if not any(point.conditions == conditions and point.measured(named) for point in points):
                 if conditions not in warm:
                     # A batch that does not count: a device is slow at first, for which one rule would pay.
                     n = min(questions.n_examples, conditions.batch_size * world.n_ranks)
@@ -359,9 +372,9 @@ def write_sweep(points: Sequence[Point], out: Path) -> None:
 
 def sweep_table(points: Sequence[Point]) -> list[str]:
     """Lines of a Markdown table for each of the conditions; a point on a Pareto front is marked in bold."""
-    lines = []
+    lines, names = [], rule_names(points)
     for conditions, own_points in by_conditions(points).items():
-        own_points.sort(key=lambda point: (list(RULES).index(point.rule), point.value))
+        own_points.sort(key=lambda point: (names.index(point.rule), point.value))
         by_nfe, by_seconds = pareto_front(own_points, "nfe"), pareto_front(own_points, "seconds")
         step = "" if conditions.step is None else f", step {conditions.step:,}"
         lines += [
@@ -396,7 +409,7 @@ def draw_sweep(points: Sequence[Point], out: Path) -> None:
     figure = Figure(figsize=(10, 0.8 + 3.4 * n_rows), layout="constrained")
     grid = figure.subplots(n_rows, 2, squeeze=False, sharex="col", sharey=True)
     costs = {"nfe": "network forward evaluations per question", "seconds": "seconds per question"}
-    names = list(RULES)
+    names = rule_names(points)
     for row, (label, mine) in enumerate(zip(labels, groups.values(), strict=True)):
         for plot, cost in zip(grid[row], costs, strict=True):
             front = pareto_front(mine, cost)

@@ -20,7 +20,17 @@ import train
 from config import Config, SamplingRule
 from eval import evaluate as evaluation
 from eval.accuracy import RuleMeasurement, TestQuestions, measure_rule
-from eval.sweep import RULES, Point, by_conditions, labels_of, n_fixed_passes, pareto_front, read_sweep, sweep_table
+from eval.sweep import (
+    RULES,
+    Point,
+    by_conditions,
+    draw_sweep,
+    labels_of,
+    n_fixed_passes,
+    pareto_front,
+    read_sweep,
+    sweep_table,
+)
 from model.hub import pack_run
 from samplers.block import sample_blocks
 from samplers.full import sample_full
@@ -186,6 +196,39 @@ def test_a_sweep_writes_what_it_measured(
     again = json.loads((tmp_path / "tau0.9.json").read_text())
     assert again[: len(rows) - 2] == rows[2:]
     assert [row["accuracy"] for row in again[len(rows) - 2 :]] == [row["accuracy"] for row in rows[:2]]
+
+
+@pytest.mark.usefixtures("no_picture")
+@pytest.mark.parametrize("change", ["older", "newer"])
+def test_a_rule_is_not_measured_again_by_code_with_other_settings_of_rules(
+    change: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`older` code had no kl_bound, `newer` code has a setting more, which this code does not know."""
+    monkeypatch.setitem(RULES, "plan", ("n_passes", (2,), {"revise": "plan"}))
+    out = tmp_path / "out"
+    words = [str(run_dir), "--sweep", "--rules", "plan", "--out", str(out), "validation.n_final_examples=2"]
+    evaluation.main(words)
+    rows = json.loads((tmp_path / "out.json").read_text())
+    if change == "older":
+        del rows[0]["settings"]["kl_bound"]
+    else:
+        rows[0]["settings"]["left_bias"] = 0.0
+        rows.append(rows[0] | {"settings": rows[0]["settings"] | {"left_bias": 0.5}, "rule": "left_bias"})
+    (tmp_path / "out.json").write_text(json.dumps(rows))
+    evaluation.main(words)
+    assert json.loads((tmp_path / "out.json").read_text()) == rows
+    if change == "newer":  # a setting that is on makes another rule
+        (tmp_path / "out.json").write_text(json.dumps([rows[1] | {"rule": "plan"}]))
+        evaluation.main(words)
+        assert len(read_sweep(out)) == 2
+
+
+def test_rules_of_other_code_come_last(tmp_path: Path) -> None:
+    points = [replace(POINT, rule="left_bias"), replace(POINT, rule="top_prob"), POINT]
+    rows = [line.split(" ")[1] for line in sweep_table(points) if line.startswith("| ")]
+    assert rows == ["rule", "---", "top_prob", "threshold", "left_bias"]
+    draw_sweep(points, tmp_path / "out.png")
+    assert (tmp_path / "out.png").exists()
 
 
 CHANGES = (

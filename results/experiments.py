@@ -11,7 +11,7 @@ class Variant:
     """One variant in an experiment."""
 
     label: str  # names the run directories too, see `folder_name`
-    config: str  # in yaml_files/
+    config: str  # a file in yaml_files/, or a path; of an experiment in a file of its own, also a file beside that
     overrides: tuple[str, ...] = ()
     seeds: tuple[int, ...] | None = None  # None: those of the experiment
     starts_from: str | None = None  # label of the variant whose run of the same seed gives the starting weights

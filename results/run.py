@@ -3,11 +3,15 @@
     python -m results.run sudoku_mini                  # two runs at a time, one thread each
     python -m results.run sudoku_mini --budget-s 1800  # stops after 1800 s; the same command continues
     python -m results.run sudoku_mini --draw           # only the table and figure, from existing records
+    python -m results.run my_ablation.py               # an experiment of your own (docs/adding.md)
 
 The output is records.json, README.md and curves.png in results/EXPERIMENT/. Table and figure are made only from the
 records; what is written by hand is in note.md there. Run directories are in runs/results/EXPERIMENT/. Interrupted runs
 are resumed. Runs that are complete, in a run directory or in the records, are not repeated, so an experiment can be
 continued on another machine.
+
+A Python file defines `EXPERIMENT = Experiment(...)`, whose name is that of the file. It looks for YAML files in its own
+folder, then in yaml_files/. Its output is in runs/results/EXPERIMENT/, beside the run directories.
 """
 
 from __future__ import annotations
@@ -16,11 +20,12 @@ import argparse
 import json
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -136,12 +141,45 @@ class Task:
     def settings(self) -> str:
         """What identifies the run in the records: its YAML file, overrides and the run that it starts from."""
         start = [f"model.init_from=RUN of {self.variant.starts_from!r}"] if self.needs else []
-        return " ".join([f"--config yaml_files/{self.config.name}", *self.overrides, *start])
+        config = self.config.relative_to(ROOT) if self.config.is_relative_to(ROOT) else self.config
+        return " ".join([f"--config {config}", *self.overrides, *start])
 
     @property
     def is_complete(self) -> bool:
         """Whether the run directory holds the complete run."""
         return read_final(self.run_dir) is not None
+
+
+def read_experiment(name: str) -> tuple[str, Experiment]:
+    """An experiment and its name, from its name in `EXPERIMENTS` or the path of a Python file that defines it.
+
+    Raises:
+        ValueError: there is no such experiment or file, the file has an error or no `EXPERIMENT`, or a YAML file that
+            it names is missing.
+    """
+    if not name.endswith(".py"):
+        if name not in EXPERIMENTS:
+            raise ValueError(f"experiment {name!r}: give a Python file, or one of {', '.join(EXPERIMENTS)}")
+        return name, EXPERIMENTS[name]
+    file = Path(name).resolve()
+    if file.stem in EXPERIMENTS:
+        raise ValueError(f"{name}: {file.stem!r} is the name of an experiment in results/experiments.py; rename it")
+    if not file.is_file():
+        raise ValueError(f"{name} is no file: give a Python file that defines EXPERIMENT = Experiment(...)")
+    try:
+        experiment = runpy.run_path(str(file)).get("EXPERIMENT")
+    except Exception as error:  # whatever the file raises
+        raise ValueError(f"{name} cannot be run ({type(error).__name__}: {error})") from error
+    if not isinstance(experiment, Experiment):
+        raise ValueError(f"{name} defines no EXPERIMENT: add EXPERIMENT = Experiment(...), see docs/adding.md")
+    variants = []
+    for variant in experiment.variants:
+        places = [folder / variant.config for folder in (file.parent, ROOT / "yaml_files")]
+        config = next((path for path in places if path.exists()), None)
+        if config is None:
+            raise ValueError(f"{name}: config {variant.config!r} is neither in {file.parent} nor in yaml_files/")
+        variants.append(replace(variant, config=str(config)))
+    return file.stem, replace(experiment, variants=tuple(variants))
 
 
 def tasks_of(experiment: Experiment, folder: Path, run_overrides: list[str]) -> list[Task]:
@@ -501,7 +539,7 @@ def seconds(text: str) -> float:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = CommandParser(description="Run an experiment and write its table and figure.")
-    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("experiment", help=f"a Python file that defines EXPERIMENT, or one of {', '.join(EXPERIMENTS)}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides for all runs")
     parser.add_argument(
         "--jobs", type=whole_number(1, 1024), default=2, help="number of parallel runs, one thread each"
@@ -513,20 +551,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--runs", type=Path, default=ROOT / "runs" / "results", help="parent folder of the run directories"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="parent folder of the output folder")
+    parser.add_argument(
+        "--out", type=Path, help="parent folder of the output folder; by default results/, with a file that of --runs"
+    )
     options = parser.parse_intermixed_args(arguments)
     if options.draw and options.overrides:
         parser.error(f"{' '.join(options.overrides)}: not with --draw, which runs nothing")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs `finally`, which stops the runs
-    experiment, folder = EXPERIMENTS[options.experiment], options.out / options.experiment
-    records_file, complete = folder / "records.json", True
     with ends_with_message("interrupted; the same command continues"):
+        name, experiment = read_experiment(options.experiment)
+        out = options.out or (ROOT / "results" if name in EXPERIMENTS else options.runs)
+        folder, complete = out / name, True
+        records_file = folder / "records.json"
         if not options.draw:
-            tasks = tasks_of(experiment, options.runs / options.experiment, options.overrides)
+            tasks = tasks_of(experiment, options.runs / name, options.overrides)
             recorded = recorded_runs(records_file)
             check_settings(tasks, recorded, records_file)
             check_folder(options.runs, "--runs")
-            check_folder(options.out, "--out")
+            check_folder(out, "--out")
             complete = run_all(tasks_to_run(tasks, recorded), options.jobs, options.budget_s)
             runs = collect(tasks, recorded)
             if not runs:

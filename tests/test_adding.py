@@ -1,4 +1,7 @@
-"""What docs/adding.md and docs/own_data.md add works: copied into a checkout, it trains, evaluates and samples."""
+"""What docs/adding.md and docs/own_data.md add works: copied into a checkout, it trains, evaluates and samples.
+
+The experiment of docs/adding.md is read, with all of its settings; tests/test_results_run.py runs a smaller one.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,10 @@ from conftest import ROOT, run_python
 from docs_check import fenced_commands, small_settings
 from test_data_text_pairs import write_pairs
 
+from results import run
+
 ADDING, OWN_DATA = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("adding.md", "own_data.md"))
-TRAIN, EVALUATE, SAMPLE, TRAIN_OBJECTIVE, EVALUATE_RULE = (
+TRAIN, EVALUATE, SAMPLE, TRAIN_OBJECTIVE, EVALUATE_RULE, RUN_EXPERIMENT = (
     command.words[1:] for command in fenced_commands(ADDING, "docs/adding.md")
 )
 
@@ -127,6 +132,20 @@ from config import SamplingRule
 from sampling import load
 print(*load("runs/reversed_strings").complete("abcde", SamplingRule(left_bias=1000.0)).order[5:])
 """
+
+
+def test_the_experiment_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_ablation.py").write_text(blocks_of(ADDING)["my_ablation.py"], encoding="utf-8")
+    tasks = []
+    monkeypatch.setattr(run, "run_all", lambda todo, *_: tasks.extend(todo))
+    with pytest.raises(SystemExit, match="no run has been evaluated yet"):
+        run.main([*RUN_EXPERIMENT[2:], "--runs", str(tmp_path)])
+    assert [task.run_dir.name for task in tasks[:5]] == [
+        *("uniform_seed0", "pool_of_1_seed0", "pool_of_4_seed0", "pool_of_16_seed0"),
+        "uniform_seed1",
+    ]
+    assert len(tasks) == 12
 
 
 # Of 5 letters n are masked: the share of such rows, and the sum of their weights, for n = 1 to 5; letter by letter,

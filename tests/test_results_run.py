@@ -274,6 +274,67 @@ def test_a_result_that_cannot_be_printed_ends_with_one_message(tmp_path, capsys,
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
 
 
+OWN_EXPERIMENT = """
+from results.experiments import Experiment, Variant
+
+EXPERIMENT = Experiment(
+    "Which?",
+    (
+        Variant("from PUMA", "uniform.yaml", ("model.shifted=false",), starts_from="with PUMA", seeds=(1,)),
+        Variant("with PUMA", "puma.yaml"),
+        Variant("uniform", "uniform.yaml", ("validation.confidence=[top_prob,neg_entropy]",)),
+    ),
+    baseline="uniform",
+    seeds=(0, 1),
+)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("missing.py", None, "missing.py is no file: give a Python file"),
+        ("missing", None, "experiment 'missing': give a Python file, or one of sudoku, "),
+        ("own.py", "X = 1", "own.py defines no EXPERIMENT: add EXPERIMENT = "),
+        ("own.py", "EXPERIMENT = 1", "own.py defines no EXPERIMENT: add EXPERIMENT = "),
+        ("own.py", "EXPERIMENT = (", "own.py cannot be run (SyntaxError: "),
+        ("own.py", OWN_EXPERIMENT.replace('baseline="uniform"', 'baseline="u"'), "(ValueError: baseline 'u' is no "),
+        ("own.py", OWN_EXPERIMENT, "own.py: config 'uniform.yaml' is neither in "),
+        ("sudoku.py", OWN_EXPERIMENT, "'sudoku' is the name of an experiment in results/experiments.py; rename"),
+    ],
+)
+def test_a_file_that_is_no_experiment_ends_with_one_message(name, text, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path(name).write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        run.main([name, "--runs", str(tmp_path / "runs")])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_files_of_an_own_experiment(tmp_path, monkeypatch):
+    """Its YAML files are beside it or those of the repository; its page is beside its run directories."""
+    text = OWN_EXPERIMENT.replace("puma.yaml", "sudoku_mini_puma.yaml")
+    (tmp_path / "own.py").write_text(text)
+    shutil.copy(ROOT / "yaml_files/sudoku_mini_baseline.yaml", tmp_path / "uniform.yaml")
+    name, experiment = run.read_experiment(str(tmp_path / "own.py"))
+    tasks = run.tasks_of(experiment, tmp_path / "runs" / name, [])
+    assert [task.settings.split()[1] for task in tasks[:2]] == [
+        "yaml_files/sudoku_mini_puma.yaml",
+        str(tmp_path / "uniform.yaml"),
+    ]
+    monkeypatch.setattr(run, "draw", lambda *_: None)
+    (tmp_path / "runs/own").mkdir(parents=True)
+    (tmp_path / "runs/own/records.json").write_text(json.dumps(records()))
+    with pytest.raises(SystemExit) as stop:
+        run.main([str(tmp_path / "own.py"), "--draw", "--runs", str(tmp_path / "runs")])
+    assert stop.value.code == 0
+    assert (tmp_path / "runs/own/README.md").exists()
+
+
 def fork(command: list[str], cwd: Path, env: dict[str, str], stdout: IO[bytes], stderr: IO[bytes]) -> Forked:
     """`subprocess.Popen` for programs of the repository."""
     assert (command[0], cwd, stdout) == (sys.executable, ROOT, stderr)
@@ -283,20 +344,16 @@ def fork(command: list[str], cwd: Path, env: dict[str, str], stdout: IO[bytes], 
 def test_an_experiment_runs_once_and_continues(
     config_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without time nothing runs; with time all does; a second call repeats nothing."""
-    puma, uniform = config_file(PUMA, "puma.yaml"), config_file(UNIFORM, "uniform.yaml")
-    variants = (
-        Variant("from PUMA", str(uniform), ("model.shifted=false",), starts_from="with PUMA", seeds=(1,)),
-        Variant("with PUMA", str(puma)),
-        Variant("uniform", str(uniform), ("validation.confidence=[top_prob,neg_entropy]",)),
-    )
-    tiny = Experiment("Which?", variants, baseline="uniform", seeds=(0, 1))
-    monkeypatch.setitem(EXPERIMENTS, "tiny", tiny)
+    """Without time nothing runs; with time all does; a second call repeats nothing. An experiment in its own file."""
+    config_file(PUMA, "puma.yaml")
+    uniform = config_file(UNIFORM, "uniform.yaml")
+    tiny = tmp_path / "tiny.py"
+    tiny.write_text(OWN_EXPERIMENT)
     monkeypatch.setattr(run, "POLL_S", 0.02)
     monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=fork, run=subprocess.run))
     places = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stop:
-        run.main(["tiny", *places, "--budget-s", "1e-9"])
+        run.main([str(tiny), *places, "--budget-s", "1e-9"])
     assert "no run has been evaluated yet" in str(stop.value.code)
     assert not (tmp_path / "out").exists(), "nothing is replaced by nothing"
     for number in range(2):
@@ -304,11 +361,11 @@ def test_an_experiment_runs_once_and_continues(
             shutil.rmtree(tmp_path / "out")
             (tmp_path / "runs/tiny/uniform_seed1/final.json").write_text('{"accuracy": 0.5')
         with pytest.raises(SystemExit) as stop:
-            run.main(["tiny", *places])
+            run.main([str(tiny), *places])
         assert stop.value.code == 0
         assert len(list(tmp_path.glob("runs/tiny/*/final.json"))) == 5
     with pytest.raises(SystemExit) as stop:
-        run.main(["tiny", *places, "training.learning_rate=2.0e-3"])
+        run.main([str(tiny), *places, "training.learning_rate=2.0e-3"])
     assert stop.value.code == 2, "runs of other settings are not taken for these"
     logs = list(tmp_path.glob("runs/tiny/*.log"))
     assert len(logs) == 5
@@ -334,24 +391,25 @@ def test_an_experiment_runs_once_and_continues(
     assert last["hardware"]["processor"] in kept["runs"][-1]["machine"]
     started = read_config(tmp_path / "runs/tiny/from_puma_seed1/config.yaml").model.init_from
     assert started == str(tmp_path / "runs/tiny/with_puma_seed1")
+    assert kept["runs"][1]["settings"].startswith(f"--config {uniform} validation.confidence=")
     page = (tmp_path / "out/tiny/README.md").read_text()
     assert all(f"| {label} | {seed} |" in page for label, seed in (("with PUMA", 0), ("from PUMA", 1)))
     assert (tmp_path / "out/tiny/curves.png").exists()
 
     shutil.rmtree(tmp_path / "runs")
     with pytest.raises(SystemExit) as stop:
-        run.main(["tiny", *places])
+        run.main([str(tiny), *places])
     assert stop.value.code == 0
     assert not (tmp_path / "runs").exists(), "what the records hold is not run again"
     assert json.loads((tmp_path / "out/tiny/records.json").read_text()) == kept
     with pytest.raises(SystemExit) as stop:
-        run.main(["tiny", *places, "training.learning_rate=2.0e-3"])
+        run.main([str(tiny), *places, "training.learning_rate=2.0e-3"])
     assert stop.value.code == 2, "nor are records of other settings"
 
     del kept["runs"][4]
     (tmp_path / "out/tiny/records.json").write_text(json.dumps(kept))
     with pytest.raises(SystemExit) as stop:
-        run.main(["tiny", *places])
+        run.main([str(tiny), *places])
     assert stop.value.code == 0
     ran = {path.parent.name for path in tmp_path.glob("runs/tiny/*/final.json")}
     assert ran == {"with_puma_seed1", "from_puma_seed1"}, "a missing run, and the one that it starts from"

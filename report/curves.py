@@ -2,12 +2,14 @@
 
     python -m report.curves runs/puma_seed* runs/uniform_seed* --x seconds --out curves.png
     python -m report.curves runs/puma_seed* runs/uniform_seed* --target 0.9
+    python -m report.curves runs/puma_seed* runs/uniform_seed* --metric validation/loss
 
 Runs whose settings differ only in the seed are drawn as one line, the mean, with a band from the lowest to the highest
 seed. The band of a single run is the 95% interval of its accuracy. Runs of different code have equal settings: with
 `--by folder` runs are one line if their folders differ only in `seed` and its number. A table of the last evaluations
 is printed. `--target` also prints when each setting first reaches the target, and how many times less that is than for
-the last setting on the command line, by the same sampling rule.
+the last setting on the command line, by the same sampling rule. `--metric` draws another figure of the records, not
+loss and accuracy, and prints its last values.
 
 PUMA trains on each sequence for a whole trajectory, so which method is ahead can depend on the axis.
 """
@@ -18,7 +20,7 @@ import os
 import re
 import statistics
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -34,6 +36,7 @@ from runtime.metrics import HEADLINE, METRICS_FILE, read_metrics
 SUFFIXES = (".png", ".pdf", ".svg")  # of pictures
 MAX_RULES = 20  # of one run; a legend has no room for more
 MIN_LOG_SPREAD = 5.0  # ratio of the ends of two curves from which on the axis is logarithmic
+LOSS = "validation/loss"
 MAX_DRAWN = 1e100  # larger numbers overflow in the library that draws
 AXES = {
     "step": "updates",
@@ -48,11 +51,12 @@ RUN_AXES = ("step", "sequences_distinct", "seconds")  # of figures of one run, w
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy of one run at its evaluations, by one sampling rule."""
+    """Accuracy of one run at its evaluations, by one sampling rule; or another figure, without a rule."""
 
     setting: str  # name of the setting: the same for all its seeds, and for no other setting
     rule: str  # label of the sampling rule
-    # One per evaluation: a value for each of `AXES`, accuracy, and its 95% interval. Older records have no tokens.
+    # One per evaluation: a value for each of `AXES`, accuracy, and its 95% interval; or the other figure by its key in
+    # the records. Older records have no tokens.
     points: list[dict[str, float]]
 
     def first_reaching(self, target: float, axis: str) -> float | None:
@@ -72,12 +76,22 @@ def accuracy_points(rows: Iterable[dict[str, Any]], rule: str) -> list[dict[str,
     """Points of a `Curve` from the records of a run: the evaluations by one sampling rule."""
     key = HEADLINE + rule
     points = []
+    for row, at in _rows_with(rows, key):
+        low, high = (row.get(f"validation/accuracy_{end}/{rule}", row[key]) for end in ("low", "high"))
+        points.append(at | {"accuracy": row[key], "low": low, "high": high})
+    return points
+
+
+def metric_points(rows: Iterable[dict[str, Any]], key: str) -> list[dict[str, float]]:
+    """Points of a `Curve` from the records of a run: the figure `key`."""
+    return [at | {key: row[key]} for row, at in _rows_with(rows, key)]
+
+
+def _rows_with(rows: Iterable[dict[str, Any]], key: str) -> Iterator[tuple[dict[str, Any], dict[str, float]]]:
+    """The records that have the figure `key`, and their values on `AXES`."""
     for row in rows:
         if all(can_be_drawn(row.get(name)) for name in (*RUN_AXES, key)):
-            low, high = (row.get(f"validation/accuracy_{end}/{rule}", row[key]) for end in ("low", "high"))
-            at = {axis: row[axis] for axis in AXES if can_be_drawn(row.get(axis))}
-            points.append(at | {"accuracy": row[key], "low": low, "high": high})
-    return points
+            yield row, {axis: row[axis] for axis in AXES if can_be_drawn(row.get(axis))}
 
 
 def rules_of(rows: Iterable[dict[str, Any]]) -> list[str]:
@@ -86,13 +100,21 @@ def rules_of(rows: Iterable[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(found))[:MAX_RULES]
 
 
-def plot_accuracy(plot: Any, curves: Sequence[Curve], axis: str, targets: Sequence[float] = ()) -> None:
+def plot_curves(
+    plot: Any, curves: Sequence[Curve], axis: str, targets: Sequence[float] = (), metric: str = "accuracy"
+) -> None:
     """Draw the accuracy of each setting against `axis` into matplotlib axes, with its legend labels.
 
     Seeds of a setting are averaged at equal updates, in accuracy and on `axis`. Updates that some seed lacks are left
     out. The axis of distinct sequences is logarithmic if some curve ends at `MIN_LOG_SPREAD` times the end of another:
     PUMA's curves would otherwise be squeezed.
+
+    Args:
+        targets: accuracies to mark.
+        metric: the key of another figure that is drawn instead; its points are `metric_points`.
     """
+    is_accuracy = metric == "accuracy"
+    scale = 100 if is_accuracy else 1
     settings = list(dict.fromkeys(curve.setting for curve in curves))
     rules = list(dict.fromkeys(curve.rule for curve in curves))
     for (setting, rule), group in by_setting_and_rule(curves).items():
@@ -103,10 +125,10 @@ def plot_accuracy(plot: Any, curves: Sequence[Curve], axis: str, targets: Sequen
         steps = sorted(set.intersection(*(set(points) for points in by_step)))
         at = [[points[step] for points in by_step] for step in steps]  # evaluations of all seeds
         x = [statistics.mean(point[axis] for point in seeds) for seeds in at]
-        mean = [100 * statistics.mean(point["accuracy"] for point in seeds) for seeds in at]
-        ends = ("low", "high") if len(group) == 1 else ("accuracy", "accuracy")
+        mean = [scale * statistics.mean(point[metric] for point in seeds) for seeds in at]
+        ends = ("low", "high") if is_accuracy and len(group) == 1 else (metric, metric)
         low, high = (
-            [100 * choose(point[end] for point in seeds) for seeds in at]
+            [scale * choose(point[end] for point in seeds) for seeds in at]
             for choose, end in zip((min, max), ends, strict=True)
         )
         name = plain_label(setting if len(rules) == 1 else f"{setting}: {rule}")
@@ -119,7 +141,9 @@ def plot_accuracy(plot: Any, curves: Sequence[Curve], axis: str, targets: Sequen
                 plot.plot(statistics.mean(needed), 100 * target, marker, color=color, markersize=8, markeredgecolor="k")
     for target in targets:
         plot.axhline(100 * target, color="0.6", linewidth=0.8)
-    plot.set(xlabel=AXES[axis], ylabel="solved, %", ylim=(-2, 102))
+    plot.set(xlabel=AXES[axis], ylabel="solved, %" if is_accuracy else plain_label(metric))
+    if is_accuracy:
+        plot.set_ylim(-2, 102)
     set_grid(plot, integers=axis != "seconds")
     last = [curve.points[-1][axis] for curve in curves if curve.points] if axis == "sequences_distinct" else []
     if last and max(last) >= MIN_LOG_SPREAD * min(last) > 0:
@@ -169,11 +193,12 @@ def target_table(curves: Sequence[Curve], target: float, baseline: str, axes: Se
     return markdown_table(titles, rows)
 
 
-def last_table(curves: Sequence[Curve], losses: dict[str, list[float]]) -> list[str]:
+def last_table(curves: Sequence[Curve], losses: dict[str, list[dict[str, float]]]) -> list[str]:
     """Lines of a Markdown table: the last evaluation of each setting, means over runs with the lowest and highest.
 
     Args:
-        losses: the last validation loss of each run, by setting. A setting without curves has no accuracy.
+        losses: the last of the `metric_points` of the validation loss of each run, by setting. A setting without curves
+            has no accuracy.
     """
     groups = by_setting_and_rule(curves)
     several = len({curve.rule for curve in curves}) > 1
@@ -186,12 +211,22 @@ def last_table(curves: Sequence[Curve], losses: dict[str, list[float]]) -> list[
                 [
                     escape(f"{setting}: {rule}" if several and rule else setting),
                     str(len(last) or len(own)),
-                    mean_and_range([point["step"] for point in last], ",.0f"),
+                    mean_and_range([point["step"] for point in last or own], ",.0f"),
                     mean_and_range([100 * point["accuracy"] for point in last], ".1f"),
-                    mean_and_range(own, ".4f"),
+                    mean_and_range([point[LOSS] for point in own], ".4f"),
                 ]
             )
     return markdown_table(["last evaluation", "runs", "updates", "accuracy, %", "validation loss"], rows)
+
+
+def metric_table(curves: Sequence[Curve], settings: Iterable[str], metric: str) -> list[str]:
+    """Lines of a Markdown table: the last value of a figure in each setting, mean over runs and range."""
+    rows = []
+    for setting in dict.fromkeys(settings):
+        last = [curve.points[-1] for curve in curves if curve.setting == setting]
+        steps = mean_and_range([point["step"] for point in last], ",.0f")
+        rows.append([escape(setting), str(len(last)), steps, mean_and_range([point[metric] for point in last], ",.6g")])
+    return markdown_table(["last record", "runs", "updates", escape(metric)], rows)
 
 
 def _needed(group: Sequence[Curve], target: float, axis: str) -> tuple[list[float], list[float]]:
@@ -272,6 +307,19 @@ def _curves(runs: _Runs, rule: str | None) -> list[Curve]:
     return [curve for curve in curves if rule in (None, curve.rule)]
 
 
+def _metric_curves(runs: _Runs, metric: str) -> list[Curve]:
+    """One curve per run whose records have the figure `metric`; ValueError if none has."""
+    curves = [
+        Curve(setting, "", points)
+        for run_dir, setting in runs.settings.items()
+        if (points := metric_points(runs.records[run_dir], metric))
+    ]
+    if not curves:
+        numbers = {key for rows in runs.records.values() for row in rows for key in row if can_be_drawn(row[key])}
+        raise ValueError(f"--metric {metric}: no run records it; choose from\n  {', '.join(sorted(numbers))}")
+    return curves
+
+
 def draw_curves(
     run_dirs: Sequence[Path], axis: str, out: Path, *, rule: str | None = None, targets: Sequence[float] = ()
 ) -> list[Curve]:
@@ -296,16 +344,14 @@ def _draw(runs: _Runs, curves: Sequence[Curve], axis: str, out: Path, targets: S
 
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     loss_plot, accuracy_plot = figure.subplots(1, 2)
-    # Settings without a curve of accuracy come last, since `plot_accuracy` numbers the others.
+    # Settings without a curve of accuracy come last, since `plot_curves` numbers the others.
     settings = list(dict.fromkeys([*(curve.setting for curve in curves), *runs.settings.values()]))
-    for run_dir, rows in runs.records.items():
-        if not all(axis in row for row in rows):
-            raise ValueError(f"--x {axis}: {run_dir / METRICS_FILE} does not record it; choose another axis")
+    _check_axis(runs, axis)
     # Those of the others are in the legend by their curve of accuracy.
     unnamed = dict.fromkeys(settings[len({curve.setting for curve in curves}) :])
     for run_dir, setting in runs.settings.items():
         rows, color = runs.records[run_dir], COLORS[settings.index(setting) % len(COLORS)]
-        for key, style in (("train/loss", {"alpha": 0.3}), ("validation/loss", {"marker": "."})):
+        for key, style in (("train/loss", {"alpha": 0.3}), (LOSS, {"marker": "."})):
             found = [
                 (row[axis], row[key]) for row in rows if can_be_drawn(row.get(axis)) and can_be_drawn(row.get(key))
             ]
@@ -314,13 +360,32 @@ def _draw(runs: _Runs, curves: Sequence[Curve], axis: str, out: Path, targets: S
             loss_plot.plot([x for x, _ in found], [y for _, y in found], color=color, label=label, **style)
     loss_plot.set(xlabel=AXES[axis], ylabel="loss (faint: training, dots: validation)", yscale="log")
     set_grid(loss_plot, integers=axis != "seconds")
-    plot_accuracy(accuracy_plot, curves, axis, targets)
+    plot_curves(accuracy_plot, curves, axis, targets)
     if accuracy_plot.get_xscale() == "log":
         set_log_axis(loss_plot)
     handles = [line for plot in (accuracy_plot, loss_plot) for line in plot.get_legend_handles_labels()[0]]
     if handles:
         figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize="small")
     figure.savefig(out, dpi=120)
+
+
+def _draw_metric(runs: _Runs, curves: Sequence[Curve], axis: str, out: Path, metric: str) -> None:
+    """Write a figure of the curves of `metric`."""
+    from matplotlib.figure import Figure
+
+    _check_axis(runs, axis)
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    plot = figure.subplots()
+    plot_curves(plot, curves, axis, metric=metric)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize="small")
+    figure.savefig(out, dpi=120)
+
+
+def _check_axis(runs: _Runs, axis: str) -> None:
+    """Raise ValueError if the records of a run lack an axis."""
+    for run_dir, rows in runs.records.items():
+        if not all(axis in row for row in rows):
+            raise ValueError(f"--x {axis}: {run_dir / METRICS_FILE} does not record it; choose another axis")
 
 
 def can_be_drawn(value: object) -> bool:
@@ -335,12 +400,11 @@ def _records(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _last_losses(runs: _Runs) -> dict[str, list[float]]:
-    """The last validation loss of each run that has one, by setting."""
-    losses: dict[str, list[float]] = {}
+def _last_losses(runs: _Runs) -> dict[str, list[dict[str, float]]]:
+    """The last validation loss of each run that has one, by setting; see `last_table`."""
+    losses: dict[str, list[dict[str, float]]] = {}
     for run_dir, setting in runs.settings.items():
-        found = [row["validation/loss"] for row in runs.records[run_dir] if can_be_drawn(row.get("validation/loss"))]
-        losses.setdefault(setting, []).extend(found[-1:])
+        losses.setdefault(setting, []).extend(metric_points(runs.records[run_dir], LOSS)[-1:])
     return losses
 
 
@@ -434,6 +498,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--target", type=float, help="accuracy from 0 to 1: mark and print when each setting first reaches it"
     )
+    parser.add_argument(
+        "--metric", metavar="KEY", help="draw and print a figure of the records instead, for example validation/loss"
+    )
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help=f"picture file ({', '.join(SUFFIXES)})")
     options = parser.parse_args(arguments)
     with ends_with_message():
@@ -442,10 +509,18 @@ def main(arguments: list[str] | None = None) -> None:
         check_out(options.out, "--out")
         if options.target is not None and not 0 < options.target <= 1:
             raise ValueError(f"--target {options.target}: give an accuracy above 0 and at most 1")
+        if options.metric is not None and (options.rule is not None or options.target is not None):
+            raise ValueError("--metric: not with --rule or --target, which are about accuracy")
         targets = [] if options.target is None else [options.target]
         # `runs/puma*` also names the logs beside the run directories
         run_dirs = [path for path in options.run_dirs if not path.is_file()] or options.run_dirs
         runs = _read_runs(run_dirs, options.by)
+        if options.metric is not None:
+            curves = _metric_curves(runs, options.metric)
+            _draw_metric(runs, curves, options.x, options.out, options.metric)
+            print("\n".join(metric_table(curves, runs.settings.values(), options.metric)))
+            print(f"wrote {options.out}")
+            return
         curves, last = _curves(runs, options.rule), list(runs.settings)[-1]
         baseline = runs.settings[last]
         if targets and all(curve.setting != baseline for curve in curves):

@@ -23,7 +23,7 @@ from config import Config
 from data.files import write_text
 from data.foreign import CommandParser, ends_with_message, escape, parse_object, read_lines, reading, shorten
 from data.sudoku import BOX_SHAPE, find_repeats
-from report.curves import AXES, RUN_AXES, accuracy_points, can_be_drawn, plot_accuracy, read_curves, rules_of
+from report.curves import AXES, RUN_AXES, accuracy_points, can_be_drawn, plot_curves, read_curves, rules_of
 from report.runs import RunSummary, summarize
 from report.trace import html_fragment, read_traces
 from runtime.config_file import parse_config, read_sections
@@ -144,7 +144,7 @@ def _figures(run_dir: Path, rows: list[dict[str, Any]]) -> str:
     figures = [_draw(lambda plot: _plot_loss(plot, rows))]
     if accuracy_points(rows, next(iter(rules_of(rows)), "")):
         curves = read_curves([run_dir])
-        figures += [_draw(lambda plot, axis=axis: plot_accuracy(plot, curves, axis), legend=True) for axis in RUN_AXES]
+        figures += [_draw(lambda plot, axis=axis: plot_curves(plot, curves, axis), legend=True) for axis in RUN_AXES]
     return f"<div class=figures>{''.join(figures)}</div>"
 
 

@@ -35,7 +35,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from data.files import write_text
 from data.foreign import MAX_INTEGER, CommandParser, ends_with_message, shorten, whole_number
-from report.curves import RUN_AXES, Curve, accuracy_points, mean_and_range, plot_accuracy, rules_of, target_table
+from report.curves import RUN_AXES, Curve, accuracy_points, mean_and_range, plot_curves, rules_of, target_table
 from results.experiments import EXPERIMENTS, Experiment, Variant
 from results.records import Number, Text, check_folder, read_note, read_records
 from runtime.config_file import changed_settings, format_changes, read_config
@@ -516,7 +516,7 @@ def draw(experiment: Experiment, records: dict[str, Any], out: Path) -> None:
     curves = curves_of(records)
     shown = [curve for curve in curves if curve.setting in experiment.shown] or curves
     for plot, axis in zip(plots, axes, strict=True):
-        plot_accuracy(plot, shown, axis, experiment.targets[-1:])
+        plot_curves(plot, shown, axis, experiment.targets[-1:])
         plot.label_outer()
     handles, labels = plots[0].get_legend_handles_labels()
     longest = max(len(label) for label in labels)

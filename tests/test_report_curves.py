@@ -15,7 +15,7 @@ from conftest import tiny_settings
 from matplotlib.figure import Figure
 
 from report import curves
-from report.curves import AXES, Curve, draw_curves, plot_accuracy, read_curves, target_table
+from report.curves import AXES, Curve, draw_curves, plot_curves, read_curves, target_table
 from runtime.config_file import read_config
 from runtime.metrics import METRICS_FILE
 
@@ -282,7 +282,7 @@ def test_names_are_text_of_a_figure_and_of_a_table(tmp_path, drawn):
 )
 def test_ticks_are_integers_where_the_axis_is(steps, axis, expected):
     plot = Figure().subplots()
-    plot_accuracy(
+    plot_curves(
         plot, [Curve("puma", "", [{"step": x, axis: x, "accuracy": 0.5, "low": 0, "high": 1} for x in steps])], axis
     )
     low, high = plot.get_xlim()
@@ -406,7 +406,38 @@ def test_runs_without_accuracy_are_in_the_legend_and_the_table(tmp_path, drawn, 
     records.write_text(re.sub(r', "validation/accuracy[^,}]*', "", records.read_text()))
     curves.main([*map(str, runs), "--rule", "top_prob_1", "--out", str(tmp_path / "out.png")])
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["sampled", "loss_only"]
-    assert "| loss_only | 1 | - | - | 1.2000 |" in capsys.readouterr().out
+    assert "| loss_only | 1 | 100 | - | 1.2000 |" in capsys.readouterr().out
+
+
+def test_another_figure_of_the_records_is_drawn_and_printed(tmp_path, drawn, capsys):
+    """As accuracy: a mean with a band, at the updates that all seeds have."""
+    runs = [
+        configured(write_run(tmp_path / f"puma_seed{seed}", speed=1 + seed), seed, name="puma", n_stages=2)
+        for seed in (0, 1)
+    ]
+    records = runs[1] / METRICS_FILE
+    records.write_text(re.sub('"train/loss": ', '"train/loss": 1', records.read_text()))  # 1.0 is 11.0, at the end
+    words = [*map(str, [*runs, write_run(tmp_path / "uniform")]), "--out", str(tmp_path / "out.png"), "--x", "seconds"]
+    curves.main([*words, "--metric", "train/loss"])
+    (plot,) = drawn[0].axes
+    assert plot.get_ylabel() == "train/loss"
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["puma, 2 seeds", "uniform"]
+    assert len(points(drawn[0], 0, 0)) == 10
+    assert points(drawn[0], 0, 0)[-1] == (75, 6)
+    band = plot.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (1, 110)
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        "| last record | runs | updates | train/loss |",
+        "| --- | ---: | ---: | ---: |",
+        "| puma | 2 | 100 | 6 (1 to 11) |",
+        "| uniform | 1 | 100 | 1 |",
+    ]
+
+
+def test_a_figure_that_only_some_runs_record(tmp_path, drawn, capsys):
+    runs = [write_run(tmp_path / "run"), young(tmp_path / "young")]
+    curves.main([*map(str, runs), "--metric", "validation/loss", "--out", str(tmp_path / "out.png")])
+    assert capsys.readouterr().out.splitlines()[2:4] == ["| run | 1 | 100 | 1.2 |", "| young | 0 | - | - |"]
 
 
 def test_a_target_with_records_that_lack_an_axis(tmp_path, drawn, capsys):
@@ -443,6 +474,11 @@ def test_the_command_writes_a_picture(suffix, tmp_path, capsys):
         (["RUN", "--x", "hours"], "--x"),
         (["OLD", "--x", "tokens"], "old/metrics.jsonl does not record it; choose another axis"),
         (["RUN", "--rule", "entropy_1"], "the runs were evaluated by top_prob_1, top_prob_2"),
+        (
+            ["RUN", "--metric", "loss"],
+            "no run records it; choose from\n  seconds, sequences_distinct, step, tokens, train/",
+        ),
+        (["RUN", "--metric", "train/loss", "--rule", "top_prob_1"], "--metric: not with --rule or --target"),
         (["RUN", "--target", "90"], "--target 90.0: give an accuracy above 0 and at most 1"),
     ],
 )

@@ -12,6 +12,7 @@ Shapes: B rows, L positions.
 from __future__ import annotations
 
 import json
+import os
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -250,6 +251,9 @@ def _check_options(parser: ArgumentParser, options: Namespace) -> None:
     if unused:
         remedy = "not with --sweep, whose files --out names" if options.sweep else "only with --sweep"
         parser.error(f"{', '.join(unused)}: {remedy}")
+    runs = [each for each in options.overrides if os.path.exists(each) or os.path.exists(each.rpartition("@")[0])]
+    if runs and not options.sweep:
+        parser.error(f"{', '.join(runs)}: several runs only with --sweep; evaluate one after the other")
     sections = [each.partition("=")[0].split(".") for each in options.overrides if "=" in each]
     without_effect = [".".join(key) for key in sections if key[0] == "validation" and key[-1] not in SWEEP_READS]
     if options.sweep and without_effect:

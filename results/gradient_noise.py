@@ -4,7 +4,8 @@
     python -m results.gradient_noise RUN --draw    # only the table and figure, from existing records
 
 A row stays in the PUMA pool for K updates, so updates share rows, and what the choice of rows adds to the gradient (the
-noise) repeats. The output is records.json, README.md and curves.png in results/gradient_noise/NAME, after the run's
+noise) repeats. The run may have any objective that masks whole rows: one other than `puma` and `uniform` is measured
+beside these. The output is records.json, README.md and curves.png in results/gradient_noise/NAME, after the run's
 folder.
 
 Definitions. The weights are those of the checkpoint and do not change, so gradients g_1 .. g_N of N successive updates
@@ -32,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
-from config import PumaSettings, UniformSettings
+from config import AnyObjectiveSettings, BlockSettings, ProgressiveSettings, PumaSettings, UniformSettings
 from data.files import write_text
 from data.foreign import CommandParser, check_memory, ends_with_message, whole_number
 from data.stream import SequenceStream
@@ -50,7 +51,7 @@ from training.run import build_objective
 N_LAGS = 40  # in the figure
 SHOWN_LAGS = (1, 2, 4, 7, 8, 16)  # in the table
 DEEP_POOL = 16
-N_STAGES = 8  # K, where the run has uniform masks
+N_STAGES = 8  # K, where the run has none
 
 
 class Series(TypedDict):
@@ -72,8 +73,8 @@ class Records(Provenance):
     series: Annotated[list[Series], Field(min_length=1)]
 
 
-def variants(n_stages: int) -> dict[str, PumaSettings | UniformSettings]:
-    """What is compared, by label."""
+def variants(n_stages: int, settings: AnyObjectiveSettings) -> dict[str, AnyObjectiveSettings]:
+    """What is compared, by label: uniform masks, three pools, and the objective of the run if it is another one."""
     pools: dict[str, dict[str, Any]] = {
         "one batch in the pool": {},
         "one batch, random order": {"reveal_order": "random"},
@@ -83,11 +84,14 @@ def variants(n_stages: int) -> dict[str, PumaSettings | UniformSettings]:
         label: PumaSettings.model_validate({"name": "puma", "n_stages": n_stages, **changes})
         for label, changes in pools.items()
     }
-    return {"uniform masks": UniformSettings(name="uniform"), **puma}
+    own = {} if settings.name in ("uniform", "puma") else {f"{settings.name}, as in the run": settings}
+    return {"uniform masks": UniformSettings(name="uniform"), **puma, **own}
 
 
-def gradients(model: Transformer, objective: Objective, dtype: torch.dtype | None, n: int, n_before: int) -> Tensor:
-    """Gradients of n updates that do not change the weights, float32 [N, P]; `n_before` updates precede them.
+def gradients(
+    model: Transformer, objective: Objective, step: int, dtype: torch.dtype | None, n: int, n_before: int
+) -> Tensor:
+    """Gradients of n times update `step`, without a change of weights, float32 [N, P]; `n_before` precede them.
 
     Raises:
         ValueError: they do not fit into memory.
@@ -99,7 +103,7 @@ def gradients(model: Transformer, objective: Objective, dtype: torch.dtype | Non
     for number in tqdm(range(n_before + n), unit="update", leave=False):
         measured = number >= n_before
         with torch.set_grad_enabled(measured):
-            for microbatch in objective.microbatches(0):
+            for microbatch in objective.microbatches(step):
                 with autocast(device, dtype):
                     scores = model(microbatch.xt, microbatch.x0, microbatch.weight, objective.confidence)
                 if measured:
@@ -138,23 +142,23 @@ def collect(run_dir: Path, n_updates: int, records_file: Path) -> None:
     """Measure all variants on the newest checkpoint of a run, and write the records.
 
     Raises:
-        ValueError: the run has no checkpoint, its objective is neither puma nor uniform, or as in `gradients`.
+        ValueError: the run has no checkpoint, its objective does not mask whole rows, or as in `gradients`.
     """
     checkpoint = find_checkpoint(run_dir)
     config = checkpoint.config(["training.compile=false"])
     settings, training = config.objective, config.training
-    if not isinstance(settings, PumaSettings | UniformSettings):
-        raise ValueError(f"{run_dir}: objective.name {settings.name!r} must be puma or uniform")
-    n_stages = settings.n_stages_at(checkpoint.step) if isinstance(settings, PumaSettings) else N_STAGES
+    if isinstance(settings, BlockSettings) or settings.causal:
+        raise ValueError(f"{run_dir}: objective.name {settings.name!r} must be one that masks whole rows")
+    n_stages = settings.n_stages_at(checkpoint.step) if isinstance(settings, ProgressiveSettings) else N_STAGES
     train, world = config.open_data().train, start_world(training.device)
     model = build_model(config).to(world.device).train()
     model.load_weights(checkpoint.weights("model") or {})
     dtype, series = autocast_dtype(training.precision, world.device), []
-    for label, each in variants(n_stages).items():
+    for label, each in variants(n_stages, settings).items():
         objective = build_objective(each, training, SequenceStream(train, training.seed), train.mask_id, world.device)
         # At most K visits of each row, and once more: the first rows enter a pool that is not yet in its steady state.
-        n_before = 2 * n_stages * each.pool_batches if isinstance(each, PumaSettings) else 0
-        found = correlations(centre(gradients(model, objective, dtype, n_updates, n_before)))
+        n_before = 2 * n_stages * each.pool_batches if isinstance(each, ProgressiveSettings) else 0
+        found = correlations(centre(gradients(model, objective, checkpoint.step, dtype, n_updates, n_before)))
         series.append({"label": label, "correlation": [round(value, 4) for value in found]})
     records = {
         **provenance(f"python -m results.gradient_noise {run_dir} --updates {n_updates}", device_name(world.device)),
@@ -204,7 +208,12 @@ def draw(records: dict[str, Any], out: Path) -> None:
     plot = figure.subplots()
     for number, each in enumerate(records["series"]):
         values = each["correlation"][: N_LAGS + 1]
-        style: dict[str, Any] = {"color": COLORS[number], "marker": "osD^"[number], "markersize": 3.5, "linewidth": 1.4}
+        style: dict[str, Any] = {
+            "color": COLORS[number],
+            "marker": "osD^v"[number],
+            "markersize": 3.5,
+            "linewidth": 1.4,
+        }
         plot.plot(range(len(values)), values, label=each["label"], **style)
     plot.set(xlabel="updates from one to the other", ylabel="correlation of the noise", xlim=(0, N_LAGS))
     set_grid(plot, integers=True)
@@ -215,7 +224,7 @@ def draw(records: dict[str, Any], out: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
     parser = CommandParser(description="Measure how far the gradients of neighbouring updates repeat each other.")
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory of puma or uniform")
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory, of an objective that masks rows")
     parser.add_argument("--updates", type=whole_number(2 * N_LAGS), default=128, help="N")
     parser.add_argument("--draw", action="store_true", help="only the table and figure, from existing records")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gradient_noise", help="parent output folder")

@@ -15,8 +15,8 @@ a run is known by the name of its folder.
 Definitions, for a row (x0, M) with n maskable positions, of which M masks m and reveals r = n - m:
 
 - Training rows are those on which the objective trains next at the checkpoint. `puma`: a random sample of the pool,
-  which holds the batches of the next `pool_batches` updates. `uniform`: the next rows of the stream, with masks from
-  the objective's generator.
+  which holds the batches of the next `pool_batches` updates. `uniform`, and any other objective that masks whole rows:
+  the batches that it draws next (`draw_masks`), one after the other without an update in between.
 - The sampler starts from the prompt of the same row and fills one position per step, the most confident first, with the
   averaged weights of the checkpoint. It visits one mask S_j for each number j of masked positions. There are two paths:
   `sampler` writes the model's own tokens, as in generation; after a wrong token it continues from a wrong row.
@@ -53,14 +53,14 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import NotRequired, TypedDict
 
-from baselines import UniformObjective
-from config import DEFAULT_RULE, Config, ProgressiveSettings, PumaSettings, UniformSettings
+from config import DEFAULT_RULE, BlockSettings, Config, ProgressiveSettings
 from data.dataset import SequenceData
 from data.files import write_text
 from data.foreign import CommandParser, ends_with_message, whole_number
 from model.transformer import Transformer
 from objective import Objective
 from progressive import PumaObjective, stage_of
+from progressive_block import MaskedObjective
 from results.records import (
     Number,
     Provenance,
@@ -139,14 +139,15 @@ class Rows(NamedTuple):
     masked: Tensor  # bool [B, L]
 
 
-def training_rows(objective: Objective, n_rows: int, seed: int) -> Rows:
-    """`n_rows` rows on which `objective` trains next; draws from its stream and generator if it is uniform.
+def training_rows(objective: Objective, n_rows: int, seed: int, step: int) -> Rows:
+    """`n_rows` rows on which `objective` trains next; draws from its stream and generator if it has no PUMA pool.
 
     Args:
         seed: of the sample of the pool.
+        step: the update.
 
     Raises:
-        ValueError: the pool has fewer rows.
+        ValueError: the pool has fewer rows, or the objective masks nothing.
     """
     if isinstance(objective, PumaObjective):
         pool = objective.pool
@@ -155,11 +156,13 @@ def training_rows(objective: Objective, n_rows: int, seed: int) -> Rows:
         chosen = torch.randperm(len(pool.rows.x0), generator=torch.Generator().manual_seed(seed))[:n_rows]
         chosen = chosen.to(pool.rows.x0.device)
         return Rows(pool.rows.x0[chosen], pool.rows.maskable[chosen], pool.rows.masked[chosen])
-    assert isinstance(objective, UniformObjective), objective
+    if not isinstance(objective, MaskedObjective):
+        raise ValueError(
+            f"{type(objective).__name__} is no progressive_block.MaskedObjective: it has no masks to measure"
+        )
     batches = []
-    for _ in range(0, n_rows, objective.n_rows):
-        x0, maskable = objective.queue.take_next(objective.n_rows)
-        batches.append((x0, maskable, objective.layout.mask_uniformly(maskable, objective.generator)))
+    for number in range(0, n_rows, objective.n_rows):
+        batches.append(objective.draw_masks(step + number // objective.n_rows))
         objective.prefetch()
     return Rows(*(torch.cat(parts)[:n_rows] for parts in zip(*batches, strict=True)))
 
@@ -251,9 +254,9 @@ def readable_checkpoints(run_dir: Path) -> list[Checkpoint]:
     if not checkpoints:
         raise ValueError(f"{run_dir} holds no usable checkpoint: name a run directory")
     settings = checkpoints[-1].config().objective
-    if not isinstance(settings, PumaSettings | UniformSettings):
-        raise ValueError(f"{run_dir}: objective.name {settings.name!r} must be puma or uniform")
-    if isinstance(settings, PumaSettings) and settings.uniform_fraction:
+    if isinstance(settings, BlockSettings) or settings.causal:
+        raise ValueError(f"{run_dir}: objective.name {settings.name!r} must be one that masks whole rows")
+    if isinstance(settings, ProgressiveSettings) and settings.uniform_fraction:
         raise ValueError(
             f"{run_dir}: objective.uniform_fraction {settings.uniform_fraction} mixes two kinds of masks; "
             "name a run with 0"
@@ -273,7 +276,7 @@ def measure(
     config = checkpoint.config(["training.compile=false"])
     run = build_run(config, world, checkpoint.path.parents[1], train, resuming=True)
     restore_run(run, checkpoint)
-    rows = training_rows(run.objective, n_rows, seed)
+    rows = training_rows(run.objective, n_rows, seed, checkpoint.step)
     model = run.evaluated_model().eval()
     parts = []
     for start in range(0, n_rows, config.validation.batch_size):
@@ -382,6 +385,8 @@ def describe(config: Config) -> str:
             f"reveal order {settings.reveal_order}",
             f"a pool of {settings.pool_batches} batches",
         ]
+    own = (key for key in type(settings).model_fields if key not in ("name", *ProgressiveSettings.model_fields))
+    facts += [f"{key} {getattr(settings, key)}" for key in own]
     return ", ".join([*facts, f"{config.training.batch_size} rows per update, seed {config.training.seed}"])
 
 
@@ -517,7 +522,9 @@ def _numbers(values: Iterator[float | None]) -> list[float]:
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
     parser = CommandParser(description="Measure the distance of training masks from the sampler's masks.")
-    parser.add_argument("run_dirs", nargs="*", type=Path, metavar="RUN", help="run directory of puma or uniform")
+    parser.add_argument(
+        "run_dirs", nargs="*", type=Path, metavar="RUN", help="run directory, of an objective that masks rows"
+    )
     parser.add_argument("--rows", type=whole_number(1), default=256, help="training rows per checkpoint")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the sample of the pool")
     parser.add_argument("--draw", action="store_true", help="only the table and figure, from existing records")

@@ -41,6 +41,9 @@ def write_checkout(page: str, copy: Path) -> Path:
     """Copy the code and add what a page adds."""
     skipped = shutil.ignore_patterns(".*", "runs", "tests", "results", "docs", "__pycache__", "*.npy")
     shutil.copytree(ROOT, copy, ignore=skipped)
+    (copy / "results").mkdir()
+    for path in (ROOT / "results").glob("*.py"):
+        shutil.copy(path, copy / "results")
     for title, block in blocks_of(page).items():
         name, _, place = title.partition(": ")
         path = copy / name
@@ -124,6 +127,12 @@ def test_the_objective_trains(checkout: Path):
     assert "cosine" in out
     records = (checkout / "runs" / "cosine" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert all(0 < json.loads(record)["train/masked_fraction"] <= 1 for record in records)
+    run_there(checkout, "-m", "results.mask_distance", "runs/cosine", "--rows", "100", "--out", "masks")
+    (measured,) = json.loads((checkout / "masks" / "records.json").read_text(encoding="utf-8"))["runs"]
+    assert measured["masks"].startswith("cosine, elbo True")
+    n_rows = [stage["n"] for stage in measured["points"][-1]["stages"]]
+    assert sum(n_rows) == 100
+    assert n_rows[0] > sum(n_rows[4:]), "cosine masks are more often many than few"
 
 
 # The pass in which each letter of the answer is written.

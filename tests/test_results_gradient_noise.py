@@ -10,7 +10,7 @@ from conftest import PUMA
 from helpers import random_generator
 
 import train
-from config import PumaSettings
+from config import PumaSettings, UniformSettings
 from results import gradient_noise
 from results.gradient_noise import centre, correlations, noise_of_sum, variants
 
@@ -33,7 +33,7 @@ def test_equal_updates_are_worth_one():
 
 
 def test_variants_differ_in_pool_and_order_alone():
-    puma = [each for each in variants(5).values() if isinstance(each, PumaSettings)]
+    puma = [each for each in variants(5, UniformSettings(name="uniform")).values() if isinstance(each, PumaSettings)]
     assert {each.n_stages for each in puma} == {5}
     assert [(each.pool_batches, each.reveal_order) for each in puma] == [
         (1, "top_prob"),

@@ -119,7 +119,7 @@ def objective_of(config_file: Callable[..., Path], settings: dict[str, Any], run
 
 
 def test_uniform_rows_are_those_of_the_next_updates(config_file, tmp_path):
-    rows = training_rows(objective_of(config_file, UNIFORM, tmp_path), 12, seed=0)
+    rows = training_rows(objective_of(config_file, UNIFORM, tmp_path), 12, seed=0, step=0)
     objective = objective_of(config_file, UNIFORM, tmp_path)
     batches = []
     for step in range(2):  # of 8 rows
@@ -136,14 +136,14 @@ def test_puma_rows_are_those_of_the_pool(config_file, tmp_path):
     def row_set(x0: torch.Tensor, masked: torch.Tensor) -> set[tuple[int, ...]]:
         return {tuple(row) for row in torch.cat([x0, masked], dim=1).tolist()}
 
-    rows = training_rows(objective, 16, seed=0)
+    rows = training_rows(objective, 16, seed=0, step=0)
     pool = row_set(rows.x0, rows.masked)
-    some = training_rows(objective, 5, seed=0)
+    some = training_rows(objective, 5, seed=0, step=0)
     assert len(row_set(some.x0, some.masked)) == 5
     assert row_set(some.x0, some.masked) < pool
     assert not (rows.masked & ~rows.maskable).any()
     with pytest.raises(ValueError, match="--rows 17: the pool has 16 rows; set at most that"):
-        training_rows(objective, 17, seed=0)
+        training_rows(objective, 17, seed=0, step=0)
     x0, _, masked = objective.draw_masks(0)  # one of the pool's two batches
     next_rows = row_set(x0, masked)
     assert len(next_rows) == 8
@@ -303,7 +303,7 @@ def test_random_order_is_told_from_the_order_of_confidence(config_file):
         (None, "holds no usable checkpoint: name a run directory"),
         (
             {"name": "block_uniform", "block_size": 4, "block_attention": "prefix"},
-            "objective.name 'block_uniform' must be puma or uniform",
+            "objective.name 'block_uniform' must be one that masks whole rows",
         ),
         (PUMA | {"uniform_fraction": 0.25}, "objective.uniform_fraction 0.25 mixes two kinds of masks"),
     ],

@@ -178,7 +178,7 @@ def initial_data(config: Config) -> DataSettings:
     if folder is None or not (folder / TOKENIZER_FILE).is_file():
         remedy = f"set data.tokenizer: {source}"
         if folder is not None:
-            remedy = f"copy the one that it was trained with to {folder}, or set data.tokenizer"
+            remedy = f"copy its own into that run as {folder.name}/, or set data.tokenizer"
         raise ValueError(
             "data.tokenizer is null, so a tokenizer would be trained whose tokens are not those of model.init_from "
             f"{source}: {remedy}"

@@ -610,7 +610,7 @@ def test_the_examples_of_the_page_run(
     monkeypatch.setattr(sampling, "SHIPPED", tmp_path / "packed")
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
-    setup, trace, samples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    setup, trace, samples, predictions = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.setattr(sys, "path", list(sys.path))
     names: dict[str, Any] = {}
     exec(setup.replace("/path/to/puma", str(tmp_path)), names)
@@ -620,6 +620,9 @@ def test_the_examples_of_the_page_run(
     assert "not solved" in capsys.readouterr().out
     exec(samples, names)
     assert len(names["filled"]) == 51
+    exec(predictions, names)
+    assert names["log_p"].shape == (1, 81, 11)
+    assert names["log_p"].isfinite().all()
     assert len({sample.tokens.tobytes() for sample in names["samples"]}) == 4
     with Image.open("sampling.gif") as made, Image.open(ROOT / "docs" / "sampling.gif") as shown:
         assert made.size == shown.size

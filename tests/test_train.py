@@ -707,7 +707,7 @@ def test_a_run_that_asks_no_questions_is_judged_by_its_loss(config_file, tmp_pat
     assert (summary.state, summary.accuracy, summary.loss, summary.loss_step) == ("complete", None, 0.25, 2)
     assert "loss 0.2500 at 2" in runs_table([summary], tmp_path)
     curves.main([str(run_dir), "--out", str(tmp_path / "curves.png")])
-    assert "| run | 1 | - | - | 1.0000 |" in capsys.readouterr().out
+    assert "| run | 1 | 4 | - | 1.0000 |" in capsys.readouterr().out
     train.main(["--config", str(config), "--run-dir", str(run_dir)])
     assert "is complete" in capsys.readouterr().out
 

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -243,6 +243,17 @@ class TextSettings(PairSettings):
         return TextData(self, vocab_size)
 
 
+class Completion(NamedTuple):
+    """A completion, decoded, since a tokenizer may not keep a text."""
+
+    text: str
+    is_known: bool  # without unknown tokens, which may stand for any text
+
+    def equals(self, other: Completion) -> bool:
+        """Whether both have the same known text, apart from white space."""
+        return self.is_known and other.is_known and self.text.split() == other.text.split()
+
+
 class TextData(PairDataSet):
     """Pairs to train on, and prompts whose completion must be met exactly, apart from white space."""
 
@@ -313,15 +324,18 @@ class TextData(PairDataSet):
 
     @override
     def judge(self, tokens: np.ndarray, indices: np.ndarray) -> JudgedAnswers:
-        """Whether the text equals that of the test row, see `_is_right`."""
+        """Whether the text equals that of the test row, see `Completion`."""
         expected, prompt_mask = self.test.rows(indices)
-        answers, completions = (completion_tokens(self.eos_id, rows, prompt_mask) for rows in (tokens, expected))
-        right = [self._is_right(answer, wanted) for answer, wanted in zip(answers, completions, strict=True)]
+        answers, completions = (
+            [self._read(each) for each in completion_tokens(self.eos_id, rows, prompt_mask)]
+            for rows in (tokens, expected)
+        )
+        right = [answer.equals(wanted) for answer, wanted in zip(answers, completions, strict=True)]
         samples = [
             {
                 "prompt": self._text(row[given]).strip(),
-                "completion": self._text(wanted),
-                "answer": self._text(answer),
+                "completion": wanted.text,
+                "answer": answer.text,
                 "verdict": "right" if is_right else "wrong",
             }
             for row, given, wanted, answer, is_right in zip(
@@ -341,17 +355,17 @@ class TextData(PairDataSet):
     def verdicts(
         self, prompts: np.ndarray, tokens: np.ndarray, golds: Sequence[str | None] | None = None
     ) -> list[AnswerVerdict]:
-        """Right if the completion equals the gold one as the tokenizer encodes it, see `_is_right`."""
+        """Right if the completion equals the gold one as the tokenizer encodes it, see `Completion`."""
         verdicts = []
         answers = completion_tokens(self.eos_id, tokens, prompts != self.mask_id)
-        for answer, gold in zip(answers, golds or [None] * len(answers), strict=True):
-            right = None
+        for ids, gold in zip(answers, golds or [None] * len(answers), strict=True):
+            answer, right = self._read(ids), None
             if gold is not None:
                 (wanted,) = encode_completions(self.tokenizer.backend_tokenizer, [gold])
-                right = self._is_right(answer, np.array(wanted, dtype=np.int64))
+                right = answer.equals(self._read(np.array(wanted, dtype=np.int64)))
             shown = shorten(escape(" ".join((gold or "").split())), MAX_SHOWN_GOLD)
             reason = {True: "right", False: f"wrong; right is {shown}", None: ""}[right]
-            verdicts.append(AnswerVerdict(self._text(answer), right, reason, {"gold": gold}))
+            verdicts.append(AnswerVerdict(answer.text, right, reason, {"gold": gold}))
         return verdicts
 
     @override
@@ -372,7 +386,7 @@ class TextData(PairDataSet):
             for folder, n in sorted(counts.items())
             if n
         ]
-        unknown = unknown_id(self.tokenizer)
+        unknown = self._unknown_id
         separator = encode_texts(self.tokenizer.backend_tokenizer, [SEPARATOR])[0]
         if not separator or unknown in separator:
             given = self._text(np.array(separator)) if separator else "nothing"
@@ -395,15 +409,13 @@ class TextData(PairDataSet):
             found.append(f"{n_shared:,} of the {len(self.test):,} test pairs are also in the training set")
         return found
 
-    def _is_right(self, answer: np.ndarray, wanted: np.ndarray) -> bool:
-        """Whether two completions (int64) have equal text apart from white space, without unknown tokens.
+    @cached_property
+    def _unknown_id(self) -> int | None:
+        return unknown_id(self.tokenizer)
 
-        Both are decoded, since a tokenizer may not keep a text. An unknown token may stand for any text.
-        """
-        unknown = unknown_id(self.tokenizer)
-        if unknown is not None and (unknown in answer or unknown in wanted):
-            return False
-        return self._text(answer).split() == self._text(wanted).split()
+    def _read(self, tokens: np.ndarray) -> Completion:
+        """A completion from its tokens (int64)."""
+        return Completion(self._text(tokens), self._unknown_id is None or self._unknown_id not in tokens)
 
     def _text(self, tokens: np.ndarray) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=False))

@@ -411,8 +411,8 @@ def stop_early(run: Run, stopped: Signals, recorder: Recorder | None) -> None:
     if recorder is not None:
         say(f"stopped by {stopped.name} at step {run.step:,}; the same command continues from there")
         recorder.close()
-    gather(None)  # the launcher ends all soon after the first, and wandb may wait for the network
     if stopped == SIGINT:
+        gather(None)  # an exit with a status does not wait, and `recorder` may wait for the network
         sys.exit(INTERRUPTED)
 
 

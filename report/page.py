@@ -31,7 +31,7 @@ from runtime.figures import COLORS, set_grid
 from runtime.final import load_final
 from runtime.history import read_history
 from runtime.metrics import read_metrics
-from samplers.options import rule_in_words
+from samplers.options import recorded_rule_in_words, rule_in_words
 
 PAGE_FILE = "report.html"
 TRACES_FILE = "traces.json"
@@ -207,7 +207,7 @@ def _results(final: dict[str, Any] | None) -> Iterator[str]:
         titles,
         (
             [
-                _rule_name(each),
+                recorded_rule_in_words(each),
                 percent(each["accuracy"]),
                 f"{percent(each['accuracy_low'])} to {percent(each['accuracy_high'])}",
                 *(percent(each["details"].get(name)) for name in names),
@@ -237,11 +237,6 @@ def _results(final: dict[str, Any] | None) -> Iterator[str]:
                 for group in chosen
             ),
         )
-
-
-def _rule_name(rule: dict[str, Any]) -> str:
-    """A sampling rule of a file in words."""
-    return rule_in_words(rule.get("confidence"), rule.get("tokens_per_step"), rule.get("options", {}))
 
 
 def percent(share: float | None) -> str:
@@ -281,7 +276,7 @@ def _samples(run_dir: Path, final: dict[str, Any] | None) -> Iterator[str]:
 
     rule, known = rule_of(samples[0]), (final or {}).get("evaluation", {}).get("samplers", [])
     # Samples do not name the options of their rule, the last evaluation does.
-    name = next((_rule_name(each) for each in known if rule_of(each) == rule), rule_in_words(*rule, {}))
+    name = next((recorded_rule_in_words(each) for each in known if rule_of(each) == rule), rule_in_words(*rule, {}))
     samples = [each for each in samples if rule_of(each) == rule]
     wrong, right = ([each for each in samples if bool(each.get("right")) is is_right] for is_right in (False, True))
     shown = (wrong[: max(MAX_SAMPLES // 2, MAX_SAMPLES - len(right))] + right)[:MAX_SAMPLES]

@@ -33,13 +33,21 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
-from config import AnyObjectiveSettings, BlockSettings, ProgressiveSettings, PumaSettings, UniformSettings
+from config import AnyObjectiveSettings, ProgressiveSettings, PumaSettings, UniformSettings
 from data.files import write_text
 from data.foreign import CommandParser, check_memory, ends_with_message, whole_number
 from data.stream import SequenceStream
 from model.transformer import Transformer, build_model
 from objective import Objective
-from results.records import Provenance, Text, check_folder, provenance, provenance_in_words, read_records
+from results.records import (
+    Provenance,
+    Text,
+    check_folder,
+    check_masks_rows,
+    provenance,
+    provenance_in_words,
+    read_records,
+)
 from runtime.checkpoint import find_checkpoint
 from runtime.distributed import autocast, autocast_dtype, start_world
 from runtime.figures import COLORS, set_grid
@@ -147,8 +155,7 @@ def collect(run_dir: Path, n_updates: int, records_file: Path) -> None:
     checkpoint = find_checkpoint(run_dir)
     config = checkpoint.config(["training.compile=false"])
     settings, training = config.objective, config.training
-    if isinstance(settings, BlockSettings) or settings.causal:
-        raise ValueError(f"{run_dir}: objective.name {settings.name!r} must be one that masks whole rows")
+    check_masks_rows(run_dir, settings)
     n_stages = settings.n_stages_at(checkpoint.step) if isinstance(settings, ProgressiveSettings) else N_STAGES
     train, world = config.open_data().train, start_world(training.device)
     model = build_model(config).to(world.device).train()

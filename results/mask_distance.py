@@ -53,7 +53,7 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import NotRequired, TypedDict
 
-from config import DEFAULT_RULE, BlockSettings, Config, ProgressiveSettings
+from config import DEFAULT_RULE, Config, ProgressiveSettings
 from data.dataset import SequenceData
 from data.files import write_text
 from data.foreign import CommandParser, ends_with_message, whole_number
@@ -66,6 +66,7 @@ from results.records import (
     Provenance,
     Text,
     check_folder,
+    check_masks_rows,
     provenance,
     provenance_in_words,
     read_note,
@@ -254,8 +255,7 @@ def readable_checkpoints(run_dir: Path) -> list[Checkpoint]:
     if not checkpoints:
         raise ValueError(f"{run_dir} holds no usable checkpoint: name a run directory")
     settings = checkpoints[-1].config().objective
-    if isinstance(settings, BlockSettings) or settings.causal:
-        raise ValueError(f"{run_dir}: objective.name {settings.name!r} must be one that masks whole rows")
+    check_masks_rows(run_dir, settings)
     if isinstance(settings, ProgressiveSettings) and settings.uniform_fraction:
         raise ValueError(
             f"{run_dir}: objective.uniform_fraction {settings.uniform_fraction} mixes two kinds of masks; "

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
+from config import AnyObjectiveSettings, BlockSettings
 from data.foreign import read_text, reading
 from runtime.history import git
 
@@ -24,6 +25,12 @@ def check_folder(path: Path, option: str) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         where = f"{option} {path}" + (f": {existing}" if existing != path else "")
         raise ValueError(f"{where} is not a folder that can be written: name another")
+
+
+def check_masks_rows(run_dir: Path, settings: AnyObjectiveSettings) -> None:
+    """Raise ValueError if the objective of a run does not mask whole rows."""
+    if isinstance(settings, BlockSettings) or settings.causal:
+        raise ValueError(f"{run_dir}: objective.name {settings.name!r} must be one that masks whole rows")
 
 
 def read_records(path: Path, kind: Any) -> dict[str, Any]:

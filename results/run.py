@@ -43,7 +43,7 @@ from runtime.final import Share, read_final
 from runtime.history import ROOT, read_history
 from runtime.markdown import markdown_table
 from runtime.metrics import read_metrics
-from samplers.options import rule_in_words
+from samplers.options import recorded_rule_in_words
 
 POLL_S = 0.5
 N_COLUMNS = 10  # at most, in the table of accuracy by update
@@ -360,13 +360,7 @@ def _final(run_dir: Path) -> dict[str, Any] | None:
     result = samplers[0]
     groups = [{key: group[key] for key in ("by", "value", "n", "accuracy")} for group in result["groups"]]
     figures = {"accuracy": result["accuracy"], "low": result["accuracy_low"], "high": result["accuracy_high"]}
-    rules = [
-        {
-            "rule": rule_in_words(each.get("confidence"), each.get("tokens_per_step"), each.get("options", {})),
-            "accuracy": each["accuracy"],
-        }
-        for each in samplers
-    ]
+    rules = [{"rule": recorded_rule_in_words(each), "accuracy": each["accuracy"]} for each in samplers]
     return figures | {"n": result["n"], "groups": groups} | ({"rules": rules} if len(rules) > 1 else {})
 
 

@@ -193,13 +193,7 @@ def _apply_override(raw: dict[str, Any], given: str) -> None:
 def _holds_text(key: str) -> bool:
     """Whether a setting is text or null in every class that has it."""
     section, _, name = key.partition(".")
-    kinds = [
-        model.model_fields[name].annotation
-        for each, models in _sections()
-        if each == section
-        for model in models
-        if name in model.model_fields
-    ]
+    kinds = [model.model_fields[name].annotation for model in _models_of(section) if name in model.model_fields]
     return bool(kinds) and all(kind in (str, str | None) for kind in kinds)
 
 
@@ -212,8 +206,7 @@ def _drop_unknown(raw: dict[str, Any], key: str, value: Any) -> None:
     given = raw.get(section)
     if not isinstance(given, dict) or given.get(tag) == value:
         return
-    models = [model for name, models in _sections() if name == section for model in models]
-    fields = next((model.model_fields for model in models if value in _literal(model, tag)), {})
+    fields = next((model.model_fields for model in _models_of(section) if value in _literal(model, tag)), {})
     raw[section] = {name: each for name, each in given.items() if name in fields and section == "objective"}
 
 
@@ -257,6 +250,11 @@ def _union_tags() -> set[str]:
 def _literal(model: type[BaseModel], field: str) -> tuple[str, ...]:
     annotation = model.model_fields[field].annotation if field in model.model_fields else None
     return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def _models_of(section: str) -> list[type[BaseModel]]:
+    """The classes of a section; none if there is no such section."""
+    return [model for name, models in _sections() if name == section for model in models]
 
 
 def _sections() -> Iterator[tuple[str, list[type[BaseModel]]]]:

@@ -161,12 +161,10 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 def started(
     *arguments: object, folder: Path = ROOT, group: bool = False, input: Path = Path(os.devnull), **environment: str
 ) -> Iterator[Forked]:
-    """A program of the repository while it runs; it is killed if the test fails before its end."""
+    """A program of the repository; at the end of the block it is killed if it still runs."""
     with Forked(*arguments, environment=ENVIRONMENT | environment, folder=folder, group=group, input=input) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+        yield process
+        process.kill()
 
 
 def run_python(

@@ -9,6 +9,7 @@ environment variables already, and all programs of one server share a hash seed.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import functools
 import gc
 import json
@@ -16,6 +17,7 @@ import math
 import os
 import runpy
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -108,12 +110,22 @@ class Forked:
         """End the program by SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
+    def _abort(self) -> None:
+        """End the program and print what it wrote, then where its threads were: pytest shows that for a failed test."""
+        self.send_signal(signal.SIGABRT)
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(10)
+        self.kill()
+        self.wait()
+        with suppress(OSError):  # a file of the test need not be readable
+            print(f"python {shlex.join(self.args)} was still running. It wrote:", *self.written(), sep="\n")
+
     def __enter__(self) -> Forked:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is not None:  # the test has failed, maybe because this program waits
-            self.kill()
+        if error is not None and self.poll() is None:  # the test has failed, maybe because this program waits
+            self._abort()
         self.wait()
         self._lines.close()
         self._status.close()
@@ -225,6 +237,7 @@ def run_program(arguments: list[str]) -> None:
 def run_to_the_end(arguments: list[str]) -> NoReturn:
     """Run a program and end as Python does, except that modules are not torn down: that copies the server's memory."""
     status = 0
+    faulthandler.enable()  # SIGABRT ends it with the stacks of its threads
     try:
         run_program(arguments)
     except SystemExit as stop:

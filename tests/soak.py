@@ -11,6 +11,7 @@ the newest checkpoint after as many of the kills, so that the next life must con
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import json
 import mmap
@@ -23,6 +24,7 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from datetime import date
@@ -34,6 +36,7 @@ import matplotlib.figure  # noqa: F401 - these are imported where they are used,
 import torch._dynamo  # noqa: F401
 import transformers.optimization  # noqa: F401
 import yaml
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import tiny_settings  # the tests' own settings
@@ -46,6 +49,7 @@ from training.update import Updater
 
 WORK = ("starting", "training", "evaluating", "saving", "finishing")
 MOST_LIVES = 500
+LIFE_S = 300.0  # a life takes a few seconds, with other programs on the machine some more
 Kill = dict[str, Any]
 
 
@@ -66,6 +70,11 @@ class Progress:
         """Whether so many updates are made, or all of them."""
         work, step = self.get()
         return work == "finishing" or (work != "starting" and step >= n_updates)
+
+    def waits_at(self, n_updates: int) -> bool:
+        """Whether a life with `wait_at(n_updates)` has come to its end: what it had to save by then is saved."""
+        work, step = self.get()
+        return work == "finishing" or (work == "training" and step >= n_updates)
 
 
 def watch(progress: Progress) -> None:
@@ -137,17 +146,24 @@ def wait_at(n_updates: int) -> None:
     setattr(Updater, "step", waiting_step)  # noqa: B010 - mypy knows it as a method
 
 
+def log_file(run_dir: Path) -> Path:
+    """What the lives of a run have printed."""
+    return Path(f"{run_dir}.log")
+
+
 def begin(config: Path, run_dir: Path, progress: Progress, prepare: Callable[[], None] = lambda: None) -> int:
-    """Fork a life of the run; its process id. What it says goes to `<run_dir>.log`."""
+    """Fork a life of the run; its process id. One that hangs ends after LIFE_S with its stack in the log."""
     progress.set("starting", 0)
+    assert threading.active_count() == 1, "a process with threads must not fork"
     child = os.fork()
     if child:
         return child
     status = 70
     try:
-        log = os.open(f"{run_dir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        log = os.open(log_file(run_dir), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        faulthandler.dump_traceback_later(LIFE_S, exit=True, file=log)
         prepare()
         watch(progress)
         train.main(["--config", str(config), "--run-dir", str(run_dir)])
@@ -160,24 +176,30 @@ def begin(config: Path, run_dir: Path, progress: Progress, prepare: Callable[[],
         os._exit(status)
 
 
-def ended(child: int, deadline: float, far_enough: Callable[[], bool] = lambda: False) -> bool:
+def ended(child: int, run_dir: Path, deadline: float, far_enough: Callable[[], bool] = lambda: False) -> bool:
     """Wait until a life ends, `deadline` (time.monotonic) or `far_enough`; whether it has ended, which must be well."""
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
-            if not os.WIFEXITED(status) or os.WEXITSTATUS(status):
-                raise SystemExit(f"a life ended by itself with status {status}; see the log")
+            if status:
+                raise SystemExit(bad_end(run_dir, status))
             return True
         if time.monotonic() >= deadline or far_enough():
             return False
         time.sleep(0.001)
 
 
+def bad_end(run_dir: Path, status: int) -> str:
+    """The message for a life that has ended by itself with a wait status other than 0."""
+    last_lines = log_file(run_dir).read_text(errors="replace").splitlines()[-60:]
+    return "\n".join([f"a life ended with status {os.waitstatus_to_exitcode(status)}; it wrote", *last_lines])
+
+
 def leave_alone(config: Path, run_dir: Path) -> tuple[float, float]:
     """Run to the end; seconds until the first update, and from there to the end."""
     progress, start = Progress(), time.monotonic()
     child, started = begin(config, run_dir, progress), start
-    while not ended(child, time.monotonic() + 0.01):
+    while not ended(child, run_dir, time.monotonic() + 0.01):
         if progress.get()[0] == "starting":
             started = time.monotonic()
     return started - start, time.monotonic() - started
@@ -198,10 +220,10 @@ def kill_at_random(
     """Let the run live until random moments, then to its end.
 
     Every fifth life ends within `start_s` seconds, mostly before its first update; the others within `work_s` of a
-    random update, or when they have left `save_every` updates to each kill that is still to come. There a life waits
-    for its kill, so that the run does not end before the last one, however fast or busy the machine. That one strikes
-    while the run finishes. After a kill before that the newest checkpoint is damaged if it is not the only one,
-    `n_damaged` times in all.
+    random update, or when they have left `save_every` updates to each kill that is still to come. There a life saves
+    and waits for its kill, so that a kill there finds a new checkpoint to damage, and the run does not end before the
+    last one, however fast or busy the machine. That one strikes while the run finishes. After a kill before that the
+    newest checkpoint is damaged if it is not the only one, `n_damaged` times in all.
 
     Returns:
         At least `n_kills` kills, more where too few of them left a checkpoint to damage.
@@ -220,10 +242,10 @@ def kill_at_random(
         start = time.monotonic()
         child = begin(config, run_dir, progress, partial(wait_at, most))
         if len(kills) % 5 == 3 and not is_last:
-            ended(child, start + rng.uniform(0, start_s), partial(progress.has_reached, most))
+            ended(child, run_dir, start + rng.uniform(0, start_s), partial(progress.waits_at, most))
         else:
-            ended(child, float("inf"), partial(progress.has_reached, aim))
-            ended(child, time.monotonic() + rng.uniform(0, work_s), partial(progress.has_reached, most))
+            ended(child, run_dir, float("inf"), partial(progress.has_reached, aim))
+            ended(child, run_dir, time.monotonic() + rng.uniform(0, work_s), partial(progress.waits_at, most))
         os.kill(child, signal.SIGKILL)
         moment = time.monotonic() - start
         os.waitpid(child, 0)
@@ -233,7 +255,7 @@ def kill_at_random(
             kills[-1]["damage"] = damage(newest[0], n_left, rng)
             n_left -= 1
     if not (run_dir / train.FINAL_FILE).exists():
-        ended(begin(config, run_dir, progress), float("inf"))
+        ended(begin(config, run_dir, progress), run_dir, float("inf"))
     return kills
 
 
@@ -247,7 +269,7 @@ def kill_at_each_stage(config: Path, run_dir: Path) -> list[Kill]:
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):
             if os.WEXITSTATUS(status):
-                raise SystemExit(f"a life ended with status {os.WEXITSTATUS(status)}; see {run_dir}.log")
+                raise SystemExit(bad_end(run_dir, status))
             return kills
         kills.append(record(run_dir, time.monotonic() - start, progress))
     raise SystemExit("the run never came to its end")
@@ -330,6 +352,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     version = commit()  # of the code that runs, whatever happens to the checkout meanwhile
     gc.freeze()  # or each life's collector would copy all memory
+    # tqdm's own lock is one for all lives, and a life that is killed while it holds it would stop all that follow; its
+    # monitor is a thread, and a process with threads must not fork.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     settings = tiny_settings({"name": "puma", "n_stages": 5, "collapse_threshold": 0.9}, folder / "boards")
     settings["training"] |= {"max_steps": options.steps, "log_every": 3}  # so that saves fall between records

@@ -66,7 +66,7 @@ def test_a_kill_before_any_file_operation_of_a_save_costs_nothing_but_time():
 def test_kills_at_random_moments_leave_the_result_as_it_is(n_kills, n_steps):
     n_damaged = n_kills * 4 // 5
     counts = ("--kills", n_kills, "--damaged", n_damaged, "--steps", n_steps)
-    result = run_python("-m", "tests.soak", *counts, timeout=900)
+    result = run_python("-m", "tests.soak", *counts, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert int(re.search(r"killed (\d+) times", result.stdout).group(1)) >= n_kills
     assert f"after {n_damaged} of the kills" in result.stdout

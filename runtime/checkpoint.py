@@ -93,11 +93,17 @@ class Checkpoint:
         with reading_checkpoint(self.path, file.name):
             return load_file(file) if file.exists() else None
 
-    def state(self, name: str) -> dict[str, Any]:
-        """State saved as `train` or `rank_<r>`: plain data and tensors. Raises as `reading_checkpoint`."""
-        with reading_checkpoint(self.path, f"{name}.pt"):
-            check_archive(self.path / f"{name}.pt", max_growth=1)
-            state: dict[str, Any] = torch.load(self.path / f"{name}.pt", map_location="cpu", weights_only=True)
+    def state(self, name: str, *, mapped: bool = False) -> dict[str, Any]:
+        """State saved as `train` or `rank_<r>`: plain data and tensors. Raises as `reading_checkpoint`.
+
+        Args:
+            mapped: tensors are read from the file when they are used, and only then take memory. They must be copied
+                before the checkpoint can be deleted.
+        """
+        file = self.path / f"{name}.pt"
+        with reading_checkpoint(self.path, file.name):
+            check_archive(file, max_growth=1)
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
             return state
 
     def config(self, overrides: Sequence[str] = ()) -> Config:

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime.distributed import World
@@ -27,22 +28,45 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=nn.Module)
 
 
-def shard(model: nn.Module, layers: Iterable[nn.Module], world: World) -> None:
-    """Shard a model's parameters over all ranks and move them to the ranks' devices.
+def shard(model: nn.Module, layers: Iterable[nn.Module], full: nn.Module | None, world: World) -> None:
+    """Give a model the parameters of another one, sharded over all ranks; every rank calls this.
 
-    All ranks must hold equal parameters.
+    A device holds the full parameters of one layer at a time, or those that are in no layer.
 
     Args:
+        model: has its parameters on the meta device, where they take no memory.
         layers: modules whose parameters are gathered for their own forward and backward pass. All other parameters
             stay gathered from the start of the model's forward pass to the end of its backward pass.
+        full: the same model with its parameters, on the main process; None on the others. None on all leaves the
+            parameters undefined.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.n_ranks,))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    values = {} if full is None else dict(full.named_parameters())
     for layer in layers:
+        _receive(layer, names, values, world)
         fully_shard(layer, mesh=mesh)
+    _receive(model, names, values, world)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+@torch.no_grad()
+def _receive(module: nn.Module, names: dict[nn.Parameter, str], values: dict[str, nn.Parameter], world: World) -> None:
+    """Replace a module's parameters on the meta device by those of the main process, which has them in `values`."""
+    received: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
+    for owner in module.modules():
+        for own_name, parameter in list(owner.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                continue
+            if parameter not in received:
+                source = values.get(names[parameter])
+                tensor = torch.empty_like(parameter, device=world.device) if source is None else source.to(world.device)
+                dist.broadcast(tensor, src=0)
+                received[parameter] = nn.Parameter(tensor)
+            setattr(owner, own_name, received[parameter])
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -52,13 +76,14 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """This rank's shard of a full tensor if `pattern` is sharded, else the tensor."""
+    """A copy of this rank's shard of a full tensor if `pattern` is sharded, else the tensor."""
     sharded = _as_dtensor(pattern)
     if sharded is None:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor, sharded.device_mesh, sharded.placements, src_data_rank=None)
+    # On a CPU the shard is a view, which would keep the full tensor.
+    return distribute_tensor(tensor, sharded.device_mesh, sharded.placements, src_data_rank=None).clone()
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -98,11 +123,15 @@ def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Non
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {}
-    for number, tensors in state["state"].items():  # in the order of parameters; AdamW's step count is never sharded
-        patterns = {name: parameters[number] for name, tensor in tensors.items() if tensor.ndim > 0}
-        if wrong := [name for name, pattern in patterns.items() if tensors[name].shape != pattern.shape]:
+    for number, tensors in state["state"].items():  # in the order of parameters
+        parameter = parameters[number]
+        if wrong := [name for name, tensor in tensors.items() if tensor.ndim > 0 and tensor.shape != parameter.shape]:
             raise ValueError(f"the optimizer's {wrong[0]} of parameter {number} has another shape than the parameter")
-        moments[number] = shard_weights(tensors, patterns)
+        # AdamW's step count, without dimensions, is never sharded. A view of it would keep a mapped file.
+        moments[number] = {
+            name: shard_like(tensor, parameter) if tensor.ndim > 0 else tensor.clone()
+            for name, tensor in tensors.items()
+        }
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

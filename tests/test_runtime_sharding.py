@@ -83,6 +83,53 @@ def test_sharded_training_equals_copies_up_to_rounding(config, sharded_run, tmp_
     assert ours[-1]["validation/loss"] == pytest.approx(theirs[-1]["validation/loss"], rel=1e-4)
 
 
+WATCHED = """
+import os
+import torch
+import train
+import training.run
+
+initial_model, load = training.run.initial_model, torch.load
+
+
+def watched_model(config):
+    print("rank", os.environ["RANK"], "has the full model")
+    return initial_model(config)
+
+
+def watched_load(file, **options):
+    print("rank", os.environ["RANK"], "maps" if options["mmap"] else "reads", file.name)
+    return load(file, **options)
+
+
+training.run.initial_model, torch.load = watched_model, watched_load
+train.main()
+"""
+
+
+def test_only_the_main_process_holds_the_full_model_and_none_the_full_moments(config, sharded_run, tmp_path):
+    options = ("--config", config, "training.parallel=fsdp")
+    begun = run_ranks(2, "-c", WATCHED, *options, "--run-dir", tmp_path / "begun")
+    assert begun.returncode == 0, begun.stderr
+    assert "rank 0 has the full model" in begun.stdout
+    assert "rank 1 has the full model" not in begun.stdout
+    assert_same_checkpoint(sharded_run, tmp_path / "begun")
+    resumed = run_ranks(2, "-c", WATCHED, *options, "--run-dir", go_back(sharded_run, tmp_path / "resumed"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "has the full model" not in resumed.stdout
+    for rank in (0, 1):
+        assert f"rank {rank} maps train.pt" in resumed.stdout
+    assert_same_checkpoint(sharded_run, tmp_path / "resumed")
+
+
+def test_initial_weights_that_only_the_main_process_reads_end_all_where_they_are_bad(config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    options = ("training.parallel=fsdp", f"model.init_from={tmp_path / 'empty'}")
+    result = run_ranks(2, "train.py", "--config", config, "--run-dir", tmp_path / "run", *options)
+    assert result.returncode == 2
+    assert result.stderr.count("holds neither a checkpoint nor a config.json") == 1, result.stderr
+
+
 def test_a_restart_changes_nothing_nor_does_recomputing_blocks(config, sharded_run, tmp_path):
     again = go_back(sharded_run, tmp_path / "again")
     assert find_checkpoint(again).step == 3

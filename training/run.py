@@ -9,6 +9,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ from objective import Microbatch, Objective
 from progressive import PumaObjective
 from progressive_block import block_layout
 from runtime.checkpoint import Checkpoint, save_checkpoint, score_checkpoint
-from runtime.distributed import World, autocast, autocast_dtype, on_main, sum_over_ranks
+from runtime.distributed import World, autocast, autocast_dtype, on_main, only_on_main, sum_over_ranks
 from runtime.history import Session
 from runtime.metrics import peak_memory_gib, reduce_metrics
 from runtime.optim import build_ema, build_optimizer, learning_rate
@@ -91,7 +92,7 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
     """A run at step 0.
 
     Args:
-        resuming: `restore_run` follows, so the weights of `model.init_from` are not loaded.
+        resuming: `restore_run` follows, so the weights are left undefined.
 
     Raises:
         ValueError: the run has no step, `model.init_from` cannot be used, or as in `build_objective`.
@@ -101,19 +102,21 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
     n_steps = count_steps(training, len(train))
     stream = SequenceStream(train, training.seed, world.rank, world.n_ranks)
     objective = build_objective(config.objective, training, stream, train.mask_id, world.device)
-    model = build_model(config)
-    if config.model.init_from is None:
-        model.reset_parameters(torch.Generator().manual_seed(training.seed))
-    elif not resuming:
-        load_initial_weights(model, config)
     sharded = training.parallel == "fsdp" and world.n_ranks > 1
-    model.to("cpu" if sharded else world.device)  # the full parameters may not fit on a device
-    ema = build_ema(model, training.ema_decay)
     if sharded:
-        shard(model, model.model.layers, world)
+        # The full parameters may not fit on a device, nor in host memory once for each process.
+        full = None if resuming else only_on_main(partial(initial_model, config))
+        with torch.device("meta"):
+            model = build_model(config)
+        ema = build_ema(model, training.ema_decay)
+        shard(model, model.model.layers, full, world)
         if ema is not None:
             averaged = cast(Transformer, ema.module)
-            shard(averaged, averaged.model.layers, world)
+            shard(averaged, averaged.model.layers, full, world)
+        del full
+    else:
+        model = (build_model(config) if resuming else initial_model(config)).to(world.device)
+        ema = build_ema(model, training.ema_decay)
     if training.gradient_checkpointing:
         model.recompute_layers()
     if training.compile:
@@ -139,6 +142,16 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
         loss_sum=torch.zeros((), dtype=torch.float64, device=world.device),
         grad_norm_sum=torch.zeros((), dtype=torch.float64, device=world.device),
     )
+
+
+def initial_model(config: Config) -> Transformer:
+    """The model at step 0, in host memory. Raises as `build_model` and `load_initial_weights`."""
+    model = build_model(config)
+    if config.model.init_from is None:
+        model.reset_parameters(torch.Generator().manual_seed(config.training.seed))
+    else:
+        load_initial_weights(model, config)
+    return model
 
 
 def count_steps(training: TrainingSettings, n_rows: int) -> int:
@@ -271,7 +284,8 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
     Raises:
         ValueError: the checkpoint was trained on other data, or as in `rescale`.
     """
-    state = checkpoint.state("train")
+    # Of a sharded run each process copies its part of the tensors, a few at a time.
+    state = checkpoint.state("train", mapped=is_sharded(run.model))
     if changed := changed_sources(run.data_fingerprint, state["data_fingerprint"]):
         raise BadInput(
             f"the training data has changed since checkpoint {checkpoint.path} was saved: restore "

@@ -20,6 +20,7 @@ from bench.gpu.report import Report
 from bench.gpu.runs import TINY_SUDOKU, paused
 from bench.inputs import YAML_FILES, random_rows
 from config import Config
+from model.transformer import build_model
 from runtime.checkpoint import latest_checkpoint
 from runtime.config_file import read_config
 from runtime.distributed import World, from_main, gather, start_world, stop_world, sum_over_ranks
@@ -122,8 +123,10 @@ def wrap_ddp(run: Run, world: World) -> None:
 
 def wrap_fsdp(run: Run, world: World) -> None:
     """Shard the parameters over the ranks."""
-    layers = run.model.model.layers
-    shard(run.model, list(layers), world)
+    full = run.model
+    with torch.device("meta"):
+        run.model = run.wrapped = build_model(run.config)
+    shard(run.model, run.model.model.layers, full, world)
     assert is_sharded(run.model)
     run.optimizer = build_optimizer(run.model, run.config.training)
 

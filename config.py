@@ -257,7 +257,7 @@ class TrainingSettings(Settings):
         description="torch.compile the model; worthwhile for long runs; on a CPU it needs g++",
         json_schema_extra=FREE_ON_RESUME,
     )
-    cuda_graph: Literal["auto"] | bool = Field(
+    cuda_graph: Literal["auto", True, False] = Field(
         "auto",
         description="capture an update once and replay it, for models bound by kernel launches; auto: with one process "
         "on a GPU and a small vocabulary; not with gradient_checkpointing",
@@ -450,6 +450,9 @@ class ValidationSettings(_RuleOptions):
     def _rules_go_together(self) -> ValidationSettings:
         found = [self._problems(*chosen) for chosen in product(self.confidence, self.tokens_per_step)]
         problems = list(dict.fromkeys(problem for each in found for problem in each))
+        for key in ("confidence", "tokens_per_step"):
+            if len(set(getattr(self, key))) < len(getattr(self, key)):
+                problems.append(f"{key} has an entry twice")
         if self.n_final_examples == 0 and self.n_examples:
             problems.append(
                 f"n_final_examples 0 with n_examples {self.n_examples}: the result would lack the accuracy, which "

@@ -238,7 +238,11 @@ class TrainedModel:
         """The answer to one question, or a list of answers to a list."""
         texts = [questions] if isinstance(questions, str) else list(questions)
         right: list[Gold | None] = (
-            [golds] if isinstance(golds, str | int | float | Number) else list(golds or [None] * len(texts))
+            [golds]
+            if isinstance(golds, str | int | float | Number)
+            else [None] * len(texts)
+            if golds is None
+            else list(golds)
         )
         if any(gold is not None for gold in right):
             self.check_takes_gold("gold")
@@ -274,6 +278,8 @@ class TrainedModel:
         rule.check(causal=self.config.causal)
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be at least 1")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed {seed} must be at least 0 and less than 2^32")
         prompts, golds = self._encode(questions, holes)
         return self._sample(questions, prompts, golds, rule, seed=seed, batch_size=batch_size, trace=trace, holes=holes)
 
@@ -283,7 +289,7 @@ class TrainedModel:
         """Answers to the questions of the test with these numbers, the same as in an evaluation with this seed."""
         questions = [self.data.question(row) for row in rows]
         golds = [None if each.gold is None else self.data.check_gold(each.gold) for each in questions]
-        prompts = self.data.prompts(np.array(rows))
+        prompts = self.data.prompts(np.array(rows, dtype=np.int64))
         return self._sample(
             questions, prompts, golds, rule, seed=seed, batch_size=BATCH_SIZE, trace=trace, row_ids=rows
         )

@@ -64,7 +64,7 @@ from runtime.distributed import (
 from runtime.final import FINAL_FILE, read_final
 from runtime.history import Session
 from runtime.lock import check_shared, lock_run
-from runtime.metrics import METRICS_FILE, Recorder
+from runtime.metrics import METRICS_FILE, WANDB_ID_FILE, Recorder
 from runtime.optim import decay_start
 from runtime.signals import StopRequested, StopVote, raise_at_interrupt
 from sampling import TrainedModel
@@ -120,6 +120,7 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
     run = build_run(config, world, run_dir, data.train, resuming=checkpoint is not None)
     run.session = session
     if checkpoint is None:
+        on_main(partial(leave_earlier_attempt, config, run_dir))
         on_main(partial(data.keep_tokenizer, run_dir))
     else:
         with loading_checkpoint(checkpoint.path):
@@ -137,6 +138,20 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
         warn_about(data)
         say(start_message(run))
     return run, data
+
+
+def leave_earlier_attempt(config: Config, run_dir: Path) -> None:
+    """Give a run that begins with other settings than an attempt before it another run of wandb.
+
+    The attempt, which has left no checkpoint, keeps its curves; wandb takes no step that it has already.
+    """
+    try:
+        if not changed_settings(read_config(run_dir / "config.yaml"), config):
+            return
+    except (ValueError, OSError):  # there is none, or it is damaged
+        pass
+    with reported(run_dir / WANDB_ID_FILE):
+        (run_dir / WANDB_ID_FILE).unlink(missing_ok=True)
 
 
 def open_data(config: Config, resumed: Path | None = None) -> DataSet:

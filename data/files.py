@@ -56,6 +56,8 @@ def making_folder(path: Path) -> Iterator[Path]:
         WriteError: the folder cannot be written, or `path` holds files already, perhaps of a process that was faster.
     """
     with _scratch_of(path) as scratch:
+        if scratch.exists():  # of a process that was killed; in containers host and process number recur
+            _remove(scratch)
         scratch.mkdir(parents=True)
         yield scratch
         for written in (*scratch.rglob("*"), scratch):

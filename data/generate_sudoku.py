@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data.files import check_out, make_once, write_text
 from data.foreign import CommandParser, check_memory, ends_with_message, whole_number
-from data.sudoku_boards import BOX_SHAPE, SudokuData, check_request, make_data, puzzle_keys, save_array
+from data.sudoku_boards import BOX_SHAPE, Split, SudokuData, check_request, make_data, puzzle_keys, save_array
 from grader.cores import count_cores
 
 CHUNK_ROWS = 500
@@ -83,22 +83,24 @@ def generate_sudoku(
 
 
 def cached_generated(
-    data_dir: str | Path, size: int, n_train: int, n_test: int, min_clues: int, max_clues: int, seed: int
-) -> tuple[Path, Path]:
-    """Files of training and test puzzles in `data_dir`, generated on first use; see `generate_sudoku`."""
+    data_dir: str | Path, size: int, n_train: int, n_test: int, min_clues: int, max_clues: int, seed: int, split: Split
+) -> Path:
+    """File of the training or of the test puzzles in `data_dir`, generated on first use; see `generate_sudoku`."""
     name = f"sudoku_{size}x{size}_{n_train}_{n_test}_clues{min_clues}to{max_clues}_seed{seed}"
-    paths = Path(data_dir) / f"{name}_train.npy", Path(data_dir) / f"{name}_test.npy"
+    path = Path(data_dir) / f"{name}_{split}.npy"
 
     def make() -> None:
-        parts = generate_sudoku(
-            size, n_train=n_train, n_test=n_test, min_clues=min_clues, max_clues=max_clues, seed=seed
+        # Those of the test come first, so that an evaluation elsewhere need not make those of the training.
+        wanted = n_train if split == "train" else 0
+        train, test = generate_sudoku(
+            size, n_train=wanted, n_test=n_test, min_clues=min_clues, max_clues=max_clues, seed=seed
         )
-        for data, path in zip(parts, paths, strict=True):
-            assert data is not None  # the settings require at least one of each
-            save_array(path, data.boards)
+        data = train if split == "train" else test
+        assert data is not None  # the settings require at least one of each
+        save_array(path, data.boards)
 
-    make_once(paths[0], lambda: all(path.exists() for path in paths), make)
-    return paths
+    make_once(path, path.exists, make)
+    return path
 
 
 def _chunks(size: int, min_clues: int, max_clues: int, seed: int, n_workers: int) -> Iterator[np.ndarray]:

@@ -26,6 +26,7 @@ from data.questions import Question
 from data.settings import FREE_ON_RESUME, Seed
 from data.sudoku_boards import (
     BOX_SHAPE,
+    Split,
     SudokuData,
     SudokuLayout,
     check_boards,
@@ -45,8 +46,6 @@ from data.sudoku_boards import (
 
 if TYPE_CHECKING:
     from rich.text import Text
-
-Split = Literal["train", "test"]
 
 
 class SudokuSettings(DataSettings):
@@ -303,7 +302,7 @@ def load_split(settings: SudokuSettings, split: Split) -> SudokuData:
         path = settings.train_file if is_train else settings.test_file
         assert path is not None
         return load_sudoku_file(path, settings.size, layout, rating_column)
-    paths = cached_generated(
+    cached = cached_generated(
         settings.data_dir,
         settings.size,
         n_train=settings.n_train,
@@ -311,8 +310,9 @@ def load_split(settings: SudokuSettings, split: Split) -> SudokuData:
         min_clues=settings.min_clues,
         max_clues=settings.max_clues,
         seed=settings.seed,
+        split=split,
     )
-    return load_sudoku_file(paths[0 if is_train else 1], settings.size, layout)
+    return load_sudoku_file(cached, settings.size, layout)
 
 
 def judge_boards(grid: np.ndarray, puzzle: np.ndarray, solution: np.ndarray, size: int) -> dict[str, np.ndarray]:

@@ -27,6 +27,7 @@ from data.foreign import check_archive, check_file, check_memory, may_be_on_hub,
 from data.hashes import hash_arrays
 
 SudokuLayout = Literal["two_halves", "in_place"]
+Split = Literal["train", "test"]
 
 # Rows and columns of a box.
 BOX_SHAPE = {4: (2, 2), 6: (2, 3), 9: (3, 3)}

@@ -25,8 +25,8 @@ import torch
 from baselines import next_token_targets, target_weights
 from config import Config
 from data.dataset import DataSet, SequenceData
-from data.files import check_out, write_text
-from data.foreign import CommandParser, whole_number
+from data.files import check_out, say, write_text
+from data.foreign import CommandParser, escape, whole_number
 from eval.accuracy import (
     NORMAL_95,
     SamplerResult,
@@ -309,10 +309,18 @@ def main(arguments: list[str] | None = None) -> None:
         on_main(partial(_check_files, options))
         data = main_first(world, lambda: config.open_data().load(train=False))
         n_examples = count_examples(config, options.overrides, data)
+        described = config.data.describe()
+        if world.is_main:
+            say(f"data: {escape(described)}")
         evaluation = evaluate(loaded.model.to(world.device), config, data, world, n_examples)
         if world.is_main:
             if options.json:
-                source = {"checkpoint": options.checkpoint, "step": loaded.step, "overrides": options.overrides}
+                source = {
+                    "checkpoint": options.checkpoint,
+                    "step": loaded.step,
+                    "overrides": options.overrides,
+                    "data": described,
+                }
                 write_text(options.json, json.dumps(source | as_json(evaluation), indent=1) + "\n")
             if options.samples:
                 write_text(options.samples, "".join(json.dumps(row) + "\n" for row in evaluation.samples))

@@ -81,6 +81,8 @@ def write_prompts(test: Path, tokenizer: str, mask_id: int, max_len: int, out: P
     from data.gsm8k import prompt_records  # imports tokenizers, which is slow and not needed for grading
 
     check_out(out, "--out", test)
+    if not test.is_file():
+        raise ValueError(f"{test} is no file: give a .jsonl file with question and answer, as in GSM8K")
     records, n_left_out = prompt_records(str(test), tokenizer, mask_id, max_len)
     write_text(out, json.dumps(records))
     return f"wrote {len(records)} prompts of {max_len} tokens to {out}, left out {n_left_out}"

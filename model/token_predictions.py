@@ -217,7 +217,9 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def hash_uniform(key: Tensor) -> Tensor:
-    """Uniform numbers in (0, 1), float64, from int64 keys of any shape (the finalizer of SplitMix64).
+    """Uniform numbers, float64, from int64 keys of any shape (the finalizer of SplitMix64).
+
+    They lie between 2^-54 and 1, which the largest of the 2^53 is rounded to.
 
     They depend on the key alone, so the sample of a row does not depend on the other rows of the batch.
     """

@@ -289,7 +289,7 @@ class Transformer(nn.Module):
         self.load_state_dict(tensors | tied)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """All logits [B, L, V] as Hugging Face returns them, without the masks of blocks: for tests and export.
+        """All logits [B, L, V] as Hugging Face returns them, without the masks of blocks: for tests and benchmarks.
 
         `predicted_logits` are those of a model that predicts shifted tokens or attends to blocks.
         """

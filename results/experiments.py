@@ -27,7 +27,8 @@ class Experiment:
     """Variants that are compared, with all other settings equal.
 
     Raises:
-        ValueError: two variants would have the same run directories, or a label names no variant.
+        ValueError: two runs would have the same directory, a label names no variant, or a run would start from one
+            that there is not.
     """
 
     question: str
@@ -55,6 +56,15 @@ class Experiment:
         for field, label in named:
             if label not in labels:
                 raise ValueError(f"{field} {label!r} is no label of a variant: choose from {labels}")
+        seeds = {each.label: self.seeds if each.seeds is None else each.seeds for each in self.variants}
+        for each in self.variants:
+            if len(set(seeds[each.label])) < len(seeds[each.label]):
+                raise ValueError(f"{each.label!r} has a seed twice: {seeds[each.label]}")
+            if each.starts_from and (missing := set(seeds[each.label]) - set(seeds[each.starts_from])):
+                raise ValueError(
+                    f"{each.label!r} starts from {each.starts_from!r}, which has no seed {min(missing)}: "
+                    "leave it out, or train that one too"
+                )
 
 
 MINUTES = ("training.compile=true", "validation.n_examples=100", "validation.n_final_examples=500")

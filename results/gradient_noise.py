@@ -157,6 +157,8 @@ def collect(run_dir: Path, n_updates: int, records_file: Path) -> None:
     settings, training = config.objective, config.training
     check_masks_rows(run_dir, settings)
     n_stages = settings.n_stages_at(checkpoint.step) if isinstance(settings, ProgressiveSettings) else N_STAGES
+    if n_updates < 2 * (n_stages - 1):  # see `noise_of_sum` and `correlations`
+        raise ValueError(f"--updates {n_updates}: for K = {n_stages} give at least {2 * (n_stages - 1)}")
     train, world = config.open_data().train, start_world(training.device)
     model = build_model(config).to(world.device).train()
     model.load_weights(checkpoint.weights("model") or {})
@@ -177,6 +179,7 @@ def collect(run_dir: Path, n_updates: int, records_file: Path) -> None:
         "batch_size": training.batch_size,
         "series": series,
     }
+    records_file.parent.mkdir(parents=True, exist_ok=True)
     write_text(records_file, json.dumps(records, indent=1) + "\n")
 
 
@@ -240,7 +243,6 @@ def main(arguments: list[str] | None = None) -> None:
     records_file = folder / "records.json"
     with ends_with_message():
         check_folder(folder, "--out")
-        folder.mkdir(parents=True, exist_ok=True)
         if not options.draw:
             collect(options.run_dir, options.updates, records_file)
         records = read_records(records_file, Records)

@@ -219,7 +219,9 @@ def _all_errors(error: ValidationError) -> list[ErrorDetails]:
 
 def _explain(details: ErrorDetails) -> str:
     """One line for a problem: the key, the value and what is allowed."""
-    location = [part for part in details["loc"] if part not in _union_tags()]
+    location = list(details["loc"])
+    if len(location) > 1 and len(_models_of(str(location[0]))) > 1:
+        del location[1]  # the objective or data set, which pydantic adds
     key = ".".join(str(part) for part in location)
     value, kind = details["input"], details["type"]
     shown = shorten(repr(value), 100)
@@ -235,16 +237,6 @@ def _explain(details: ErrorDetails) -> str:
     if isinstance(value, dict):  # a check of several keys; the message names them
         return message if message.startswith(tuple(Config.model_fields)) else f"{key}: {message}"
     return f"{key} = {shown}: {message}"
-
-
-def _union_tags() -> set[str]:
-    """Names that pydantic adds to a location to distinguish the members of a union."""
-    tags: set[str] = set()
-    for _, models in _sections():
-        if len(models) > 1:
-            for model in models:
-                tags.update(tag for field in ("name", "dataset") for tag in _literal(model, field))
-    return tags
 
 
 def _literal(model: type[BaseModel], field: str) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ from runtime.config_file import setting_name
 from runtime.distributed import World, sum_over_ranks
 
 METRICS_FILE = "metrics.jsonl"
+WANDB_ID_FILE = "wandb_id.txt"
 WANDB_INIT_TIMEOUT_S = 60
 PlainMode = Literal["online", "offline", "disabled"]
 WANDB_MODES: tuple[PlainMode, ...] = ("online", "offline", "disabled")
@@ -273,7 +274,7 @@ def _start_wandb(run_dir: Path, config: Config) -> Any:
     try:
         import wandb
 
-        id_file = run_dir / "wandb_id.txt"
+        id_file = run_dir / WANDB_ID_FILE
         run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else ""
         if not run_id:  # a file on a full disk may be empty
             run_id = secrets.token_hex(4)

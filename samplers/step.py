@@ -134,7 +134,8 @@ class Filling:
             previous=states[positions] if states is not None else None,  # [N, D]
             cache=cache,
         )
-        if states is not None and predicted.hidden is not None:
+        if states is not None:
+            assert predicted.hidden is not None
             states[positions] = predicted.hidden.to(states.dtype)
         predicted = scatter_predictions(predicted, where, masked.shape)  # [b, W]
         written, remasked, memory = choose(

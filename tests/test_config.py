@@ -316,6 +316,11 @@ def test_key_value_heads_default_to_the_query_heads(tiny):
 BAD = {
     "unknown key": ("training.batch_sise=8", "training.batch_sise = 8: unknown key; did you mean 'batch_size'?"),
     "unknown section": ("trainig={}", "did you mean 'training'?"),
+    "section with the name of an objective": ("uniform=0.25", "uniform = 0.25: unknown key; known keys: model, data"),
+    "key with the name of an objective": (
+        "objective.uniform=0.25", "objective.uniform = 0.25: unknown key; did you mean 'uniform_fraction'?"
+    ),
+    "key with the name of a data set": ("model.text=1", "model.text = 1: unknown key"),
     "unknown key of an objective": ("objective.n_stage=8", "n_stage = 8: unknown key; did you mean 'n_stages'"),
     "key of another objective": ("objective={name: uniform, n_stages: 4}", "objective.n_stages = 4: unknown key"),
     "unknown objective": ("objective.name=pumma", "'uniform', 'puma'"),
@@ -363,6 +368,9 @@ BAD = {
     "microbatches do not divide": ("training.micro_batch_size=3", "8 is not a multiple of micro_batch_size 3"),
     "no length": ("training.max_steps=null", "num_epochs or max_steps"),
     "unknown confidence rule": ("validation.confidence=[top_prop]", "validation.confidence.0 = 'top_prop'"),
+    "confidence rule twice": ("validation.confidence=[top_prob, top_prob]", "confidence has an entry twice"),
+    "tokens per step twice": ("validation.tokens_per_step=[1, 2, 1]", "tokens_per_step has an entry twice"),
+    "neither auto nor a truth value": ("training.cuda_graph=3", "cuda_graph = 3: input should be 'auto', True or"),
     "no confidence rule": ("validation.confidence=[]", "validation.confidence = []"),
     "no accuracy at the end": ("validation.n_final_examples=0", "set n_examples to 0 too"),
     "no tokens per step": ("validation.tokens_per_step=[0]", "validation.tokens_per_step.0 = 0"),

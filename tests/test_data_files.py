@@ -114,6 +114,17 @@ def test_an_interrupted_write_leaves_nothing(write: Callable, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_killed_process_of_the_same_name_does_not_stop_a_folder(tmp_path: Path) -> None:
+    with making_folder(tmp_path / "a") as scratch:
+        name = scratch.name
+    (tmp_path / "a").rename(tmp_path / name)  # as a kill leaves it
+    (tmp_path / name / "theirs").touch()
+    with making_folder(tmp_path / "a") as scratch:
+        assert scratch.name == name
+        (scratch / "ours").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "ours"]
+
+
 def test_a_folder_that_another_process_has_written_stays(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "theirs").touch()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from contextlib import contextmanager
+from itertools import product
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from test_data_sudoku_boards import groups_of
 
 from data import generate_sudoku as generator
 from data.generate_sudoku import cached_generated, generate_sudoku
+from data.sudoku import SudokuSettings
 from data.sudoku_boards import SudokuData, count_shared_puzzles, load_sudoku_file, puzzle_keys
 
+SPLITS = ("train", "test")
 # Board size, fewest and most clues.
 RANGES = [(4, 4, 8), (4, 16, 16), (6, 14, 22), (6, 36, 36), (9, 30, 40), (9, 24, 25), (9, 81, 81)]
 
@@ -165,14 +168,14 @@ def test_impossible_requests_are_refused(size, min_clues, max_clues):
 
 def test_generated_boards_are_kept_and_read_again(tmp_path, monkeypatch):
     request = (tmp_path / "new" / "folder", 4, 50, 10, 4, 8, 3)
-    paths = cached_generated(*request)
     made = generate(*request[1:])
+    paths = [cached_generated(*request, split) for split in SPLITS]
     assert [len(load_sudoku_file(path, 4)) for path in paths] == [50, 10]
     for path, data in zip(paths, made, strict=True):
         assert data is not None
         assert np.array_equal(load_sudoku_file(path, 4).boards, data.boards)
     monkeypatch.setattr(generator, "generate_sudoku", None)  # a second call would fail
-    assert cached_generated(*request) == paths
+    assert [cached_generated(*request, split) for split in SPLITS] == paths
     assert not list((tmp_path / "new" / "folder").glob("*.incomplete"))
 
 
@@ -181,20 +184,29 @@ def test_runs_that_start_together_generate_the_boards_once(tmp_path, monkeypatch
 
     @contextmanager
     def wait(path):
-        """Stands for `alone`, which returns when another process has written the files."""
-        for name, data in zip(("train", "test"), generate(*request[1:]), strict=True):
-            np.save(path.with_name(path.name.replace("train", name)), data.boards)
+        """Stands for `alone`, which returns when another process has written the file."""
+        train, test = generate(*request[1:])
+        np.save(path, (test if path.stem.endswith("test") else train).boards)
         yield
 
     monkeypatch.setattr("data.files.alone", wait)
     monkeypatch.setattr(generator, "generate_sudoku", None)
-    assert [len(load_sudoku_file(path, 4)) for path in cached_generated(*request)] == [50, 10]
+    assert [len(load_sudoku_file(cached_generated(*request, split), 4)) for split in SPLITS] == [50, 10]
+
+
+def test_an_evaluation_elsewhere_generates_the_test_alone(tmp_path):
+    settings = {"dataset": "sudoku", "source": "generated", "size": 4, "data_dir": str(tmp_path)}
+    settings |= {"n_train": 10**9, "n_test": 5, "min_clues": 4, "max_clues": 8}  # there are not so many
+    data = SudokuSettings(**settings).open(6).load(train=False)
+    assert len(data.validation) == 5
+    assert len(list(tmp_path.glob("*.npy"))) == 1
 
 
 def test_kept_boards_are_read_without_the_compiler(tmp_path):
     settings = {"dataset": "sudoku", "source": "generated", "size": 4, "data_dir": str(tmp_path)}
     settings |= {"n_train": 20, "n_test": 5, "min_clues": 4, "max_clues": 8}
-    cached_generated(tmp_path, 4, 20, 5, 4, 8, 0)
+    for split in SPLITS:
+        cached_generated(tmp_path, 4, 20, 5, 4, 8, 0, split)
     code = f"""
 import sys
 from data.sudoku import SudokuSettings
@@ -206,10 +218,9 @@ print(len(data.train), "data.sudoku_solver" in sys.modules)
 
 
 def test_other_settings_are_other_files(tmp_path):
-    cached_generated(tmp_path, 4, 20, 5, 4, 8, 0)
-    cached_generated(tmp_path, 4, 20, 5, 4, 8, 1)
-    cached_generated(tmp_path, 4, 20, 5, 4, 9, 0)
-    assert len(list(tmp_path.glob("*.npy"))) == 6
+    for max_clues, seed, split in product((8, 9), (0, 1), SPLITS):
+        cached_generated(tmp_path, 4, 20, 5, 4, max_clues, seed, split)
+    assert len(list(tmp_path.glob("*.npy"))) == 8
 
 
 # The command

@@ -379,7 +379,7 @@ def test_without_questions_only_the_loss_is_measured(run_dir, tmp_path, capsys):
     out = tmp_path / "out.json"
     evaluation.main([str(run_dir), "--json", str(out), "validation.n_examples=0"])
     assert json.loads(out.read_text())["samplers"] == []
-    assert re.fullmatch(r"validation loss [\d.]+\n", capsys.readouterr().out)
+    assert re.fullmatch(r"data: \d+ generated 4x4 boards .*\nvalidation loss [\d.]+\n", capsys.readouterr().out)
     with pytest.raises(SystemExit) as stop:
         evaluation.main([str(run_dir), "--sweep", "--out", str(tmp_path / "sweep"), "validation.n_examples=0"])
     assert stop.value.code == 2

@@ -95,6 +95,13 @@ def refuse(capsys: pytest.CaptureFixture[str], arguments: list[str], message: st
     assert len(error.splitlines()) == 1
 
 
+def test_prompts_of_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["prompts", "openai/gsm8k", "--tokenizer", "t", "--mask-id", "1", "--out", str(tmp_path / "a.json")])
+    assert stop.value.code == 2
+    assert "error: openai/gsm8k is no file: give a .jsonl file" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is not here")
 def test_prompts_end_in_mask_tokens(tmp_path: Path) -> None:
     lines = (SHARED / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:3]

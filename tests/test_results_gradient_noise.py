@@ -70,8 +70,21 @@ def test_gradients_that_do_not_fit_into_memory_are_refused(config_file, tmp_path
     assert "--updates 100000: the gradients: needs" in capsys.readouterr().err
 
 
-def test_a_folder_without_a_run_ends_with_a_message(tmp_path, capsys):
+def test_too_few_updates_for_the_sum_over_a_trajectory_are_refused(config_file, tmp_path, capsys):
+    config = config_file({"name": "puma", "n_stages": 66})
+    train.main(["--config", str(config), "--run-dir", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as stop:
-        gradient_noise.main([str(tmp_path / "nothing"), "--out", str(tmp_path)])
+        gradient_noise.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert "--updates 128: for K = 66 give at least 130" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert noise_of_sum([1.0] * (128 // 2 + 1), 65) == pytest.approx(65), "the largest that 128 updates can tell"
+
+
+@pytest.mark.parametrize("options", [(), ("--draw",)])
+def test_a_folder_without_a_run_ends_with_a_message(options, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gradient_noise.main([str(tmp_path / "nothing"), "--out", str(tmp_path), *options])
     assert stop.value.code == 2
     assert "nothing" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -172,6 +172,14 @@ def test_a_label_of_no_variant_is_refused(changes, message):
         replace(QUESTION, **changes)
 
 
+def test_a_run_without_the_run_it_starts_from_is_refused():
+    start, other = Variant("a", "a.yaml", seeds=(0,)), Variant("b", "b.yaml", starts_from="a")
+    with pytest.raises(ValueError, match="'b' starts from 'a', which has no seed 1"):
+        Experiment("Which?", (start, other), baseline="a", seeds=(0, 1))
+    with pytest.raises(ValueError, match="'a' has a seed twice"):
+        Experiment("Which?", (Variant("a", "a.yaml"),), baseline="a", seeds=(0, 0))
+
+
 def test_an_experiment_with_a_failed_run_is_not_complete(tmp_path, monkeypatch, capsys):
     """Even if its directory holds a complete run, which is then that of another command."""
     (task,) = run.tasks_of(Experiment("Which?", VARIANTS[:1], baseline="a", seeds=(0,)), tmp_path, [])

@@ -515,6 +515,9 @@ def test_answers_in_python(run_dir: Path, tmp_path: Path, monkeypatch: pytest.Mo
         model.solve(["1", PUZZLE, "2"])
     with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
         model.solve([PUZZLE], batch_size=0)
+    with pytest.raises(ValueError, match="seed -1 must be at least 0 and less than 2"):
+        model.solve([PUZZLE], seed=-1)
+    assert list(model.answer_test([])) == []
     with pytest.raises(ValueError, match="device 'gpu' must be one of auto, cpu, cuda"):
         sampling.load(run_dir, "gpu")
     pack_run(str(run_dir), tmp_path / "packed")

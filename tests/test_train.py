@@ -688,6 +688,19 @@ def losses_of(monkeypatch):
 
 
 @pytest.mark.pictures
+@pytest.mark.parametrize(("rate", "kept"), [("0.003", True), ("0.001", False)])
+def test_an_attempt_that_left_no_checkpoint_keeps_its_curves_in_wandb(rate, kept, config_file, tmp_path, monkeypatch):
+    """Which refuses steps that it has: the run that begins with other settings is another one there."""
+    command = ["--config", str(config_file()), "--run-dir", str(tmp_path / "run"), "training.learning_rate=0.003"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_run", lambda *_: sys.exit("killed before the first save"))
+        with pytest.raises(SystemExit):
+            train.main(command)
+    (tmp_path / "run/wandb_id.txt").write_text("earlier")
+    train.main([*command, f"training.learning_rate={rate}"])
+    assert (tmp_path / "run/wandb_id.txt").exists() == kept
+
+
 def test_a_run_that_asks_no_questions_is_judged_by_its_loss(config_file, tmp_path, losses_of, capsys):
     """Its best checkpoint, result, page, and what the commands show of it."""
     losses_of(0.5, 0.25, 0.75, 1.0)

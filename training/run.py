@@ -210,7 +210,7 @@ def build_objective(
 
 
 def nearest_divisors(total: int, number: int) -> str:
-    """The divisors of `total` next below and above `number`, which is none, as text: `16 or 32`, or one of them."""
+    """As text: the largest divisor of `total` below `number`, which is none itself, and the smallest above, if any."""
     divisors = {each for n in range(1, math.isqrt(total) + 1) if total % n == 0 for each in (n, total // n)}
     below, above = [n for n in divisors if n < number], [n for n in divisors if n > number]
     return " or ".join(map(str, [max(below)] + ([min(above)] if above else [])))

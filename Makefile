@@ -9,8 +9,8 @@ READY := $(VENV)/.installed
 train: $(READY)
 	$(BIN)/python train.py --config yaml_files/sudoku_mini_puma.yaml
 
-# The comparison in README.md: PUMA and uniform masks on word problems, three seeds, two runs at a time. Takes one to two
-# hours and writes runs/results/word_problems/; the same command continues.
+# The comparison in README.md: PUMA with and without a threshold and uniform masks on word problems, three seeds, two runs
+# at a time. Takes one to two hours and writes runs/results/word_problems/; the same command continues.
 compare: $(READY)
 	$(BIN)/python -m results.run word_problems --out runs/results
 

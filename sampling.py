@@ -479,12 +479,12 @@ def _save_traces(answers: Sequence[Answer], path: Path) -> None:
     if len(traces) < len(answers):
         raise ValueError("the answer has no trace: sample it with trace=True")
     _check_trace_file(path, len(traces))
-    from report.trace import draw_gif, write_page
+    from report.trace import draw_gif, write_trace_page
 
     if path.suffix == ".gif":
         draw_gif(traces[0], path)
     else:
-        write_page(traces, path)
+        write_trace_page(traces, path)
 
 
 def _check_trace_file(path: Path, n_traces: int) -> None:

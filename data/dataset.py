@@ -1,7 +1,8 @@
 """The interface of a data set: its settings, and everything that training, evaluation and sampling need from it.
 
 A data set is one file with a settings class derived from `DataSettings` and a class derived from `DataSet`.
-`docs/adding.md` adds one step by step. No code outside that file depends on which data set is used.
+`docs/adding.md` adds one step by step. No code outside that file depends on which data set is used, but the page of a
+run draws the boards of Sudoku.
 
 Shapes: B rows, L positions, n questions.
 """

@@ -34,6 +34,7 @@ from data.token_files import META_FILE, read_meta, tokenizer_of
 from data.word_problems import TEST_FILE, Difficulty, cached_word_problems, count_operations
 from grader.cores import count_own_cores
 from grader.grade import FAILURES, gold_number, grade
+from grader.sandbox import WORKERS_PER_CORE
 
 
 class TinyGsmSettings(PairSettings):
@@ -183,7 +184,9 @@ class TinyGsm(PairDataSet):
         """See `DataSet`; runs the programs."""
         problems = [self.test_prompts.problems[i] for i in indices]
         programs = decode_completions(self.tokenizer, tokens, self.test_prompts.xt[indices] != self.mask_id)
-        verdicts = grade(programs, [problem.answer for problem in problems], n_workers=count_own_cores())
+        verdicts = grade(
+            programs, [problem.answer for problem in problems], n_workers=WORKERS_PER_CORE * count_own_cores()
+        )
         figures = {"accuracy": np.array([verdict.right for verdict in verdicts], dtype=np.float32)}
         for name, reasons in FAILURES.items():
             figures[name] = np.array([verdict.reason in reasons for verdict in verdicts], dtype=np.float32)

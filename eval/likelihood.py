@@ -157,7 +157,10 @@ def likelihood(
             if single_tokens:  # all draws are this one
                 n_passes, draws = 1, [(slice(None), maskable, maskable.float())]
             else:
-                n_passes, draws = n_draws // REPLICATES, draw_masks(maskable, layout, torch.from_numpy(part), n_draws)
+                n_passes, draws = (
+                    n_draws // REPLICATES,
+                    likelihood_masks(maskable, layout, torch.from_numpy(part), n_draws),
+                )
             for replicate, masked, weight in draws:
                 before_pass()
                 xt = x0.masked_fill(masked, data.mask_id)
@@ -178,7 +181,7 @@ def likelihood(
     return Likelihood(exact, per_row.mean(0), padding.mean(0), n_tokens, mask_variance)
 
 
-def draw_masks(
+def likelihood_masks(
     maskable: Tensor, layout: BlockLayout, row_ids: Tensor, n_draws: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Masks of rows, with weights such that the weighted sum of NLLs has the bound of the row as its expectation.

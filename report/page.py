@@ -71,7 +71,7 @@ def build_page(run_dir: Path) -> str:
         _figures(run_dir, rows),
         *_results(final),
         *_traces(run_dir),
-        *_samples(run_dir, final),
+        *_samples(run_dir, final, on_boards=raw["data"].get("dataset") == "sudoku"),
         "<h2>Settings that differ from the defaults</h2>",
         _settings(raw),
         *_history(run_dir),
@@ -256,7 +256,7 @@ def _traces(run_dir: Path) -> Iterator[str]:
         yield f"<details class=trace{is_open}><summary>{title}</summary>{html_fragment(trace)}</details>"
 
 
-def _samples(run_dir: Path, final: dict[str, Any] | None) -> Iterator[str]:
+def _samples(run_dir: Path, final: dict[str, Any] | None, *, on_boards: bool) -> Iterator[str]:
     """Some answers of the last evaluation by its first rule, wrong ones first."""
     numbers = {path: path.stem.removeprefix("samples_") for path in run_dir.glob("samples_*.jsonl")}
     steps = {int(number): path for path, number in numbers.items() if number.isdecimal()}
@@ -284,15 +284,15 @@ def _samples(run_dir: Path, final: dict[str, Any] | None) -> Iterator[str]:
         f"<h2>Samples</h2><p>{len(samples) - len(wrong)} of the first {len(samples)} answers at update {step:,} are "
         f"right ({text(name)}); {'wrong ones first' if wrong else 'the first ones'}.</p>"
     )
-    yield f"<div class=samples>{''.join(_sample(each) for each in shown)}</div>"
+    yield f"<div class=samples>{''.join(_sample(each, on_boards) for each in shown)}</div>"
 
 
-def _sample(sample: dict[str, Any]) -> str:
-    """One answer: a board if it is one, else its texts by name."""
+def _sample(sample: dict[str, Any], on_boards: bool) -> str:
+    """One answer: its board if it has one, else its texts by name."""
     verdict = str(sample.get("verdict", ""))
     parts = [f"<p class={'good' if sample.get('right') else 'bad'}>{text(verdict)}</p>"]
     puzzle, answer = sample.get("puzzle"), sample.get("answer")
-    if isinstance(puzzle, str) and isinstance(answer, str) and len(puzzle) == len(answer) in BOARD_SIZES:
+    if on_boards and isinstance(puzzle, str) and isinstance(answer, str) and len(puzzle) == len(answer) in BOARD_SIZES:
         parts.append(_board(puzzle, answer))
     else:
         rows = []

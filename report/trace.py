@@ -295,7 +295,7 @@ def _check(trace: Trace) -> None:
         raise ValueError(f"position {min(missing)} has no place or no final text")
 
 
-def write_page(traces: Sequence[Trace], out: Path) -> None:
+def write_trace_page(traces: Sequence[Trace], out: Path) -> None:
     """Write a page with one trace after another, which needs no network. Raises WriteError."""
     fragments = '<hr style="border: 0; margin: 2rem 0">\n'.join(html_fragment(trace) for trace in traces)
     title = escape_html(escape(traces[0].question)[:100])

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from config import AnyObjectiveSettings, BlockSettings
 from data.foreign import read_text, reading
-from runtime.history import git
+from runtime.history import code_version, commit_name
 
 Number = Annotated[float | int, Field(ge=0, le=1e100)]  # larger ones overflow in the library that draws
 Text = Annotated[str, Field(max_length=1000)]
@@ -42,7 +42,7 @@ def read_records(path: Path, kind: Any) -> dict[str, Any]:
 
 def commit() -> str:
     """The commit of the checkout, with `-dirty` if files are modified."""
-    return git("describe", "--always", "--dirty", "--exclude=*") or "unknown"
+    return commit_name(code_version())
 
 
 class Provenance(TypedDict):

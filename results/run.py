@@ -40,7 +40,7 @@ from results.experiments import EXPERIMENTS, Experiment, Variant
 from results.records import Number, Text, check_folder, read_note, read_records
 from runtime.config_file import changed_settings, format_changes, read_config
 from runtime.final import Share, read_final
-from runtime.history import ROOT, read_history
+from runtime.history import ROOT, commit_name, read_history
 from runtime.markdown import markdown_table
 from runtime.metrics import read_metrics
 from samplers.options import recorded_rule_in_words
@@ -342,7 +342,7 @@ def _origin(run_dir: Path) -> dict[str, str]:
     last = (read_history(run_dir) or [{}])[-1]
     hardware = last.get("hardware") or {}
     return {
-        "commit": (last.get("commit") or "unknown")[:7] + ("-dirty" if last.get("modified") else ""),
+        "commit": commit_name(last),
         "date": str(last.get("ended") or last.get("updated") or "unknown")[:10],
         "machine": f"{hardware.get('gpu') or hardware.get('processor', 'unknown')}, {hardware.get('cores', '?')} cores",
     }

@@ -94,7 +94,7 @@ class Session:
             "command": shlex.join(sys.orig_argv),
             "from_step": from_step,
             "n_steps": n_steps,
-            **_code(),
+            **code_version(),
             "packages": _packages(),
             "hardware": _hardware(world),
         }
@@ -139,10 +139,15 @@ def _as_text(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
 
 
-def _code() -> dict[str, Any]:
+def code_version() -> dict[str, Any]:
     """Commit of the checkout, and whether tracked files differ from it; None without a repository or without git."""
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     return {"commit": commit or None, "modified": None if changes is None or not commit else bool(changes)}
+
+
+def commit_name(version: dict[str, Any]) -> str:
+    """The commit of `code_version`, or of an entry of the history, in short; `-dirty` if files were modified."""
+    return (version.get("commit") or "unknown")[:7] + ("-dirty" if version.get("modified") else "")
 
 
 def git(*arguments: str) -> str | None:

@@ -26,7 +26,7 @@ from report.trace import (
     draw_gif,
     html_fragment,
     read_traces,
-    write_page,
+    write_trace_page,
     write_traces,
 )
 from samplers.step import Pass
@@ -234,7 +234,7 @@ const poll = setInterval(() => {
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_plays_the_page_to_the_last_board(width: int, tmp_path: Path):
     trace = board_trace()
-    write_page([trace], tmp_path / "page.html")
+    write_trace_page([trace], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     (tmp_path / "page.html").write_text(page.replace("</body>", PLAY), encoding="utf-8")
     command = [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]

@@ -109,6 +109,7 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
         check_init_from(config.model.init_from)  # before work on the data
     if world.is_main:
         say(f"data: {escape(config.data.describe())}")
+    config = with_resolved_data(config)  # another machine, which reads the run, may have other files
     resumed = None if checkpoint is None else run_dir
     with session.phase("data"):
         data = main_first(world, lambda: open_data(config, resumed).load(train=True))
@@ -138,6 +139,11 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
         warn_about(data)
         say(start_message(run))
     return run, data
+
+
+def with_resolved_data(config: Config) -> Config:
+    """The settings as a run records them: see `DataSettings.resolved`."""
+    return config.model_copy(update={"data": config.data.resolved()})
 
 
 def leave_earlier_attempt(config: Config, run_dir: Path) -> None:
@@ -505,7 +511,7 @@ def prepare(config_file: Path, overrides: Sequence[str], run_dir: Path) -> tuple
         OSError: the run directory is not writable.
     """
     config = read_config(config_file, overrides)
-    check_unchanged(config, run_dir, config_file, overrides)
+    check_unchanged(with_resolved_data(config), run_dir, config_file, overrides)
     if (final := read_final(run_dir)) is None:
         run, data = start(config, run_dir)
         return run, data, open_records(run)

@@ -157,6 +157,10 @@ class DataSettings(Settings, ABC):
     def open(self, vocab_size: int) -> DataSet:
         """The data set for a model with `vocab_size` tokens. Reads no file yet."""
 
+    def resolved(self) -> DataSettings:
+        """These settings, with what they leave to the machine decided, as a run records them. By default nothing is."""
+        return self
+
     @property
     def trains_tokenizer(self) -> bool:
         """Whether the settings name no tokenizer, so that one is trained on the data."""

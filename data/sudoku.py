@@ -155,6 +155,14 @@ class SudokuSettings(DataSettings):
         return f"{size} boards from {location}"
 
     @override
+    def resolved(self) -> SudokuSettings:
+        """With the source that there is."""
+        if self.source != "published_or_generated":
+            return self
+        source = "published" if published_available(self.data_dir) else "generated"
+        return self.model_copy(update={"source": source})
+
+    @override
     def open(self, vocab_size: int) -> Sudoku:
         return Sudoku(self)
 
@@ -281,10 +289,8 @@ def load_split(settings: SudokuSettings, split: Split) -> SudokuData:
     Raises:
         ValueError: a file is missing or has a bad row; the message names it.
     """
-    is_train, layout, source = split == "train", settings.layout, settings.source
+    is_train, layout, source = split == "train", settings.layout, settings.resolved().source
     rating_column = None if is_train else settings.rating_column
-    if source == "published_or_generated":
-        source = "published" if published_available(settings.data_dir) else "generated"
     if source == "published":
         return load_published(settings.data_dir, split, layout)
     if source == "hub":

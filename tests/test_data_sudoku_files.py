@@ -382,9 +382,11 @@ def test_without_the_published_set_boards_are_generated_and_the_user_is_told(tmp
     assert chosen.source == "published_or_generated"
     assert "does not have the published Sudoku set" in chosen.describe()
     assert (len(load_split(chosen, "train")), len(load_split(chosen, "test"))) == (30, 10)
+    assert chosen.resolved() == settings(tmp_path, n_train=30, n_test=10, source="generated")
     for split in ("train", "test"):
         np.save(tmp_path / RAW_FILES[split], published_rows(varied_boards(9, 6), base=0))
     assert chosen.describe() == f"the published Sudoku set in {tmp_path}"
+    assert chosen.resolved().source == "published"
     assert len(load_split(chosen, "train")) == 6
 
 

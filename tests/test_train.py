@@ -32,12 +32,14 @@ from tqdm import tqdm
 import train
 from data import hashes
 from data.generate_sudoku import generate_sudoku, write_csv
+from data.sudoku_boards import RAW_FILES
 from model.transformer import Transformer
 from progressive import PumaObjective
 from report import curves
 from report.runs import summarize
 from report.runs import table as runs_table
 from runtime.checkpoint import find_checkpoint, latest_checkpoint, step_folders
+from runtime.config_file import read_config
 from runtime.final import load_final
 from runtime.history import read_history
 from runtime.metrics import read_metrics
@@ -307,6 +309,23 @@ def test_a_complete_run_says_how_to_train_longer(config_file, tmp_path, capsys):
             assert result.returncode == 0, result.stderr
             assert f"parameters from {run_dir}" in result.stdout
             assert json.loads((tmp_path / "run_longer" / "final.json").read_text())["steps"] == 8
+
+
+def test_a_run_keeps_its_boards_when_the_published_ones_appear(config_file, tmp_path, capsys):
+    data = f"data={{dataset: sudoku, n_train: 40, n_test: 20, data_dir: '{tmp_path}'}}"
+    command = ["--config", str(config_file(UNIFORM)), "--run-dir", str(tmp_path / "run"), data, "model.vocab_size=11"]
+    command += ["model.learned_positions=162"]
+    train.main(command)
+    assert "40 generated 9x9 boards" in capsys.readouterr().out
+    assert read_config(tmp_path / "run/config.yaml").data.source == "generated"
+    assert find_checkpoint(tmp_path / "run").config().data.source == "generated"
+    (tmp_path / "run/final.json").unlink()
+    for split in RAW_FILES:
+        (tmp_path / RAW_FILES[split]).touch()
+    with pytest.raises(SystemExit) as stop:
+        train.main(command)
+    assert stop.value.code == 2
+    assert "data.source: generated -> published" in capsys.readouterr().err
 
 
 def test_a_run_whose_rate_has_not_decayed_gets_another_length(config_file, tmp_path, capsys):
@@ -687,7 +706,6 @@ def losses_of(monkeypatch):
     return replace
 
 
-@pytest.mark.pictures
 @pytest.mark.parametrize(("rate", "kept"), [("0.003", True), ("0.001", False)])
 def test_an_attempt_that_left_no_checkpoint_keeps_its_curves_in_wandb(rate, kept, config_file, tmp_path, monkeypatch):
     """Which refuses steps that it has: the run that begins with other settings is another one there."""
@@ -701,6 +719,7 @@ def test_an_attempt_that_left_no_checkpoint_keeps_its_curves_in_wandb(rate, kept
     assert (tmp_path / "run/wandb_id.txt").exists() == kept
 
 
+@pytest.mark.pictures
 def test_a_run_that_asks_no_questions_is_judged_by_its_loss(config_file, tmp_path, losses_of, capsys):
     """Its best checkpoint, result, page, and what the commands show of it."""
     losses_of(0.5, 0.25, 0.75, 1.0)

@@ -237,13 +237,9 @@ class TrainedModel:
     ) -> Answer | list[Answer]:
         """The answer to one question, or a list of answers to a list."""
         texts = [questions] if isinstance(questions, str) else list(questions)
-        right: list[Gold | None] = (
-            [golds]
-            if isinstance(golds, str | int | float | Number)
-            else [None] * len(texts)
-            if golds is None
-            else list(golds)
-        )
+        right: list[Gold | None] = [None] * len(texts)
+        if golds is not None:
+            right = [golds] if isinstance(golds, str | int | float | Number) else list(golds)
         if any(gold is not None for gold in right):
             self.check_takes_gold("gold")
         if len(right) != len(texts):

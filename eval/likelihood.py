@@ -157,10 +157,8 @@ def likelihood(
             if single_tokens:  # all draws are this one
                 n_passes, draws = 1, [(slice(None), maskable, maskable.float())]
             else:
-                n_passes, draws = (
-                    n_draws // REPLICATES,
-                    likelihood_masks(maskable, layout, torch.from_numpy(part), n_draws),
-                )
+                n_passes = n_draws // REPLICATES
+                draws = likelihood_masks(maskable, layout, torch.from_numpy(part), n_draws)
             for replicate, masked, weight in draws:
                 before_pass()
                 xt = x0.masked_fill(masked, data.mask_id)

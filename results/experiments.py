@@ -72,7 +72,7 @@ NO_THRESHOLD = "objective.collapse_threshold=null"
 PAPER = (NO_THRESHOLD, "objective.pool_batches=1")  # K = 8 as in the paper's Sudoku
 ONE_EPOCH = ("training.max_steps=30000",)  # of uniform masks on a million boards
 RATE_OF_1E_3 = ("training.max_steps=50000", "training.learning_rate=1.0e-3", "training.warmup_steps=200")
-RATE_OF_7E_4 = "training.learning_rate=7.0e-4"
+RATE_OF_7E_4, RATE_OF_3_5E_4 = "training.learning_rate=7.0e-4", "training.learning_rate=3.5e-4"
 POOL_OF_16, RANDOM_ORDER = "objective.pool_batches=16", "objective.reveal_order=random"
 SUDOKU_MINI = (
     Variant("puma, pool of 16, tau 0.9", "sudoku_mini_puma.yaml"),
@@ -174,6 +174,9 @@ EXPERIMENTS = {
                 )
             ),
             Variant("uniform", "sudoku_mini_baseline.yaml"),
+            # Is it the rate that keeps uniform masks on the plateau?
+            Variant("puma, top_prob, rate 3.5e-4", "sudoku_mini_puma.yaml", (RATE_OF_3_5E_4,), seeds=(0, 1, 2)),
+            Variant("uniform, rate 3.5e-4", "sudoku_mini_baseline.yaml", (RATE_OF_3_5E_4,), seeds=(0, 1, 2)),
         ),
         baseline="uniform",
         overrides=(
@@ -187,7 +190,7 @@ EXPERIMENTS = {
             "validation.n_final_examples=1000",
         ),
         targets=(0.1, 0.3),
-        seeds=(0, 1, 2, 3, 4),  # uniform masks stay at 13% in one of three
+        seeds=(0, 1, 2, 3, 4),  # uniform masks stay on a plateau in some
     ),
     "sudoku_variants": Experiment(
         "9x9 Sudoku, 30 to 40 clues: what each setting of PUMA changes, from the paper's K = 8 without threshold",

@@ -186,9 +186,12 @@ class PumaPool:
             batches.append(queue.take_next(n_rows))
             queue.top_up()  # the queue prefetches rows for one batch
         x0, maskable = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        n = n_batches * n_rows * n_segments
+        n = n_batches * n_rows
         spread = torch.arange(n, device=device) * n_stages // n
-        stage = spread[torch.randperm(n, generator=generator, device=device)].view(-1, n_segments)
+        stage = spread[torch.randperm(n, generator=generator, device=device)]
+        # One stage for all segments of a row. A row stays until its last segment has finished: with a stage for each
+        # segment almost all rows would finish, and begin again, in the same updates, for good.
+        stage = stage[:, None].repeat(1, n_segments)
         self.rows = self._enter(x0, maskable, stage)
         self.turn, self.n_finished, self.n_finished_steps = (
             torch.zeros((), dtype=torch.long, device=device) for _ in range(3)

@@ -495,6 +495,24 @@ def test_a_deeper_pool_spreads_the_visits_of_a_sequence() -> None:
     assert int(pool.n_finished) == 3 * n_stages * n_batches * n_rows // n_stages
 
 
+@pytest.mark.parametrize(("n_segments", "n_batches"), [(1, 1), (2, 1), (4, 1), (2, 2)])
+def test_without_a_threshold_as_many_rows_finish_in_each_update(n_segments: int, n_batches: int) -> None:
+    """Segments of a row keep in step, so that the share of masked positions does not swing from update to update."""
+    n_rows, n_stages = 12, 4
+    pool = make_pool(n_rows, n_stages, data=numbered_rows(500, 24, 0), n_segments=n_segments, n_batches=n_batches)
+    finished = []
+    for update in range(3 * n_stages * n_batches):
+        counts = pool.rows.stage.amin(1).bincount(minlength=n_stages)  # segments of a prompt alone have finished
+        if update % n_batches == 0:  # each batch has had its turn
+            assert counts.tolist() == [n_batches * n_rows // n_stages] * n_stages
+        before = int(pool.n_finished)
+        step(pool, update)
+        finished.append(int(pool.n_finished) - before)
+    assert sum(finished) == 3 * n_batches * n_rows
+    if n_batches == 1:
+        assert set(finished) == {n_rows // n_stages}
+
+
 @given(SEEDS, STAGES, SEGMENTS)
 @settings(max_examples=30)
 def test_a_threshold_that_nothing_exceeds_is_none(seed: int, n_stages: int, n_segments: int) -> None:

@@ -217,7 +217,9 @@ class TrainingSettings(Settings):
     learning_rate: float = Field(gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay, only on matrices")
     adam_betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.999), description="decay rates of the two moments of AdamW")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up of the learning rate")
+    warmup_steps: int = Field(
+        0, ge=0, description="steps of linear warm-up of the learning rate, from 0 in the first step"
+    )
     decay_steps: int | None = Field(
         None,
         ge=0,

@@ -325,7 +325,7 @@ def judge_boards(grid: np.ndarray, puzzle: np.ndarray, solution: np.ndarray, siz
     """Judge filled boards of either layout.
 
     A puzzle is solved if the grid is legal and keeps every clue. If a puzzle has several solutions, each of them
-    counts. (The published code accepts a grid that keeps any of the clues.)
+    counts.
 
     Args:
         grid: [B, C], sampled.

@@ -154,8 +154,8 @@ def likelihood(
             per_row[:, part] = (model(x0.to(device), x0.to(device), target).nll * target).double().sum(1).cpu().numpy()
         else:
             draws: Iterable[tuple[int | slice, Tensor, Tensor]]
-            if single_tokens:  # all draws are this one
-                n_passes, draws = 1, [(slice(None), maskable, maskable.float())]
+            if single_tokens:  # all draws are this one; what follows the answer does not bear on it
+                n_passes, draws = 1, [(slice(None), maskable, answer.float())]
             else:
                 n_passes = n_draws // REPLICATES
                 draws = likelihood_masks(maskable, layout, torch.from_numpy(part), n_draws)

@@ -57,7 +57,9 @@ def write_page(run_dir: Path, out: Path | None = None) -> Path:
 
 def build_page(run_dir: Path) -> str:
     """The HTML of a run's page; ValueError if its settings or records cannot be read."""
-    raw = read_sections(run_dir / "config.yaml")
+    raw = read_sections(run_dir / "config.yaml")  # unchecked
+    data = raw.get("data")
+    on_boards = isinstance(data, dict) and data.get("dataset") == "sudoku"
     summary = summarize(run_dir)
     rows = list(read_metrics(run_dir))
     final = load_final(run_dir)
@@ -71,7 +73,7 @@ def build_page(run_dir: Path) -> str:
         _figures(run_dir, rows),
         *_results(final),
         *_traces(run_dir),
-        *_samples(run_dir, final, on_boards=raw["data"].get("dataset") == "sudoku"),
+        *_samples(run_dir, final, on_boards=on_boards),
         "<h2>Settings that differ from the defaults</h2>",
         _settings(raw),
         *_history(run_dir),

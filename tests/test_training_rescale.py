@@ -180,8 +180,8 @@ def test_a_run_continues_on_another_kind_of_device(config_file, tmp_path, monkey
     saved_state, drawn = run.objective.generator.get_state(), int(run.objective.queue.sequences_drawn)
     of_this_device = Checkpoint.state
 
-    def of_a_gpu(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-        state = of_this_device(checkpoint, name)
+    def of_a_gpu(checkpoint: Checkpoint, name: str, **options: bool) -> dict[str, Any]:
+        state = of_this_device(checkpoint, name, **options)
         if name == "rank_0":
             state["objective"]["generator"] = torch.zeros(16, dtype=torch.uint8)
         return state

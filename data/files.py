@@ -56,8 +56,6 @@ def making_folder(path: Path) -> Iterator[Path]:
         WriteError: the folder cannot be written, or `path` holds files already, perhaps of a process that was faster.
     """
     with _scratch_of(path) as scratch:
-        if scratch.exists():  # of a process that was killed; in containers host and process number recur
-            _remove(scratch)
         scratch.mkdir(parents=True)
         yield scratch
         for written in (*scratch.rglob("*"), scratch):
@@ -73,8 +71,8 @@ def _scratch_of(path: Path) -> Iterator[Path]:
     try:
         with reported(path):
             for old in path.parent.glob(f".{glob.escape(path.name)}.*.incomplete"):
-                with suppress(OSError):
-                    if time.time() - old.stat().st_mtime > LEFTOVER_S:
+                with suppress(OSError):  # in containers host and process number recur, and so does the name
+                    if old == scratch or time.time() - old.stat().st_mtime > LEFTOVER_S:
                         _remove(old)
             yield scratch
     except BaseException:

@@ -157,8 +157,9 @@ def collect(run_dir: Path, n_updates: int, records_file: Path) -> None:
     settings, training = config.objective, config.training
     check_masks_rows(run_dir, settings)
     n_stages = settings.n_stages_at(checkpoint.step) if isinstance(settings, ProgressiveSettings) else N_STAGES
-    if n_updates < 2 * (n_stages - 1):  # see `noise_of_sum` and `correlations`
-        raise ValueError(f"--updates {n_updates}: for K = {n_stages} give at least {2 * (n_stages - 1)}")
+    fewest = 2 * (n_stages - 1)  # `correlations` has lags to N / 2, `noise_of_sum` takes those to K - 1
+    if n_updates < fewest:
+        raise ValueError(f"--updates {n_updates}: for K = {n_stages} give at least {fewest}")
     train, world = config.open_data().train, start_world(training.device)
     model = build_model(config).to(world.device).train()
     model.load_weights(checkpoint.weights("model") or {})

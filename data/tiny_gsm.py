@@ -31,7 +31,7 @@ from data.settings import FREE_ON_RESUME
 from data.text import decode_completions, load_tokenizer
 from data.text_pairs import PairDataSet, PairSettings
 from data.token_files import META_FILE, read_meta, tokenizer_of
-from data.word_problems import TEST_FILE, Difficulty, cached_word_problems, count_operations
+from data.word_problems import LEVELS, TEST_FILE, Difficulty, cached_word_problems, count_operations
 from grader.cores import count_own_cores
 from grader.grade import FAILURES, gold_number, grade
 from grader.sandbox import WORKERS_PER_CORE
@@ -64,8 +64,8 @@ class TinyGsmSettings(PairSettings):
     seed: int | None = Field(None, ge=0, description="word_problems: seed of the problems")
     difficulty: Difficulty | None = Field(
         None,
-        description="word_problems: easy: one or two operations, numbers to 30; hard: two to four, numbers to 999; "
-        "null: easy",
+        description="word_problems: easy: one or two operations, numbers to 30; medium: two to four, "
+        "numbers to 99; hard: two to four, numbers to 999; null: easy",
     )
 
     @model_validator(mode="after")
@@ -89,8 +89,8 @@ class TinyGsmSettings(PairSettings):
     @override
     def describe(self) -> str:
         if self.source == "word_problems":
-            hard = "hard " if self.difficulty == "hard" else ""
-            return f"{self.n_train:,} generated {hard}word problems with programs, {self.n_test:,} more for the test"
+            kind = LEVELS[self.difficulty or "easy"].name
+            return f"{self.n_train:,} generated {kind} with programs, {self.n_test:,} more for the test"
         return f"questions with programs in {self.data_dir}, tested on {self.test_source or HUB_NAME}"
 
     @override

@@ -1,10 +1,10 @@
 """A small replacement for TinyGSM and GSM8K that needs no network: generated word problems with programs.
 
-Easy problems come from templates and take one or two operations on numbers up to 30, which are one token each. Hard
-problems are stories composed of two to four steps, each of which adds a sentence to the question and an operation to
-the program; numbers go up to 999 and are tokenized digit by digit. The program does the arithmetic, so a model has to
-find the right numbers and write the right expressions. The files have the format of the real data (tokenized rows, a
-tokenizer, a test.jsonl like GSM8K's), so that all other code is the same.
+Easy problems come from templates and take one or two operations on numbers up to 30, which are one token each. Medium
+and hard problems are stories composed of two to four steps, each of which adds a sentence to the question and an
+operation to the program. Their numbers go up to 99, one token each, or up to 999, tokenized digit by digit. The program
+does the arithmetic, so a model has to find the right numbers and write the right expressions. The files have the format
+of the real data (tokenized rows, a tokenizer, a test.jsonl like GSM8K's), so that all other code is the same.
 """
 
 from __future__ import annotations
@@ -25,22 +25,32 @@ from data.foreign import check_memory
 from data.text import TOKENIZER_DIR, encode_completions, encode_prompts, encode_rows, train_byte_pairs
 from data.token_files import META_FILE, write_token_files
 
-Difficulty = Literal["easy", "hard"]
+Difficulty = Literal["easy", "medium", "hard"]
 
 TEST_FILE = "test.jsonl"
-# Folder names of the two sets, with the version of their texts, so that files of older versions are not used.
-FOLDERS: dict[Difficulty, str] = {"easy": "word_problems_v3", "hard": "word_problems_hard_v1"}
-# Large enough that every number of the easy set and nearly every word is one token. First token EOS, last the mask.
-VOCAB_SIZE: dict[Difficulty, int] = {"easy": 512, "hard": 576}
-# A token spans at most: digits (below); a newline and an indent without its last space; a word or identifier with the
-# space before it (so that a word is the same token in the question and at the start of a line); signs; spaces.
-_PIECES = r"|\n {0,3}| ?[A-Za-z_]+| ?[^A-Za-z_0-9\s]+|\s+"
-PIECES: dict[Difficulty, str] = {
-    # Numbers are at most 30, so a small model copies each as one token, from a position that the template fixes.
-    "easy": "[0-9]{1,2}" + _PIECES,
-    # One token per digit. The space before a number belongs to its first digit, in the question and in the program.
-    "hard": " ?[0-9]" + _PIECES,
+
+
+@dataclass(frozen=True)
+class Level:
+    """What the problems of one difficulty have in common."""
+
+    name: str  # of a set; part of the seed of its problems
+    folder: str  # beginning of its name, with the version of the texts, so that files of older versions are not used
+    max_number: int  # in questions; results may be larger
+    number: str  # regular expression that matches what one token contains of a number
+    vocab_size: int  # large enough that nearly every word is one token; first token EOS, last the mask
+
+
+LEVELS: dict[Difficulty, Level] = {
+    # A small model copies each number from a position that the template fixes.
+    "easy": Level("word problems", "word_problems_v3", 30, "[0-9]{1,2}", 512),
+    # The space before a number belongs to its first digit, in the question and in the program.
+    "medium": Level("medium word problems", "word_problems_medium_v1", 99, " ?[0-9]{1,2}", 640),
+    "hard": Level("hard word problems", "word_problems_hard_v1", 999, " ?[0-9]", 576),
 }
+# A token spans at most: part of a number (above); a newline and an indent without its last space; a word or identifier
+# with the space before it (so that a word is the same token in the question and at the start of a line); signs; spaces.
+PIECES = r"|\n {0,3}| ?[A-Za-z_]+| ?[^A-Za-z_0-9\s]+|\s+"
 N_TOKENIZER_ROWS = 5000
 OPERATION = re.compile(r" (?:\+|-|\*|//) ")
 MAX_STALE = 10_000  # consecutive draws of known problems, after which the templates are taken to be used up
@@ -109,7 +119,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class Step:
-    """A kind of step of a hard problem: one operation on what somebody has.
+    """A kind of step of a story: one operation on what somebody has.
 
     Sentences contain the number `{n}`, `{units}`, `{Owner}` (name or pronoun of those who have them, with a verb that
     ends in `{s}`), `{name}` (always their name) and `{other}` (the name of the other person). An opening sentence also
@@ -190,7 +200,6 @@ STEPS = (
     Step("joined", "+", ("{other} has {n} {units}. They put their {units} together.",), ALL_UNITS, owner="both"),
     JOIN,
 )
-MAX_NUMBER = 999
 MAX_FACTOR = 99  # of factors and divisors
 MAX_VALUE = 9999  # of results
 
@@ -206,13 +215,13 @@ class WordProblem:
 
 def generate_problems(n_problems: int, seed: int, difficulty: Difficulty = "easy") -> list[WordProblem]:
     """Distinct problems in random order; the first k do not depend on `n_problems`."""
-    easy = difficulty == "easy"
-    generator = random.Random(f"word problems {seed}" if easy else f"hard word problems {seed}")
+    level = LEVELS[difficulty]
+    generator = random.Random(f"{level.name} {seed}")
     problems: dict[str, WordProblem] = {}
     check_memory(1500 * n_problems, f"a set of {n_problems:,} word problems")
     n_drawn_before = 0  # consecutive draws of known problems
     while len(problems) < n_problems and n_drawn_before < MAX_STALE:
-        problem = _draw_easy(generator) if easy else _draw_hard(generator)
+        problem = _draw_easy(generator) if difficulty == "easy" else _draw_story(generator, level.max_number)
         n_drawn_before = n_drawn_before + 1 if problem.question in problems else 0
         problems.setdefault(problem.question, problem)
     if len(problems) < n_problems:
@@ -241,12 +250,12 @@ def _function(lines: list[str]) -> str:
     return "def simple_math_problem() -> int:\n" + "\n".join(f"    {line}" for line in lines)
 
 
-def _draw_hard(generator: random.Random) -> WordProblem:
+def _draw_story(generator: random.Random, max_number: int) -> WordProblem:
     units = generator.choice(ALL_UNITS)
     steps = _draw_steps(generator, generator.randint(2, 4), units)
     numbers = None
     while numbers is None:
-        numbers = _draw_numbers(generator, steps)
+        numbers = _draw_numbers(generator, steps, max_number)
     start, operands, answer = numbers
     name, other = generator.sample(sorted(NAMES), 2)
     story = _Story(name, other, generator.choice(THINGS), start, units)
@@ -257,7 +266,7 @@ def _draw_hard(generator: random.Random) -> WordProblem:
 
 @dataclass
 class _Story:
-    """A hard problem as far as it is told: its sentences, its program, and who has what now."""
+    """A medium or hard problem as far as it is told: its sentences, its program, and who has what now."""
 
     owner: str  # who is asked about at the end: one of two people, or "they"
     other: str
@@ -331,15 +340,15 @@ def _may_follow(step: Step, earlier: list[Step]) -> bool:
     return step.owner == "same" or not switches
 
 
-def _draw_numbers(generator: random.Random, steps: list[Step]) -> tuple[int, list[int], int] | None:
+def _draw_numbers(generator: random.Random, steps: list[Step], max_number: int) -> tuple[int, list[int], int] | None:
     """The number at the start, those of the steps and the answer; None if none fits a step, or a result is too large.
 
     Every number and every result is at least 2, so that units are plural.
     """
-    start = value = _draw_number(generator, 10, MAX_NUMBER)
+    start = value = _draw_number(generator, 10, max_number)
     operands, kept = [], 0
     for step in steps:
-        highest = {"+": MAX_NUMBER, "-": min(MAX_NUMBER, value - 2), "*": min(MAX_FACTOR, MAX_VALUE // value)}
+        highest = {"+": max_number, "-": min(max_number, value - 2), "*": min(MAX_FACTOR, MAX_VALUE // value)}
         if step is JOIN:
             n = kept
         elif step.sign == "//":
@@ -367,10 +376,11 @@ def _draw_number(generator: random.Random, low: int, high: int) -> int:
 
 
 def train_tokenizer(difficulty: Difficulty = "easy") -> Any:
-    """Train a byte-pair tokenizer of `VOCAB_SIZE[difficulty]` tokens on such problems; the result is deterministic."""
+    """Train a byte-pair tokenizer on such problems; the result is deterministic."""
+    level = LEVELS[difficulty]
     problems = generate_problems(N_TOKENIZER_ROWS, 0, difficulty)
     texts = [text for problem in problems for text in (problem.question, problem.code)]
-    return train_byte_pairs(texts, PIECES[difficulty], VOCAB_SIZE[difficulty])
+    return train_byte_pairs(texts, level.number + PIECES, level.vocab_size)
 
 
 def cached_word_problems(
@@ -385,7 +395,7 @@ def cached_word_problems(
         ValueError: a problem does not fit `max_len` tokens.
         WriteError: the folder cannot be written.
     """
-    folder = Path(data_dir) / f"{FOLDERS[difficulty]}_{n_train}_{n_test}_seed{seed}_len{max_len}"
+    folder = Path(data_dir) / f"{LEVELS[difficulty].folder}_{n_train}_{n_test}_seed{seed}_len{max_len}"
     write = partial(
         _write_problems, folder, n_train=n_train, n_test=n_test, seed=seed, max_len=max_len, difficulty=difficulty
     )

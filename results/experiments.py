@@ -306,6 +306,38 @@ EXPERIMENTS = {
         targets=(0.5, 0.9),
         seeds=(0,),
     ),
+    "word_problems_medium": Experiment(
+        "Word problems of two to four operations with numbers to 99 from random weights: does the model copy numbers?",
+        (
+            *(
+                Variant(f"{name}{change}", f"tinygsm_mini_medium_{file}.yaml", overrides)
+                for change, overrides in (("", ()), (", shifted", ("model.shifted=true",)))
+                for name, file in (("puma", "puma"), ("uniform", "baseline"))
+            ),
+            *(
+                Variant(f"puma, {change}", "tinygsm_mini_medium_puma.yaml", overrides, seeds=(0,))
+                for change, overrides in (
+                    ("no threshold", (NO_THRESHOLD,)),
+                    ("pool of 16", (POOL_OF_16,)),
+                    ("random order", (RANDOM_ORDER,)),
+                )
+            ),
+            *(
+                Variant(
+                    f"{name}, rate {rate}",
+                    f"tinygsm_mini_medium_{file}.yaml",
+                    (f"training.learning_rate={rate}",),
+                    seeds=(0,),
+                )
+                for rate in ("5.0e-4", "2.0e-3")
+                for name, file in (("puma", "puma"), ("uniform", "baseline"))
+            ),
+        ),
+        baseline="uniform",
+        overrides=("training.compile=true",),
+        targets=(0.1, 0.5, 0.9),
+        shown=("puma", "uniform", "puma, shifted", "uniform, shifted"),
+    ),
     "word_problems_from_ar": Experiment(
         "Word problems from an autoregressive model: PUMA and uniform masks",
         from_autoregressive("tinygsm_mini"),
@@ -342,6 +374,15 @@ EXPERIMENTS = {
         (
             Variant("puma", "tinygsm_mini_hard_puma.yaml"),
             Variant("uniform", "tinygsm_mini_hard_baseline.yaml"),
+            *(
+                Variant(
+                    f"{name}, {change}rate 1.0e-3",
+                    f"tinygsm_mini_hard_{file}.yaml",
+                    ("training.compile=true", "training.learning_rate=1.0e-3", *overrides),
+                )
+                for change, overrides in (("", ()), ("shifted, ", ("model.shifted=true",)))
+                for name, file in (("puma", "puma"), ("uniform", "baseline"))
+            ),
         ),
         baseline="uniform",
         overrides=("training.max_steps=6000", "training.eval_every=500"),

@@ -19,7 +19,7 @@ import torch
 import yaml
 from forked import Forked
 
-from data.word_problems import TEST_FILE, VOCAB_SIZE, cached_word_problems
+from data.word_problems import LEVELS, TEST_FILE, cached_word_problems
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would every program that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -78,7 +78,7 @@ def tiny_gsm_settings(folder: Path, n_rows: int = 60) -> dict:
     """A run of seconds on tokenized files, which are written to `folder`, with the tokenizer beside them."""
     problems = cached_word_problems(folder, n_train=n_rows, n_test=4, seed=0, max_len=128)
     settings = tiny_settings(dict(UNIFORM), folder)
-    settings["model"] |= {"vocab_size": VOCAB_SIZE["easy"], "learned_positions": None}
+    settings["model"] |= {"vocab_size": LEVELS["easy"].vocab_size, "learned_positions": None}
     settings["data"] = {
         "dataset": "tiny_gsm",
         "data_dir": str(problems),

@@ -101,7 +101,9 @@ def test_tinygsm_has_the_published_schedule_of_k(name):
     assert objective.n_stages_at(10**7) == 42
 
 
-@pytest.mark.parametrize("name", ["sudoku_mini", "tinygsm_mini", "tinygsm_mini_hard", "addition"])
+@pytest.mark.parametrize(
+    "name", ["sudoku_mini", "tinygsm_mini", "tinygsm_mini_medium", "tinygsm_mini_hard", "addition"]
+)
 def test_a_small_baseline_differs_in_the_objective_alone(name):
     puma, baseline = (flatten(read_config(ROOT / "yaml_files" / f"{name}_{arm}.yaml")) for arm in ("puma", "baseline"))
     different = {key for key in puma.keys() | baseline.keys() if puma.get(key) != baseline.get(key)}

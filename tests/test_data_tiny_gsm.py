@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from data.tiny_gsm import TinyGsmSettings
-from data.word_problems import VOCAB_SIZE
+from data.word_problems import LEVELS
 
 
 def test_what_a_model_wrote_cannot_control_a_terminal(tmp_path: Path) -> None:
     sizes = {"n_train": 30, "n_test": 5, "n_held_out": 5, "seed": 0, "max_len": 160}
     settings = TinyGsmSettings(dataset="tiny_gsm", source="word_problems", data_dir=str(tmp_path), **sizes)
-    data = settings.open(VOCAB_SIZE["easy"])
+    data = settings.open(LEVELS["easy"].vocab_size)
     prompt = data.encode("How many apples?")
     program = "def f():\n\treturn '\x1b[2J18\x07' # \x1b]0;title\x07\u202e"
     ids = data.tokenizer(program, add_special_tokens=False).input_ids

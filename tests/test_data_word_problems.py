@@ -23,9 +23,10 @@ from data.text import decode_completions, encode_texts, load_tokenizer
 from data.tiny_gsm import TinyGsmSettings
 from data.token_files import open_token_files
 from data.word_problems import (
+    LEVELS,
     NAMES,
     THINGS,
-    VOCAB_SIZE,
+    Difficulty,
     WordProblem,
     cached_word_problems,
     generate_problems,
@@ -35,7 +36,6 @@ from grader.grade import grade
 from runtime.metrics import read_metrics
 
 MINI = ROOT / "yaml_files" / "tinygsm_mini_puma.yaml"
-HARD = ROOT / "yaml_files" / "tinygsm_mini_hard_puma.yaml"
 LINE = re.compile(r"    (\w+) = (.+)")
 
 
@@ -70,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_and_test_problems_are_disjoint(folder):
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
-    data = open_token_files(folder, 72, VOCAB_SIZE["easy"] - 1, VOCAB_SIZE["easy"])
+    data = open_token_files(folder, 72, LEVELS["easy"].vocab_size - 1, LEVELS["easy"].vocab_size)
     tokens, prompt_mask = data.rows(np.arange(3000))
     questions = {tokenizer.decode(row[given][:-1]) for row, given in zip(tokens, prompt_mask, strict=True)}
     problems = generate_problems(3040, seed=0)
@@ -85,8 +85,8 @@ def test_rows_and_test_problems_are_disjoint(folder):
 
 def test_a_number_is_one_token_and_any_text_is_kept(folder):
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
-    assert len(tokenizer) == VOCAB_SIZE["easy"]
-    assert tokenizer.mask_token_id == VOCAB_SIZE["easy"] - 1
+    assert len(tokenizer) == LEVELS["easy"].vocab_size
+    assert tokenizer.mask_token_id == LEVELS["easy"].vocab_size - 1
     assert {len(tokenizer.encode(str(number))) for number in range(1, 31)} == {1}, "one token, so easy to copy"
     for text in ("Émile bought 12 kiwis,\n\n  didn't he?\t£5", generate_problems(1, 9)[0].code):
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -103,22 +103,27 @@ def test_files_of_easy_problems_are_those_of_recorded_results(folder):
     assert folder.name == "word_problems_v3_3000_40_seed0_len72"
 
 
-# Hard problems
+# Medium and hard problems: stories
+
+
+@pytest.fixture(scope="module", params=["medium", "hard"])
+def level(request: pytest.FixtureRequest) -> Difficulty:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def hard_problems() -> list[WordProblem]:
-    return generate_problems(3000, seed=0, difficulty="hard")
+def stories(level: Difficulty) -> list[WordProblem]:
+    return generate_problems(3000, seed=0, difficulty=level)
 
 
 @pytest.fixture(scope="module")
-def hard_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return cached_word_problems(tmp_path_factory.mktemp("hard"), 2900, 100, seed=0, max_len=112, difficulty="hard")
+def story_folder(level: Difficulty, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cached_word_problems(tmp_path_factory.mktemp(level), 2900, 100, seed=0, max_len=112, difficulty=level)
 
 
-def test_hard_programs_compute_exactly_and_stay_in_bounds(hard_problems):
+def test_programs_of_stories_compute_exactly_and_stay_in_bounds(stories):
     n_operations: Counter[int] = Counter()
-    for problem in hard_problems:
+    for problem in stories:
         values: dict = {}
         lines = LINE.findall(problem.code)
         for variable, expression in lines:
@@ -132,24 +137,25 @@ def test_hard_programs_compute_exactly_and_stay_in_bounds(hard_problems):
     assert min(n_operations.values()) > 900, "equally likely"
 
 
-def test_the_grader_finds_the_answers_of_hard_problems(hard_problems):
-    sample = hard_problems[:100]
+def test_the_grader_finds_the_answers_of_stories(stories):
+    sample = stories[:100]
     verdicts = grade([each.code for each in sample], [str(each.answer) for each in sample], n_workers=1)
     assert all(verdict.right for verdict in verdicts)
 
 
-def test_hard_questions_have_the_numbers_of_the_program_in_their_own_order(hard_problems):
-    n_same_order = 0
-    for problem in hard_problems:
+def test_stories_have_the_numbers_of_the_program_in_their_own_order(stories, level):
+    n_same_order, highest = 0, 0
+    for problem in stories:
         asked, used = (re.findall(r"\d+", text) for text in (problem.question, problem.code))
         assert Counter(asked) == Counter(used)
-        assert max(map(int, used)) <= 999
+        highest = max(highest, *map(int, used))
         n_same_order += asked == used
-    assert 0.5 < n_same_order / len(hard_problems) < 0.9
+    assert highest == LEVELS[level].max_number
+    assert 0.5 < n_same_order / len(stories) < 0.9
 
 
-def test_hard_questions_are_grammatical(hard_problems):
-    texts = [problem.question for problem in hard_problems]
+def test_stories_are_grammatical(stories):
+    texts = [problem.question for problem in stories]
     assert not [text for text in texts if re.search(r"[{}]|\bThey \w+s\b|\bdo [A-Z]|does they", text)]
     one_person = "|".join(["He", "She", *NAMES])
     assert not [text for text in texts if re.search(rf"\b(?:{one_person}) \w+[^s] \d", text)]
@@ -163,29 +169,30 @@ def test_hard_questions_are_grammatical(hard_problems):
         assert {pronoun.group() for pronoun in pronouns} <= own, text
     assert {name for text in texts for name in re.findall("|".join(NAMES), text)} == NAMES.keys()
     assert {thing for text in texts for thing in re.findall("|".join(THINGS), text)} == {*THINGS}
-    kinds = Counter(re.findall(r" = \w+ (\S+) (?:\d|(\w))", "".join(problem.code for problem in hard_problems)))
+    kinds = Counter(re.findall(r" = \w+ (\S+) (?:\d|(\w))", "".join(problem.code for problem in stories)))
     assert {sign for sign, _ in kinds} == {"+", "-", "*", "//"}
     assert any(variable for _, variable in kinds), "some add what two persons have"
 
 
-def test_hard_problems_have_a_token_per_digit_and_per_word(hard_folder, hard_problems):
-    tokenizer = load_tokenizer(str(hard_folder / "tokenizer")).backend_tokenizer
-    for problem in hard_problems[:300]:
+def test_stories_have_a_token_per_word_and_per_number_or_digit(story_folder, stories, level):
+    tokenizer = load_tokenizer(str(story_folder / "tokenizer")).backend_tokenizer
+    for problem in stories[:300]:
         asked, used = encode_texts(tokenizer, [problem.question, problem.code])
-        texts = [[tokenizer.decode([token]) for token in tokens] for tokens in (asked, used)]
-        digits = [[text for text in each if text.strip().isdigit()] for each in texts]
-        assert {len(text.strip()) for text in digits[0]} == {1}
-        assert Counter(digits[0]) == Counter(digits[1]), "the same tokens in both"
-        n_words = len(re.findall(r"[A-Za-z]+", problem.question))
-        assert len([text for text in texts[0] if text.strip().isalpha()]) == n_words
-    assert tokenizer.get_vocab_size() == VOCAB_SIZE["hard"] == yaml.safe_load(HARD.read_text())["model"]["vocab_size"]
+        texts = [[tokenizer.decode([token]).strip() for token in tokens] for tokens in (asked, used)]
+        numbers = [[text for text in each if text.isdigit()] for each in texts]
+        assert numbers[0] == re.findall({"medium": r"\d+", "hard": r"\d"}[level], problem.question)
+        assert Counter(numbers[0]) == Counter(numbers[1]), "the same tokens in both"
+        assert [text for text in texts[0] if text.isalpha()] == re.findall(r"[A-Za-z]+", problem.question)
+    assert tokenizer.get_vocab_size() == LEVELS[level].vocab_size
+    for config in (ROOT / "yaml_files").glob(f"tinygsm_mini_{level}_*.yaml"):
+        assert yaml.safe_load(config.read_text())["model"]["vocab_size"] == LEVELS[level].vocab_size
 
 
-def test_difficulty_is_the_number_of_operations(hard_folder, hard_problems):
+def test_difficulty_is_the_number_of_operations(story_folder, stories, level):
     settings = {"dataset": "tiny_gsm", "source": "word_problems", "n_train": 2900, "n_test": 100, "seed": 0}
-    settings |= {"data_dir": str(hard_folder.parent), "max_len": 112, "difficulty": "hard"}
-    data = TinyGsmSettings(**settings).open(VOCAB_SIZE["hard"])
-    expected = [len(LINE.findall(problem.code)) - 1 for problem in hard_problems[2900:]]
+    settings |= {"data_dir": str(story_folder.parent), "max_len": 112, "difficulty": level}
+    data = TinyGsmSettings(**settings).open(LEVELS[level].vocab_size)
+    expected = [len(LINE.findall(problem.code)) - 1 for problem in stories[2900:]]
     assert data.difficulty(np.arange(100))["operations"].tolist() == expected
     assert data.difficulty(np.array([7, 3]))["operations"].tolist() == [expected[7], expected[3]]
     assert TinyGsmSettings(dataset="tiny_gsm").open(512).difficulty(np.arange(3)) == {}
@@ -291,7 +298,7 @@ def test_evaluation_on_two_processes_finds_the_same(run_dir, tmp_path):
         ({"mask_id": 0}, "contains the mask token 0"),
         ({"source": "files", "n_train": None, "n_test": None, "seed": None}, "meta.json is missing"),
         ({"source": "files", "difficulty": "easy"}, "difficulty: only used by source 'word_problems'"),
-        ({"difficulty": "medium"}, "difficulty"),
+        ({"difficulty": "extreme"}, "difficulty"),
     ],
 )
 def test_wrong_settings_end_with_one_message(data, message, folder, tmp_path, capsys):

@@ -56,7 +56,7 @@ class Experiment:
         for field, label in named:
             if label not in labels:
                 raise ValueError(f"{field} {label!r} is no label of a variant: choose from {labels}")
-        seeds = {each.label: self.seeds if each.seeds is None else each.seeds for each in self.variants}
+        seeds = {each.label: self.seeds_of(each) for each in self.variants}
         for each in self.variants:
             if len(set(seeds[each.label])) < len(seeds[each.label]):
                 raise ValueError(f"{each.label!r} has a seed twice: {seeds[each.label]}")
@@ -65,6 +65,10 @@ class Experiment:
                     f"{each.label!r} starts from {each.starts_from!r}, which has no seed {min(missing)}: "
                     "leave it out, or train that one too"
                 )
+
+    def seeds_of(self, variant: Variant) -> tuple[int, ...]:
+        """Its own seeds, or those of the experiment."""
+        return self.seeds if variant.seeds is None else variant.seeds
 
 
 MINUTES = ("training.compile=true", "validation.n_examples=100", "validation.n_final_examples=500")

@@ -197,14 +197,9 @@ def tasks_of(experiment: Experiment, folder: Path, run_overrides: list[str]) -> 
     def run_dir(label: str, seed: int) -> Path:
         return folder.resolve() / f"{by_label[label].folder_name}_seed{seed}"
 
-    runs = [
-        (variant, seed)
-        for seed in experiment.seeds
-        for variant in experiment.variants
-        if seed in (variant.seeds or [seed])
-    ]
+    runs = [(variant, seed) for variant in experiment.variants for seed in experiment.seeds_of(variant)]
     tasks = []
-    for variant, seed in sorted(runs, key=lambda run: run[0].seeds is not None):
+    for variant, seed in sorted(runs, key=lambda run: (run[0].seeds is not None, run[1])):
         overrides = [*experiment.overrides, *variant.overrides, f"training.seed={seed}", *run_overrides]
         needs = run_dir(variant.starts_from, seed) if variant.starts_from else None
         tasks.append(

@@ -180,6 +180,12 @@ def test_a_run_without_the_run_it_starts_from_is_refused():
         Experiment("Which?", (Variant("a", "a.yaml"),), baseline="a", seeds=(0, 0))
 
 
+def test_runs_are_ordered_by_seed_and_a_variant_may_have_seeds_of_its_own(tmp_path):
+    variants = (*VARIANTS[:2], Variant("c", "c.yaml", seeds=(5, 0)))
+    tasks = run.tasks_of(Experiment("Which?", variants, baseline="a", seeds=(1, 0)), tmp_path, [])
+    assert [task.key for task in tasks] == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("c", 0), ("c", 5)]
+
+
 def test_an_experiment_with_a_failed_run_is_not_complete(tmp_path, monkeypatch, capsys):
     """Even if its directory holds a complete run, which is then that of another command."""
     (task,) = run.tasks_of(Experiment("Which?", VARIANTS[:1], baseline="a", seeds=(0,)), tmp_path, [])

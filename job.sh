@@ -8,7 +8,8 @@
 #     bash job.sh [sbatch options --] ...     # the same, after reading site.sh for partition and account
 #
 # Submit from the checkout. The log is slurm-puma-<job>.log. Before its time limit and on preemption the job saves a
-# checkpoint, is requeued and continues in the same run directory, at most MAX_RESTARTS times.
+# checkpoint, is requeued and continues in the same run directory, at most MAX_RESTARTS times. It is also requeued if
+# training fails after it has written a checkpoint, since a GPU or a node may have failed.
 # Task n of an array takes --config number n (from 0, modulo their count); %a in any argument is replaced by n.
 # Settings of a cluster go into site.sh (see site.example.sh) or into sbatch options.
 
@@ -105,6 +106,8 @@ cpus=$(tr ',' '\n' <<< "$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | se
 per_process=$((cpus / per_node ? cpus / per_node : 1))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$per_process}
 export PYTHONUNBUFFERED=1
+((gpus == 0 || per_process >= 4)) || echo "job.sh: warning: $per_process of a node's $cpus cores for each of its $gpus GPUs may" \
+    "slow training down; ask for more, as in sbatch --cpus-per-task=$((8 * gpus))" >&2
 ((gpus == 0)) || export PUMA_GPUS=$gpus # training.device=auto then refuses to train on the CPUs
 # The name of the first node in SLURM, which all nodes resolve and can reach; a port that depends on the job ID and is
 # below the range of ephemeral ports.
@@ -116,7 +119,9 @@ export MASTER_ADDR MASTER_PORT LOCAL_WORLD_SIZE=$per_node
 unset SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK
 unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_DISTRIBUTION
 step=(--nodes="$nodes" --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node" --cpus-per-task="$per_process")
-step+=(--distribution=block --kill-on-bad-exit=1)
+step+=(--distribution=block:block) # neighbouring ranks on one socket, as neighbouring GPUs are
+step+=(--export=ALL)               # also in a job that was submitted with --export=NONE
+step+=(--kill-on-bad-exit=1)
 step+=(--wait=0) # the first process draws the curves and the page when the others have ended
 ((gpus == 0)) || step+=(--gpus-per-node="$gpus" --gpu-bind=none) # each process sees all of its node, for peer access
 
@@ -125,12 +130,17 @@ restarts=${SLURM_RESTART_COUNT:-0} max_restarts=${MAX_RESTARTS:-50}
 ((restarts <= max_restarts)) || die "restarted $restarts times, MAX_RESTARTS is $max_restarts: submit again to continue"
 echo "job.sh: $(date '+%F %T') job $job, restart $restarts, $nodes x $per_node processes on $SLURM_JOB_NODELIST, $run_dir"
 
+# The step of the newest checkpoint; nothing if there is none.
+newest_step() {
+    compgen -G "$run_dir/checkpoints/step_[0-9]*" | grep -o 'step_[0-9]*$' | sort | tail -n 1 || true
+}
+
 requeue() {
     if ((restarts >= max_restarts)); then
-        echo "job.sh: stopped, MAX_RESTARTS=$max_restarts is used up: submit the same command again to continue" >&2
+        echo "job.sh: ${1:-stopped}, MAX_RESTARTS=$max_restarts is used up: submit the same command again to continue" >&2
         return 1
     fi
-    echo "job.sh: $(date '+%F %T') stopped, requeued"
+    echo "job.sh: $(date '+%F %T') ${1:-stopped}, requeued"
     scontrol requeue "$job" || {
         echo "job.sh: this cluster does not requeue jobs: submit the same command again to continue" >&2
         return 1
@@ -153,7 +163,7 @@ save_and_stop() {
     reminder=$!
 }
 
-stopping='' ending='' reminder=''
+stopping='' ending='' reminder='' newest_before=$(newest_step)
 trap save_and_stop USR1
 trap 'ending=1' TERM # preempted, requeued or cancelled; the processes get SIGTERM too and save within SLURM's KillWait
 
@@ -177,14 +187,17 @@ if [[ -n $ending ]]; then
     exit 143 # SLURM decides whether to requeue
 elif [[ -f $run_dir/final.json ]]; then
     exit "$status"
-elif [[ -n $stopping ]] || { ((status == 0)) && compgen -G "$run_dir/checkpoints/step_*" > /dev/null; }; then
+elif [[ -n $stopping ]] || { ((status == 0)) && [[ -n $(newest_step) ]]; }; then
     # Stopped on request; without a checkpoint it was not training that ended, but --help, say.
     requeue && exit 0
     exit 1
-fi
-if ((status == 0)); then
+elif ((status == 0)); then
     echo "job.sh: training ended without a checkpoint; not requeued" >&2
     exit 0
+elif [[ $(newest_step) > $newest_before ]]; then
+    # A GPU, a node or the file system may have failed. What fails again before the next checkpoint is not tried again.
+    requeue "training failed with status $status after a new checkpoint" && exit 0
+    exit "$status"
 fi
-echo "job.sh: training failed with status $status; not requeued" >&2
+echo "job.sh: training failed with status $status and no new checkpoint; not requeued" >&2
 exit "$status"

@@ -115,6 +115,7 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
         data = main_first(world, lambda: open_data(config, resumed).load(train=True))
     if config.model.init_from is not None and checkpoint is None:
         on_main(partial(check_initial_tokenizer, config.model.init_from, data))
+        on_main(partial(fetch_initial_weights, config.model.init_from))  # not by all processes at once
     for key in ("n_examples", "n_final_examples"):
         if not config.validation.is_default(key):  # the default is for large tests
             check_n_examples(getattr(config.validation, key), data, f"validation.{key}")
@@ -221,22 +222,31 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
     with main_bar(run.world, total=run.n_steps, initial=run.step, unit="step") as bar:
         started = time.perf_counter()
         try:
-            while run.step < run.n_steps or run.pending_metrics is not None:
+            while True:
+                if (
+                    run.pending_metrics is not None
+                ):  # the evaluation of this step is due, perhaps since an earlier session
+                    evaluation = measure(run, data, vote)
+                    record_evaluation(run, evaluation, recorder, bar)
+                    if saved_step == run.step:
+                        score_run(run, score_of(run, evaluation))
+                    started = time.perf_counter()
+
+                if run.step == run.n_steps:
+                    # None only if an earlier command took the last step, and ended before it wrote final.json.
+                    return evaluation or measure(run, data, vote)
                 if stopped := vote.stop():
                     check_finite(run)
                     run.seconds += time.perf_counter() - started
                     raise StopRequested(stopped)
 
-                if run.pending_metrics is None:  # else the run was stopped in the evaluation of this step
-                    updater.step()
-                    evaluation = None
-                    bar.update()
-                    log = is_due(run, training.log_every)
-                    evaluate_now = is_due(run, training.eval_every)
-                    save_now = is_due(run, training.save_every)
-                    if not (log or evaluate_now or save_now):
-                        continue
-
+                updater.step()
+                evaluation = None
+                bar.update()
+                log = is_due(run, training.log_every)
+                evaluate_now = is_due(run, training.eval_every)
+                save_now = is_due(run, training.save_every)
+                if log or evaluate_now or save_now:
                     check_finite(run)  # a host sync, so the time below includes all work on the device
                     run.seconds += time.perf_counter() - started
                     if log or evaluate_now:
@@ -244,15 +254,7 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
                     if save_now:
                         save(run, None, seconds_before)
                         saved_step = run.step
-
-                if run.pending_metrics is not None:
-                    evaluation = measure(run, data, vote)
-                    record_evaluation(run, evaluation, recorder, bar)
-                    if saved_step == run.step:
-                        score_run(run, score_of(run, evaluation))
-                started = time.perf_counter()
-            # None only if an earlier command took the last step, and ended before it wrote final.json.
-            return evaluation or measure(run, data, vote)
+                    started = time.perf_counter()
         except StopRequested as stop:
             if run.step > saved_step:
                 save(run, score_of(run, evaluation) if evaluation else None, seconds_before)

@@ -103,7 +103,7 @@ def _take_gpu(launched: bool) -> torch.device:
     if n_local > (n_gpus := torch.cuda.device_count()):
         raise ValueError(
             f"{n_local} processes were started on this machine, but torch can use {n_gpus} GPUs there: start one "
-            "process per GPU, or set training.device=cpu"
+            "process per GPU, each of which sees all of them (srun --gpu-bind=none), or set training.device=cpu"
         )
     own = torch.device("cuda", local_rank)
     torch.cuda.set_device(own)

@@ -25,8 +25,6 @@ from runtime.signals import EARLY_SIGNALS
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-SHUTDOWN_TIMEOUT_S = 300  # for the other processes to end after the first; torchrun's 30 may be too short for a save
-
 _forwarded = 0  # number of the last signal that was passed on; 0: none
 
 
@@ -75,7 +73,6 @@ def _first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFai
 
 def main() -> NoReturn:
     """Command line; the exit status is that of the first process that failed, 2 where none can be started, or 0."""
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
     numbers = (*EARLY_SIGNALS, signal.SIGINT)
     for number in numbers:
         signal.signal(number, _forward)

@@ -110,7 +110,8 @@ def test_one_process_for_each_gpu_shares_the_cpus_of_the_smallest_node(checkout)
         "cpus-per-task": "4",
         "gpus-per-node": "4",
         "gpu-bind": "none",
-        "distribution": "block",
+        "distribution": "block:block",
+        "export": "ALL",
         "kill-on-bad-exit": "1",
         "wait": "0",
     }
@@ -216,6 +217,8 @@ DONE = "mkdir -p runs/sudoku_puma; touch runs/sudoku_puma/final.json"
     [
         (DONE, 0, False),
         ("exit 2", 2, False),  # bad settings
+        (f"{SAVED}; exit 134", 0, True),  # NCCL has lost a process
+        (f"mkdir -p {SAVED[9:]}.damaged; exit 1", 1, False),
         (f"{SAVED}; exit 0", 0, True),  # on SIGUSR1 that only the processes got
         ("exit 0", 0, False),  # --help
         (WARNED, 0, True),
@@ -224,7 +227,7 @@ DONE = "mkdir -p runs/sudoku_puma; touch runs/sudoku_puma/final.json"
         ("kill -TERM $PPID", 143, False),  # cancelled: SLURM knows whether it comes back
     ],
 )
-def test_a_job_comes_back_only_if_it_was_stopped(training, status, requeued, checkout):
+def test_a_job_comes_back_only_if_it_was_stopped_or_may_get_further(training, status, requeued, checkout):
     result = run_job(checkout, TRAINING=training)
     assert result.returncode == status, result.stderr
     assert (checkout / "scontrol.txt").exists() == requeued
@@ -232,6 +235,25 @@ def test_a_job_comes_back_only_if_it_was_stopped(training, status, requeued, che
         assert (checkout / "scontrol.txt").read_text() == "requeue 41234 "
     if "USR1" in training:
         assert (checkout / "scancel.txt").read_text().startswith("--signal=USR1 41234 ")
+
+
+def test_a_failure_without_a_new_checkpoint_is_not_tried_again(checkout):
+    earlier = checkout / "runs" / "sudoku_puma" / "checkpoints" / "step_00000005"
+    earlier.mkdir(parents=True)
+    result = run_job(checkout, TRAINING=f"{SAVED}; exit 1")
+    assert result.returncode == 1
+    assert "status 1 and no new checkpoint; not requeued" in result.stderr
+    assert not (checkout / "scontrol.txt").exists()
+    result = run_job(checkout, TRAINING=f"mkdir {earlier.with_name('step_00000010')}; exit 1")
+    assert result.returncode == 0
+    assert "training failed with status 1 after a new checkpoint, requeued" in result.stdout
+
+
+def test_few_cores_for_each_gpu_give_a_warning(checkout):
+    result = run_job(checkout, SLURM_GPUS_ON_NODE=8, SLURM_JOB_CPUS_PER_NODE="8(x2)")
+    assert "1 of a node's 8 cores for each of its 8 GPUs" in result.stderr
+    assert "--cpus-per-task=64" in result.stderr
+    assert "cores" not in run_job(checkout, SLURM_GPUS_ON_NODE=4).stderr
 
 
 def test_the_last_restart_does_not_requeue(checkout):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,6 +190,22 @@ def test_a_job_continues_over_time_limits_as_often_as_it_may(cluster, submit, tm
     assert first <= second
     assert f"steps {first:,} to 1,000,000" in log
     assert "MAX_RESTARTS=1 is used up" in log
+
+
+@pytest.mark.parametrize("export", ["ALL", "SITE"])  # SITE: the job gets no other variable, nor does srun by itself
+def test_a_job_that_loses_a_process_comes_back(export, cluster, submit, tmp_path, undisturbed):
+    config, expected = undisturbed
+    run_dir = tmp_path / "run"
+    job = submit(f"--export={export}", "--config", config, "--run-dir", run_dir, "training.save_every=100")
+    wait_for("a checkpoint", lambda: latest_checkpoint(run_dir) is not None, 180, lambda: cluster.report(job))
+    assert not (run_dir / "final.json").exists(), "the run ended before its process could be killed"
+    subprocess.run(["pkill", "-KILL", "-f", f"^{sys.executable} train.py .*{run_dir}"], check=True)
+    facts = cluster.wait_state(job, "COMPLETED", "FAILED", timeout_s=600)
+    log = log_of(cluster, job)
+    assert facts["JobState"] == "COMPLETED", log
+    assert facts["Restarts"] == "1", log
+    assert "training failed with status 137 after a new checkpoint, requeued" in log
+    assert losses(run_dir) == expected
 
 
 def test_bad_settings_fail_with_their_message_and_are_not_tried_again(cluster, submit, tmp_path, undisturbed):

@@ -217,8 +217,9 @@ def nearest_divisors(total: int, number: int) -> str:
 
 
 def data_parallel(model: Transformer, device: torch.device) -> DistributedDataParallel:
-    """The model on `device`, its gradients averaged over the ranks."""
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    """The model on `device`, its gradients averaged over the ranks, in place: no copy to and from the buckets."""
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def settle_gradient_buckets(
@@ -284,8 +285,9 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
     Raises:
         ValueError: the checkpoint was trained on other data, or as in `rescale`.
     """
-    # Of a sharded run each process copies its part of the tensors, a few at a time.
-    state = checkpoint.state("train", mapped=is_sharded(run.model))
+    # Each process copies the tensors, or its part of them, to its device: a machine need not hold all for each process.
+    copied = is_sharded(run.model) or run.world.device.type != "cpu"
+    state = checkpoint.state("train", mapped=copied)
     if changed := changed_sources(run.data_fingerprint, state["data_fingerprint"]):
         raise BadInput(
             f"the training data has changed since checkpoint {checkpoint.path} was saved: restore "

@@ -16,11 +16,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.inputs import YAML_FILES, random_rows
 from config import Confidence
 from model.token_scores import TokenScores
 from objective import Microbatch
 from progressive import PumaObjective
-from runtime.config_file import parse_config
+from runtime.config_file import parse_config, read_config
 from runtime.distributed import World
 from runtime.optim import learning_rate
 from training.run import Run, build_run
@@ -59,8 +60,16 @@ class NoReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(objective: dict[str, Any], data_dir: Path, run_dir: Path, device: str = "cpu", **training: Any) -> Run:
+def build(
+    objective: dict[str, Any],
+    data_dir: Path,
+    run_dir: Path,
+    device: str = "cpu",
+    vocab_size: int | None = None,
+    **training: Any,
+) -> Run:
     settings = tiny_settings(objective, data_dir)
+    settings["model"]["vocab_size"] = vocab_size or settings["model"]["vocab_size"]
     settings["training"] |= {"device": device} | training
     config = parse_config(settings, "test")
     world = World(0, 1, torch.device(device))
@@ -162,9 +171,14 @@ def test_the_watch_sees_reads():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
-def test_twenty_steps_on_a_gpu_never_wait(objective, data_dir, tmp_path):
-    updater = Updater(build(objective, data_dir, tmp_path, device="cuda", cuda_graph=False))
+@pytest.mark.parametrize(
+    ("objective", "vocab_size"),
+    [(objective, None) for objective in OBJECTIVES.values()] + [(PUMA, 10_000)],
+    ids=[*OBJECTIVES, "large_vocabulary"],
+)
+def test_twenty_steps_on_a_gpu_never_wait(objective, vocab_size, data_dir, tmp_path):
+    """The mode does not see waits for an event, of which a large vocabulary has one per pass."""
+    updater = Updater(build(objective, data_dir, tmp_path, device="cuda", vocab_size=vocab_size, cuda_graph=False))
     for _ in range(3):
         updater.step()
     torch.cuda.synchronize()
@@ -186,6 +200,28 @@ def test_a_recorded_update_does_what_an_eager_one_does(objective, data_dir, tmp_
             updater.step()
     for ours, theirs in zip(*(run.model.parameters() for run in runs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*deterministic")
+def test_a_recorded_update_equals_an_eager_one_bit_for_bit_with_deterministic_kernels(tmp_path, monkeypatch):
+    """With others two eager runs differ too, since some sum in an order of their own."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    runs = []
+    try:
+        for graph in ("false", "true"):
+            overrides = ["training.precision=float32", f"training.cuda_graph={graph}"]
+            config = read_config(YAML_FILES / "sudoku_puma.yaml", overrides)  # tiny models take other kernels
+            rows = random_rows(config, config.data.length)
+            runs.append(build_run(config, World(0, 1, torch.device("cuda")), tmp_path, rows))
+            updater = Updater(runs[-1])
+            for _ in range(20):
+                updater.step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for ours, theirs in zip(*(run.model.parameters() for run in runs), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,6 @@
 """Run one piece of the work that needs a GPU; docs/gpu.md has the order and the goals.
 
-    python -m bench.gpu speed --out gpu_results          # or sudoku, collect, tests, block, ranks, experiments
+    python -m bench.gpu speed --out gpu_results          # or tests, block, ranks, experiments
     python -m bench.gpu speed --out gpu_results --tiny   # tiny sizes, also on a CPU: tries the program, not the machine
 
 Each piece ends before --deadline-s, prints a table last, and writes PIECE.json to the folder --out. The output of all
@@ -17,20 +17,17 @@ import time
 from pathlib import Path
 
 from bench.gpu.report import Report
-from bench.gpu.runs import resume
 from bench.inputs import refuse_unread
 from data.foreign import CommandParser, ends_with_message, whole_number
 
-PIECES = ("sudoku", "collect", "tests", "speed", "block", "ranks", "experiments")
+PIECES = ("speed", "tests", "block", "ranks", "experiments")
 # Options that not all pieces read.
 READ_BY: dict[str, tuple[str, ...]] = {
-    "tiny": ("sudoku", "speed", "block", "ranks", "experiments"),
-    "updates": ("sudoku",),
-    "attached": ("sudoku",),
-    "target": ("collect",),
+    "tiny": ("speed", "block", "ranks", "experiments"),
+    "runs": ("experiments",),
     "jobs": ("experiments",),
     "names": ("experiments",),
-    "overrides": ("sudoku", "speed", "block", "ranks", "experiments"),
+    "overrides": ("speed", "block", "ranks", "experiments"),
 }
 
 
@@ -40,21 +37,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("piece", choices=PIECES)
     add("--out", type=Path, required=True, help="folder of the results")
-    add("--runs", type=Path, default=Path("runs/gpu"), help="folder of the run directories, kept between pieces")
     add("--tiny", action="store_true", help="tiny sizes, to try the program")
     add("--deadline-s", type=float, default=540.0, help="seconds after which the piece ends with what it has")
-    add("--updates", type=whole_number(1), help="sudoku: updates of each run, by default 62,500 (two epochs)")
-    add("--attached", action="store_true", help="sudoku: do not return before the end of the runs")
-    add("--target", type=float, help="collect: accuracy from 0 to 1 whose first update is reported, by default 0.9")
     add("--jobs", type=whole_number(1), help="experiments: number of parallel runs on the card, by default 12")
     add("--names", help="experiments: names of results/experiments.py with commas between")
+    add("--runs", type=Path, help="experiments: folder of the run directories, by default runs/gpu")
     add("overrides", nargs="*", metavar="key=value", help="settings to change")
     options = parser.parse_intermixed_args(arguments)
     refuse_unread(parser, options, options.piece, READ_BY)
     if options.deadline_s <= 0:
         parser.error(f"deadline_s must be positive, got {options.deadline_s}")
-    if options.target is not None and not 0 < options.target <= 1:
-        parser.error(f"target must be above 0 and at most 1, got {options.target}")
     if options.piece == "experiments" and not options.names:
         parser.error("experiments needs --names")
     options.arguments = arguments
@@ -67,8 +59,6 @@ def main(arguments: list[str] | None = None) -> None:
     with ends_with_message():
         report = Report(options.piece, options.arguments, options.out, time.monotonic() + options.deadline_s)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs `finally` here and in the pieces
-    if options.piece != "sudoku":
-        resume(options.runs)  # where a piece that had paused the runs was killed
     try:
         with ends_with_message():
             importlib.import_module(f"bench.gpu.{options.piece}").run(options, report)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from bench.gpu.report import Report, bench_rows
-from bench.gpu.runs import TINY_MODEL, paused
+from bench.gpu.tiny import TINY_MODEL
 from bench.inputs import YAML_FILES
 from model.block_mask import dense_mask, flex_mask
 from model.transformer import Transformer
@@ -46,8 +46,7 @@ def run(options: Namespace, report: Report) -> None:
     tiny = ["--config", str(YAML_FILES / "tinygsm_puma.yaml"), "--batch", "2", "--length", "32", *TINY_MODEL]
     # Rows of 512 tokens take minutes: hundreds of passes for a row, and four rounds of six decodings.
     sizes = [*tiny, "--vocab", "64"] if options.tiny else ["--batch", "16", "--length", "256"]
-    with paused(options.runs):
-        rows = report.measure("speed", bench_rows, ["block", *limits, *sizes, *options.overrides], limit_s=300)
+    rows = report.measure("speed", bench_rows, ["block", *limits, *sizes, *options.overrides], limit_s=300)
     report.details["speed"] = rows
     for row in rows or []:
         ours, dense = ("cached", "uncached") if row["unit"] == "tokens" else ("block_causal", "prefix")

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import shutil
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from bench.gpu.report import STOP_S, Report
-from bench.gpu.runs import TINY_MODEL
+from bench.gpu.tiny import TINY_MODEL
 from results.experiments import EXPERIMENTS
 from results.run import runs_by_variant
 
@@ -41,7 +42,7 @@ def run(options: Namespace, report: Report) -> None:
     for name in names:
         if name not in EXPERIMENTS:
             raise ValueError(f"--names: {name!r} is not one of {', '.join(EXPERIMENTS)}")
-    runs = options.runs.resolve() / "experiments"
+    runs = (options.runs or Path("runs/gpu")).resolve() / "experiments"
     end_s = 2 * STOP_S + DRAW_S
     if report.remaining_s() < end_s + 1:
         raise ValueError(f"--deadline-s must be above {end_s:.0f} for this piece")

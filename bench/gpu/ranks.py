@@ -1,9 +1,4 @@
-"""One card: NCCL, DDP and FSDP2 with one rank; a CUDA graph against eager updates; resuming on another device.
-
-Differences are ‖a - b‖ / ‖b‖ over all weights. On a GPU two equal runs may differ by rounding, since some kernels sum
-in an order of their own. So the graph is compared twice: with deterministic kernels in float32, where it should be
-equal bit for bit, and as in training, where the goal is twice the difference of two eager runs.
-"""
+"""One card: NCCL, DDP and FSDP2 with one rank; resuming on another device. Differences are ‖a - b‖ / ‖b‖."""
 
 from __future__ import annotations
 
@@ -17,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.report import Report
-from bench.gpu.runs import TINY_SUDOKU, paused
+from bench.gpu.tiny import TINY_SUDOKU
 from bench.inputs import YAML_FILES, random_rows
 from config import Config
 from model.transformer import build_model
@@ -49,16 +44,7 @@ def run(options: Namespace, report: Report) -> None:
             report.add("train.py, one rank of torchrun", "complete" if complete else "no result")
     for name, difference in (report.measure("one rank", one_rank, overrides) or {}).items():
         report.add(name, difference, "", ("<=", 1e-5))
-    exact = report.measure("graph, deterministic", graph_against_eager, True, [*overrides, FLOAT32])
-    if exact is not None:
-        report.add("graph against eager, deterministic, float32", exact["graph"], "", ("<=", exact["again"]))
-    usual = report.measure("graph, as in training", graph_against_eager, False, overrides)
-    if usual is not None:
-        report.add("eager against eager, as in training", usual["again"])
-        report.add("graph against eager, as in training", usual["graph"], "", ("<=", 2 * usual["again"]))
-    with paused(options.runs):  # it trains on the CPU too
-        restored = report.measure("resume across devices", across_devices, overrides)
-    for name, value in (restored or {}).items():
+    for name, value in (report.measure("resume across devices", across_devices, overrides) or {}).items():
         report.add(name, value, "", ("<=", 0.0))
 
 
@@ -82,12 +68,6 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def choose_deterministic_kernels() -> None:
-    """For the rest of this process, where there are any; AdamW makes a step of noise where a gradient is only noise."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(True, warn_only=True)
-
-
 def one_rank(overrides: list[str]) -> dict[str, float]:
     """Differences of updates with DDP and with FSDP2 from plain ones, in a process group of one rank.
 
@@ -98,7 +78,9 @@ def one_rank(overrides: list[str]) -> dict[str, float]:
         port = listener.getsockname()[1]
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(place | LOOPBACK)
-    choose_deterministic_kernels()
+    # Where there are any: AdamW makes a step of noise where a gradient is only noise.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True, warn_only=True)
     config = read_config(YAML_FILE, [*overrides, FLOAT32, "training.cuda_graph=false"])
     world = start_world("auto")
     found = {}
@@ -129,18 +111,6 @@ def wrap_fsdp(run: Run, world: World) -> None:
     shard(run.model, run.model.model.layers, full, world)
     assert is_sharded(run.model)
     run.optimizer = build_optimizer(run.model, run.config.training)
-
-
-def graph_against_eager(deterministic: bool, overrides: list[str]) -> dict[str, float]:
-    """Differences from the weights after eager updates: with a CUDA graph (`graph`), and eager again (`again`)."""
-    if deterministic:
-        choose_deterministic_kernels()
-    device = start_world("auto").device
-    eager, again, graph = (
-        trained_weights(new_run(read_config(YAML_FILE, [*overrides, f"training.cuda_graph={switch}"]), device))
-        for switch in ("false", "false", "true")
-    )
-    return {"graph": difference(graph, eager), "again": difference(again, eager)}
 
 
 def flat(state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Times of whole updates, eager, compiled and as a CUDA graph; host syncs; peak memory. The Sudoku runs are paused.
+"""Times of whole updates, eager, compiled and as a CUDA graph, and peak memory. Nothing else may use the card.
 
 The most important measurements come first, since the deadline may cut off the rest.
 """
@@ -8,12 +8,9 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-import torch
-
-from bench import step
 from bench.__main__ import parse
 from bench.gpu.report import Report, bench_rows
-from bench.gpu.runs import TINY_MODEL, TINY_SUDOKU, paused
+from bench.gpu.tiny import TINY_MODEL, TINY_SUDOKU
 from bench.inputs import YAML_FILES
 from bench.measure import added_peak_gib
 
@@ -27,23 +24,20 @@ VARIANTS: tuple[tuple[str, list[str]], ...] = (
     (SUDOKU, ["--compile"]),
 )
 N_WITH_GOALS = 3  # of the variants, the first
-N_SYNC_STEPS = 20
 
 
 def run(options: Namespace, report: Report) -> None:
     """Measure all variants."""
-    with paused(options.runs) as n_paused:
-        report.details["paused processes"] = n_paused
-        for number, (experiment, switches) in enumerate(VARIANTS):
-            if number == N_WITH_GOALS:
-                add_memory_and_syncs(options, report)
-            name = f"{experiment}, {' '.join(switches).replace('--', '') or 'eager'}"
-            limit_s = 900.0 if options.tiny else 240.0  # two busy cores take minutes to compile
-            limits = ["--no-memory", "--iterations", "2" if options.tiny else "20", "--seconds", "15"]
-            rows = report.measure(name, bench_rows, [*words(options, experiment), *switches, *limits], limit_s=limit_s)
-            if rows is not None:
-                report.details[name] = rows
-                add_step(report, name, experiment, switches, rows)
+    for number, (experiment, switches) in enumerate(VARIANTS):
+        if number == N_WITH_GOALS:
+            add_memory(options, report)
+        name = f"{experiment}, {' '.join(switches).replace('--', '') or 'eager'}"
+        limit_s = 900.0 if options.tiny else 240.0  # two busy cores take minutes to compile
+        limits = ["--no-memory", "--iterations", "2" if options.tiny else "20", "--seconds", "15"]
+        rows = report.measure(name, bench_rows, [*words(options, experiment), *switches, *limits], limit_s=limit_s)
+        if rows is not None:
+            report.details[name] = rows
+            add_step(report, name, experiment, switches, rows)
 
 
 def words(options: Namespace, experiment: str) -> list[str]:
@@ -73,41 +67,13 @@ def add_step(report: Report, name: str, experiment: str, switches: list[str], ro
         report.add(f"{name}: matrix peak", puma["gflop"] / puma["floor_ms"], "TFLOP/s")
 
 
-def add_memory_and_syncs(options: Namespace, report: Report) -> None:
-    """Peak memory of an update of TinyGSM's size, and updates that may not wait for the device."""
+def add_memory(options: Namespace, report: Report) -> None:
+    """Peak memory of an update of TinyGSM's size."""
     memory = report.measure("peak memory", peak_gib, words(options, TINYGSM))
     if memory is not None:
         report.add(f"{TINYGSM}, eager: peak memory of an update", memory, "GiB", ("<=", 14))
-    for experiment in (SUDOKU, TINYGSM):
-        checked = report.measure(f"{experiment}, host syncs", steps_without_syncs, words(options, experiment))
-        if checked is not None:
-            report.add(f"{experiment}: updates without a sync of the stream", checked if checked else "needs a GPU")
 
 
 def peak_gib(arguments: list[str]) -> float:
     """GiB that building and running PUMA's updates takes, in a process that does nothing else."""
     return added_peak_gib(parse(arguments), "puma/ours")
-
-
-def steps_without_syncs(arguments: list[str]) -> int:
-    """Number of updates that ran in the mode of PyTorch in which a host sync is an error; 0 on a CPU, which has none.
-
-    The mode does not see waits for an event, of which a large vocabulary has one per pass.
-
-    Raises:
-        RuntimeError: an update waited for the device.
-    """
-    options = parse(arguments)
-    options.only = "puma/ours"
-    benchmark = step.build(options)
-    update, on_gpu = benchmark.paths["puma/ours"], benchmark.device.type == "cuda"
-    for _ in range(3):
-        update()
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-    for _ in range(N_SYNC_STEPS):
-        update()
-    if on_gpu:
-        torch.cuda.set_sync_debug_mode("default")
-    return N_SYNC_STEPS if on_gpu else 0

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from config import Config
-from data.dataset import SequenceData
+from data.dataset import ArrayData, SequenceData
 from data.sudoku import SudokuSettings
 from data.sudoku_boards import SudokuData
-from data.token_files import TokenFileData
 from model.logits import SMALL_VOCABULARY
 from runtime.config_file import parse_config, read_config
 from runtime.distributed import autocast_dtype, start_world
@@ -44,12 +43,9 @@ def random_rows(config: Config, length: int) -> SequenceData:
         n_clues = rng.integers(data.min_clues, data.max_clues + 1, (N_ROWS, 1))
         puzzles = solutions * (rng.permuted(np.tile(np.arange(n_cells), (N_ROWS, 1)), axis=1) < n_clues)
         return SudokuData(np.concatenate([puzzles, solutions], axis=1), data.size, data.layout)
-    if length % 8:
-        raise ValueError(f"--length must be a multiple of 8, got {length}")
     n_prompt = length * rng.uniform(1 / 16, 1 / 4, (N_ROWS, 1))  # about 42% of all positions are masked, as in TinyGSM
-    prompt_bits = np.packbits(np.arange(length) < n_prompt, axis=1, bitorder="little")
     tokens = rng.integers(0, config.mask_id, (N_ROWS, length), dtype=np.uint32)
-    return TokenFileData(tokens, prompt_bits, config.mask_id, eos_id=config.mask_id)  # no row has an end
+    return ArrayData(tokens.astype(np.int64), np.arange(length) < n_prompt, config.mask_id)
 
 
 def read_inputs(

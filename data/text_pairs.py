@@ -379,8 +379,7 @@ class TextData(PairDataSet):
     @override
     def warnings(self) -> Sequence[str]:
         """Warn about pairs that do not fit, what the tokenizer does not know, and test pairs that are trained on."""
-        folders = {self.folder, self.test.folder}
-        counts = {folder: read_meta(folder).get("num_left_out") or 0 for folder in folders if folder is not None}
+        counts = {folder: read_meta(folder).get("num_left_out") or 0 for folder in {self.folder, self.test.folder}}
         found = [
             f"{n:,} pairs are left out of {folder}: they do not fit data.max_len {self.settings.max_len}"
             for folder, n in sorted(counts.items())

@@ -40,7 +40,7 @@ class TokenFileData:
     prompt_bits: np.ndarray  # uint8 [N, L / 8]
     mask_id: int
     eos_id: int
-    folder: Path | None = None  # of the files; None: rows in memory
+    folder: Path  # of the files
 
     @property
     def length(self) -> int:
@@ -57,8 +57,6 @@ class TokenFileData:
 
     def hashes(self) -> dict[str, str]:
         """See `data.dataset.SequenceData`: of the whole files, also for a part of the rows."""
-        if self.folder is None:
-            return {"its rows": hash_arrays(self.labels, self.prompt_bits)}
         return {str(path): cached_hash(path) for path in (self.folder / LABELS_FILE, self.folder / PROMPT_FILE)}
 
     def part(self, rows: slice) -> TokenFileData:
@@ -152,7 +150,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def count_shared_rows(train: TokenFileData, test: TokenFileData) -> int:
-    """Number of test rows that are also training rows; cached beside the training rows if these are in files."""
+    """Number of test rows that are also training rows; cached beside the training rows."""
     tests = [row.tobytes() for row in test.labels]
 
     def scan() -> dict[str, Any]:
@@ -161,8 +159,6 @@ def count_shared_rows(train: TokenFileData, test: TokenFileData) -> int:
             seen |= wanted & {row.tobytes() for row in train.labels[start : start + N_CHECKED]}
         return {"shared": sum(row in seen for row in tests)}
 
-    if train.folder is None:
-        return int(scan()["shared"])
     path = train.folder / LABELS_FILE
     arguments = {"n_train": len(train), "test": hash_arrays(test.labels)}
     cache = path.with_name(f".{path.name}.test.json")
@@ -170,7 +166,7 @@ def count_shared_rows(train: TokenFileData, test: TokenFileData) -> int:
 
 
 def count_completions_with(token: int, data: TokenFileData, part: str) -> int:
-    """Number of rows with a token after their prompt; cached beside the rows if these are in files.
+    """Number of rows with a token after their prompt; cached beside the rows.
 
     Args:
         part: name of the rows, for the name of the cache: others of the same files have another.
@@ -184,8 +180,6 @@ def count_completions_with(token: int, data: TokenFileData, part: str) -> int:
             count += int(((tokens == token) & ~prompt_mask).any(1).sum())
         return {"count": count}
 
-    if data.folder is None:
-        return int(scan()["count"])
     path = data.folder / LABELS_FILE
     cache, arguments = path.with_name(f".{path.name}.{part}_with_{token}.json"), {"n_rows": len(data)}
     return int(cached_findings(path, cache, scan, {"count": int}, arguments)["count"])

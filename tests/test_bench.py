@@ -151,7 +151,6 @@ def test_block(tmp_path):
         (["step", "objective.pool_batches=2"], "no plain form"),
         (["step", "objective.reveal_order=neg_entropy"], "no plain form"),
         (["step", "--config", str(TINYGSM.with_name("tinygsm_block_puma.yaml")), *SMALL], "python -m bench block"),
-        (["step", "--length", "25"], "multiple of 8"),
         (["step", "--batch", "0"], "must be an integer from 1"),
         (["block", "--length", "24"], "16 blocks"),
         (["data", "--steps", "3"], "data does not read steps"),

@@ -29,9 +29,8 @@ def build(options: Namespace) -> Benchmark:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     n_rows = options.batch or 2000
     n_puzzles, n_batches, n_programs = max(1, n_rows // 10), max(1, min(n_rows, N_BOARDS) // BATCH), -(-n_rows // 40)
-    make_boards = partial(generate_sudoku, 9, n_test=0, min_clues=30, max_clues=40, n_workers=1, show_progress=False)
-    seeds, (boards, _) = count(1), make_boards(N_BOARDS, seed=0)
-    assert boards is not None
+    make_boards = partial(generate_sudoku, 9, min_clues=30, max_clues=40, n_workers=1, show_progress=False)
+    seeds, boards = count(1), make_boards(N_BOARDS, seed=0)
     queue = RowQueue(SequenceStream(boards, 0), BATCH, device)
     tensors = TensorDataset(*map(torch.from_numpy, boards.rows(np.arange(N_BOARDS))))
     loader = DataLoader(tensors, BATCH, shuffle=True)

@@ -34,26 +34,26 @@ MAX_STALE_CHUNKS = 50
 
 def generate_sudoku(
     size: int,
-    n_train: int,
-    n_test: int,
+    n: int,
     min_clues: int,
     max_clues: int,
     seed: int,
     *,
+    n_before: int = 0,
     n_workers: int | None = None,
     show_progress: bool = True,
-) -> tuple[SudokuData | None, SudokuData | None]:
-    """Generate training and test puzzles, all distinct.
+) -> SudokuData:
+    """Generate `n` puzzles, all distinct.
 
     Args:
-        n_train, n_test: number of puzzles; if 0, that part of the result is None.
+        n_before: puzzles of this seed to leave out at the beginning, such as those of the test.
         n_workers: threads (the compiled code releases the GIL); by default one per core.
 
     Raises:
         ValueError: such puzzles do not exist, or fewer distinct ones were found than requested.
     """
     check_request(size, min_clues, max_clues)
-    n_wanted = n_train + n_test
+    n_wanted = n_before + n
     # A board, the key by which it is known, and its place in the set of keys.
     check_memory(n_wanted * (2 * size * size + 250), f"a set of {n_wanted:,} boards")
     boards = np.empty((n_wanted, 2 * size * size), dtype=np.uint8)
@@ -62,24 +62,21 @@ def generate_sudoku(
     hidden = None if show_progress else True  # None: where standard error is no terminal
     with tqdm(total=n_wanted, desc=f"generating {size}x{size} puzzles", unit="puzzle", disable=hidden) as bar:
         for chunk in _chunks(size, min_clues, max_clues, seed, n_workers or count_cores()):
-            n_before = len(seen)
+            n_known = len(seen)
             for board, key in zip(chunk, puzzle_keys(chunk[:, : size * size]), strict=True):
                 if key not in seen and len(seen) < n_wanted:
                     boards[len(seen)] = board
                     seen.add(key)
-            bar.update(len(seen) - n_before)
+            bar.update(len(seen) - n_known)
             if len(seen) == n_wanted:
                 break
-            n_stale = n_stale + 1 if len(seen) - n_before < CHUNK_ROWS // 100 else 0
+            n_stale = n_stale + 1 if len(seen) - n_known < CHUNK_ROWS // 100 else 0
             if n_stale == MAX_STALE_CHUNKS or len(chunk) == 0:  # or hundreds of grids for each puzzle, and none worked
                 raise ValueError(
                     f"found only {len(seen)} distinct {size}x{size} puzzles with {min_clues} to {max_clues} clues, "
                     f"but {n_wanted} are requested: request fewer or widen the range of clues"
                 )
-    source = "generated boards"
-    parts = [boards[n_test:], boards[:n_test]]
-    train, test = (make_data(part, size, source) if len(part) else None for part in parts)
-    return train, test
+    return make_data(boards[n_before:], size, "generated boards")
 
 
 def cached_generated(
@@ -91,13 +88,8 @@ def cached_generated(
 
     def make() -> None:
         # Those of the test come first, so that an evaluation elsewhere need not make those of the training.
-        wanted = n_train if split == "train" else 0
-        train, test = generate_sudoku(
-            size, n_train=wanted, n_test=n_test, min_clues=min_clues, max_clues=max_clues, seed=seed
-        )
-        data = train if split == "train" else test
-        assert data is not None  # the settings require at least one of each
-        save_array(path, data.boards)
+        n, n_before = (n_train, n_test) if split == "train" else (n_test, 0)
+        save_array(path, generate_sudoku(size, n, min_clues, max_clues, seed, n_before=n_before).boards)
 
     make_once(path, path.exists, make)
     return path
@@ -146,16 +138,14 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with ends_with_message():
         check_out(options.out, "--out")
-        data, _ = generate_sudoku(
+        data = generate_sudoku(
             options.size,
-            n_train=options.count,
-            n_test=0,
-            min_clues=options.min_clues,
-            max_clues=options.max_clues,
-            seed=options.seed,
+            options.count,
+            options.min_clues,
+            options.max_clues,
+            options.seed,
             n_workers=options.workers,
         )
-        assert data is not None
         write_csv(options.out, data)
         print(f"wrote {len(data)} puzzles to {options.out}")
 

@@ -187,8 +187,7 @@ def solve_singles(puzzles: np.ndarray, size: int) -> np.ndarray:
         uint8 [N, C], 0 for cells that these rules do not fill.
     """
     boards = puzzles.astype(np.int64)  # a copy
-    height, width = BOX_SHAPE[size]
-    _fill_singles(boards, _groups(size, height, width), size)
+    _fill_singles(boards, _groups(size, *BOX_SHAPE[size]), size)
     return boards.astype(np.uint8)
 
 
@@ -234,7 +233,7 @@ def check_uniqueness(puzzles: np.ndarray, size: int) -> list[tuple[int, str]]:
     starts = range(0, len(puzzles), SEARCH_ROWS)
     pool = ThreadPoolExecutor(count_cores())  # the compiled code releases the GIL
     try:
-        counts = pool.map(lambda start: count_solutions(puzzles[start : start + SEARCH_ROWS], size), starts)
+        counts = pool.map(lambda start: solve(puzzles[start : start + SEARCH_ROWS], size)[1], starts)
         with tqdm(total=len(puzzles), desc="counting solutions", unit="puzzle", disable=None) as bar:
             for start, counted in zip(starts, counts, strict=True):
                 bad += [(start + int(row), "the puzzle has several solutions") for row in np.flatnonzero(counted > 1)]
@@ -242,11 +241,6 @@ def check_uniqueness(puzzles: np.ndarray, size: int) -> list[tuple[int, str]]:
     finally:
         pool.shutdown(cancel_futures=True)
     return bad
-
-
-def count_solutions(puzzles: np.ndarray, size: int) -> np.ndarray:
-    """Number of solutions of each puzzle, see `solve`; uint8 [N]."""
-    return solve(puzzles, size)[1]
 
 
 def solve(puzzles: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -259,8 +253,7 @@ def solve(puzzles: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         One solution of each puzzle that has any, uint8 [N, C]; and uint8 [N]: 0, 1, or 2 for two or more.
     """
     boards = puzzles.astype(np.int64)  # a copy
-    height, width = BOX_SHAPE[size]
-    counts = _solve(boards, _groups(size, height, width), size)
+    counts = _solve(boards, _groups(size, *BOX_SHAPE[size]), size)
     return boards.astype(np.uint8), counts
 
 

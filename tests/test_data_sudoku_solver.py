@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from conftest import SHARED
 from helpers import solved_grid
-from test_data_generate_sudoku import solutions, train_set
+from test_data_generate_sudoku import generate, solutions
 from test_data_sudoku_boards import groups_of
 
 from data.sudoku_boards import legal_solutions, read_boards
-from data.sudoku_solver import count_solutions, solve, solve_singles
+from data.sudoku_solver import solve, solve_singles
 
 RATED = SHARED / "sudoku" / "sepb_rated.npz"
 EASY = SHARED / "sudoku" / "easy_medium_1000.csv"
@@ -25,7 +25,7 @@ CLUES = {4: (4, 7), 6: (8, 14), 9: (22, 27)}
 def thinned(size: int, n: int) -> np.ndarray:
     """Puzzles uint8 [n, C] with one solution, of which three in four lose up to three clues or get a wrong one."""
     generator = np.random.default_rng(size)
-    puzzles = train_set(size, n, 0, *CLUES[size]).puzzles.copy()
+    puzzles = generate(size, n, *CLUES[size]).puzzles.copy()
     for number, puzzle in enumerate(puzzles):
         if number % 4 in (1, 2):
             puzzle[generator.choice(np.flatnonzero(puzzle), generator.integers(1, 4), replace=False)] = 0
@@ -45,7 +45,7 @@ def test_solutions_are_counted_as_a_slow_solver_does(size):
     before = puzzles.copy()
     expected = [0 if has_repeats(puzzle, size) else len(solutions(puzzle.tolist(), size)) for puzzle in puzzles]
     assert min(expected.count(n) for n in (0, 1, 2)) >= len(puzzles) // 20
-    counts = count_solutions(puzzles, size)
+    counts = solve(puzzles, size)[1]
     assert counts.dtype == np.uint8
     assert counts.tolist() == expected
     assert np.array_equal(puzzles, before)
@@ -61,7 +61,7 @@ def test_empty_full_and_impossible_boards(size):
     stuck[1:size] = np.arange(1, size)
     stuck[(size - 1) * size] = size
     boards = np.stack([np.zeros_like(full), full, repeated, stuck]).astype(np.uint8)
-    assert count_solutions(boards, size).tolist() == [2, 1, 0, 0]
+    assert solve(boards, size)[1].tolist() == [2, 1, 0, 0]
     solutions, counts = solve(boards, size)
     assert counts.tolist() == [2, 1, 0, 0]
     assert legal_solutions(solutions, size).tolist()[:2] == [True, True]
@@ -134,8 +134,8 @@ def test_singles_solve_no_real_board_that_is_said_to_need_more():
 @pytest.mark.skipif(not MEDIUM.exists(), reason=f"{MEDIUM} is absent")
 def test_5000_real_boards_have_one_solution_each():
     puzzles = read_boards(MEDIUM, 9)[0][:, :81].astype(np.uint8)
-    assert (count_solutions(puzzles, 9) == 1).all()
+    assert (solve(puzzles, 9)[1] == 1).all()
     generator = np.random.default_rng(0)
     for puzzle in puzzles:  # clues are hardly ever superfluous
         puzzle[generator.choice(np.flatnonzero(puzzle), 3, replace=False)] = 0
-    assert (count_solutions(puzzles, 9) == 2).mean() > 0.9
+    assert (solve(puzzles, 9)[1] == 2).mean() > 0.9

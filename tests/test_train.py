@@ -456,7 +456,7 @@ def settings_of_files(kind: str, folder: Path) -> dict:
     settings["data"]["n_train"] = 200
     settings["training"]["max_steps"] = 2
     if kind == "boards.csv":
-        boards, _ = generate_sudoku(4, 200, 0, 4, 8, seed=1, show_progress=False)
+        boards = generate_sudoku(4, 200, 4, 8, seed=1, show_progress=False)
         write_csv(folder / kind, boards)
         files = {"train_file": str(folder / kind), "test_file": str(folder / kind)}
         settings["data"] = {"dataset": "sudoku", "size": 4, "source": "files"} | files

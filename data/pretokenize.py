@@ -58,7 +58,6 @@ SAVE_EVERY_S = 5.0
 SAY_EVERY_S = 60.0  # where there is no progress bar
 # Recorded in meta.json, so that a call never appends to rows that were encoded differently.
 WHITE_SPACE = {"outer_white_space": "stripped"}
-OLD_WHITE_SPACE = {"outer_white_space": "kept"}  # earlier versions of this code, which did not record it
 
 Rows = tuple[np.ndarray, np.ndarray, int]  # what `encode_rows` returns
 
@@ -198,7 +197,7 @@ def _read_progress(out: Path, job: dict[str, Any], free: set[str]) -> tuple[Prog
     finished = (out / META_FILE).exists()
     if finished:
         meta = read_meta(out)
-        unrecorded = OLD_WHITE_SPACE if "num_left_out" in meta else WHITE_SPACE  # the published code strips
+        unrecorded = {} if "num_left_out" in meta else WHITE_SPACE  # the published code strips and does not record it
         begun = {key: (unrecorded | meta).get(key) for key in job}
         n_left_out = meta.get("num_left_out") or 0
         n_written = data_shape(out, meta)[0]
@@ -206,7 +205,7 @@ def _read_progress(out: Path, job: dict[str, Any], free: set[str]) -> tuple[Prog
     elif (out / PROGRESS_FILE).exists():
         with reading(f"{out / PROGRESS_FILE}", f"delete {out.name} and start again"):
             content = read_json(out / PROGRESS_FILE)
-            begun = {key: (OLD_WHITE_SPACE | content["job"]).get(key) for key in job}
+            begun = {key: content["job"].get(key) for key in job}
             done = Progress(**content["done"])
             if any(type(count) is not int or not 0 <= count < MAX_INTEGER for count in astuple(done)):
                 raise ValueError(f"it has other values than counts: {content['done']}")
@@ -385,24 +384,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=whole_number(1), help="rows of the source to read")
     parser.add_argument("--workers", type=whole_number(1, 1024), help="processes; all cores by default")
     options = parser.parse_args(arguments)
-    start = time.monotonic()
     with ends_with_message(f"interrupted; the same command continues in {options.out}"):
-        finished = (options.out / META_FILE).exists()
-        before = _n_read(options.out)
         done = pretokenize(
             options.source, options.tokenizer, options.out, options.max_len, options.limit, options.workers
         )
         if not Path(options.source).exists():  # now, since the nodes of a cluster often have no network
             read_problems(HUB_NAME, cache_dir=options.out)
-        seconds = time.monotonic() - start
-        speed = "already complete" if finished else f"{(done.n_read - before) / seconds:,.0f} rows/s"
-        print(f"{options.out}: {done.n_written:,} rows, {done.n_left_out:,} left out (question too long); {speed}")
-
-
-def _n_read(out: Path) -> int:
-    """Rows read by earlier calls, to compute the speed of this one."""
-    path = out / PROGRESS_FILE
-    if not path.exists():
-        return 0
-    with reading(f"{path}", f"delete {out.name} and start again"):
-        return int(read_json(path)["done"]["n_read"])
+        print(f"{options.out}: {done.n_written:,} rows, {done.n_left_out:,} left out (question too long)")

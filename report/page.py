@@ -202,7 +202,7 @@ def _results(final: dict[str, Any] | None) -> Iterator[str]:
         yield f"<p>Validation loss {evaluation['loss']:.4f}; no questions were asked.</p>"
         return
     yield f"<p>{samplers[0]['n']:,} unseen questions, validation loss {evaluation['loss']:.4f}</p>"
-    names, numbers = list(samplers[0]["details"]), list(samplers[0].get("numbers", {}))  # older runs have no numbers
+    names, numbers = list(samplers[0]["details"]), list(samplers[0]["numbers"])
     shown = [name.replace("_", " ") for name in (*names, *numbers)]
     titles = ["sampling rule", "accuracy", "95% interval", *shown, "passes"]
     yield table(
@@ -213,7 +213,7 @@ def _results(final: dict[str, Any] | None) -> Iterator[str]:
                 percent(each["accuracy"]),
                 f"{percent(each['accuracy_low'])} to {percent(each['accuracy_high'])}",
                 *(percent(each["details"].get(name)) for name in names),
-                *(f"{each['numbers'][name]:.4g}" if name in each.get("numbers", {}) else "-" for name in numbers),
+                *(f"{each['numbers'][name]:.4g}" if name in each["numbers"] else "-" for name in numbers),
                 f"{each['nfe']:.1f}",
             ]
             for each in samplers

@@ -39,9 +39,9 @@ class Sampler(TypedDict):
     accuracy_high: Share
     nfe: float
     details: dict[str, float]
-    numbers: NotRequired[dict[str, float]]
+    numbers: dict[str, float]
     groups: list[Group]
-    options: NotRequired[dict[str, str | float]]
+    options: dict[str, str | float]
 
 
 class Reference(TypedDict):

@@ -55,12 +55,13 @@ class Recorder:
         self._best_accuracy, self._best_loss = -1.0, math.inf
         kept = [row for row in read_metrics(run_dir) if row["step"] <= from_step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._wandb = _start_wandb(run_dir, config)
+        wandb = _start_wandb(run_dir, config)
         # The steps of wandb are those of training, so its next step tells which rows it has: a process that is killed
         # may leave some unsent, and may have sent later ones, which training is about to repeat. Offline it has none.
-        self._wandb_step = 0 if self._wandb is None else self._wandb.step
-        self._tensorboard = _start_tensorboard(run_dir) if config.training.tensorboard else None
-        for row in kept if self._wandb is not None or self._tensorboard is not None else ():
+        self._wandb_step = 0 if wandb is None else wandb.step
+        tensorboard = _start_tensorboard(run_dir) if config.training.tensorboard else None
+        self._services: dict[str, Any] = {"wandb": wandb, "TensorBoard": tensorboard}  # None: off
+        for row in kept if wandb is not None or tensorboard is not None else ():
             self._send(row, _read_samples(run_dir, row["step"]))
 
     def write(self, values: dict[str, Any], samples: Sequence[dict[str, Any]] = ()) -> None:
@@ -103,7 +104,7 @@ class Recorder:
             pictures: files by name.
             page: the run's page, kept as an artefact; None if there is none.
         """
-        with self._talking_to_wandb() as run:
+        with self._talking_to("wandb") as run:
             if run is None:
                 return
             import wandb
@@ -118,14 +119,13 @@ class Recorder:
 
     def close(self) -> None:
         """Finish the wandb run and the files of TensorBoard."""
-        with self._talking_to_wandb() as run:
+        with self._talking_to("wandb") as run:
             if run is not None:
                 run.finish()
-        self._wandb = None
-        with self._talking_to_tensorboard() as writer:
+        with self._talking_to("TensorBoard") as writer:
             if writer is not None:
                 writer.close()
-        self._tensorboard = None
+        self._services.clear()
 
     def _send(self, row: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
         """Pass a row on to wandb and TensorBoard."""
@@ -140,13 +140,13 @@ class Recorder:
         elif isinstance(loss, (int, float)) and loss < self._best_loss:
             self._best_loss = float(loss)
             best = {"best/loss": loss, "best/step": row["step"]}
-        with self._talking_to_wandb() as run:
+        with self._talking_to("wandb") as run:
             if run is not None:
                 if row["step"] >= self._wandb_step:
                     run.log(row | _wandb_media(row, samples), step=row["step"], commit=True)
                 if best:
                     run.summary.update(best)
-        with self._talking_to_tensorboard() as writer:
+        with self._talking_to("TensorBoard") as writer:
             if writer is not None:
                 for key, value in row.items():
                     if key != "step" and isinstance(value, (int, float)):
@@ -154,22 +154,16 @@ class Recorder:
                 writer.flush()
 
     @contextmanager
-    def _talking_to_wandb(self) -> Iterator[Any]:
-        """The wandb run, None if it is off. No failure of network or service stops training: it is off from then on."""
-        try:
-            yield self._wandb
-        except Exception as error:
-            _warn(error)
-            self._wandb = None
+    def _talking_to(self, service: Literal["wandb", "TensorBoard"]) -> Iterator[Any]:
+        """The wandb run or the writer of TensorBoard's files; None if it is off.
 
-    @contextmanager
-    def _talking_to_tensorboard(self) -> Iterator[Any]:
-        """The writer of TensorBoard's files, None if it is off; a failure switches it off."""
+        No failure of network, service or disk stops training: the service is off from then on.
+        """
         try:
-            yield self._tensorboard
+            yield self._services.get(service)
         except Exception as error:
-            warnings.warn(f"TensorBoard is off for the rest of this run: {error}", RuntimeWarning, stacklevel=3)
-            self._tensorboard = None
+            warnings.warn(f"{service} is off for the rest of this run: {error}", RuntimeWarning, stacklevel=3)
+            self._services[service] = None
 
 
 def _samples_file(run_dir: Path, step: int) -> Path:
@@ -309,7 +303,7 @@ def _start_wandb(run_dir: Path, config: Config) -> Any:
         run.define_metric("*", step_metric="step")
         return run
     except Exception as error:
-        _warn(error)
+        warnings.warn(f"wandb is off for this run: {error}", RuntimeWarning, stacklevel=3)
         return None
 
 
@@ -336,7 +330,3 @@ def _start_tensorboard(run_dir: Path) -> Any:
 
 def _warn_lost(error: WriteError) -> None:
     warnings.warn(f"a record is lost: {error}", RuntimeWarning, stacklevel=4)
-
-
-def _warn(error: Exception) -> None:
-    warnings.warn(f"wandb is off for the rest of this run: {error}", RuntimeWarning, stacklevel=3)

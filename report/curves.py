@@ -416,12 +416,33 @@ def _setting_names(run_dirs: Sequence[Path], by: By) -> dict[Path, str]:
     """
     found = {run_dir: _setting(run_dir) for run_dir in run_dirs}
     settings = {run_dir: setting if by == "settings" else _seedless(run_dir) for run_dir, (setting, _) in found.items()}
+    _warn_of_mixtures(found, settings, by)
+    groups: dict[str, list[Path]] = {}
+    for run_dir, setting in settings.items():
+        groups.setdefault(setting, []).append(Path(os.path.abspath(run_dir)))
+    paths = {setting: _common_parts(folders) for setting, folders in groups.items()}
+    names = {}
+    for setting, parts in paths.items():
+        lengths = range(1, len(parts) + 1)
+        alone = (n for n in lengths if sum(other[-n:] == parts[-n:] for other in paths.values()) == 1)
+        n = next(alone, None)
+        names[setting] = f"{parts[-1]} ({setting})" if n is None else "/".join(parts[-n:])
+    return {run_dir: names[setting] for run_dir, setting in settings.items()}
+
+
+def _warn_of_mixtures(found: dict[Path, tuple[str, int | None]], lines: dict[Path, str], by: By) -> None:
+    """Warn where a line has runs of different settings, or two runs of one seed.
+
+    Args:
+        found: the settings and the seed of each run, see `_setting`.
+        lines: what runs of one line have in common.
+    """
     first: dict[tuple[str, int | None], Path] = {}
     alike: dict[str, Path] = {}
     for run_dir, (setting, seed) in found.items():
         if seed is None:  # no settings to compare
             continue
-        line = settings[run_dir]
+        line = lines[run_dir]
         other, same_seed = alike.setdefault(line, run_dir), first.setdefault((line, seed), run_dir)
         if found[other][0] != setting:
             warnings.warn(
@@ -439,17 +460,6 @@ def _setting_names(run_dirs: Sequence[Path], by: By) -> dict[Path, str]:
                 RuntimeWarning,
                 stacklevel=2,
             )
-    groups: dict[str, list[Path]] = {}
-    for run_dir, setting in settings.items():
-        groups.setdefault(setting, []).append(Path(os.path.abspath(run_dir)))
-    paths = {setting: _common_parts(folders) for setting, folders in groups.items()}
-    names = {}
-    for setting, parts in paths.items():
-        lengths = range(1, len(parts) + 1)
-        alone = (n for n in lengths if sum(other[-n:] == parts[-n:] for other in paths.values()) == 1)
-        n = next(alone, None)
-        names[setting] = f"{parts[-1]} ({setting})" if n is None else "/".join(parts[-n:])
-    return {run_dir: names[setting] for run_dir, setting in settings.items()}
 
 
 def _common_parts(folders: Sequence[Path]) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ ModelConfidence = Literal["top_prob", "top_prob_margin", "neg_entropy"]  # measu
 Confidence = Literal[ModelConfidence, "random"]
 Revision = Literal["remask", "plan", "running_confidence"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
+Device = Literal["auto", "cpu", "cuda"]
 BlockAttention = Literal["prefix", "block_causal"]
 
 
@@ -238,9 +239,7 @@ class TrainingSettings(Settings):
         description="decay of the weight average used by validation and sampling; null: no average",
     )
     seed: Seed = Field(0, description="seed of weights, data order and masks")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: a GPU if there is one", json_schema_extra=FREE_ON_RESUME
-    )
+    device: Device = Field("auto", description="auto: a GPU if there is one", json_schema_extra=FREE_ON_RESUME)
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="bfloat16: autocast; auto: bfloat16 if the machine has fast bfloat16 matrix products"
     )
@@ -544,10 +543,10 @@ class Config(Settings):
                     "autoregressive model needs: set block_attention: prefix, or model.shifted: false if init_from is "
                     "an MDM"
                 )
-        if data is not None and objective.causal and not data.starts_with_prompt:
+        if data is not None and objective.causal and data.remedy_for_no_start is not None:
             problems.append(
-                f"{name} needs rows that begin with a given token, and this data's do not: set data.layout: "
-                "two_halves, or another objective"
+                f"{name} needs rows that begin with a given token, and this data's do not: {data.remedy_for_no_start}, "
+                "or set another objective"
             )
         if data is not None and isinstance(objective, BlockSettings) and data.length % objective.block_size:
             # A shorter last block would need its own shape, and weigh more per token than the other blocks.

@@ -138,9 +138,9 @@ class DataSettings(Settings, ABC):
         """Smallest vocabulary with all tokens, including the mask token."""
 
     @property
-    def starts_with_prompt(self) -> bool:
-        """Whether every row begins with a given token, without which an autoregressive model has no start."""
-        return True
+    def remedy_for_no_start(self) -> str | None:
+        """How to get rows that begin with a given token, which autoregressive models need; None: all rows do."""
+        return None
 
     def mask_id_in(self, vocab_size: int) -> int:
         """The mask token of a model with `vocab_size` tokens; by default the last token."""

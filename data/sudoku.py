@@ -126,9 +126,9 @@ class SudokuSettings(DataSettings):
 
     @property
     @override
-    def starts_with_prompt(self) -> bool:
-        """Not if the first cell may be empty."""
-        return self.layout != "in_place"
+    def remedy_for_no_start(self) -> str | None:
+        """For one board, whose first cell may be empty."""
+        return "set data.layout: two_halves" if self.layout == "in_place" else None
 
     @property
     @override
@@ -199,7 +199,7 @@ class Sudoku(DataSet):
             {
                 "puzzle": format_cells(puzzle),
                 "answer": format_cells(cells),
-                "verdict": "solved" if solved else "changes a clue" if is_changed else "repeats a digit",
+                "verdict": "solved" if solved else "changes a clue" if is_changed else "is not legal",
             }
             for puzzle, cells, solved, is_changed in zip(puzzles, grid, figures["accuracy"], changed, strict=True)
         ]
@@ -444,8 +444,11 @@ def describe_board(grid: np.ndarray, puzzle: np.ndarray, size: int, first: int) 
     faults = find_faults(grid, puzzle, size)
     n_clues = int((puzzle != 0).sum())
     parts = []
-    if faults.repeated:
-        parts.append(f"{len(faults.repeated)} cells contradict each other")
+    n_blank = int(((grid < 1) | (grid > size)).sum())
+    if n_blank:
+        parts.append(f"{n_blank} cells have no digit")
+    if len(faults.repeated) > n_blank:
+        parts.append(f"{len(faults.repeated) - n_blank} cells contradict each other")
     if faults.changed:
         parts.append(f"{len(faults.changed)} of {n_clues} clues changed")
     if faults.n_solutions == 0:
@@ -467,7 +470,7 @@ def describe_board(grid: np.ndarray, puzzle: np.ndarray, size: int, first: int) 
 EARLY, LATE = (222, 235, 247), (8, 69, 148)  # colours of cells by the order in which they were filled
 LEGEND = {
     "5>3": "clue changed",
-    "3!": "contradicts another cell",
+    "3!": "contradicts another cell or is no digit",
     "3?": "differs from the only solution",
 }
 

@@ -133,6 +133,9 @@ def test_verdicts_of_boards():
         f"not solved: {n_repeated} cells contradict each other, 1 of 10 empty cells differ from the only solution"
     )
     assert wrong.reason == expected
+    grid, _ = faulty({1: 0})  # a token that is not a digit
+    reason = "not solved: 1 cells have no digit, 1 of 10 empty cells differ from the only solution"
+    assert describe_board(grid, PUZZLE, 4, 16).reason == reason
     impossible = describe_board(SOLUTION, np.array([0, 1, 2, 3, 4] + [0] * 11), 4, 0)
     assert "the puzzle has no solution" in impossible.reason
 
@@ -142,7 +145,7 @@ def test_a_changed_clue_is_shown_as_such():
     grid, faults = faulty({0: 2, 1: 4})
     lines = format_boards(PUZZLE, grid, np.arange(16), faults).plain.splitlines()
     assert lines[1].startswith("1>2 4! | [3]")
-    assert lines[-1] == "[5] clue, 5>3 clue changed, 3! contradicts another cell"
+    assert lines[-1] == "[5] clue, 5>3 clue changed, 3! contradicts another cell or is no digit"
     assert lines[3] == "-------+-------    -------+-------"
     grid, faults = faulty({})
     lines = format_boards(PUZZLE, grid, np.arange(16), faults).plain.splitlines()
@@ -159,7 +162,7 @@ def test_samples_say_what_is_wrong_with_a_board(tmp_path):
     grids[1, empty] = 5  # the mask token is never sampled, but a larger vocabulary has other tokens
     grids[2] = swap_digits(grids[2], 1, 2)
     judged = data.judge(np.concatenate([grids, grids], axis=1), np.arange(3))
-    assert [sample["verdict"] for sample in judged.samples] == ["solved", "repeats a digit", "changes a clue"]
+    assert [sample["verdict"] for sample in judged.samples] == ["solved", "is not legal", "changes a clue"]
     assert judged.samples[0]["answer"] == "".join(map(str, grids[0]))
     assert judged.samples[1]["puzzle"] == "".join(str(d) if d else "." for d in data.validation.puzzles[1])
     assert all(len(sample[key]) == 16 for sample in judged.samples for key in ("puzzle", "answer"))

@@ -167,14 +167,15 @@ class Addition(DataSet):
         expected, prompt_mask = self.test.rows(indices)
         right = ((tokens == expected) & ~prompt_mask).sum(1)  # [n]
         n_digits = self.settings.max_digits + 1
-        samples = []
-        for index, row, wanted in zip(indices, tokens[:, -n_digits:], expected[:, -n_digits:], strict=True):
-            answer, total = (format_number(self._most_first(digits)) for digits in (row, wanted))
-            is_right = bool((row == wanted).all())
-            question = self.question(index).text
-            samples.append(
-                {"question": question, "answer": answer, "sum": total, "verdict": "right" if is_right else "wrong"}
-            )
+        samples = [
+            {
+                "question": self.question(index).text,
+                "answer": verdict.answer,
+                "sum": verdict.facts["sum"],
+                "verdict": "right" if verdict.right else "wrong",
+            }
+            for index, verdict in zip(indices, self.verdicts(self.prompts(indices), tokens), strict=True)
+        ]
         return JudgedAnswers(
             {
                 "accuracy": (right == n_digits).astype(np.float32),

@@ -29,13 +29,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Number
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from typing import TYPE_CHECKING, Any, TypedDict, get_args, overload
 
 import numpy as np
 from tqdm import tqdm
 from typing_extensions import Unpack
 
-from config import DEFAULT_RULE, Config, SamplingRule
+from config import DEFAULT_RULE, Config, Device, SamplingRule
 from data.dataset import AnswerVerdict, DataSet
 from data.files import check_out
 from data.foreign import CommandParser, ends_with_message, escape, whole_number
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from model.transformer import Transformer
     from report.trace import Trace
 
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = get_args(Device)
 # A small trained model, written by `python -m model.hub pack`.
 SHIPPED = Path(__file__).resolve().parent / "model" / "sudoku"
 BATCH_SIZE = 64

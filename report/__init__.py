@@ -1,1 +1,1 @@
-"""Plots of runs."""
+"""What is made of the records of runs: curves, pages, lists and traces."""

@@ -22,7 +22,7 @@ import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data.foreign import BadInput, CommandParser, ends_with_message, escape, shorten
 from report.curves import accuracy_points, can_be_drawn, rules_of
@@ -36,6 +36,8 @@ NOT_SEARCHED = ("checkpoints", "wandb", "tensorboard")  # of a run directory
 RECORDS = ("checkpoints", METRICS_FILE, HISTORY_FILE)  # a run with weights has one of them, a packed model none
 MAX_DATA = 40  # characters of the data in the table
 MAX_REASON = 300  # characters of a session's end
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,10 @@ def _read(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
     problems = []
     try:
         raw = read_sections(run_dir / "config.yaml")
-        facts |= {"objective": _name(raw, "objective", "name"), "data": _name(raw, "data", "dataset")}
+        facts |= {"objective": _setting(raw, "objective", "name", str), "data": _setting(raw, "data", "dataset", str)}
         with suppress(ValueError):  # settings of another version
             facts["data"] = parse_config(raw, "").data.describe()
-        facts["n_steps"] = _number(raw, "training", "max_steps")
+        facts["n_steps"] = _setting(raw, "training", "max_steps", int)
     except BadInput as error:
         problems.append(str(error))
     if sessions := read_history(run_dir):
@@ -135,15 +137,11 @@ def _read(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
     return facts, problems
 
 
-def _name(raw: dict[str, Any], section: str, key: str) -> str | None:
-    values = raw.get(section)
-    return str(values[key]) if isinstance(values, dict) and key in values else None
-
-
-def _number(raw: dict[str, Any], section: str, key: str) -> int | None:
+def _setting(raw: dict[str, Any], section: str, key: str, kind: type[T]) -> T | None:
+    """A setting in unchecked sections; None if it is missing or of another type."""
     values = raw.get(section)
     value = values.get(key) if isinstance(values, dict) else None
-    return value if type(value) is int else None
+    return value if type(value) is kind else None
 
 
 def table(runs: list[RunSummary], folder: Path) -> str:

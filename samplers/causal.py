@@ -6,14 +6,15 @@ Shapes: B rows, L positions, b unfinished rows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from config import DEFAULT_RULE, SamplingRule
-from model.token_predictions import mix_keys, predict_tokens
+from model.token_predictions import TokenPredictions, mix_keys, predict_tokens
 from model.transformer import Transformer
-from samplers.step import Filling, Samples, no_op, scatter_predictions
+from samplers.step import Filling, Samples, no_op
 
 # Finished rows are removed once they are this share of the batch: removing rows copies the whole cache.
 REMOVED_SHARE = 1 / 8
@@ -77,8 +78,8 @@ def sample_causal(
         tokens[sampled, position], order[sampled, position] = predicted.token, nfe[sampled]
         filling.confidence[sampled, position] = predicted.log_prob.exp()
         if record is not None:
-            here = torch.ones(len(sampled), 1, dtype=torch.bool, device=tokens.device)
-            filling.record(sampled, position, scatter_predictions(predicted, here.nonzero(as_tuple=True), here.shape))
+            columns: list[Any] = [None if each is None else each[:, None] for each in predicted]  # [b, 1], ...
+            filling.record(sampled, position, TokenPredictions(*columns))
         if eos_id is not None:
             filling.end_rows(sampled[predicted.token == eos_id], eos_id)
         running = (tokens[active] == mask_id).any(1)

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -47,9 +47,9 @@ from model.transformer import Transformer
 from report.curves import RUN_AXES, draw_curves
 from report.page import PAGE_FILE, TRACES_FILE, write_page
 from report.trace import Trace, write_traces
-from runtime.checkpoint import Checkpoint, loading_checkpoint, resumable_checkpoint, step_folders, step_of
+from runtime.checkpoint import Checkpoint, loading_checkpoint, resumable_checkpoint
 from runtime.command import shell_command
-from runtime.config_file import changed_settings, dump_config, format_changes, read_config
+from runtime.config_file import dump_config, read_config
 from runtime.distributed import (
     claim_report,
     fail_once,
@@ -64,10 +64,10 @@ from runtime.distributed import (
 from runtime.final import FINAL_FILE, read_final
 from runtime.history import Session
 from runtime.lock import check_shared, lock_run
-from runtime.metrics import METRICS_FILE, WANDB_ID_FILE, Recorder
-from runtime.optim import decay_start
+from runtime.metrics import METRICS_FILE, Recorder
 from runtime.signals import StopRequested, StopVote, raise_at_interrupt
 from sampling import TrainedModel
+from training.resume import check_unchanged, leave_earlier_attempt
 from training.run import (
     Run,
     build_run,
@@ -84,7 +84,7 @@ from training.update import TrainingDiverged, Updater, check_finite, check_graph
 N_TRACES = 3  # answers whose course is recorded when a run ends
 
 
-def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
+def build_or_restore(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
     """Load the data and build the run; restore its newest checkpoint if there is one.
 
     Raises:
@@ -145,20 +145,6 @@ def start(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
 def with_resolved_data(config: Config) -> Config:
     """The settings as a run records them: see `DataSettings.resolved`."""
     return config.model_copy(update={"data": config.data.resolved()})
-
-
-def leave_earlier_attempt(config: Config, run_dir: Path) -> None:
-    """Give a run that begins with other settings than an attempt before it another run of wandb.
-
-    The attempt, which has left no checkpoint, keeps its curves; wandb takes no step that it has already.
-    """
-    try:
-        if not changed_settings(read_config(run_dir / "config.yaml"), config):
-            return
-    except (ValueError, OSError):  # there is none, or it is damaged
-        pass
-    with reported(run_dir / WANDB_ID_FILE):
-        (run_dir / WANDB_ID_FILE).unlink(missing_ok=True)
 
 
 def open_data(config: Config, resumed: Path | None = None) -> DataSet:
@@ -347,7 +333,9 @@ def show_evaluation(run: Run, evaluation: Evaluation, bar: tqdm) -> None:
         say(line)
 
 
-def finish(run: Run, model: Transformer, data: DataSet, evaluation: Evaluation, recorder: Recorder) -> dict[str, Any]:
+def write_result(
+    run: Run, model: Transformer, data: DataSet, evaluation: Evaluation, recorder: Recorder
+) -> dict[str, Any]:
     """Write final.json, which marks the run as complete, some traces, the curves and the run's page.
 
     Args:
@@ -446,48 +434,9 @@ def print_result(config: Config, run_dir: Path, final: dict[str, Any]) -> None:
         say(f"validation loss {final['evaluation']['loss']:.4f}")
     else:
         say(f"solved {100 * final['accuracy']:.1f}% of {final['n']} unseen {data.question_noun}")
-    if "example" in final:  # not in older runs
-        question = (f"--{data.question_option}", escape(str(final["example"])))
-        command = shell_command("sampling.py", "--checkpoint", run_dir, *question)
-        say(f"wrote {run_dir} ({PAGE_FILE}, {FINAL_FILE}, {METRICS_FILE}, curves_*.png, checkpoints/), next: {command}")
-
-
-def check_unchanged(config: Config, run_dir: Path, config_file: Path, overrides: Sequence[str]) -> None:
-    """Refuse to continue a run with settings that change its result (ValueError with the differences).
-
-    Args:
-        config_file, overrides: where `config` is from, for the command that the message proposes.
-    """
-    begun = step_folders(run_dir) or (run_dir / FINAL_FILE).exists()
-    if not begun or not (run_dir / "config.yaml").exists():
-        return
-    before = read_config(run_dir / "config.yaml")
-    changes = changed_settings(before, config)
-    if not changes or may_change_length(before, config, changes.keys(), run_dir):
-        return
-    listed = format_changes(changes)
-    length_only = changes.keys() <= {"training.max_steps", "training.num_epochs"}
-    longer = length_only and all(None not in (old, new) and new > old for old, new in changes.values())
-    if longer and (run_dir / FINAL_FILE).exists():
-        arguments: list[str | Path] = ["--config", config_file, "--run-dir", f"{run_dir}_longer", *overrides]
-        arguments += [f"model.init_from={run_dir}"] + ["model.shifted=false"] * (not config.shifted)
-        raise ValueError(
-            f"{run_dir} is complete and cannot be made longer: its learning-rate schedule has ended.\n{listed}\n"
-            "Give another --run-dir to train that long from the start, or start a new run from its weights:\n"
-            f"  {shell_command('train.py', *arguments)}"
-        )
-    raise ValueError(f"{run_dir} was started with other settings; give another --run-dir, or restore them:\n{listed}")
-
-
-def may_change_length(before: Config, config: Config, changes: Set[str], run_dir: Path) -> bool:
-    """Whether only the length of an incomplete run changes, and no update that it has done would have been another."""
-    lengths = [(each.training, each.training.max_steps) for each in (before, config)]
-    if not changes <= {"training.max_steps", "training.decay_steps"} or (run_dir / FINAL_FILE).exists():
-        return False
-    if config.training.num_epochs is not None:  # the number of rows is not known here
-        return False
-    newest = step_of(step_folders(run_dir)[0])
-    return all(n_steps is not None and newest <= decay_start(training, n_steps) for training, n_steps in lengths)
+    question = (f"--{data.question_option}", escape(final["example"]))
+    command = shell_command("sampling.py", "--checkpoint", run_dir, *question)
+    say(f"wrote {run_dir} ({PAGE_FILE}, {FINAL_FILE}, {METRICS_FILE}, curves_*.png, checkpoints/), next: {command}")
 
 
 def prepare_data(config: Config) -> None:
@@ -505,17 +454,17 @@ def prepare_data(config: Config) -> None:
     say(f"ready: {len(data.train):,} training sequences, {data.n_questions:,} {data.question_noun} of the test")
 
 
-def prepare(config_file: Path, overrides: Sequence[str], run_dir: Path) -> tuple[Run, DataSet, Recorder | None] | None:
+def open_run(config_file: Path, overrides: Sequence[str], run_dir: Path) -> tuple[Run, DataSet, Recorder | None] | None:
     """All that comes before the first step; None if the run is complete, whose result is printed then.
 
     Raises:
-        ValueError: wrong settings, others than those of the run in `run_dir`, or as in `start`.
+        ValueError: wrong settings, others than those of the run in `run_dir`, or as in `build_or_restore`.
         OSError: the run directory is not writable.
     """
     config = read_config(config_file, overrides)
     check_unchanged(with_resolved_data(config), run_dir, config_file, overrides)
     if (final := read_final(run_dir)) is None:
-        run, data = start(config, run_dir)
+        run, data = build_or_restore(config, run_dir)
         return run, data, open_records(run)
     if claim_report():
         say(f"{run_dir} is complete; give another --run-dir to train again")
@@ -525,7 +474,7 @@ def prepare(config_file: Path, overrides: Sequence[str], run_dir: Path) -> tuple
     return None
 
 
-def complete(run: Run, data: DataSet, recorder: Recorder | None) -> None:
+def train_and_report(run: Run, data: DataSet, recorder: Recorder | None) -> None:
     """Train to the end and write the result, or report what has stopped the run before."""
     with ended_in_history(run), StopVote(run.world) as vote:
         outcome = train(run, data, recorder, vote)
@@ -535,7 +484,7 @@ def complete(run: Run, data: DataSet, recorder: Recorder | None) -> None:
         return
     model = run.evaluated_model()  # needs all ranks
     if recorder is not None:
-        final = finish(run, model, data, outcome, recorder)
+        final = write_result(run, model, data, outcome, recorder)
         say(outcome.table())
         print_result(run.config, run.run_dir, final)
         recorder.close()  # last, since wandb may wait for the network
@@ -581,11 +530,11 @@ def main(arguments: list[str] | None = None) -> None:
             if options.prepare:
                 prepare_data(read_config(options.config, options.overrides))
                 return
-            prepared = prepare(options.config, options.overrides, run_dir)
+            opened = open_run(options.config, options.overrides, run_dir)
         except (ValueError, OSError) as error:
             fail_once(error)
-        if prepared is not None:
-            complete(*prepared)
+        if opened is not None:
+            train_and_report(*opened)
 
 
 if __name__ == "__main__":

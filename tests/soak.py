@@ -96,7 +96,7 @@ def watch(progress: Progress) -> None:
     wrap(train, "save_run", "saving", lambda run, _: run.step, "training")
     wrap(train, "score_run", "saving", lambda run, _: run.step, "training")
     wrap(train, "evaluate", "evaluating", lambda *_: progress.get()[1], "training")
-    wrap(train, "finish", "finishing", lambda run, *_: run.step, None)
+    wrap(train, "write_result", "finishing", lambda run, *_: run.step, None)
 
 
 def die_at(n_calls: int) -> None:
@@ -130,19 +130,19 @@ def die_at(n_calls: int) -> None:
 
 def wait_at(n_updates: int) -> None:
     """Have this process wait for its kill before it makes another update than so many, and before it ends."""
-    step, finish = Updater.step, train.finish
+    step, write_result = Updater.step, train.write_result
 
     def waiting_step(updater: Updater) -> None:
         while updater.run.step >= n_updates:
             time.sleep(60)
         step(updater)
 
-    def waiting_finish(*arguments: Any) -> None:
-        finish(*arguments)
+    def waiting_write_result(*arguments: Any) -> None:
+        write_result(*arguments)
         while True:
             time.sleep(60)
 
-    vars(train)["finish"] = waiting_finish
+    vars(train)["write_result"] = waiting_write_result
     setattr(Updater, "step", waiting_step)  # noqa: B010 - mypy knows it as a method
 
 

@@ -274,7 +274,7 @@ def test_a_folder_that_is_not_there_is_named(source, data_dir):
 
 def test_a_run_starts_with_the_averaged_weights_of_another(autoregressive_run, config_file, tmp_path):
     config = read_config(config_file(PUMA, model__init_from=str(autoregressive_run)))
-    run, _ = train.start(config, tmp_path / "run")
+    run, _ = train.build_or_restore(config, tmp_path / "run")
     assert run.averaged_model is not None
     for name, tensor in find_checkpoint(autoregressive_run).weights("ema").items():
         assert torch.equal(run.model.weights()[name], tensor), name
@@ -314,7 +314,7 @@ def test_a_chosen_checkpoint_of_a_run_is_loaded_packed_and_started_from(autoregr
     weights = open_checkpoint(autoregressive_run / "checkpoints" / "step_00000003").weights("ema")
     assert load_model(source).step == 3
     hub.pack_run(source, tmp_path / "packed")
-    run, _ = train.start(read_config(config_file(PUMA, model__init_from=source)), tmp_path / "run")
+    run, _ = train.build_or_restore(read_config(config_file(PUMA, model__init_from=source)), tmp_path / "run")
     for name, tensor in weights.items():
         assert torch.equal(run.model.weights()[name], tensor), name
         assert torch.equal(load_model(str(tmp_path / "packed")).model.weights()[name], tensor.bfloat16().float()), name
@@ -330,13 +330,15 @@ def test_a_checkpoint_to_start_from_that_is_not_there_is_refused_before_any_work
     source = f"{autoregressive_run}@{choice}"
     config = read_config(config_file(PUMA, model__init_from=source, data__data_dir=str(tmp_path / "boards")))
     with pytest.raises(ValueError, match=message):
-        train.start(config, tmp_path / "run")
+        train.build_or_restore(config, tmp_path / "run")
     assert not (tmp_path / "boards").exists()
 
 
 def test_a_run_starts_from_a_packed_model(autoregressive_run, config_file, tmp_path):
     hub.pack_run(str(autoregressive_run), tmp_path / "packed")
-    run, _ = train.start(read_config(config_file(PUMA, model__init_from=str(tmp_path / "packed"))), tmp_path / "run")
+    run, _ = train.build_or_restore(
+        read_config(config_file(PUMA, model__init_from=str(tmp_path / "packed"))), tmp_path / "run"
+    )
     for name, tensor in find_checkpoint(autoregressive_run).weights("ema").items():
         assert torch.equal(run.model.weights()[name], tensor.bfloat16().float()), name
     assert load_model(str(tmp_path / "packed")).step is None

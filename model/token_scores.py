@@ -9,6 +9,7 @@ Shapes: B rows, L positions, N scored positions, D width, V vocabulary, V' vocab
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,38 +33,36 @@ class TokenScores(NamedTuple):
     confidence: Tensor  # float32 [B, L], by the rule asked for, higher is surer; -inf where weight is 0
 
 
-class ScoredPositions:
-    """The positions with nonzero weight; created before the backbone runs.
+def scored_positions(weight: Tensor, n_tokens: int) -> Callable[[], Tensor | None]:
+    """Find the positions of nonzero weight; call this before the backbone runs, and the result after it.
 
-    On a GPU the host needs their number to launch the head. It is copied to the host while the backbone computes;
-    `indices` waits for the copy, not for the backbone, so the device is not idle.
+    On a GPU the host needs their number to launch the head. It is copied to the host while the backbone computes; the
+    returned function waits for the copy, not for the backbone, so the device is not idle.
+
+    Args:
+        weight: float32 [B, L].
+        n_tokens: size of the vocabulary.
+
+    Returns:
+        A function that gives the positions to score as indices into [B * L], int64 [N]; None: all.
     """
+    if n_tokens <= SMALL_VOCABULARY:
+        return lambda: None
+    flat = weight.flatten()
+    if not weight.is_cuda:
+        indices = flat.nonzero().squeeze(1)
+        return lambda: indices
+    order = (flat == 0).to(torch.uint8).argsort(stable=True)
+    count = torch.empty((), dtype=torch.long, pin_memory=True)
+    count.copy_((flat != 0).sum(), non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
 
-    def __init__(self, weight: Tensor, n_tokens: int) -> None:
-        """`weight`: float32 [B, L]; `n_tokens`: size of the vocabulary."""
-        flat = weight.flatten()
-        self._event: torch.cuda.Event | None = None
-        self._indices = self._count = None
-        self._all = n_tokens <= SMALL_VOCABULARY
-        if self._all:
-            return
-        if not weight.is_cuda:
-            self._indices = flat.nonzero().squeeze(1)
-        else:
-            self._order = (flat == 0).to(torch.uint8).argsort(stable=True)
-            self._count = torch.empty((), dtype=torch.long, pin_memory=True)
-            self._count.copy_((flat != 0).sum(), non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+    def wait() -> Tensor:
+        event.synchronize()
+        return order[: int(count)]
 
-    def indices(self) -> Tensor | None:
-        """Positions to score as indices into [B * L], int64 [N]; None: all."""
-        if self._all or self._indices is not None:
-            return self._indices
-        assert self._event is not None
-        assert self._count is not None
-        self._event.synchronize()
-        return self._order[: int(self._count)]
+    return wait
 
 
 def score_tokens(
@@ -71,7 +70,7 @@ def score_tokens(
     head: Tensor,
     x0: Tensor,
     weight: Tensor,
-    scored: ScoredPositions | None = None,
+    scored: Callable[[], Tensor | None] | None = None,
     compiled: bool = False,
     confidence: ModelConfidence = "top_prob",
 ) -> TokenScores:
@@ -82,12 +81,12 @@ def score_tokens(
         head: [V, D], the output matrix.
         x0: int64 [B, L].
         weight: float32 [B, L].
-        scored: made from `weight` before the backbone ran.
+        scored: `scored_positions` of `weight`, called before the backbone ran.
         compiled: compile the softmax over a large vocabulary.
         confidence: the rule of `TokenScores.confidence`. All but `top_prob` compute the logits of the scored positions
             once more, without gradient: the kernels of the loss keep no more than its own statistics.
     """
-    indices = (scored or ScoredPositions(weight, head.shape[0])).indices()
+    indices = (scored or scored_positions(weight, head.shape[0]))()
     states, target, own_weight = hidden.flatten(0, 1), x0.flatten(), weight.flatten()
     if indices is not None:
         # Not `states[indices]`, whose backward pass sorts, since indices could repeat.

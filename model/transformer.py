@@ -25,7 +25,7 @@ from data.foreign import check_memory
 from model.attention import Attention, KeyValueCache, rotary_tables
 from model.block_mask import decoding_mask, noisy_and_clean, training_mask
 from model.token_predictions import TokenPredictions, predict_tokens
-from model.token_scores import ScoredPositions, TokenScores, score_tokens
+from model.token_scores import TokenScores, score_tokens, scored_positions
 
 # As in Qwen2. The published PUMA code has wider initial weights, which slow down the first thousands of steps.
 INIT_STD = 0.02
@@ -225,7 +225,7 @@ class Transformer(nn.Module):
         Args:
             confidence: see `score_tokens`.
         """
-        scored = ScoredPositions(weight, self.lm_head.weight.shape[0])
+        scored = scored_positions(weight, self.lm_head.weight.shape[0])
         if self.block_size is None:
             hidden = self._align(self.model(xt))
         else:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from argparse import ArgumentParser, Namespace
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -329,11 +329,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _sweep(options: Namespace) -> None:
     """The command with --sweep."""
-    from eval.sweep import load_swept_model, sweep, sweep_table
+    from eval.sweep import sweep, sweep_table
 
     more, overrides = split_overrides(options.overrides)
     with ends_once("interrupted; the same command continues"):
-        checkpoints = [load_swept_model(each, overrides) for each in (options.checkpoint, *more)]
+        # The files name a checkpoint as the user did.
+        checkpoints = [replace(load_model(each, overrides), source=each) for each in (options.checkpoint, *more)]
         world = start_world(checkpoints[0].config.training.device)
         out = options.out or Path("sweep")
         points = sweep(checkpoints, world, out, overrides, names=options.rules, max_passes=options.max_passes)

@@ -32,7 +32,7 @@ from data.files import check_out, write_text
 from data.foreign import read_text, reading
 from data.hashes import hash_arrays
 from eval.accuracy import TestQuestions, count_examples, measure_rule
-from model.hub import load_model
+from model.hub import LoadedModel
 from model.transformer import Transformer
 from progressive_block import block_layout
 from runtime.distributed import World, autocast, autocast_dtype, main_bar, main_first, on_main
@@ -173,24 +173,8 @@ def n_fixed_passes(dial: str, rule: SamplingRule, masked: np.ndarray, block_size
     return int(passes.sum(1).max())
 
 
-@dataclass(frozen=True)
-class SweptModel:
-    """The model of a checkpoint, with which the rules are measured."""
-
-    name: str  # the checkpoint as given
-    step: int | None
-    model: Transformer
-    config: Config
-
-
-def load_swept_model(path: str, overrides: list[str]) -> SweptModel:
-    """Load a checkpoint; `overrides` are settings that replace the run's. Raises ValueError as `load_model`."""
-    loaded = load_model(path, overrides)
-    return SweptModel(path, loaded.step, loaded.model, loaded.config)
-
-
 def sweep(
-    checkpoints: Sequence[SweptModel],
+    checkpoints: Sequence[LoadedModel],
     world: World,
     out: Path,
     overrides: Sequence[str] = (),
@@ -203,7 +187,8 @@ def sweep(
     Of the settings `validation.temperature`, `n_final_examples` (or `n_examples`) and `batch_size` apply.
 
     Args:
-        overrides: as given to `load_swept_model`; see `eval.accuracy.count_examples`.
+        checkpoints: named in the files by their `source`.
+        overrides: with which they were loaded; see `eval.accuracy.count_examples`.
         names: see `rules_of`.
         max_passes: leave out rules that take more passes by design, see `n_fixed_passes`; None: leave out none.
 
@@ -221,7 +206,7 @@ def sweep(
         data = main_first(world, partial(checkpoint.config.open_data().load, train=False))
         n = count_examples(checkpoint.config, overrides, data)
         if n == 0:
-            raise ValueError(f"{checkpoint.name} asks no questions: give a number, validation.n_final_examples=100")
+            raise ValueError(f"{checkpoint.source} asks no questions: give a number, validation.n_final_examples=100")
         checkpoint.model.to(world.device)
         conditions = on_main(partial(_conditions_of, checkpoint, data, n, world))
         loaded.append((checkpoint, TestQuestions(data, None, {}, n), conditions))
@@ -236,7 +221,7 @@ def sweep(
     warm: set[Conditions] = set()
     with main_bar(world, total=len(tasks), desc="sweep", unit="setting") as bar:
         for checkpoint, questions, conditions, named in tasks:
-            bar.set_postfix_str(f"{checkpoint.name} {named.name} {named.dial} {named.value}")
+            bar.set_postfix_str(f"{checkpoint.source} {named.name} {named.dial} {named.value}")
             if not any(point.conditions == conditions and point.measured(named) for point in points):
                 if conditions not in warm:
                     # A batch that does not count: a device is slow at first, for which one rule would pay.
@@ -265,7 +250,7 @@ def _with_suffix(out: Path, suffix: str) -> Path:
 
 
 def _rules_within(
-    max_passes: int | None, checkpoint: SweptModel, rules: list[NamedRule], data: DataSet, n: int
+    max_passes: int | None, checkpoint: LoadedModel, rules: list[NamedRule], data: DataSet, n: int
 ) -> list[NamedRule]:
     """The rules that take at most `max_passes` on the first n questions; ValueError if there is none."""
     if max_passes is None:
@@ -275,17 +260,17 @@ def _rules_within(
     n_passes = [n_fixed_passes(named.dial, named.rule, masked, block_size) for named in rules]
     if min(n_passes) > max_passes:
         raise ValueError(
-            f"--max-passes {max_passes}: no rule has at most {max_passes} passes with {checkpoint.name}; the fewest "
+            f"--max-passes {max_passes}: no rule has at most {max_passes} passes with {checkpoint.source}; the fewest "
             f"are {min(n_passes)}: give that, or more of --rules"
         )
     return [named for named, number in zip(rules, n_passes, strict=True) if number <= max_passes]
 
 
-def _conditions_of(checkpoint: SweptModel, data: DataSet, n: int, world: World) -> Conditions:
+def _conditions_of(checkpoint: LoadedModel, data: DataSet, n: int, world: World) -> Conditions:
     config = checkpoint.config
     dtype = autocast_dtype(config.training.precision, world.device)
     return Conditions(
-        checkpoint=checkpoint.name,
+        checkpoint=checkpoint.source,
         step=checkpoint.step,
         temperature=config.validation.temperature,
         seed=config.training.seed,
@@ -326,7 +311,7 @@ def read_sweep(out: Path) -> list[Point]:
 
 
 def _measure(
-    checkpoint: SweptModel, questions: TestQuestions, conditions: Conditions, named: NamedRule, *, world: World
+    checkpoint: LoadedModel, questions: TestQuestions, conditions: Conditions, named: NamedRule, *, world: World
 ) -> Point:
     config = checkpoint.config
     with autocast(world.device, autocast_dtype(config.training.precision, world.device)):

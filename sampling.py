@@ -57,6 +57,7 @@ SHIPPED = Path(__file__).resolve().parent / "model" / "sudoku"
 BATCH_SIZE = 64
 N_CANDIDATES = 5  # of a position in a trace
 MAX_TRACES = 20  # on one page
+Texts = str | list[str] | tuple[str, ...]  # one question, or a list of them
 Gold = str | int | float  # a right answer
 OUT_SUFFIXES, TRACE_SUFFIXES = (".jsonl", ".csv"), (".html", ".gif")
 
@@ -126,7 +127,7 @@ class TrainedModel:
 
     def solve(
         self,
-        puzzles: str | list[str] | tuple[str, ...],
+        puzzles: Texts,
         rule: SamplingRule = DEFAULT_RULE,
         *,
         seed: int = 0,
@@ -165,7 +166,7 @@ class TrainedModel:
 
     def complete(
         self,
-        prompts: str | list[str] | tuple[str, ...],
+        prompts: Texts,
         rule: SamplingRule = DEFAULT_RULE,
         *,
         gold: Gold | Sequence[Gold | None] | None = None,
@@ -192,7 +193,7 @@ class TrainedModel:
 
     def fill(
         self,
-        templates: str | list[str] | tuple[str, ...],
+        templates: Texts,
         rule: SamplingRule = DEFAULT_RULE,
         *,
         seed: int = 0,
@@ -226,14 +227,12 @@ class TrainedModel:
 
     def _ask(
         self,
-        questions: str | list[str] | tuple[str, ...],
+        questions: Texts,
         golds: Gold | Sequence[Gold | None] | None,
         rule: SamplingRule,
         *,
-        seed: int,
-        batch_size: int,
-        trace: bool,
         holes: bool = False,
+        **options: Unpack[SampleOptions],
     ) -> Answer | list[Answer]:
         """The answer to one question, or a list of answers to a list."""
         texts = [questions] if isinstance(questions, str) else list(questions)
@@ -249,7 +248,7 @@ class TrainedModel:
             Question(text, None if gold is None else str(gold), f"{noun} {number}" if noun else "")
             for number, (text, gold) in enumerate(zip(texts, right, strict=True), 1)
         ]
-        answers = list(self.answers(asked, rule, seed=seed, batch_size=batch_size, trace=trace, holes=holes))
+        answers = list(self.answers(asked, rule, holes=holes, **options))
         return answers[0] if isinstance(questions, str) else answers
 
     def answers(
@@ -337,7 +336,7 @@ class TrainedModel:
         sampler = build_sampler(config, data.eos_id)
         precision = autocast_dtype(config.training.precision, self.device)
         ids = torch.arange(len(questions)) if row_ids is None else torch.tensor(row_ids)
-        with _bar(len(questions), data.question_noun) as (advance, before_pass):
+        with _bar(len(questions), data.question_noun) as (bar, before_pass):
             for start in range(0, len(questions), batch_size):
                 rows = slice(start, min(start + batch_size, len(questions)))
                 with autocast(self.device, precision):
@@ -373,12 +372,12 @@ class TrainedModel:
                         if trace
                         else None,
                     )
-                    advance()
+                    bar.update()
 
 
 @contextmanager
-def _bar(n_questions: int, unit: str) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
-    """A progress bar where standard error is a terminal; what to call after each answer and before each pass."""
+def _bar(n_questions: int, unit: str) -> Iterator[tuple[tqdm, Callable[[], None]]]:
+    """A progress bar of answers where standard error is a terminal, and what to call before each pass."""
     with tqdm(total=n_questions, desc="sampling", unit=f" {unit}", disable=None, leave=False) as bar:
         n_passes = 0
 
@@ -387,10 +386,7 @@ def _bar(n_questions: int, unit: str) -> Iterator[tuple[Callable[[], None], Call
             n_passes += 1
             bar.set_postfix_str(f"{n_passes} forward passes")
 
-        def advance() -> None:
-            bar.update()
-
-        yield advance, before_pass
+        yield bar, before_pass
 
 
 def load(path: str | Path | None = None, device: str = "auto", overrides: Sequence[str] = ()) -> TrainedModel:

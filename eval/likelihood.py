@@ -140,7 +140,8 @@ def likelihood(
     """
     n_rows, device = min(n_rows, len(data)), world.device
     layout = block_layout(config.objective, data.length)
-    single_tokens = not config.causal and layout.size == 1
+    exact = config.causal or layout.size == 1
+    n_passes = 1 if exact else n_draws // REPLICATES  # that count for a replicate
     per_row, padding = np.zeros((2, REPLICATES, n_rows))
     n_tokens = np.zeros(n_rows, dtype=np.int64)
     for part in rank_batches(n_rows, world, config.validation.batch_size):
@@ -148,32 +149,28 @@ def likelihood(
         maskable = ~prompt_mask  # [B, L]
         answer = up_to_first_eos(x0, maskable, data.eos_id)  # [B, L]
         n_tokens[part] = answer.sum(1).numpy()
+        draws: Iterable[tuple[int | slice, Tensor, Tensor]]  # the replicates that a pass counts for, masks, weights
         if config.causal:
-            before_pass()
-            target = next_token_targets(x0, maskable, data.eos_id).float().to(device)
-            per_row[:, part] = (model(x0.to(device), x0.to(device), target).nll * target).double().sum(1).cpu().numpy()
+            target = next_token_targets(x0, maskable, data.eos_id)
+            draws = [(slice(None), torch.zeros_like(maskable), target.float())]
+        elif exact:  # all draws are this one; what follows the answer does not bear on it
+            draws = [(slice(None), maskable, answer.float())]
         else:
-            draws: Iterable[tuple[int | slice, Tensor, Tensor]]
-            if single_tokens:  # all draws are this one; what follows the answer does not bear on it
-                n_passes, draws = 1, [(slice(None), maskable, answer.float())]
-            else:
-                n_passes = n_draws // REPLICATES
-                draws = likelihood_masks(maskable, layout, torch.from_numpy(part), n_draws)
-            for replicate, masked, weight in draws:
-                before_pass()
-                xt = x0.masked_fill(masked, data.mask_id)
-                for each in layout.microbatches(xt.to(device), x0.to(device), weight.to(device), len(part)):
-                    nats = (each.weight * model(each.xt, each.x0, each.weight).nll).double().cpu() / n_passes
-                    per_row[replicate, part[each.rows]] += nats.sum(1).numpy()
-                    after = ~answer[each.rows, : nats.shape[1]]
-                    padding[replicate, part[each.rows]] += (nats * after).sum(1).numpy()
+            draws = likelihood_masks(maskable, layout, torch.from_numpy(part), n_draws)
+        for replicate, masked, weight in draws:
+            before_pass()
+            xt = x0.masked_fill(masked, data.mask_id)
+            for each in layout.microbatches(xt.to(device), x0.to(device), weight.to(device), len(part)):
+                nats = (each.weight * model(each.xt, each.x0, each.weight).nll).double().cpu() / n_passes
+                per_row[replicate, part[each.rows]] += nats.sum(1).numpy()
+                after = ~answer[each.rows, : nats.shape[1]]
+                padding[replicate, part[each.rows]] += (nats * after).sum(1).numpy()
         if bar is not None:
             bar.update(len(part) * world.n_ranks)
     # Every row belongs to one rank, so the sum over ranks is the whole.
     sums = torch.from_numpy(np.concatenate([per_row, padding, n_tokens[None]])).to(device)  # float64 [5, n]
     parts = sum_over_ranks(sums).cpu().numpy()
     per_row, padding, n_tokens = parts[:REPLICATES], parts[REPLICATES:-1], parts[-1].astype(np.int64)
-    exact = config.causal or single_tokens
     # The variance of a mean of two is a quarter of their squared difference.
     mask_variance = 0.0 if exact else float(((per_row[0] - per_row[1]) ** 2).sum() / 4)
     return Likelihood(exact, per_row.mean(0), padding.mean(0), n_tokens, mask_variance)

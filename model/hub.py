@@ -28,7 +28,7 @@ from data.files import reported, write_text
 from data.foreign import CommandParser, ends_with_message, read_json, reading
 from data.text import TOKENIZER_DIR, TOKENIZER_FILE, load_tokenizer
 from model.transformer import EMBEDDING, HEAD, POSITIONS, Transformer, build_model, count_parameters
-from runtime.checkpoint import MANIFEST, Checkpoint, chosen_folder, find_checkpoint, run_dir_of, split_choice
+from runtime.checkpoint import MANIFEST, chosen_folder, find_checkpoint, run_dir_of, split_choice
 from runtime.config_file import dump_config, override_config, read_config
 
 CONFIG_FILE = "config.json"
@@ -91,16 +91,25 @@ def load_model(path: str, overrides: Sequence[str] = ()) -> LoadedModel:
     Raises:
         ValueError: no usable checkpoint, or a wrong setting.
     """
+    config, weights, source, step = _find(path, overrides)
+    return LoadedModel(_model_with(weights, config, source), config, source, step)
+
+
+def _find(path: str, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, Tensor], str, int | None]:
+    """Settings and weights of what `load_model` reads, with the fields `source` and `step` of `LoadedModel`."""
     folder = Path(path)
-    if not _is_written_here(folder):
-        return _load_checkpoint(find_checkpoint(path), overrides)
-    config = read_config(folder / SETTINGS_FILE)
-    config = config.model_copy(update={"data": config.data.in_folder(folder)})
-    config = override_config(config.model_dump(mode="json"), overrides, str(folder / SETTINGS_FILE))
-    with reading(f"{folder / WEIGHTS_FILE}", "write the folder again, or copy it again"):
-        weights = load_file(folder / WEIGHTS_FILE)
-    model = _model_with(weights, config, str(folder))
-    return LoadedModel(model, config, path, None)
+    if _is_written_here(folder):
+        config = read_config(folder / SETTINGS_FILE)
+        config = config.model_copy(update={"data": config.data.in_folder(folder)})
+        config = override_config(config.model_dump(mode="json"), overrides, str(folder / SETTINGS_FILE))
+        with reading(f"{folder / WEIGHTS_FILE}", "write the folder again, or copy it again"):
+            return config, load_file(folder / WEIGHTS_FILE), path, None
+    checkpoint = find_checkpoint(path)
+    config = checkpoint.config(overrides)
+    weights = checkpoint.weights("ema") or checkpoint.weights("model")
+    if weights is None:
+        raise ValueError(f"checkpoint {checkpoint.path} holds no weights")
+    return config, weights, f"checkpoint {checkpoint.path}", checkpoint.step
 
 
 def _is_written_here(folder: Path) -> bool:
@@ -111,17 +120,9 @@ def _is_written_here(folder: Path) -> bool:
 def _is_run(source: str) -> bool:
     """Whether the source is a checkpoint or a run directory."""
     folder, choice = split_choice(source)
-    return choice is not None or (folder / MANIFEST).exists() or (folder / "checkpoints").is_dir()
-
-
-def _load_checkpoint(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> LoadedModel:
-    """See `load_model`."""
-    config = checkpoint.config(overrides)
-    weights = checkpoint.weights("ema") or checkpoint.weights("model")
-    if weights is None:
-        raise ValueError(f"checkpoint {checkpoint.path} holds no weights")
-    model = _model_with(weights, config, f"checkpoint {checkpoint.path}")
-    return LoadedModel(model, config, str(checkpoint.path), checkpoint.step)
+    if choice is not None or (folder / MANIFEST).exists():
+        return True
+    return (folder / "checkpoints").is_dir() and not _is_written_here(folder)
 
 
 def _model_with(weights: dict[str, Tensor], config: Config, source: str) -> Transformer:
@@ -220,19 +221,36 @@ def load_initial_weights(model: Transformer, config: Config) -> None:
             f"model.shifted is {config.shifted}, but in {pretrained.source} a position predicts {target}: {remedy}"
         )
     weights = fit_weights(pretrained, config.model)
-    with reading(f"model.init_from: {pretrained.source}", "it must hold the weights of a Qwen2 model"):
+    with reading(f"model.init_from: {pretrained.source}", "it must hold the weights that its settings describe"):
         model.load_weights(weights)
 
 
 def _read(source: str) -> Pretrained:
     """Read what `load_model` reads, a Qwen2 folder, or a model of the Hugging Face hub."""
-    folder, is_run = Path(source), _is_run(source)
-    if is_run or (_is_written_here(folder) and not (folder / CONFIG_FILE).exists()):
-        loaded = _load_checkpoint(find_checkpoint(source)) if is_run else load_model(source)
-        return Pretrained(loaded.source, loaded.config.model, loaded.config.shifted, loaded.model.weights())
+    folder = Path(source)
+    if _is_run(source) or (_is_written_here(folder) and not (folder / CONFIG_FILE).exists()):
+        config, weights, found, _ = _find(source)
+        with reading(f"{found}: weights", "name another in model.init_from, or copy it again"):
+            _check_vocabulary(weights, config.model)
+        # Packed ones are in bfloat16, which would round the mean row of a larger vocabulary.
+        weights = {name: tensor.float() for name, tensor in weights.items()}
+        return Pretrained(found, config.model, config.shifted, weights)
     if folder.is_dir() and not (folder / CONFIG_FILE).exists():
         raise ValueError(f"model.init_from: {source} holds neither a checkpoint nor a config.json")
     return read_qwen2(folder if folder.is_dir() else _download(source), source)
+
+
+def _check_vocabulary(weights: dict[str, Tensor], settings: ModelSettings) -> None:
+    """Raise ValueError unless embedding and head have the size that the settings of the weights say.
+
+    `fit_weights` changes their number of rows, after which a wrong number is not noticed.
+    """
+    if EMBEDDING not in weights:
+        raise ValueError(f"{EMBEDDING} is missing")
+    shape = (settings.vocab_size, settings.hidden_size)
+    for name in (EMBEDDING, HEAD):
+        if name in weights and weights[name].shape != shape:
+            raise ValueError(f"{name} is {list(weights[name].shape)}, but the settings say {list(shape)}")
 
 
 def fit_weights(pretrained: Pretrained, settings: ModelSettings) -> dict[str, Tensor]:
@@ -332,13 +350,10 @@ def read_qwen2(folder: Path, source: str) -> Pretrained:
             weights |= load_file(file)
         if settings.tie_word_embeddings:
             weights.pop(HEAD, None)
-        shape = (settings.vocab_size, settings.hidden_size)
-        for name in (EMBEDDING, HEAD):  # their number of rows is the only size that the settings may change
-            if name in weights and weights[name].shape != shape:
-                raise ValueError(f"{name} is {list(weights[name].shape)}, but {CONFIG_FILE} says {list(shape)}")
+        _check_vocabulary(weights, settings)
         shifted = raw.get("next_token_shift", raw.get("is_causal", True))
-        if EMBEDDING not in weights or type(shifted) is not bool:
-            raise ValueError(f"it lacks {EMBEDDING}, or next_token_shift {shifted!r} is not true or false")
+        if type(shifted) is not bool:
+            raise ValueError(f"next_token_shift {shifted!r} is not true or false")
     return Pretrained(source, settings, shifted, weights)
 
 

@@ -345,6 +345,46 @@ def test_a_run_starts_from_a_packed_model(autoregressive_run, config_file, tmp_p
     assert load_model(str(autoregressive_run)).step == 6
 
 
+def test_a_packed_model_is_one_for_all_readers(autoregressive_run, config_file, tmp_path):
+    """Also with a folder in it that has the name of a run's checkpoints."""
+    packed = tmp_path / "packed"
+    hub.pack_run(str(autoregressive_run), packed)
+    (packed / "checkpoints").mkdir()
+    model = load_model(str(packed)).model
+    run, _ = train.start(read_config(config_file(PUMA, model__init_from=str(packed))), tmp_path / "run")
+    for name, tensor in model.weights().items():
+        assert torch.equal(run.model.weights()[name], tensor), name
+    assert hub.tokenizer_folder(str(packed)) == packed
+
+
+def test_weights_to_start_from_are_read_without_their_model(autoregressive_run, data_dir, monkeypatch):
+    """It would take as much memory again."""
+    shape = load_model(str(autoregressive_run)).config.model
+    changes = {"init_from": str(autoregressive_run), "vocab_size": shape.vocab_size + 1}
+    settings = tiny_settings(AUTOREGRESSIVE, data_dir) | {"model": shape.model_dump(exclude={"shifted"}) | changes}
+    config = parse_config(settings, "test")
+    model = build_model(config)
+    monkeypatch.setattr(hub, "build_model", None)
+    load_initial_weights(model, config)
+    embedding = find_checkpoint(autoregressive_run).weights("ema")["model.embed_tokens.weight"]
+    assert torch.equal(model.model.embed_tokens.weight[-1], embedding.mean(0))
+
+
+@pytest.mark.parametrize("damage", ["rows", "name"])
+def test_a_packed_vocabulary_that_its_settings_do_not_describe_is_refused(
+    damage, autoregressive_run, config_file, tmp_path
+):
+    packed = tmp_path / "packed"
+    hub.pack_run(str(autoregressive_run), packed)
+    weights = load((packed / "model.safetensors").read_bytes())
+    embedding = weights.pop("model.embed_tokens.weight")
+    weights["model.embed_tokens.weight" if damage == "rows" else "other"] = embedding[:-1].contiguous()
+    save_file(weights, packed / "model.safetensors")
+    config = read_config(config_file(PUMA, model__init_from=str(packed)))
+    with pytest.raises(ValueError, match=r"packed.*embed_tokens\.weight is .*: name another in model\.init_from"):
+        train.start(config, tmp_path / "run")
+
+
 def test_a_table_of_positions_starts_at_zero_where_the_source_has_none(tmp_path, tokens, data_dir):
     """So that the model computes at first what its source does."""
     reference = write_reference(tmp_path / "qwen2")

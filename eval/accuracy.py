@@ -9,58 +9,23 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import Confidence, Config, SamplingRule
+from config import Config, SamplingRule
 from data.dataset import DataSet, JudgedAnswers, Reference
 from model.transformer import Transformer
 from runtime.distributed import World, gather, sum_over_ranks
+from runtime.final import GroupResult, SamplerResult
 from runtime.signals import StopVote
 from samplers.build import build_sampler
 from samplers.step import no_op
 
 NORMAL_95 = 1.959964  # a normal variable is within so many standard deviations with probability 95%
-
-
-@dataclass(frozen=True)
-class GroupResult:
-    """Accuracy on a group of questions of similar difficulty."""
-
-    by: str  # measure of difficulty, e.g. clues
-    value: float  # lowest value of the group
-    n: int
-    accuracy: float
-    accuracy_low: float  # 95% interval
-    accuracy_high: float
-    reference: float | None  # share solved by the simple method of the data set
-
-
-@dataclass(frozen=True)
-class SamplerResult:
-    """Results of one sampling rule."""
-
-    confidence: Confidence
-    tokens_per_step: int
-    n: int  # sequences sampled
-    accuracy: float
-    accuracy_low: float  # 95% interval
-    accuracy_high: float
-    nfe: float  # mean network forward evaluations per sequence
-    details: dict[str, float]  # means of the other figures of the data set, shares
-    numbers: dict[str, float] = field(default_factory=dict)  # means of `DataSet.numbers`
-    groups: list[GroupResult] = field(default_factory=list)  # in ascending order for each measure of difficulty
-    options: dict[str, str | float] = field(default_factory=dict)  # what else the rule sets, see `SamplingRule.options`
-
-    @property
-    def label(self) -> str:
-        """Short name used in records: confidence rule, tokens per step, and what else the rule sets."""
-        others = (f"{key}_{value}" for key, value in self.options.items())
-        return "_".join([self.confidence, f"{self.tokens_per_step}", *others])
 
 
 def group_results(

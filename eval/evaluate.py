@@ -29,7 +29,6 @@ from data.files import check_out, say, write_text
 from data.foreign import CommandParser, escape, whole_number
 from eval.accuracy import (
     NORMAL_95,
-    SamplerResult,
     TestQuestions,
     count_examples,
     interruptible,
@@ -52,6 +51,7 @@ from runtime.distributed import (
     start_world,
     sum_over_ranks,
 )
+from runtime.final import ReferenceResult, SamplerResult
 from runtime.signals import StopVote
 from samplers.options import rule_in_words
 
@@ -67,7 +67,7 @@ class Evaluation:
 
     loss: float
     samplers: list[SamplerResult]  # in the order of the settings, the headline first; none if no question was asked
-    reference: tuple[str, float] | None = None  # name of a simple method, and the share of the questions that it solves
+    reference: ReferenceResult | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)  # some of the sampled answers, judged
     likelihood: Likelihood | None = None  # of the rows of the validation loss
 
@@ -94,7 +94,7 @@ class Evaluation:
                 f"validation/{name}/{result.label}": value for name, value in (result.details | result.numbers).items()
             }
         if self.reference is not None:
-            values["validation/reference"] = self.reference[1]
+            values["validation/reference"] = self.reference.accuracy
         for group in self.samplers[0].groups if self.samplers else ():
             facts = {key: value for key, value in asdict(group).items() if key not in ("by", "value")}
             values |= {f"validation/by_{group.by}/{group.value:g}/{key}": value for key, value in facts.items()}
@@ -109,7 +109,7 @@ class Evaluation:
             lines.append(f"{bound}{self.likelihood.nats_per_token:.4g} nats per token (+- {error:.2g})")
         lines += map(_rule_line, self.samplers)
         if self.reference is not None:
-            lines.append(f"{self.reference[0]} alone: accuracy {100 * self.reference[1]:.1f}%")
+            lines.append(f"{self.reference.name} alone: accuracy {100 * self.reference.accuracy:.1f}%")
         if self.samplers and self.samplers[0].groups:
             lines += ["", f"by difficulty ({self.samplers[0].label}):", *_group_lines(self)]
         return "\n".join(lines)
@@ -130,7 +130,7 @@ def _rule_line(result: SamplerResult) -> str:
 
 def _group_lines(evaluation: Evaluation) -> list[str]:
     """Table of fixed width: accuracy of the headline sampler by difficulty."""
-    reference = evaluation.reference[0] if evaluation.reference else None
+    reference = evaluation.reference.name if evaluation.reference else None
     lines = [f"{'':>12}{'n':>7}{'solved':>10}   95% interval{f'   {reference}' if reference else ''}"]
     for group in evaluation.samplers[0].groups:
         interval = f"{100 * group.accuracy_low:5.1f} to {100 * group.accuracy_high:5.1f}"
@@ -153,8 +153,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
             "mask_error": measured.mask_error,
         }
     if evaluation.reference is not None:
-        name, accuracy = evaluation.reference
-        values["reference"] = {"name": name, "accuracy": accuracy}
+        values["reference"] = asdict(evaluation.reference)
     return values
 
 
@@ -198,7 +197,7 @@ def evaluate(
     return Evaluation(
         loss,
         [each.result for each in results],
-        None if reference is None else (reference.name, float(reference.solved.mean())),
+        None if reference is None else ReferenceResult(reference.name, float(reference.solved.mean())),
         [sample for each in results for sample in each.samples],
         measured,
     )

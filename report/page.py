@@ -28,10 +28,10 @@ from report.runs import RunSummary, summarize
 from report.trace import html_fragment, read_traces
 from runtime.config_file import parse_config, read_sections
 from runtime.figures import COLORS, set_grid
-from runtime.final import load_final
+from runtime.final import Final, SamplerResult, load_final
 from runtime.history import read_history
 from runtime.metrics import read_metrics
-from samplers.options import recorded_rule_in_words, rule_in_words
+from samplers.options import rule_in_words
 
 PAGE_FILE = "report.html"
 TRACES_FILE = "traces.json"
@@ -106,7 +106,7 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[object]], n_left: int =
     return f"<div class=wide><table><thead>{line('th', titles)}</thead><tbody>{body}</tbody></table></div>"
 
 
-def _facts(summary: RunSummary, rows: list[dict[str, Any]], final: dict[str, Any] | None) -> str:
+def _facts(summary: RunSummary, rows: list[dict[str, Any]], final: Final | None) -> str:
     """The figures at the top."""
     last = {key: value for key, value in rows[-1].items() if can_be_drawn(value)} if rows else {}
     facts = {
@@ -117,10 +117,10 @@ def _facts(summary: RunSummary, rows: list[dict[str, Any]], final: dict[str, Any
         "distinct sequences": f"{last.get('sequences_distinct', 0):,}",
         "training": duration(last.get("seconds", 0.0)),
     }
-    if final is not None and final["accuracy"] is not None:
-        facts["final accuracy"] = f"{100 * final['accuracy']:.1f}% of {final['n']:,}"
+    if final is not None and final.accuracy is not None:
+        facts["final accuracy"] = f"{100 * final.accuracy:.1f}% of {final.n:,}"
     elif final is not None:
-        facts["final validation loss"] = f"{final['evaluation']['loss']:.4f}"
+        facts["final validation loss"] = f"{final.evaluation.loss:.4f}"
     if summary.accuracy is not None:
         facts["best accuracy"] = f"{100 * summary.accuracy:.1f}% at {summary.accuracy_step:,}"
     elif summary.loss is not None:
@@ -191,54 +191,57 @@ def _draw(plot_into: Any, *, legend: bool = False) -> str:
     return re.sub(r'<svg ([^>]*?)width="[^"]*pt" height="[^"]*pt"', r'<svg role="img" \1', svg, count=1)
 
 
-def _results(final: dict[str, Any] | None) -> Iterator[str]:
+def _results(final: Final | None) -> Iterator[str]:
     """Tables of the last evaluation: by sampling rule, and by difficulty for the first rule."""
     if final is None:
         return
-    evaluation = final["evaluation"]
-    samplers, reference = evaluation["samplers"], evaluation.get("reference")
+    evaluation, reference = final.evaluation, final.evaluation.reference
     yield "<h2>Final evaluation</h2>"
-    if not samplers:
-        yield f"<p>Validation loss {evaluation['loss']:.4f}; no questions were asked.</p>"
+    if not evaluation.samplers:
+        yield f"<p>Validation loss {evaluation.loss:.4f}; no questions were asked.</p>"
         return
-    yield f"<p>{samplers[0]['n']:,} unseen questions, validation loss {evaluation['loss']:.4f}</p>"
-    names, numbers = list(samplers[0]["details"]), list(samplers[0]["numbers"])
-    shown = [name.replace("_", " ") for name in (*names, *numbers)]
+    first = evaluation.samplers[0]
+    yield f"<p>{first.n:,} unseen questions, validation loss {evaluation.loss:.4f}</p>"
+    shown = [name.replace("_", " ") for name in (*first.details, *first.numbers)]
     titles = ["sampling rule", "accuracy", "95% interval", *shown, "passes"]
     yield table(
         titles,
         (
             [
-                recorded_rule_in_words(each),
-                percent(each["accuracy"]),
-                f"{percent(each['accuracy_low'])} to {percent(each['accuracy_high'])}",
-                *(percent(each["details"].get(name)) for name in names),
-                *(f"{each['numbers'][name]:.4g}" if name in each["numbers"] else "-" for name in numbers),
-                f"{each['nfe']:.1f}",
+                _rule(each),
+                percent(each.accuracy),
+                f"{percent(each.accuracy_low)} to {percent(each.accuracy_high)}",
+                *(percent(each.details.get(name)) for name in first.details),
+                *(f"{each.numbers[name]:.4g}" if name in each.numbers else "-" for name in first.numbers),
+                f"{each.nfe:.1f}",
             ]
-            for each in samplers
+            for each in evaluation.samplers
         ),
     )
     if reference:
-        yield f"<p class=faint>For comparison, {text(reference['name'])}: {percent(reference['accuracy'])}.</p>"
-    groups = samplers[0]["groups"]
-    for measure in dict.fromkeys(group["by"] for group in groups):
+        yield f"<p class=faint>For comparison, {text(reference.name)}: {percent(reference.accuracy)}.</p>"
+    for measure in dict.fromkeys(group.by for group in first.groups):
         yield f"<h3>By {text(measure.replace('_', ' '))}</h3>"
-        chosen = [group for group in groups if group["by"] == measure]
-        others = [reference["name"]] if reference and chosen[0]["reference"] is not None else []
+        groups = [group for group in first.groups if group.by == measure]
+        others = [reference.name] if reference and groups[0].reference is not None else []
         yield table(
             [measure.replace("_", " "), "questions", "accuracy", "95% interval", *others],
             (
                 [
-                    f"{group['value']:g}",
-                    f"{group['n']:,}",
-                    percent(group["accuracy"]),
-                    f"{percent(group['accuracy_low'])} to {percent(group['accuracy_high'])}",
-                    *([percent(group["reference"])] if others else []),
+                    f"{group.value:g}",
+                    f"{group.n:,}",
+                    percent(group.accuracy),
+                    f"{percent(group.accuracy_low)} to {percent(group.accuracy_high)}",
+                    *([percent(group.reference)] if others else []),
                 ]
-                for group in chosen
+                for group in groups
             ),
         )
+
+
+def _rule(result: SamplerResult) -> str:
+    """The sampling rule of a result as people read it."""
+    return rule_in_words(result.confidence, result.tokens_per_step, result.options)
 
 
 def percent(share: float | None) -> str:
@@ -258,7 +261,7 @@ def _traces(run_dir: Path) -> Iterator[str]:
         yield f"<details class=trace{is_open}><summary>{title}</summary>{html_fragment(trace)}</details>"
 
 
-def _samples(run_dir: Path, final: dict[str, Any] | None, *, on_boards: bool) -> Iterator[str]:
+def _samples(run_dir: Path, final: Final | None, *, on_boards: bool) -> Iterator[str]:
     """Some answers of the last evaluation by its first rule, wrong ones first."""
     numbers = {path: path.stem.removeprefix("samples_") for path in run_dir.glob("samples_*.jsonl")}
     steps = {int(number): path for path, number in numbers.items() if number.isdecimal()}
@@ -276,9 +279,10 @@ def _samples(run_dir: Path, final: dict[str, Any] | None, *, on_boards: bool) ->
     def rule_of(facts: dict[str, Any]) -> tuple[object, object]:
         return facts.get("confidence"), facts.get("tokens_per_step")
 
-    rule, known = rule_of(samples[0]), (final or {}).get("evaluation", {}).get("samplers", [])
+    rule, known = rule_of(samples[0]), final.evaluation.samplers if final else []
     # Samples do not name the options of their rule, the last evaluation does.
-    name = next((recorded_rule_in_words(each) for each in known if rule_of(each) == rule), rule_in_words(*rule, {}))
+    names = (_rule(each) for each in known if (each.confidence, each.tokens_per_step) == rule)
+    name = next(names, rule_in_words(*rule, {}))
     samples = [each for each in samples if rule_of(each) == rule]
     wrong, right = ([each for each in samples if bool(each.get("right")) is is_right] for is_right in (False, True))
     shown = (wrong[: max(MAX_SAMPLES // 2, MAX_SAMPLES - len(right))] + right)[:MAX_SAMPLES]

@@ -34,16 +34,16 @@ from tqdm import tqdm
 from typing_extensions import NotRequired, TypedDict
 
 from data.files import write_text
-from data.foreign import MAX_INTEGER, CommandParser, ends_with_message, shorten, whole_number
+from data.foreign import CommandParser, ends_with_message, shorten, whole_number
 from report.curves import RUN_AXES, Curve, accuracy_points, mean_and_range, plot_curves, rules_of, target_table
 from results.experiments import EXPERIMENTS, Experiment, Variant
 from results.records import Number, Text, check_folder, read_note, read_records
 from runtime.config_file import changed_settings, format_changes, read_config
-from runtime.final import Share, read_final
+from runtime.final import Count, Share, load_final, read_final
 from runtime.history import ROOT, commit_name, read_history
 from runtime.markdown import markdown_table
 from runtime.metrics import read_metrics
-from samplers.options import recorded_rule_in_words
+from samplers.options import rule_in_words
 
 POLL_S = 0.5
 N_COLUMNS = 10  # at most, in the table of accuracy by update
@@ -68,7 +68,7 @@ class Group(TypedDict):
 
     by: Text  # measure of difficulty
     value: float
-    n: Annotated[int, Field(ge=0, lt=MAX_INTEGER)]
+    n: Count
     accuracy: Share
 
 
@@ -85,7 +85,7 @@ class Final(TypedDict):
     accuracy: Share
     low: Share
     high: Share
-    n: Annotated[int, Field(ge=0, lt=MAX_INTEGER)]
+    n: Count
     groups: list[Group]
     rules: NotRequired[list[RuleResult]]
 
@@ -323,7 +323,7 @@ def collect(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, Any]]) 
         rows = list(read_metrics(task.run_dir))
         rules = rules_of(rows)
         points = accuracy_points(rows, rules[0]) if rules else []  # the first rule is the headline
-        final = _final(task.run_dir)
+        final = _final(task.run_dir) if task.is_complete else None
         if old and (not points or (old["final"] and not final) or (old["points"], old["final"]) == (points, final)):
             runs.append(old)
         elif points:
@@ -344,19 +344,19 @@ def _origin(run_dir: Path) -> dict[str, str]:
 
 
 def _final(run_dir: Path) -> dict[str, Any] | None:
-    """Accuracy with its interval, number of questions, and accuracy by difficulty and by sampling rule.
-
-    None if the run is not complete, or asked no questions.
-    """
-    final = read_final(run_dir)
-    if final is None or not final["evaluation"]["samplers"]:
+    """The `Final` of a complete run; None if it asked no questions."""
+    final = load_final(run_dir)
+    if final is None or not final.evaluation.samplers:
         return None
-    samplers = final["evaluation"]["samplers"]
+    samplers = final.evaluation.samplers
     result = samplers[0]
-    groups = [{key: group[key] for key in ("by", "value", "n", "accuracy")} for group in result["groups"]]
-    figures = {"accuracy": result["accuracy"], "low": result["accuracy_low"], "high": result["accuracy_high"]}
-    rules = [{"rule": recorded_rule_in_words(each), "accuracy": each["accuracy"]} for each in samplers]
-    return figures | {"n": result["n"], "groups": groups} | ({"rules": rules} if len(rules) > 1 else {})
+    groups = [{"by": each.by, "value": each.value, "n": each.n, "accuracy": each.accuracy} for each in result.groups]
+    figures = {"accuracy": result.accuracy, "low": result.accuracy_low, "high": result.accuracy_high}
+    rules = [
+        {"rule": rule_in_words(each.confidence, each.tokens_per_step, each.options), "accuracy": each.accuracy}
+        for each in samplers
+    ]
+    return figures | {"n": result.n, "groups": groups} | ({"rules": rules} if len(rules) > 1 else {})
 
 
 def runs_by_variant(records: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -1,65 +1,84 @@
-"""The result of a complete run: `final.json` in the run directory. A run is complete if it has one that can be read."""
+"""The result of a complete run: `final.json` in the run directory. A run is complete if it has one that can be read.
+
+`eval` measures results into the same classes into which they are read from the file. Only reading checks their bounds.
+"""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter
-from typing_extensions import NotRequired, TypedDict
+from pydantic import Field, Strict, TypeAdapter
 
 from data.foreign import MAX_INTEGER, BadInput, read_json, reading
 from runtime.distributed import claim_report
 
 FINAL_FILE = "final.json"
 
-Count = Annotated[int, Field(ge=0, lt=MAX_INTEGER)]
-Share = Annotated[float, Field(ge=0, le=1)]
+# Strict: "0.5" in a file is no number.
+Real = Annotated[float, Strict()]
+Count = Annotated[int, Strict(), Field(ge=0, lt=MAX_INTEGER)]
+Share = Annotated[float, Strict(), Field(ge=0, le=1)]
 
 
-class Group(TypedDict):
-    """Accuracy on questions of one difficulty."""
+@dataclass(frozen=True)
+class GroupResult:
+    """Accuracy on a group of questions of similar difficulty."""
 
-    by: str  # measure of difficulty
-    value: float
+    by: str  # measure of difficulty, e.g. clues
+    value: Real  # lowest value of the group
     n: Count
     accuracy: Share
     accuracy_low: Share  # 95% interval
     accuracy_high: Share
-    reference: Share | None
+    reference: Share | None  # share solved by the simple method of the data set
 
 
-class Sampler(TypedDict):
-    """Accuracy by one sampling rule."""
+@dataclass(frozen=True)
+class SamplerResult:
+    """Results of one sampling rule."""
 
-    n: Count
+    confidence: str  # `config.Confidence`; in a file perhaps a rule of other code
+    tokens_per_step: Count
+    n: Count  # sequences sampled
     accuracy: Share
-    accuracy_low: Share
+    accuracy_low: Share  # 95% interval
     accuracy_high: Share
-    nfe: float
-    details: dict[str, float]
-    numbers: dict[str, float]
-    groups: list[Group]
-    options: dict[str, str | float]
+    nfe: Real  # mean network forward evaluations per sequence
+    details: dict[str, Real]  # means of the other figures of the data set, shares
+    numbers: dict[str, Real] = field(default_factory=dict)  # means of `DataSet.numbers`
+    groups: list[GroupResult] = field(default_factory=list)  # in ascending order for each measure of difficulty
+    # What else the rule sets, see `SamplingRule.options`; an integer stays one, as it is shown.
+    options: dict[str, str | int | float] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """Short name used in records: confidence rule, tokens per step, and what else the rule sets."""
+        others = (f"{key}_{value}" for key, value in self.options.items())
+        return "_".join([self.confidence, f"{self.tokens_per_step}", *others])
 
 
-class Reference(TypedDict):
+@dataclass(frozen=True)
+class ReferenceResult:
     """A simple method, and the share of the questions that it solves."""
 
     name: str
     accuracy: Share
 
 
-class FinalEvaluation(TypedDict):
-    """The last evaluation, by all sampling rules of the settings, the headline first; none if no question was asked."""
+@dataclass(frozen=True)
+class FinalEvaluation:
+    """The last evaluation."""
 
-    loss: float
-    samplers: list[Sampler]
-    reference: NotRequired[Reference]
+    loss: Real
+    samplers: list[SamplerResult]  # in the order of the settings, the headline first; none if no question was asked
+    reference: ReferenceResult | None = None
 
 
-class Final(TypedDict):
+@dataclass(frozen=True)
+class Final:
     """What readers of final.json rely on; it holds more."""
 
     accuracy: Share | None  # of the headline; None if no question was asked
@@ -70,23 +89,25 @@ class Final(TypedDict):
 FINAL = TypeAdapter(Final)
 
 
-def load_final(run_dir: Path) -> dict[str, Any] | None:
-    """The content of final.json; None if the run has none. Raises BadInput for a damaged one."""
+def load_final(run_dir: Path) -> Final | None:
+    """The result of a run; None if it has no final.json. Raises BadInput for a damaged one."""
     path = run_dir / FINAL_FILE
     if not path.exists():
         return None
     with reading(f"{path}", "the command of the run writes it again"):
-        final = read_json(path)
-        FINAL.validate_python(final, strict=True)
-        if (final["accuracy"] is None) != (not final["evaluation"]["samplers"]):
+        final = FINAL.validate_python(read_json(path))
+        if (final.accuracy is None) != (not final.evaluation.samplers):
             raise ValueError("it has an accuracy without sampling rules, or rules without an accuracy")
         return final
 
 
 def read_final(run_dir: Path) -> dict[str, Any] | None:
-    """`load_final`, but a damaged file counts as none, with a warning: the run is not complete."""
+    """All that final.json holds, as it is written; None if the run is not complete.
+
+    It is not if it has none, or a damaged one, which gives a warning.
+    """
     try:
-        return load_final(run_dir)
+        return None if load_final(run_dir) is None else read_json(run_dir / FINAL_FILE)
     except BadInput as error:
         if claim_report():
             warnings.warn(str(error), RuntimeWarning, stacklevel=2)

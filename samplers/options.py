@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import get_args
 
 from pydantic import ValidationError
 
@@ -41,11 +41,6 @@ def rule_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Sam
 def rule_in_words(confidence: object, tokens_per_step: object, options: Mapping[str, object]) -> str:
     """A rule as people read it; `options` are those that are not by default, see `SamplingRule.options`."""
     return f"{confidence}, {tokens_per_step} per step" + "".join(f", {key} {value}" for key, value in options.items())
-
-
-def recorded_rule_in_words(rule: Mapping[str, Any]) -> str:
-    """`rule_in_words` for a rule of a file, such as final.json, which may lack any part."""
-    return rule_in_words(rule.get("confidence"), rule.get("tokens_per_step"), rule.get("options", {}))
 
 
 def _option(key: str) -> str:

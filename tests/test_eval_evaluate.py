@@ -21,13 +21,14 @@ from data.sudoku import Sudoku
 from data.sudoku_boards import SudokuData, make_data
 from data.sudoku_solver import solve_singles
 from eval import evaluate as evaluation
-from eval.accuracy import SamplerResult, group_results, wilson_interval
+from eval.accuracy import group_results, wilson_interval
 from eval.evaluate import validation_loss
 from model.transformer import Transformer, build_model
 from progressive_block import BlockLayout
 from runtime.checkpoint import find_checkpoint
 from runtime.config_file import parse_config
 from runtime.distributed import World
+from runtime.final import SamplerResult
 
 CPU = torch.device("cpu")
 

@@ -61,7 +61,7 @@ from runtime.distributed import (
     only_on_main,
     start_world,
 )
-from runtime.final import FINAL_FILE, read_final
+from runtime.final import FINAL_FILE, is_complete, load_final
 from runtime.history import Session
 from runtime.lock import check_shared, lock_run
 from runtime.metrics import METRICS_FILE, Recorder
@@ -333,16 +333,11 @@ def show_evaluation(run: Run, evaluation: Evaluation, bar: tqdm) -> None:
         say(line)
 
 
-def write_result(
-    run: Run, model: Transformer, data: DataSet, evaluation: Evaluation, recorder: Recorder
-) -> dict[str, Any]:
+def write_result(run: Run, model: Transformer, data: DataSet, evaluation: Evaluation, recorder: Recorder) -> None:
     """Write final.json, which marks the run as complete, some traces, the curves and the run's page.
 
     Args:
         model: the one that was evaluated.
-
-    Returns:
-        What is in final.json.
 
     Raises:
         WriteError: final.json cannot be written. What fails with traces, curves or the page gives a warning.
@@ -366,7 +361,6 @@ def write_result(
     figures = ("accuracy", "n", "nfe", "train_seconds", "steps")
     known = {name: final[name] for name in figures if final[name] is not None}
     recorder.final(known | {"loss": evaluation.loss}, pictures, page)
-    return final
 
 
 def draw(run_dir: Path) -> tuple[dict[str, Path], Path | None]:
@@ -427,14 +421,15 @@ def stop_early(run: Run, stopped: Signals, recorder: Recorder | None) -> None:
         sys.exit(INTERRUPTED)
 
 
-def print_result(config: Config, run_dir: Path, final: dict[str, Any]) -> None:
+def print_result(config: Config, run_dir: Path) -> None:
     """Print the main result of a complete run, what it has written, and a command that samples from it."""
-    data = config.open_data()
-    if final["accuracy"] is None:
-        say(f"validation loss {final['evaluation']['loss']:.4f}")
+    data, final = config.open_data(), load_final(run_dir)
+    assert final is not None
+    if final.accuracy is None:
+        say(f"validation loss {final.evaluation.loss:.4f}")
     else:
-        say(f"solved {100 * final['accuracy']:.1f}% of {final['n']} unseen {data.question_noun}")
-    question = (f"--{data.question_option}", escape(final["example"]))
+        say(f"solved {100 * final.accuracy:.1f}% of {final.n} unseen {data.question_noun}")
+    question = (f"--{data.question_option}", escape(final.example))
     command = shell_command("sampling.py", "--checkpoint", run_dir, *question)
     say(f"wrote {run_dir} ({PAGE_FILE}, {FINAL_FILE}, {METRICS_FILE}, curves_*.png, checkpoints/), next: {command}")
 
@@ -463,14 +458,14 @@ def open_run(config_file: Path, overrides: Sequence[str], run_dir: Path) -> tupl
     """
     config = read_config(config_file, overrides)
     check_unchanged(with_resolved_data(config), run_dir, config_file, overrides)
-    if (final := read_final(run_dir)) is None:
+    if not is_complete(run_dir):
         run, data = build_or_restore(config, run_dir)
         return run, data, open_records(run)
     if claim_report():
         say(f"{run_dir} is complete; give another --run-dir to train again")
         if not (run_dir / PAGE_FILE).exists():  # the command ended before it was written
             draw(run_dir)
-        print_result(config, run_dir, final)
+        print_result(config, run_dir)
     return None
 
 
@@ -484,9 +479,9 @@ def train_and_report(run: Run, data: DataSet, recorder: Recorder | None) -> None
         return
     model = run.evaluated_model()  # needs all ranks
     if recorder is not None:
-        final = write_result(run, model, data, outcome, recorder)
+        write_result(run, model, data, outcome, recorder)
         say(outcome.table())
-        print_result(run.config, run.run_dir, final)
+        print_result(run.config, run.run_dir)
         recorder.close()  # last, since wandb may wait for the network
 
 

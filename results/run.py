@@ -39,7 +39,7 @@ from report.curves import RUN_AXES, Curve, accuracy_points, mean_and_range, plot
 from results.experiments import EXPERIMENTS, Experiment, Variant
 from results.records import Number, Text, check_folder, read_note, read_records
 from runtime.config_file import changed_settings, format_changes, read_config
-from runtime.final import Count, Share, load_final, read_final
+from runtime.final import Count, Share, is_complete, load_final
 from runtime.history import ROOT, commit_name, read_history
 from runtime.markdown import markdown_table
 from runtime.metrics import read_metrics
@@ -147,7 +147,7 @@ class Task:
     @property
     def is_complete(self) -> bool:
         """Whether the run directory holds the complete run."""
-        return read_final(self.run_dir) is not None
+        return is_complete(self.run_dir)
 
 
 def read_experiment(name: str) -> tuple[str, Experiment]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, Strict, TypeAdapter
 
@@ -82,8 +82,9 @@ class Final:
     """What readers of final.json rely on; it holds more."""
 
     accuracy: Share | None  # of the headline; None if no question was asked
-    n: Count
+    n: Count  # questions that were asked
     evaluation: FinalEvaluation
+    example: str  # a question, for a command that samples
 
 
 FINAL = TypeAdapter(Final)
@@ -101,14 +102,11 @@ def load_final(run_dir: Path) -> Final | None:
         return final
 
 
-def read_final(run_dir: Path) -> dict[str, Any] | None:
-    """All that final.json holds, as it is written; None if the run is not complete.
-
-    It is not if it has none, or a damaged one, which gives a warning.
-    """
+def is_complete(run_dir: Path) -> bool:
+    """Whether the run has a final.json that can be read; a damaged one gives a warning."""
     try:
-        return None if load_final(run_dir) is None else read_json(run_dir / FINAL_FILE)
+        return load_final(run_dir) is not None
     except BadInput as error:
         if claim_report():
             warnings.warn(str(error), RuntimeWarning, stacklevel=2)
-        return None
+        return False

@@ -351,7 +351,7 @@ def test_a_packed_model_is_one_for_all_readers(autoregressive_run, config_file, 
     hub.pack_run(str(autoregressive_run), packed)
     (packed / "checkpoints").mkdir()
     model = load_model(str(packed)).model
-    run, _ = train.start(read_config(config_file(PUMA, model__init_from=str(packed))), tmp_path / "run")
+    run, _ = train.build_or_restore(read_config(config_file(PUMA, model__init_from=str(packed))), tmp_path / "run")
     for name, tensor in model.weights().items():
         assert torch.equal(run.model.weights()[name], tensor), name
     assert hub.tokenizer_folder(str(packed)) == packed
@@ -382,7 +382,7 @@ def test_a_packed_vocabulary_that_its_settings_do_not_describe_is_refused(
     save_file(weights, packed / "model.safetensors")
     config = read_config(config_file(PUMA, model__init_from=str(packed)))
     with pytest.raises(ValueError, match=r"packed.*embed_tokens\.weight is .*: name another in model\.init_from"):
-        train.start(config, tmp_path / "run")
+        train.build_or_restore(config, tmp_path / "run")
 
 
 def test_a_table_of_positions_starts_at_zero_where_the_source_has_none(tmp_path, tokens, data_dir):

@@ -40,7 +40,7 @@ from report.runs import summarize
 from report.runs import table as runs_table
 from runtime.checkpoint import find_checkpoint, latest_checkpoint, step_folders
 from runtime.config_file import read_config
-from runtime.final import read_final
+from runtime.final import load_final
 from runtime.history import read_history
 from runtime.metrics import read_metrics
 
@@ -731,7 +731,7 @@ def test_a_run_that_asks_no_questions_is_judged_by_its_loss(config_file, tmp_pat
     assert [path.name for path in step_folders(run_dir)] == ["step_00000004", "step_00000002"]
     final = json.loads((run_dir / "final.json").read_text())
     assert (final["accuracy"], final["n"], final["evaluation"]) == (None, 0, {"loss": 1.0, "samplers": []})
-    assert read_final(run_dir) == final
+    assert load_final(run_dir).example == final["example"]
     page = (run_dir / "report.html").read_text()
     assert "final validation loss" in page
     assert "0.2500 at 2" in page

@@ -19,7 +19,7 @@ from model.transformer import build_model
 from runtime.checkpoint import latest_checkpoint
 from runtime.config_file import read_config
 from runtime.distributed import World, from_main, gather, start_world, stop_world, sum_over_ranks
-from runtime.final import read_final
+from runtime.final import is_complete
 from runtime.optim import build_optimizer
 from runtime.sharding import full_tensor, is_sharded, shard
 from training.run import Run, build_run, data_parallel, restore_run, save_run
@@ -40,7 +40,7 @@ def run(options: Namespace, report: Report) -> None:
         words += ["--config", str(YAML_FILE), "--run-dir", f"{folder}/run", *TINY_SUDOKU]
         words += [f"data.data_dir={folder}", "training.max_steps=6", "training.num_epochs=null"]
         if report.run("train.py, one rank of torchrun", *words, environment=LOOPBACK):
-            complete = read_final(Path(folder, "run")) is not None
+            complete = is_complete(Path(folder, "run"))
             report.add("train.py, one rank of torchrun", "complete" if complete else "no result")
     for name, difference in (report.measure("one rank", one_rank, overrides) or {}).items():
         report.add(name, difference, "", ("<=", 1e-5))

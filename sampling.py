@@ -35,10 +35,11 @@ import numpy as np
 from tqdm import tqdm
 from typing_extensions import Unpack
 
+from base.commands import CommandParser, ends_with_message, whole_number
+from base.files import check_out
+from base.text import escape
 from config import DEFAULT_RULE, Config, Device, SamplingRule
 from data.dataset import AnswerVerdict, DataSet
-from data.files import check_out
-from data.foreign import CommandParser, ends_with_message, escape, whole_number
 from data.questions import STANDARD_INPUT, Question, read_questions
 from data.text import decode_whole
 from samplers.infill import check_infills, encode_template

@@ -36,10 +36,11 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
+from base.commands import INTERRUPTED, CommandParser, say
+from base.files import WriteError, reported, write_text
+from base.text import escape, shorten
 from config import Config
 from data.dataset import DataSet, DataSettings
-from data.files import WriteError, reported, say, write_text
-from data.foreign import INTERRUPTED, CommandParser, escape, shorten
 from eval.accuracy import check_n_examples
 from eval.evaluate import Evaluation, as_json, evaluate
 from model.hub import check_init_from, check_initial_tokenizer, fetch_initial_weights, initial_data

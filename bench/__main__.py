@@ -10,10 +10,10 @@ import importlib
 import sys
 from pathlib import Path
 
+from base.commands import CommandParser, ends_with_message, whole_number
+from base.files import check_out
 from bench.inputs import refuse_unread
 from bench.measure import measure, profile
-from data.files import check_out
-from data.foreign import CommandParser, ends_with_message, whole_number
 
 WITH_MODEL = ("step", "head", "sample", "block")
 # Options that not all commands read.

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.files import write_text
+from base.files import write_text
 from runtime.machine import device_name
 from runtime.markdown import markdown_table
 from runtime.metrics import peak_memory_gib

@@ -40,8 +40,8 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import override
 
+from base.memory import check_memory
 from data.dataset import AnswerVerdict, DataSet, DataSettings, JudgedAnswers
-from data.foreign import check_memory
 from data.hashes import hash_arrays
 from data.questions import Question
 from data.settings import Seed

@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.files import check_out, make_once, write_text
-from data.foreign import CommandParser, check_memory, ends_with_message, whole_number
+from base.commands import CommandParser, ends_with_message, whole_number
+from base.cores import count_cores
+from base.files import check_out, make_once, write_text
+from base.memory import check_memory
 from data.sudoku_boards import BOX_SHAPE, Split, SudokuData, check_request, make_data, puzzle_keys, save_array
-from grader.cores import count_cores
 
 CHUNK_ROWS = 500
 # Grids tried for puzzle i before it is skipped.

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from data.files import write_text
-from data.foreign import may_be_on_hub, parse_object, read_lines, reading
+from base.files import write_text
+from base.reading import may_be_on_hub, parse_object, read_lines, reading
 from data.text import check_tokens, encode_prompts, load_tokenizer, prompt_fits, prompt_row
 from grader.grade import gold_number
 

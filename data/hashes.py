@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.files import write_text
-from data.foreign import BadInput, parse_object, read_text, reading
+from base.files import write_text
+from base.reading import BadInput, parse_object, read_text, reading
 
 CHUNK_BYTES = 1 << 22
 CACHE_MAX_BYTES = 1 << 12

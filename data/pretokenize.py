@@ -30,22 +30,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.files import alone, reported, say, write_text
-from data.foreign import (
-    MAX_INTEGER,
-    CommandParser,
-    check_file,
-    ends_with_message,
-    may_be_on_hub,
-    read_json,
-    reading,
-    shorten,
-    whole_number,
-)
+from base.commands import CommandParser, ends_with_message, say, whole_number
+from base.cores import count_cores
+from base.files import alone, reported, write_text
+from base.reading import MAX_INTEGER, check_file, may_be_on_hub, read_json, reading
+from base.text import shorten
 from data.gsm8k import HUB_NAME, read_problems
 from data.text import TOKENIZER_DIR, encode_rows, load_tokenizer
 from data.token_files import LABELS_FILE, META_FILE, PROMPT_FILE, data_shape, read_meta, write_meta
-from grader.cores import count_cores
 
 PROGRESS_FILE = ".progress.json"
 COLUMNS = ("question", "code")  # of TinyGSM

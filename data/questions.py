@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.foreign import MAX_TEXT_BYTES, parse_object, read_text, reading
+from base.reading import MAX_TEXT_BYTES, parse_object, read_text, reading
 
 STANDARD_INPUT = "-"
 BYTE_ORDER_MARK = "\ufeff"  # spreadsheets write one

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from data.foreign import MAX_INTEGER
+from base.reading import MAX_INTEGER
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 

@@ -19,8 +19,9 @@ import numpy as np
 from pydantic import Field, model_validator
 from typing_extensions import override
 
+from base.commands import CommandParser, ends_with_message, fail
+from base.text import shorten
 from data.dataset import AnswerVerdict, Board, DataSet, DataSettings, JudgedAnswers, Reference
-from data.foreign import CommandParser, ends_with_message, fail, shorten
 from data.generate_sudoku import cached_generated
 from data.questions import Question
 from data.settings import FREE_ON_RESUME, Seed

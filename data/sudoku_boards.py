@@ -22,8 +22,9 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from data.files import replacing, reported
-from data.foreign import check_archive, check_file, check_memory, may_be_on_hub, reading
+from base.files import replacing, reported
+from base.memory import check_memory
+from base.reading import check_archive, check_file, may_be_on_hub, reading
 from data.hashes import hash_arrays
 
 SudokuLayout = Literal["two_halves", "in_place"]

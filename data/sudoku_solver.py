@@ -13,8 +13,8 @@ import numpy as np
 from numba import njit, uint64
 from tqdm import tqdm
 
+from base.cores import count_cores
 from data.sudoku_boards import BOX_SHAPE
-from grader.cores import count_cores
 
 SEARCH_ROWS = 500  # puzzles per task of a thread when counting solutions
 # Number of digits in a bit mask of candidates; a constant of the compiled functions.

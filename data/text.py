@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.foreign import check_file, reading, shorten
+from base.reading import check_file, reading
+from base.text import shorten
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -28,9 +28,11 @@ import numpy as np
 from pydantic import Field, model_validator
 from typing_extensions import override
 
+from base.commands import say
+from base.files import make_once, making_folder, reported
+from base.reading import reading
+from base.text import escape, shorten
 from data.dataset import AnswerVerdict, DataSet, DataSettings, JudgedAnswers
-from data.files import make_once, making_folder, reported, say
-from data.foreign import escape, reading, shorten
 from data.hashes import cached_hash, hash_file
 from data.pretokenize import find_files, pretokenize, read_rows
 from data.questions import Question

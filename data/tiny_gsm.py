@@ -24,6 +24,7 @@ from typing_extensions import override
 if __name__ == "__main__":  # `python data/tiny_gsm.py` puts data/ on the path instead of the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from base.cores import count_own_cores
 from data.dataset import AnswerVerdict, JudgedAnswers
 from data.gsm8k import HUB_NAME, Prompts, build_prompts, final_answer, read_problems
 from data.questions import Question
@@ -32,7 +33,6 @@ from data.text import decode_completions, load_tokenizer
 from data.text_pairs import PairDataSet, PairSettings
 from data.token_files import META_FILE, read_meta, tokenizer_of
 from data.word_problems import LEVELS, TEST_FILE, Difficulty, cached_word_problems, count_operations
-from grader.cores import count_own_cores
 from grader.grade import FAILURES, gold_number, grade
 from grader.sandbox import WORKERS_PER_CORE
 

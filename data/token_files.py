@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.files import reported, write_text
-from data.foreign import MAX_INTEGER, read_json, reading
+from base.files import reported, write_text
+from base.reading import MAX_INTEGER, read_json, reading
 from data.hashes import cached_findings, cached_hash, hash_arrays
 from data.text import SEPARATOR, TOKENIZER_DIR
 

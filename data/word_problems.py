@@ -20,8 +20,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.files import WriteError, make_once, making_folder, say
-from data.foreign import check_memory
+from base.commands import say
+from base.files import WriteError, make_once, making_folder
+from base.memory import check_memory
 from data.text import TOKENIZER_DIR, encode_completions, encode_prompts, encode_rows, train_byte_pairs
 from data.token_files import META_FILE, write_token_files
 

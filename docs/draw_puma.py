@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from base.commands import CommandParser, ends_with_message, whole_number
 from config import PumaSettings
-from data.foreign import CommandParser, ends_with_message, whole_number
 from data.sudoku import SudokuData
 from model.hub import load_model
 from progressive import reveal_next_stage

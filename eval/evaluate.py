@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from base.commands import CommandParser, say, whole_number
+from base.files import check_out, write_text
+from base.text import escape
 from baselines import next_token_targets, target_weights
 from config import Config
 from data.dataset import DataSet, SequenceData
-from data.files import check_out, say, write_text
-from data.foreign import CommandParser, escape, whole_number
 from eval.accuracy import (
     NORMAL_95,
     TestQuestions,

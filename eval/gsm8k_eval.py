@@ -18,8 +18,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.files import check_out, write_text
-from data.foreign import CommandParser, ends_with_message, parse_object, read_lines, reading, whole_number
+from base.commands import CommandParser, ends_with_message, whole_number
+from base.files import check_out, write_text
+from base.reading import parse_object, read_lines, reading
 from grader.grade import REASONS, gold_number, grade
 
 REMEDY = 'each line must be {"completion": "...", "gold": 18}'

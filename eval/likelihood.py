@@ -36,11 +36,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from base.commands import CommandParser, whole_number
+from base.files import check_out, write_text
 from baselines import next_token_targets, up_to_first_eos
 from config import Config
 from data.dataset import DataSet, SequenceData
-from data.files import check_out, write_text
-from data.foreign import CommandParser, whole_number
 from data.text import decode_completions
 from eval.accuracy import NORMAL_95, rank_batches
 from model.hub import LoadedModel, load_model

@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import TypeAdapter
 
+from base.files import check_out, write_text
+from base.reading import read_text, reading
 from config import DEFAULT_RULE, Config, SamplingRule
 from data.dataset import DataSet
-from data.files import check_out, write_text
-from data.foreign import read_text, reading
 from data.hashes import hash_arrays
 from eval.accuracy import TestQuestions, count_examples, measure_rule
 from model.hub import LoadedModel

@@ -61,9 +61,9 @@ from pathlib import Path
 from signal import SIGKILL, SIGXCPU
 from typing import Any, Literal
 
-from grader.cores import count_cores
+from base.cores import count_cores
+from base.text import escape
 from grader.sandbox_worker import CHILD_STATUSES, HEADER, MAX_INT_BITS, MAX_RESULT, MAX_TEXT, MAX_WAITING
-from grader.text import escape
 
 Status = Literal["ok", "syntax_error", "error", "timeout", "memory", "killed"]
 

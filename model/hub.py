@@ -22,10 +22,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from base.commands import CommandParser, ends_with_message
+from base.files import reported, write_text
+from base.reading import read_json, reading
 from config import Config, ModelSettings
 from data.dataset import DataSet, DataSettings
-from data.files import reported, write_text
-from data.foreign import CommandParser, ends_with_message, read_json, reading
 from data.text import TOKENIZER_DIR, TOKENIZER_FILE, load_tokenizer
 from model.transformer import EMBEDDING, HEAD, POSITIONS, Transformer, build_model, count_parameters
 from runtime.checkpoint import MANIFEST, chosen_folder, find_checkpoint, run_dir_of, split_choice

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
+from base.memory import check_memory
 from config import Config, ModelConfidence, ModelSettings
-from data.foreign import check_memory
 from model.attention import Attention, KeyValueCache, rotary_tables
 from model.block_mask import decoding_mask, noisy_and_clean, training_mask
 from model.token_predictions import TokenPredictions, predict_tokens

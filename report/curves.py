@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from data.files import check_out
-from data.foreign import CommandParser, ends_with_message, escape
+from base.commands import CommandParser, ends_with_message
+from base.files import check_out
+from base.text import escape
 from runtime.config_file import read_config, setting_name
 from runtime.figures import COLORS, LINES, MARKERS, plain_label, set_grid, set_log_axis
 from runtime.history import read_history

@@ -19,9 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from base.commands import CommandParser, ends_with_message
+from base.files import write_text
+from base.reading import parse_object, read_lines, reading
+from base.text import escape, shorten
 from config import Config
-from data.files import write_text
-from data.foreign import CommandParser, ends_with_message, escape, parse_object, read_lines, reading, shorten
 from data.sudoku import BOX_SHAPE, find_repeats
 from report.curves import AXES, RUN_AXES, accuracy_points, can_be_drawn, plot_curves, read_curves, rules_of
 from report.runs import RunSummary, summarize

@@ -24,7 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data.foreign import BadInput, CommandParser, ends_with_message, escape, shorten
+from base.commands import CommandParser, ends_with_message
+from base.reading import BadInput
+from base.text import escape, shorten
 from report.curves import accuracy_points, can_be_drawn, rules_of
 from runtime.config_file import parse_config, read_sections
 from runtime.final import load_final

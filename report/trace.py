@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import Field, TypeAdapter
 
+from base.files import reported, write_text
+from base.reading import read_text, reading
+from base.text import escape
 from data.dataset import AnswerVerdict, Board, DataSet
-from data.files import reported, write_text
-from data.foreign import escape, read_text, reading
 from samplers.step import Pass
 
 if TYPE_CHECKING:

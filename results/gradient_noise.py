@@ -33,9 +33,10 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
+from base.commands import CommandParser, ends_with_message, whole_number
+from base.files import write_text
+from base.memory import check_memory
 from config import AnyObjectiveSettings, ProgressiveSettings, PumaSettings, UniformSettings
-from data.files import write_text
-from data.foreign import CommandParser, check_memory, ends_with_message, whole_number
 from data.stream import SequenceStream
 from model.transformer import Transformer, build_model
 from objective import Objective

@@ -53,10 +53,10 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import NotRequired, TypedDict
 
+from base.commands import CommandParser, ends_with_message, whole_number
+from base.files import write_text
 from config import DEFAULT_RULE, Config, ProgressiveSettings
 from data.dataset import SequenceData
-from data.files import write_text
-from data.foreign import CommandParser, ends_with_message, whole_number
 from model.transformer import Transformer
 from objective import Objective
 from progressive import PumaObjective, stage_of

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
+from base.reading import read_text, reading
 from config import AnyObjectiveSettings, BlockSettings
-from data.foreign import read_text, reading
 from runtime.history import code_version, commit_name
 
 Number = Annotated[float | int, Field(ge=0, le=1e100)]  # larger ones overflow in the library that draws

@@ -33,8 +33,9 @@ from pydantic import Field
 from tqdm import tqdm
 from typing_extensions import NotRequired, TypedDict
 
-from data.files import write_text
-from data.foreign import CommandParser, ends_with_message, shorten, whole_number
+from base.commands import CommandParser, ends_with_message, whole_number
+from base.files import write_text
+from base.text import shorten
 from report.curves import RUN_AXES, Curve, accuracy_points, mean_and_range, plot_curves, rules_of, target_table
 from results.experiments import EXPERIMENTS, Experiment, Variant
 from results.records import Number, Text, check_folder, read_note, read_records

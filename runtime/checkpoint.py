@@ -33,9 +33,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from base.files import WriteError, reported, sync, write_text
+from base.memory import TooLittleMemory
+from base.reading import MAX_INTEGER, BadInput, check_archive, read_json, reading
 from config import Config
-from data.files import WriteError, reported, sync, write_text
-from data.foreign import MAX_INTEGER, BadInput, TooLittleMemory, check_archive, read_json, reading
 from data.hashes import hash_file
 from runtime.config_file import dump_config, read_config
 from runtime.distributed import World, gather

@@ -20,8 +20,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from typing_extensions import override
 
+from base.reading import MAX_MESSAGE, read_text, reading
+from base.text import escape, shorten
 from config import Config
-from data.foreign import MAX_MESSAGE, escape, read_text, reading, shorten
 from runtime.markdown import markdown_table
 
 MAX_CONFIG_BYTES, MAX_NODES, MAX_DEPTH = 1 << 20, 1000, 10  # a file of settings has about 100 values in 4 levels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from data.foreign import escape, shorten
+from base.text import escape, shorten
 
 # Okabe and Ito's colours, distinguishable with colour blindness; line styles and markers distinguish them in print.
 # The last is ours.

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import Field, Strict, TypeAdapter
 
-from data.foreign import MAX_INTEGER, BadInput, read_json, reading
+from base.reading import MAX_INTEGER, BadInput, read_json, reading
 from runtime.distributed import claim_report
 
 FINAL_FILE = "final.json"

@@ -28,9 +28,9 @@ import torch
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from data.files import WriteError, write_text
-from data.foreign import MAX_INTEGER, BadInput, parse_object, read_text, reading
-from grader.cores import count_cores
+from base.cores import count_cores
+from base.files import WriteError, write_text
+from base.reading import MAX_INTEGER, BadInput, parse_object, read_text, reading
 from runtime.distributed import World
 from runtime.machine import processor_name
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from data.foreign import INTERRUPTED, fail
+from base.commands import INTERRUPTED, fail
 from runtime.signals import EARLY_SIGNALS
 
 if TYPE_CHECKING:

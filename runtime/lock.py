@@ -20,7 +20,7 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
-from data.files import HELD
+from base.files import HELD
 from runtime.distributed import World, gather
 
 LOOK_S = 0.5  # longer than `is_locked` holds a lock

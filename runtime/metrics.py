@@ -26,9 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from base.commands import say
+from base.files import WriteError, reported, write_text
+from base.reading import BadInput, parse_object, read_lines, reading
 from config import Config, WandbMode
-from data.files import WriteError, reported, say, write_text
-from data.foreign import BadInput, parse_object, read_lines, reading
 from runtime.config_file import setting_name
 from runtime.distributed import World, sum_over_ranks
 

@@ -12,9 +12,10 @@ import re
 
 import numpy as np
 
+from base.reading import reading
+from base.text import shorten
 from config import BlockSettings, Config
 from data.dataset import DataSet
-from data.foreign import reading, shorten
 from data.text import check_tokens, encode_texts
 
 HOLE = re.compile(r"<(\d{1,6})>")

@@ -8,8 +8,8 @@ from typing import get_args
 
 from pydantic import ValidationError
 
+from base.commands import whole_number
 from config import Confidence, Revision, SamplingRule
-from data.foreign import whole_number
 
 
 def add_rule_options(parser: argparse.ArgumentParser) -> None:

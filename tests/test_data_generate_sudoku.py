@@ -172,7 +172,7 @@ def test_runs_that_start_together_generate_the_boards_once(tmp_path, monkeypatch
         np.save(path, generate(4, 10 if path.stem.endswith("test") else 50, 4, 8).boards)
         yield
 
-    monkeypatch.setattr("data.files.alone", wait)
+    monkeypatch.setattr("base.files.alone", wait)
     monkeypatch.setattr(generator, "generate_sudoku", None)
     assert [len(load_sudoku_file(cached_generated(*request, split), 4)) for split in SPLITS] == [50, 10]
 

@@ -61,9 +61,9 @@ def test_csv(size, empty, tmp_path):
 def test_the_memory_that_a_csv_file_needs_is_ten_bytes_per_character(tmp_path, monkeypatch):
     path = write_csv(tmp_path / "boards.csv", varied_boards(9, 20))
     n_bytes = 10 * path.stat().st_size
-    monkeypatch.setattr("data.foreign.free_memory", lambda: n_bytes)
+    monkeypatch.setattr("base.memory.free_memory", lambda: n_bytes)
     assert len(load_sudoku_file(path, 9)) == 20
-    monkeypatch.setattr("data.foreign.free_memory", lambda: n_bytes - 1)
+    monkeypatch.setattr("base.memory.free_memory", lambda: n_bytes - 1)
     with pytest.raises(ValueError, match="its text: needs"):
         load_sudoku_file(path, 9)
 

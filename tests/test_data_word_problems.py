@@ -219,7 +219,7 @@ def test_runs_that_start_together_write_the_problems_once(folder, tmp_path, monk
         shutil.copytree(folder, path)
         yield
 
-    monkeypatch.setattr("data.files.alone", wait)
+    monkeypatch.setattr("base.files.alone", wait)
     monkeypatch.setattr(word_problems, "generate_problems", lambda *_: pytest.fail("generated again"))
     assert cached_word_problems(tmp_path, 3000, 40, 0, 72) == tmp_path / folder.name
 

@@ -35,10 +35,10 @@ from test_runtime_signals import wait_for_step
 from test_train import assert_same_checkpoint
 
 import train
+from base.files import WriteError
 from baselines import AutoregressiveObjective, UniformObjective
 from data import pretokenize as pretokenize_module
 from data import word_problems
-from data.files import WriteError
 from data.sudoku_boards import save_array
 from data.text import train_byte_pairs
 from data.text_pairs import PIECES
@@ -217,7 +217,7 @@ def test_a_save_that_fails_on_one_rank_ends_all_with_one_message(config_file, tm
     for failing in (0, 1):
         code = f"""
 import errno, os
-from data.files import reported
+from base.files import reported
 import train
 from runtime import checkpoint
 save = checkpoint._save_state

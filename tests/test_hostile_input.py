@@ -42,9 +42,10 @@ import report.runs
 import results.run
 import sampling
 import train
+from base.commands import MAX_LINES
+from base.reading import MAX_MESSAGE
 from config import ModelSettings
 from data import hashes
-from data.foreign import MAX_LINES, MAX_MESSAGE
 from data.token_files import open_token_files
 from data.word_problems import cached_word_problems
 from model.hub import Pretrained, write_qwen2

@@ -11,6 +11,7 @@ from helpers import project_trees
 
 # Each layer may import those below it (above it in this list). What shares a layer imports nothing of each other.
 LAYERS: list[set[str]] = [
+    {"base"},
     {"unmasking", "grader"},
     {"data"},
     {"config"},

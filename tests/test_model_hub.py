@@ -19,8 +19,8 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 import train
+from base.files import WriteError
 from config import Config, ModelSettings
-from data.files import WriteError
 from data.text import load_tokenizer
 from data.word_problems import generate_problems
 from model import hub

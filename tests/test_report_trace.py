@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
+from base.reading import BadInput
 from data.addition import AdditionSettings
 from data.dataset import AnswerVerdict
-from data.foreign import BadInput
 from data.sudoku import SudokuSettings
 from report.trace import (
     MAX_CANDIDATES,

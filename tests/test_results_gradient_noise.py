@@ -63,7 +63,7 @@ def test_a_run_is_measured_and_drawn(config_file, tmp_path):
 
 def test_gradients_that_do_not_fit_into_memory_are_refused(config_file, tmp_path, monkeypatch, capsys):
     train.main(["--config", str(config_file()), "--run-dir", str(tmp_path / "run")])
-    monkeypatch.setattr("data.foreign.free_memory", lambda: 1 << 20)
+    monkeypatch.setattr("base.memory.free_memory", lambda: 1 << 20)
     with pytest.raises(SystemExit) as stop:
         gradient_noise.main([str(tmp_path / "run"), "--out", str(tmp_path), "--updates", "100000"])
     assert stop.value.code == 2

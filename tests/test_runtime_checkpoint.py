@@ -17,10 +17,10 @@ from conftest import UNIFORM, tiny_settings
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from base import memory
+from base.files import WriteError, write_text
+from base.reading import BadInput
 from config import Config
-from data import foreign
-from data.files import WriteError, write_text
-from data.foreign import BadInput
 from runtime import checkpoint as module
 from runtime.checkpoint import (
     MANIFEST,
@@ -563,7 +563,7 @@ def test_only_what_a_checkpoint_holds_is_blamed_on_it(error, raised, sound, monk
 
 
 def test_a_state_that_needs_more_memory_than_is_free_is_not_blamed(sound, monkeypatch):
-    monkeypatch.setattr(foreign, "free_memory", lambda: 10)
+    monkeypatch.setattr(memory, "free_memory", lambda: 10)
     with pytest.raises(OSError, match=r"step_00000004: train\.pt cannot be read now \(its content: needs .* free\)$"):
         open_checkpoint(sound).state("train")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from data.foreign import BadInput
+from base.reading import BadInput
 from eval.evaluate import Evaluation, as_json
 from runtime.final import Final, FinalEvaluation, GroupResult, ReferenceResult, SamplerResult, is_complete, load_final
 

@@ -11,8 +11,8 @@ from helpers import NumberedRows, numbered_rows, random_log_probs, scores_of
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from base.reading import BadInput
 from config import AnyObjectiveSettings, TrainingSettings
-from data.foreign import BadInput
 from data.stream import SequenceStream
 from runtime.checkpoint import Checkpoint, latest_checkpoint, loading_checkpoint
 from runtime.config_file import read_config

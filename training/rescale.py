@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.foreign import BadInput
+from base.reading import BadInput
 from data.stream import merge_streams
 from runtime.distributed import World, rank_slice
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from pathlib import Path
 
+from base.files import reported
 from config import Config
-from data.files import reported
 from runtime.checkpoint import step_folders, step_of
 from runtime.command import shell_command
 from runtime.config_file import changed_settings, format_changes, read_config

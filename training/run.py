@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from base.commands import say
+from base.memory import check_memory
+from base.reading import BadInput
 from baselines import AutoregressiveObjective, UniformObjective
 from config import AnyObjectiveSettings, Config, ProgressiveSettings, TrainingSettings
-from data.files import say
-from data.foreign import BadInput, check_memory
 from data.row_queue import RowQueue
 from data.stream import SequenceData, SequenceStream, changed_sources, fingerprint
 from model.hub import load_initial_weights

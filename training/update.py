@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from base.files import WriteError
 from config import Config, ProgressiveSettings
-from data.files import WriteError
 from model.logits import SMALL_VOCABULARY
 from runtime.checkpoint import save_tensors, step_folders
 from runtime.distributed import World, autocast, autocast_dtype

@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
+from base.commands import CommandParser, ends_with_message, whole_number
 from bench.gpu.report import Report
 from bench.inputs import refuse_unread
-from data.foreign import CommandParser, ends_with_message, whole_number
 
 PIECES = ("speed", "tests", "block", "ranks", "experiments")
 # Options that not all pieces read.

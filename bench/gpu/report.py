@@ -23,9 +23,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from base.files import write_text
 from bench.__main__ import main as bench
 from bench.measure import machine, table
-from data.files import write_text
 from runtime.distributed import autocast_dtype
 from runtime.history import ROOT
 

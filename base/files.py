@@ -18,6 +18,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from base.commands import say
+
 HELD = (errno.EACCES, errno.EAGAIN)  # errors of a lock that another process holds
 LEFTOVER_S = 24 * 3600  # after which an unfinished file or folder is taken for one of a killed process
 
@@ -117,12 +119,6 @@ def make_once(path: Path, is_made: Callable[[], bool], make: Callable[[], None])
     with alone(path):
         if not is_made():  # now, by another process
             make()
-
-
-def say(line: str) -> None:
-    """Print a line at once; a log on a full disk, or one that nobody reads any more, must not end the run."""
-    with suppress(OSError):
-        print(line, flush=True)
 
 
 def check_out(path: Path, option: str, source: Path | None = None) -> None:

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from grader import cores
+from base import cores
 
 
 @pytest.mark.parametrize(

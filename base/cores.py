@@ -1,4 +1,4 @@
-"""The number of cores, by which work is divided. Here, since all other folders may import it."""
+"""The number of cores, by which work is divided."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from data import files
-from data.files import LEFTOVER_S, WriteError, alone, check_out, making_folder, replacing, reported, write_text
+from base import files
+from base.files import LEFTOVER_S, WriteError, alone, check_out, making_folder, replacing, reported, write_text
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_folder_that_another_process_has_written_stays(tmp_path: Path) -> None
 HOLD = """
 import sys, time
 from pathlib import Path
-from data.files import alone
+from base.files import alone
 with alone(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()

@@ -194,10 +194,10 @@ elif [[ -n $stopping ]] || { ((status == 0)) && [[ -n $(newest_step) ]]; }; then
 elif ((status == 0)); then
     echo "job.sh: training ended without a checkpoint; not requeued" >&2
     exit 0
-elif [[ $(newest_step) > $newest_before ]]; then
+elif ((status != 2)) && [[ $(newest_step) > $newest_before ]]; then # 2: refused before the first step
     # A GPU, a node or the file system may have failed. What fails again before the next checkpoint is not tried again.
     requeue "training failed with status $status after a new checkpoint" && exit 0
     exit "$status"
 fi
-echo "job.sh: training failed with status $status and no new checkpoint; not requeued" >&2
+echo "job.sh: training failed with status $status; not requeued" >&2
 exit "$status"

@@ -210,9 +210,8 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
         started = time.perf_counter()
         try:
             while True:
-                if (
-                    run.pending_metrics is not None
-                ):  # the evaluation of this step is due, perhaps since an earlier session
+                # The evaluation of this step is due, perhaps since an earlier session.
+                if run.pending_metrics is not None:
                     evaluation = measure(run, data, vote)
                     record_evaluation(run, evaluation, recorder, bar)
                     if saved_step == run.step:

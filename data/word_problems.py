@@ -37,7 +37,7 @@ class Level:
 
     name: str  # of a set; part of the seed of its problems
     folder: str  # beginning of its name, with the version of the texts, so that files of older versions are not used
-    max_number: int  # in questions; results may be larger
+    max_number: int  # in stories, results may be larger; templates have bounds of their own
     number: str  # regular expression that matches what one token contains of a number
     vocab_size: int  # large enough that nearly every word is one token; first token EOS, last the mask
 

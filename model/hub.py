@@ -63,7 +63,7 @@ SHAPE = (
 class Pretrained:
     """Weights of a trained model."""
 
-    source: str  # for messages
+    source: str  # for messages; `eval.sweep` records it
     settings: ModelSettings
     shifted: bool  # a position predicts the next token
     weights: dict[str, Tensor]  # by Hugging Face's names
@@ -75,7 +75,7 @@ class LoadedModel:
 
     model: Transformer
     config: Config
-    source: str  # for messages
+    source: str  # for messages; `eval.sweep` records it
     step: int | None  # of the checkpoint; None for a folder written by this file
 
 

@@ -80,7 +80,7 @@ class RuleResult(TypedDict):
     accuracy: Share
 
 
-class Final(TypedDict):
+class RecordedResult(TypedDict):
     """The last evaluation of a complete run, by its first sampling rule; `rules` if it has several."""
 
     accuracy: Share
@@ -101,7 +101,7 @@ class RecordedRun(TypedDict):
     date: Text
     machine: Text
     points: Annotated[list[Point], Field(min_length=1)]
-    final: Final | None
+    final: RecordedResult | None
 
 
 class Records(TypedDict):
@@ -345,7 +345,7 @@ def _origin(run_dir: Path) -> dict[str, str]:
 
 
 def _final(run_dir: Path) -> dict[str, Any] | None:
-    """The `Final` of a complete run; None if it asked no questions."""
+    """The `RecordedResult` of a complete run; None if it asked no questions."""
     final = load_final(run_dir)
     if final is None or not final.evaluation.samplers:
         return None

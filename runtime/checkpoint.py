@@ -20,7 +20,6 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -417,21 +416,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         if outside := [name for name in files if Path(name).name != name]:
             raise ValueError(f"it names {outside[0]!r}, a file outside the checkpoint's folder")
-
-    def check(name: str) -> None:
-        file, n_bytes = path / name, files[name]["bytes"]
+    for name, facts in files.items():
+        file, n_bytes = path / name, facts["bytes"]
         with reading_checkpoint(path, name):  # a disk may fail
             n_found = file.stat().st_size if file.is_file() else None
-            is_same = n_found == n_bytes and hash_file(file) == files[name]["sha256"]
+            is_same = n_found == n_bytes and hash_file(file) == facts["sha256"]
         if n_found is None:
             raise ValueError(f"checkpoint {path}: {name} is missing")
         if n_found != n_bytes:
             raise ValueError(f"checkpoint {path}: {name} has {n_found} bytes, not {n_bytes}")
         if not is_same:
             raise ValueError(f"checkpoint {path}: the content of {name} has changed since it was written")
-
-    with ThreadPoolExecutor(max_workers=4) as pool:  # all processes wait for this, and threads hash at the same time
-        list(pool.map(check, files))
     return Checkpoint(path, manifest["step"], manifest["n_ranks"], manifest["score"])
 
 

@@ -320,6 +320,16 @@ def test_a_chosen_checkpoint_of_a_run_is_loaded_packed_and_started_from(autoregr
         assert torch.equal(load_model(str(tmp_path / "packed")).model.weights()[name], tensor.bfloat16().float()), name
 
 
+def test_a_model_of_the_hub_is_fetched_by_one_process_before_all_build_theirs(config_file, tmp_path, monkeypatch):
+    def fetch(name: str) -> None:
+        raise ValueError(f"{name} is fetched")
+
+    monkeypatch.setattr(hub, "_download", fetch)
+    monkeypatch.setattr(train, "build_run", lambda *_, **__: pytest.fail("built first"))
+    with pytest.raises(ValueError, match="owner/name is fetched"):
+        train.build_or_restore(read_config(config_file(PUMA, model__init_from="owner/name")), tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("choice", "message"),
     [("4", r"has no checkpoint of step 4: there are 3.*, 6"), ("last", "after @ comes best or a step")],

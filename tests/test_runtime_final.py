@@ -1,4 +1,4 @@
-"""final.json: what is measured is what is read, older files, and damaged ones."""
+"""final.json: what is measured is what is read, and damaged files."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ def nearest_divisors(total: int, number: int) -> str:
 
 
 def data_parallel(model: Transformer, device: torch.device) -> DistributedDataParallel:
-    """The model on `device`, its gradients averaged over the ranks, in place: no copy to and from the buckets."""
+    """The model on `device`, its gradients averaged over the ranks; they are views of the buckets, not copies."""
     device_ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 

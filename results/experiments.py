@@ -78,6 +78,7 @@ ONE_EPOCH = ("training.max_steps=30000",)  # of uniform masks on a million board
 RATE_OF_1E_3 = ("training.max_steps=50000", "training.learning_rate=1.0e-3", "training.warmup_steps=200")
 RATE_OF_7E_4, RATE_OF_3_5E_4 = "training.learning_rate=7.0e-4", "training.learning_rate=3.5e-4"
 POOL_OF_16, RANDOM_ORDER = "objective.pool_batches=16", "objective.reveal_order=random"
+SHIFTED = "model.shifted=true"
 SUDOKU_MINI = (
     Variant("puma, pool of 16, tau 0.9", "sudoku_mini_puma.yaml"),
     Variant("puma as in the paper", "sudoku_mini_puma.yaml", PAPER),
@@ -311,35 +312,34 @@ EXPERIMENTS = {
         seeds=(0,),
     ),
     "word_problems_medium": Experiment(
-        "Word problems of two to four operations with numbers to 99 from random weights: does the model copy numbers?",
+        "Word problems of two to four operations with numbers to 99, from random weights: PUMA and uniform masks, each "
+        "predicting a position's own token or, shifted, the next one",
         (
             *(
                 Variant(f"{name}{change}", f"tinygsm_mini_medium_{file}.yaml", overrides)
-                for change, overrides in (("", ()), (", shifted", ("model.shifted=true",)))
+                for change, overrides in (("", ()), (", shifted", (SHIFTED,)))
                 for name, file in (("puma", "puma"), ("uniform", "baseline"))
-            ),
-            *(
-                Variant(f"puma, {change}", "tinygsm_mini_medium_puma.yaml", overrides, seeds=(0,))
-                for change, overrides in (
-                    ("no threshold", (NO_THRESHOLD,)),
-                    ("pool of 16", (POOL_OF_16,)),
-                    ("random order", (RANDOM_ORDER,)),
-                )
             ),
             *(
                 Variant(
-                    f"{name}, rate {rate}",
-                    f"tinygsm_mini_medium_{file}.yaml",
-                    (f"training.learning_rate={rate}",),
-                    seeds=(0,),
+                    f"{name}, shifted, {change}", f"tinygsm_mini_medium_{file}.yaml", (SHIFTED, *overrides), seeds=(0,)
                 )
-                for rate in ("5.0e-4", "2.0e-3")
-                for name, file in (("puma", "puma"), ("uniform", "baseline"))
+                for name, file, change, overrides in (
+                    ("uniform", "baseline", "12,000 updates", ("training.max_steps=12000",)),
+                    *(
+                        (name, file, f"rate {rate}", (f"training.learning_rate={rate}",))
+                        for rate in ("2.0e-3", "5.0e-4")
+                        for name, file in (("puma", "puma"), ("uniform", "baseline"))
+                    ),
+                    ("puma", "puma", "no threshold", (NO_THRESHOLD,)),
+                    ("puma", "puma", "pool of 16", (POOL_OF_16,)),
+                    ("puma", "puma", "random order", (RANDOM_ORDER,)),
+                )
             ),
         ),
         baseline="uniform",
         overrides=("training.compile=true",),
-        targets=(0.1, 0.5, 0.9),
+        targets=(0.1, 0.9),
         shown=("puma", "uniform", "puma, shifted", "uniform, shifted"),
     ),
     "word_problems_from_ar": Experiment(
@@ -384,7 +384,7 @@ EXPERIMENTS = {
                     f"tinygsm_mini_hard_{file}.yaml",
                     ("training.compile=true", "training.learning_rate=1.0e-3", *overrides),
                 )
-                for change, overrides in (("", ()), ("shifted, ", ("model.shifted=true",)))
+                for change, overrides in (("", ()), ("shifted, ", (SHIFTED,)))
                 for name, file in (("puma", "puma"), ("uniform", "baseline"))
             ),
         ),

@@ -68,7 +68,8 @@ class ModelSettings(Settings):
     )
     shifted: bool | None = Field(
         None,
-        description="position i predicts token i + 1; null: if autoregressive or init_from; false: init_from is an MDM",
+        description="position i predicts token i + 1, with which text is learned sooner (docs/positions.md); null: if "
+        "autoregressive or init_from; false: init_from is an MDM",
     )
 
     @property

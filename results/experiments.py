@@ -325,7 +325,6 @@ EXPERIMENTS = {
                     f"{name}, shifted, {change}", f"tinygsm_mini_medium_{file}.yaml", (SHIFTED, *overrides), seeds=(0,)
                 )
                 for name, file, change, overrides in (
-                    ("uniform", "baseline", "12,000 updates", ("training.max_steps=12000",)),
                     *(
                         (name, file, f"rate {rate}", (f"training.learning_rate={rate}",))
                         for rate in ("2.0e-3", "5.0e-4")
@@ -337,10 +336,20 @@ EXPERIMENTS = {
                 )
             ),
         ),
-        baseline="uniform",
+        baseline="uniform, shifted",
         overrides=("training.compile=true",),
         targets=(0.1, 0.9),
         shown=("puma", "uniform", "puma, shifted", "uniform, shifted"),
+    ),
+    "word_problems_medium_long": Experiment(
+        "The same shifted models with 12,000 updates: does uniform masking find what PUMA finds?",
+        (
+            Variant("puma", "tinygsm_mini_medium_puma.yaml"),
+            Variant("uniform", "tinygsm_mini_medium_baseline.yaml"),
+        ),
+        baseline="uniform",
+        overrides=("training.compile=true", SHIFTED, "training.max_steps=12000"),
+        targets=(0.1, 0.9),
     ),
     "word_problems_from_ar": Experiment(
         "Word problems from an autoregressive model: PUMA and uniform masks",

@@ -222,7 +222,7 @@ class TinyGsm(PairDataSet):
         for text, verdict, gold in zip(texts, graded, golds, strict=True):
             returned = verdict.value is not None
             right: bool | None = verdict.right
-            reason = f"{verdict.reason}: {verdict.message}" if verdict.message else verdict.reason
+            reason = verdict.explanation
             if gold is None and verdict.reason in ("right", "wrong value"):
                 right, reason = None, ""
             reason = "; ".join(part for part in (f"returns {verdict.value}" if returned else "", reason) if part)

@@ -61,14 +61,7 @@ def grade_file(cases: Path, out: Path, n_workers: int | None) -> str:
     with tqdm(total=len(completions), desc="grading", unit="program", disable=None) as bar:
         verdicts = grade(completions, golds, n_workers=n_workers, on_done=bar.update)
     programs_per_s = len(verdicts) / (time.monotonic() - start)
-    lines = (
-        {
-            "verdict": verdict.right,
-            "value": verdict.value,
-            "reason": f"{verdict.reason}: {verdict.message}" if verdict.message else verdict.reason,
-        }
-        for verdict in verdicts
-    )
+    lines = ({"verdict": verdict.right, "value": verdict.value, "reason": verdict.explanation} for verdict in verdicts)
     write_text(out, "".join(json.dumps(line) + "\n" for line in lines))
     counts = Counter(verdict.reason for verdict in verdicts)
     shares = ", ".join(

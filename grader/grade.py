@@ -83,6 +83,11 @@ class Verdict:
     reason: Reason
     message: str = ""  # details of the reason, if any
 
+    @property
+    def explanation(self) -> str:
+        """The reason with its details."""
+        return f"{self.reason}: {self.message}" if self.message else self.reason
+
 
 def grade(
     completions: Sequence[str],

@@ -54,7 +54,6 @@ from runtime.distributed import (
 )
 from runtime.final import ReferenceResult, SamplerResult
 from runtime.signals import StopVote
-from samplers.options import rule_in_words
 
 # Seed of the masks of the validation loss: the same in all runs, so that their losses can be compared.
 MASK_SEED = 20_260_210
@@ -122,7 +121,7 @@ def _rule_line(result: SamplerResult) -> str:
     shown |= {name: f"{value:.4g}" for name, value in result.numbers.items()}
     details = "".join(f", {name.replace('_', ' ')} {value}" for name, value in shown.items())
     return (
-        f"{rule_in_words(result.confidence, result.tokens_per_step, result.options)}: "
+        f"{result.rule}: "
         f"accuracy {100 * result.accuracy:.1f}% "
         f"({100 * result.accuracy_low:.1f} to {100 * result.accuracy_high:.1f}) of {result.n}{details}, "
         f"{result.nfe:.1f} forward evaluations"

@@ -30,10 +30,9 @@ from report.runs import RunSummary, summarize
 from report.trace import html_fragment, read_traces
 from runtime.config_file import parse_config, read_sections
 from runtime.figures import COLORS, set_grid
-from runtime.final import Final, SamplerResult, load_final
+from runtime.final import Final, load_final, rule_in_words
 from runtime.history import read_history
 from runtime.metrics import read_metrics
-from samplers.options import rule_in_words
 
 PAGE_FILE = "report.html"
 TRACES_FILE = "traces.json"
@@ -210,7 +209,7 @@ def _results(final: Final | None) -> Iterator[str]:
         titles,
         (
             [
-                _rule(each),
+                each.rule,
                 percent(each.accuracy),
                 f"{percent(each.accuracy_low)} to {percent(each.accuracy_high)}",
                 *(percent(each.details.get(name)) for name in first.details),
@@ -239,11 +238,6 @@ def _results(final: Final | None) -> Iterator[str]:
                 for group in groups
             ),
         )
-
-
-def _rule(result: SamplerResult) -> str:
-    """The sampling rule of a result as people read it."""
-    return rule_in_words(result.confidence, result.tokens_per_step, result.options)
 
 
 def percent(share: float | None) -> str:
@@ -283,7 +277,7 @@ def _samples(run_dir: Path, final: Final | None, *, on_boards: bool) -> Iterator
 
     rule, known = rule_of(samples[0]), final.evaluation.samplers if final else []
     # Samples do not name the options of their rule, the last evaluation does.
-    names = (_rule(each) for each in known if (each.confidence, each.tokens_per_step) == rule)
+    names = (each.rule for each in known if (each.confidence, each.tokens_per_step) == rule)
     name = next(names, rule_in_words(*rule, {}))
     samples = [each for each in samples if rule_of(each) == rule]
     wrong, right = ([each for each in samples if bool(each.get("right")) is is_right] for is_right in (False, True))

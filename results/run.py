@@ -44,7 +44,6 @@ from runtime.final import Count, Share, is_complete, load_final
 from runtime.history import ROOT, commit_name, read_history
 from runtime.markdown import markdown_table
 from runtime.metrics import read_metrics
-from samplers.options import rule_in_words
 
 POLL_S = 0.5
 N_COLUMNS = 10  # at most, in the table of accuracy by update
@@ -353,10 +352,7 @@ def _final(run_dir: Path) -> dict[str, Any] | None:
     result = samplers[0]
     groups = [{"by": each.by, "value": each.value, "n": each.n, "accuracy": each.accuracy} for each in result.groups]
     figures = {"accuracy": result.accuracy, "low": result.accuracy_low, "high": result.accuracy_high}
-    rules = [
-        {"rule": rule_in_words(each.confidence, each.tokens_per_step, each.options), "accuracy": each.accuracy}
-        for each in samplers
-    ]
+    rules = [{"rule": each.rule, "accuracy": each.accuracy} for each in samplers]
     return figures | {"n": result.n, "groups": groups} | ({"rules": rules} if len(rules) > 1 else {})
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -59,6 +60,11 @@ class SamplerResult:
         others = (f"{key}_{value}" for key, value in self.options.items())
         return "_".join([self.confidence, f"{self.tokens_per_step}", *others])
 
+    @property
+    def rule(self) -> str:
+        """The sampling rule as people read it."""
+        return rule_in_words(self.confidence, self.tokens_per_step, self.options)
+
 
 @dataclass(frozen=True)
 class ReferenceResult:
@@ -88,6 +94,11 @@ class Final:
 
 
 FINAL = TypeAdapter(Final)
+
+
+def rule_in_words(confidence: object, tokens_per_step: object, options: Mapping[str, object]) -> str:
+    """A rule as people read it; `options` are those that are not by default, see `SamplingRule.options`."""
+    return f"{confidence}, {tokens_per_step} per step" + "".join(f", {key} {value}" for key, value in options.items())
 
 
 def load_final(run_dir: Path) -> Final | None:

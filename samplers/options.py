@@ -1,9 +1,8 @@
-"""Command line options for a sampling rule, one per field of `SamplingRule`; a rule as text. Imports nothing slow."""
+"""Command line options for a sampling rule, one per field of `SamplingRule`. Imports nothing slow."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from typing import get_args
 
 from pydantic import ValidationError
@@ -36,11 +35,6 @@ def rule_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Sam
         if wrong["loc"]:
             message = f"{_option(str(wrong['loc'][0]))} {wrong['input']}: {message[:1].lower()}{message[1:]}"
         parser.error(message)
-
-
-def rule_in_words(confidence: object, tokens_per_step: object, options: Mapping[str, object]) -> str:
-    """A rule as people read it; `options` are those that are not by default, see `SamplingRule.options`."""
-    return f"{confidence}, {tokens_per_step} per step" + "".join(f", {key} {value}" for key, value in options.items())
 
 
 def _option(key: str) -> str:

@@ -1,1 +1,1 @@
-"""Plumbing that knows nothing of the project: reading, writing, command lines, memory and cores."""
+"""Utilities without project-specific code: reading, writing, command lines, memory and cores."""

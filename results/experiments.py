@@ -79,11 +79,22 @@ RATE_OF_1E_3 = ("training.max_steps=50000", "training.learning_rate=1.0e-3", "tr
 RATE_OF_7E_4, RATE_OF_3_5E_4 = "training.learning_rate=7.0e-4", "training.learning_rate=3.5e-4"
 POOL_OF_16, RANDOM_ORDER = "objective.pool_batches=16", "objective.reveal_order=random"
 SHIFTED = "model.shifted=true"
+HARD_AT_1E_3 = ("training.compile=true", "training.learning_rate=1.0e-3")
 SUDOKU_MINI = (
     Variant("puma, pool of 16, tau 0.9", "sudoku_mini_puma.yaml"),
     Variant("puma as in the paper", "sudoku_mini_puma.yaml", PAPER),
     Variant("uniform", "sudoku_mini_baseline.yaml"),
 )
+
+
+def puma_and_uniform(
+    stem: str, change: str = "", overrides: tuple[str, ...] = (), seeds: tuple[int, ...] | None = None
+) -> tuple[Variant, Variant]:
+    """Both objectives with the same change of settings, by the YAML files whose names begin with `stem`."""
+    return (
+        Variant(f"puma{change}", f"{stem}_puma.yaml", overrides, seeds),
+        Variant(f"uniform{change}", f"{stem}_baseline.yaml", overrides, seeds),
+    )
 
 
 def from_autoregressive(stem: str) -> tuple[Variant, ...]:
@@ -296,14 +307,12 @@ EXPERIMENTS = {
         "Word problems from random weights: learning rates, and what the pool and the threshold of PUMA change",
         (
             *(
-                Variant(f"{name}, rate {rate}", f"tinygsm_mini_{file}.yaml", (f"training.learning_rate={rate}",))
+                variant
                 for rate in ("2.0e-3", "4.0e-3", "1.0e-3")
-                for name, file in (("puma", "puma"), ("uniform", "baseline"))
+                for variant in puma_and_uniform("tinygsm_mini", f", rate {rate}", (f"training.learning_rate={rate}",))
             ),
             Variant("puma, rate 2.0e-3, pool of 16", "tinygsm_mini_puma.yaml", (POOL_OF_16,)),
-            Variant(
-                "puma, rate 2.0e-3, no threshold", "tinygsm_mini_puma.yaml", ("objective.collapse_threshold=null",)
-            ),
+            Variant("puma, rate 2.0e-3, no threshold", "tinygsm_mini_puma.yaml", (NO_THRESHOLD,)),
             Variant("puma, rate 2.0e-3, random order", "tinygsm_mini_puma.yaml", (RANDOM_ORDER,)),
         ),
         baseline="uniform, rate 2.0e-3",
@@ -315,24 +324,24 @@ EXPERIMENTS = {
         "Word problems of two to four operations with numbers to 99, from random weights: PUMA and uniform masks, each "
         "predicting a position's own token or, shifted, the next one",
         (
+            *puma_and_uniform("tinygsm_mini_medium"),
+            *puma_and_uniform("tinygsm_mini_medium", ", shifted", (SHIFTED,)),
             *(
-                Variant(f"{name}{change}", f"tinygsm_mini_medium_{file}.yaml", overrides)
-                for change, overrides in (("", ()), (", shifted", (SHIFTED,)))
-                for name, file in (("puma", "puma"), ("uniform", "baseline"))
+                variant
+                for rate in ("2.0e-3", "5.0e-4")
+                for variant in puma_and_uniform(
+                    "tinygsm_mini_medium",
+                    f", shifted, rate {rate}",
+                    (SHIFTED, f"training.learning_rate={rate}"),
+                    seeds=(0,),
+                )
             ),
             *(
-                Variant(
-                    f"{name}, shifted, {change}", f"tinygsm_mini_medium_{file}.yaml", (SHIFTED, *overrides), seeds=(0,)
-                )
-                for name, file, change, overrides in (
-                    *(
-                        (name, file, f"rate {rate}", (f"training.learning_rate={rate}",))
-                        for rate in ("2.0e-3", "5.0e-4")
-                        for name, file in (("puma", "puma"), ("uniform", "baseline"))
-                    ),
-                    ("puma", "puma", "no threshold", (NO_THRESHOLD,)),
-                    ("puma", "puma", "pool of 16", (POOL_OF_16,)),
-                    ("puma", "puma", "random order", (RANDOM_ORDER,)),
+                Variant(f"puma, shifted, {change}", "tinygsm_mini_medium_puma.yaml", (SHIFTED, override), seeds=(0,))
+                for change, override in (
+                    ("no threshold", NO_THRESHOLD),
+                    ("pool of 16", POOL_OF_16),
+                    ("random order", RANDOM_ORDER),
                 )
             ),
         ),
@@ -343,10 +352,7 @@ EXPERIMENTS = {
     ),
     "word_problems_medium_long": Experiment(
         "The same shifted models with 12,000 updates: does uniform masking find what PUMA finds?",
-        (
-            Variant("puma", "tinygsm_mini_medium_puma.yaml"),
-            Variant("uniform", "tinygsm_mini_medium_baseline.yaml"),
-        ),
+        puma_and_uniform("tinygsm_mini_medium"),
         baseline="uniform",
         overrides=("training.compile=true", SHIFTED, "training.max_steps=12000"),
         targets=(0.1, 0.9),
@@ -385,17 +391,9 @@ EXPERIMENTS = {
     "word_problems_hard_random": Experiment(
         "Hard word problems from random weights: PUMA and uniform masks",
         (
-            Variant("puma", "tinygsm_mini_hard_puma.yaml"),
-            Variant("uniform", "tinygsm_mini_hard_baseline.yaml"),
-            *(
-                Variant(
-                    f"{name}, {change}rate 1.0e-3",
-                    f"tinygsm_mini_hard_{file}.yaml",
-                    ("training.compile=true", "training.learning_rate=1.0e-3", *overrides),
-                )
-                for change, overrides in (("", ()), ("shifted, ", (SHIFTED,)))
-                for name, file in (("puma", "puma"), ("uniform", "baseline"))
-            ),
+            *puma_and_uniform("tinygsm_mini_hard"),
+            *puma_and_uniform("tinygsm_mini_hard", ", rate 1.0e-3", HARD_AT_1E_3),
+            *puma_and_uniform("tinygsm_mini_hard", ", shifted, rate 1.0e-3", (*HARD_AT_1E_3, SHIFTED)),
         ),
         baseline="uniform",
         overrides=("training.max_steps=6000", "training.eval_every=500"),

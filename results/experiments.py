@@ -325,7 +325,7 @@ EXPERIMENTS = {
         "predicting a position's own token or, shifted, the next one",
         (
             *puma_and_uniform("tinygsm_mini_medium"),
-            *puma_and_uniform("tinygsm_mini_medium", ", shifted", (SHIFTED,)),
+            *puma_and_uniform("tinygsm_mini_medium", ", shifted", (SHIFTED,), seeds=(0, 1, 2, 3, 4)),
             *(
                 variant
                 for rate in ("2.0e-3", "5.0e-4")
@@ -337,7 +337,7 @@ EXPERIMENTS = {
                 )
             ),
             *(
-                Variant(f"puma, shifted, {change}", "tinygsm_mini_medium_puma.yaml", (SHIFTED, override), seeds=(0,))
+                Variant(f"puma, shifted, {change}", "tinygsm_mini_medium_puma.yaml", (SHIFTED, override))
                 for change, override in (
                     ("no threshold", NO_THRESHOLD),
                     ("pool of 16", POOL_OF_16),

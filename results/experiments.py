@@ -324,7 +324,7 @@ EXPERIMENTS = {
         "Word problems of two to four operations with numbers to 99, from random weights: PUMA and uniform masks, each "
         "predicting a position's own token or, shifted, the next one",
         (
-            *puma_and_uniform("tinygsm_mini_medium"),
+            *puma_and_uniform("tinygsm_mini_medium", ", unshifted", ("model.shifted=false",)),
             *puma_and_uniform("tinygsm_mini_medium", ", shifted", (SHIFTED,), seeds=(0, 1, 2, 3, 4)),
             *(
                 variant
@@ -348,7 +348,7 @@ EXPERIMENTS = {
         baseline="uniform, shifted",
         overrides=("training.compile=true",),
         targets=(0.1, 0.9),
-        shown=("puma", "uniform", "puma, shifted", "uniform, shifted"),
+        shown=("puma, unshifted", "uniform, unshifted", "puma, shifted", "uniform, shifted"),
     ),
     "word_problems_medium_long": Experiment(
         "The same shifted models with 12,000 updates: does uniform masking find what PUMA finds?",

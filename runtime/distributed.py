@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from base.commands import ends_with_message, fail
+from runtime.network import choose_interface
 
 # A collective of training that takes longer means that a rank hangs.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -77,7 +78,7 @@ def start_world(device: str) -> World:
     n_ranks, rank = (_launcher_number("WORLD_SIZE"), _launcher_number("RANK")) if launched else (1, 0)
     own = _take_gpu(launched) if on_gpu else torch.device("cpu")
     if launched:
-        _join(own, n_ranks)
+        _join(own, rank, n_ranks)
     return World(rank, n_ranks, own)
 
 
@@ -110,12 +111,21 @@ def _take_gpu(launched: bool) -> torch.device:
     return own
 
 
-def _join(own: torch.device, n_ranks: int) -> None:
+def _join(own: torch.device, rank: int, n_ranks: int) -> None:
     """Join the process groups of all ranks, with this process's device. Raises Unreachable."""
     global _patient
     backend = "nccl" if own.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=own if own.type == "cuda" else None)
+        meeting, *_ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+        choose_interface(meeting, n_ranks)
+        dist.init_process_group(
+            backend,
+            store=meeting,
+            rank=rank,
+            world_size=n_ranks,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=own if own.type == "cuda" else None,
+        )
         group = dist.new_group(backend="gloo", timeout=CONNECT_TIMEOUT)
         dist.distributed_c10d._set_pg_timeout(PATIENT_TIMEOUT, group)
     except RuntimeError as error:  # a DistError, or the plain one of gloo

@@ -297,6 +297,10 @@ class TrainingSettings(Settings):
         return max_steps
 
 
+# Logits divided by much less overflow, and the first token at infinity would be taken.
+MIN_TEMPERATURE = 1e-6
+
+
 class _RuleOptions(Settings):
     """What a sampling rule and the evaluation share: how many positions a pass fills, and which ones it masks again."""
 
@@ -338,6 +342,8 @@ class _RuleOptions(Settings):
     def _problems(self, confidence: str, tokens_per_step: int) -> list[str]:
         """What does not go together, each with the remedy."""
         problems = []
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            problems.append(f"temperature {self.temperature}: set 0, or at least {MIN_TEMPERATURE}")
         if self.kl_bound is not None and self.threshold is None:
             problems.append(f"kl_bound {self.kl_bound} needs a threshold: set threshold, for example to 0.9")
         if (self.revise is None) != (self.n_passes is None):

@@ -41,7 +41,7 @@ from base.files import WriteError, reported, write_text
 from base.text import escape, shorten
 from config import Config
 from data.dataset import DataSet, DataSettings
-from eval.accuracy import check_n_examples
+from eval.accuracy import check_n_examples, check_prompts
 from eval.evaluate import Evaluation, as_json, evaluate
 from model.hub import check_init_from, check_initial_tokenizer, fetch_initial_weights, initial_data
 from model.transformer import Transformer
@@ -120,6 +120,7 @@ def build_or_restore(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
     for key in ("n_examples", "n_final_examples"):
         if not config.validation.is_default(key):  # the default is for large tests
             check_n_examples(getattr(config.validation, key), data, f"validation.{key}")
+    check_prompts(config, data)
     run = build_run(config, world, run_dir, data.train, resuming=checkpoint is not None)
     run.session = session
     if checkpoint is None:
@@ -138,9 +139,28 @@ def build_or_restore(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
                 "GPU may be as fast (docs/speed.md)",
                 stacklevel=2,
             )
+        warn_about_steps(run)
         warn_about(data)
         say(start_message(run))
     return run, data
+
+
+def warn_about_steps(run: Run) -> None:
+    """Warn about settings that count steps and do not fit the length of the run or each other."""
+    training = run.config.training
+    if training.warmup_steps >= run.n_steps:
+        warnings.warn(
+            f"training.warmup_steps {training.warmup_steps}: the learning rate still rises when the run ends, after "
+            f"{run.n_steps} updates",
+            stacklevel=2,
+        )
+    longer = max(training.save_every, training.eval_every)
+    if longer < run.n_steps and math.lcm(training.save_every, training.eval_every) > longer:
+        warnings.warn(
+            f"training.save_every {training.save_every} and training.eval_every {training.eval_every}: few checkpoints "
+            "are of steps that are evaluated, of which the best is one; let one of the numbers divide the other",
+            stacklevel=2,
+        )
 
 
 def with_resolved_data(config: Config) -> Config:
@@ -198,7 +218,8 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
         The last evaluation, or the signal that stopped the run before its end; the run is saved then.
 
     Raises:
-        TrainingDiverged: the loss or the gradient is not finite; the run is not saved then.
+        TrainingDiverged: the loss, the gradient or a weight is not finite, and the run is not saved; or the validation
+            loss after the last step is not.
         WriteError: a checkpoint cannot be written; all ranks raise.
     """
     training = run.config.training
@@ -220,7 +241,10 @@ def train(run: Run, data: DataSet, recorder: Recorder | None, vote: StopVote) ->
 
                 if run.step == run.n_steps:
                     # None only if an earlier command took the last step, and ended before it wrote final.json.
-                    return evaluation or measure(run, data, vote)
+                    evaluation = evaluation or measure(run, data, vote)
+                    if not math.isfinite(loss := evaluation.loss):
+                        raise TrainingDiverged(f"the last validation loss is {loss}: lower training.learning_rate")
+                    return evaluation
                 if stopped := vote.stop():
                     check_finite(run)
                     run.seconds += time.perf_counter() - started
@@ -429,8 +453,9 @@ def print_result(config: Config, run_dir: Path) -> None:
         say(f"validation loss {final.evaluation.loss:.4f}")
     else:
         say(f"solved {100 * final.accuracy:.1f}% of {final.n} unseen {data.question_noun}")
-    question = (f"--{data.question_option}", escape(final.example))
-    command = shell_command("sampling.py", "--checkpoint", run_dir, *question)
+    option, question = f"--{data.question_option}", escape(final.example)
+    asked = [f"{option}={question}"] if question.startswith("-") else [option, question]
+    command = shell_command("sampling.py", "--checkpoint", run_dir, *asked)
     say(f"wrote {run_dir} ({PAGE_FILE}, {FINAL_FILE}, {METRICS_FILE}, curves_*.png, checkpoints/), next: {command}")
 
 

@@ -65,6 +65,21 @@ def check_n_examples(n_examples: int, data: DataSet, setting: str) -> None:
         )
 
 
+def check_prompts(config: Config, data: DataSet) -> None:
+    """Raise ValueError if an autoregressive model gets a question without a token: it predicts none from nothing."""
+    if not config.causal:
+        return
+    validation = config.validation
+    n_asked = min(max(validation.n_examples, validation.n_last_examples), data.n_questions)
+    empty = np.flatnonzero(data.prompts(np.arange(n_asked))[:, 0] == config.data.mask_id_in(config.model.vocab_size))
+    if len(empty):
+        raise ValueError(
+            f"{len(empty)} of the first {n_asked} {data.question_noun} of the test have no token, the first is number "
+            f"{empty[0] + 1}: objective {config.objective.name!r} predicts a token from those before it; give all "
+            "prompts a word, or set another objective"
+        )
+
+
 def count_examples(config: Config, overrides: Sequence[str], data: DataSet) -> int:
     """Number of questions to ask: as given by an override, else as after a run's last step, but no more than there are.
 

@@ -36,7 +36,7 @@ from eval.accuracy import (
     measure_rule,
     rank_batches,
 )
-from eval.likelihood import Likelihood, likelihood, nan_to_none
+from eval.likelihood import Likelihood, finite_or_none, likelihood
 from model.hub import load_model
 from model.transformer import Transformer
 from progressive_block import block_layout
@@ -142,14 +142,15 @@ def _group_lines(evaluation: Evaluation) -> list[str]:
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
     """The results as content of a JSON file."""
-    values: dict[str, Any] = {"loss": evaluation.loss, "samplers": [asdict(each) for each in evaluation.samplers]}
+    samplers = [asdict(each) for each in evaluation.samplers]
+    values: dict[str, Any] = {"loss": finite_or_none(evaluation.loss), "samplers": samplers}
     if evaluation.likelihood is not None:
         measured = evaluation.likelihood
         values["likelihood"] = {
             "exact": measured.exact,
             "nats_per_token": measured.nats_per_token,
             "padding_per_token": measured.padding_per_token,
-            "standard_error": nan_to_none(measured.standard_error),
+            "standard_error": finite_or_none(measured.standard_error),
             "mask_error": measured.mask_error,
         }
     if evaluation.reference is not None:

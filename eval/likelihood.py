@@ -104,9 +104,9 @@ class Likelihood:
         return math.sqrt(self.mask_variance) / float(self.n_tokens.sum())
 
 
-def nan_to_none(number: float) -> float | None:
-    """A number for a JSON file, which has no nan: a single row has no error."""
-    return None if math.isnan(number) else number
+def finite_or_none(number: float) -> float | None:
+    """A number for a JSON file, which has neither nan nor inf: a single row has no error."""
+    return number if math.isfinite(number) else None
 
 
 def ratio_error(nats: np.ndarray, n_tokens: np.ndarray) -> float:
@@ -260,11 +260,11 @@ def compare(checkpoints: list[str], overrides: list[str], n_rows: int, n_draws: 
                     n_draws=0 if found.exact else n_draws,
                     nats_per_token=found.nats_per_token,
                     padding_per_token=found.padding_per_token,
-                    standard_error=nan_to_none(found.standard_error),
+                    standard_error=finite_or_none(found.standard_error),
                     mask_error=found.mask_error,
                     bits_per_byte=float(found.per_row.sum()) / math.log(2) / n_bytes if n_bytes else None,
                     difference=None if gap is None else float(gap.sum() / found.n_tokens.sum()),
-                    difference_error=None if gap is None else nan_to_none(ratio_error(gap, found.n_tokens)),
+                    difference_error=None if gap is None else finite_or_none(ratio_error(gap, found.n_tokens)),
                 )
             )
     return results

@@ -136,11 +136,11 @@ def _predict_chunk(
             inside = (column >= 0) & (column < len(rows))
             own = logits.gather(1, column.clamp(0, len(rows) - 1)[:, None]).squeeze(1)
             current_logit = torch.where(inside, own, current_logit)
-        summary, top = _summarize_tile(logits, start, temperature, noise_key, n_candidates)
-        tiles.append(summary)
         if n_candidates:
+            top = logits.topk(min(n_candidates, len(rows)), dim=1)
             top_tokens.append(top.indices + start)
             top_logits.append(top.values)
+        tiles.append(_summarize_tile(logits, start, temperature, noise_key))
         if previous is not None:
             other = torch.empty_like(logits)
             _write_allowed_logits(previous, rows, banned - start, vocab_size - start, other)
@@ -188,14 +188,12 @@ def _write_allowed_logits(states: Tensor, rows: Tensor, banned: int, n_tokens: i
         out[:, banned] = BANNED_LOGIT
 
 
-def _summarize_tile(
-    logits: Tensor, first: int, temperature: float, noise_key: Tensor | None, n_candidates: int
-) -> tuple[_TileSummary, torch.return_types.topk]:
-    """Statistics of the logits [n, v] of v tokens from `first` on, and the largest logits.
+def _summarize_tile(logits: Tensor, first: int, temperature: float, noise_key: Tensor | None) -> _TileSummary:
+    """Statistics of the logits [n, v] of v tokens from `first` on.
 
     Makes the logits relative to the largest of each position.
     """
-    top = logits.topk(min(max(2, n_candidates), logits.shape[1]), dim=1)
+    top = logits.topk(min(2, logits.shape[1]), dim=1)  # not of more: which of equal logits is first depends on it
     largest, column = top.values[:, 0], top.indices[:, 0]
     second = top.values[:, 1] if logits.shape[1] > 1 else torch.full_like(largest, BANNED_LOGIT)
     logit = score = largest
@@ -207,7 +205,7 @@ def _summarize_tile(
     logits.sub_(largest[:, None])
     exponentials = logits.exp()
     moment = _dot(exponentials, logits)
-    return _TileSummary(column + first, logit, score, largest, second, exponentials.sum(dim=1), moment), top
+    return _TileSummary(column + first, logit, score, largest, second, exponentials.sum(dim=1), moment)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from runtime.config_file import parse_config, read_sections
 from runtime.figures import COLORS, set_grid
 from runtime.final import Final, load_final, rule_in_words
 from runtime.history import read_history
-from runtime.metrics import read_metrics
+from runtime.metrics import read_metrics, samples_files
 
 PAGE_FILE = "report.html"
 TRACES_FILE = "traces.json"
@@ -259,8 +259,7 @@ def _traces(run_dir: Path) -> Iterator[str]:
 
 def _samples(run_dir: Path, final: Final | None, *, on_boards: bool) -> Iterator[str]:
     """Some answers of the last evaluation by its first rule, wrong ones first."""
-    numbers = {path: path.stem.removeprefix("samples_") for path in run_dir.glob("samples_*.jsonl")}
-    steps = {int(number): path for path, number in numbers.items() if number.isdecimal()}
+    steps = samples_files(run_dir)
     if not steps:
         return
     step = max(steps)

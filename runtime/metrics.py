@@ -39,6 +39,7 @@ WANDB_INIT_TIMEOUT_S = 60
 PlainMode = Literal["online", "offline", "disabled"]
 WANDB_MODES: tuple[PlainMode, ...] = ("online", "offline", "disabled")
 WANDB_HOST = "api.wandb.ai"
+MAX_WANDB_BINS = 512
 HEADLINE = "validation/accuracy/"  # the first such key of a row is the headline figure
 
 
@@ -46,7 +47,7 @@ class Recorder:
     """Writes the records; only the main process has one."""
 
     def __init__(self, run_dir: Path, config: Config, from_step: int) -> None:
-        """Open the records of a run that continues at `from_step`; rows of later steps are deleted.
+        """Open the records of a run that continues at `from_step`; rows and samples of later steps are deleted.
 
         Raises:
             WriteError: the records cannot be written.
@@ -56,6 +57,10 @@ class Recorder:
         self._best_accuracy, self._best_loss = -1.0, math.inf
         kept = [row for row in read_metrics(run_dir) if row["step"] <= from_step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        for step, path in samples_files(run_dir).items():
+            if step > from_step:
+                with reported(path):
+                    path.unlink()
         wandb = _start_wandb(run_dir, config)
         # The steps of wandb are those of training, so its next step tells which rows it has: a process that is killed
         # may leave some unsent, and may have sent later ones, which training is about to repeat. Offline it has none.
@@ -171,6 +176,12 @@ def _samples_file(run_dir: Path, step: int) -> Path:
     return run_dir / f"samples_{step:08d}.jsonl"
 
 
+def samples_files(run_dir: Path) -> dict[int, Path]:
+    """The files of sampled answers in a run directory, by the step at which the run was evaluated."""
+    numbers = {path: path.stem.removeprefix("samples_") for path in run_dir.glob("samples_*.jsonl")}
+    return {int(number): path for path, number in numbers.items() if number.isdecimal()}
+
+
 def _read_samples(run_dir: Path, step: int) -> list[dict[str, Any]]:
     """The answers sampled at a step; none if they cannot be read."""
     path = _samples_file(run_dir, step)
@@ -185,15 +196,20 @@ def _wandb_media(row: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict
     import wandb
 
     media: dict[str, Any] = {
-        key: wandb.Histogram(np_histogram=(np.array(value), np.arange(len(value) + 1)))
-        for key, value in row.items()
-        if isinstance(value, list)
+        key: wandb.Histogram(np_histogram=_histogram(value)) for key, value in row.items() if isinstance(value, list)
     }
     if samples:
         # As text: a column of a wandb table holds one type, and programs return values of any type.
         cells = [[str(value) for value in each.values()] for each in samples]
         media["samples"] = wandb.Table(columns=list(samples[0]), data=cells)
     return media
+
+
+def _histogram(counts: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Counts and the edges of their bins, of which wandb takes 512: neighbours share one if there are more."""
+    width = -(-len(counts) // MAX_WANDB_BINS)
+    starts = np.arange(0, len(counts), width)
+    return np.add.reduceat(counts, starts), np.append(starts, len(counts))
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:

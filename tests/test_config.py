@@ -371,6 +371,7 @@ BAD = {
     "stability without a threshold": ("validation.kl_bound=0.01", "kl_bound 0.01 needs a threshold"),
     "passes without revising": ("validation.n_passes=9", "n_passes 9 needs revise"),
     "share of what is not remasked": ("validation.remask_share=0.5", "remask_share 0.5 is only for revise 'remask'"),
+    "temperature that overflows": ("validation.temperature=1.0e-308", "temperature 1e-308: set 0, or at least 1e-06"),
     "board of 5": ("data.size=5", "data.size = 5: input should be 4, 6 or 9"),
     "unknown source": ("data.source=internet", "data.source = 'internet'"),
     "published boards of 4x4": ("data.source=published", "has only 9x9 boards"),

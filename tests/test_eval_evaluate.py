@@ -21,7 +21,7 @@ from data.sudoku import Sudoku
 from data.sudoku_boards import SudokuData, make_data
 from data.sudoku_solver import solve_singles
 from eval import evaluate as evaluation
-from eval.accuracy import group_results, wilson_interval
+from eval.accuracy import check_prompts, group_results, wilson_interval
 from eval.evaluate import validation_loss
 from model.transformer import Transformer, build_model
 from progressive_block import BlockLayout
@@ -449,3 +449,24 @@ def test_bad_input_ends_with_one_message(words, expected, run_dir, capsys):
     error = capsys.readouterr().err
     assert expected in error
     assert "Traceback" not in error
+
+
+def test_an_autoregressive_model_gets_no_empty_prompts(tmp_path, monkeypatch):
+    def ask(objective: dict[str, Any]) -> None:
+        config = parse_config(tiny_settings(objective, tmp_path), "test")
+        data = config.open_data()
+        prompts = data.prompts
+
+        def without_first(indices: np.ndarray) -> np.ndarray:
+            found = prompts(indices)
+            found[2:, 0] = config.data.mask_id_in(config.model.vocab_size)
+            return found
+
+        monkeypatch.setattr(data, "prompts", without_first)
+        check_prompts(config, data)
+
+    ask(UNIFORM)
+    with pytest.raises(
+        ValueError, match=r"8 of the first 10 puzzles of the test have no token, the first is number 3:"
+    ):
+        ask({"name": "autoregressive"})

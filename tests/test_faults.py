@@ -776,7 +776,9 @@ def test_an_error_of_one_rank_alone_is_printed(config_file, tmp_path):
 
 
 def test_a_log_that_is_no_terminal_gets_a_line_for_each_record(config_file, tmp_path):
-    config = config_file(training__log_every=2, training__max_steps=1000, training__eval_every=4)
+    config = config_file(
+        training__log_every=2, training__max_steps=1000, training__eval_every=4, training__save_every=4
+    )
     with started("train.py", "--config", config, "--run-dir", tmp_path / "run") as process:
         wait_for_step(tmp_path / "run", 8, process)
         process.send_signal(signal.SIGTERM)

@@ -368,6 +368,16 @@ def test_predictions_equal_the_oracle(
         assert float(predicted.neg_entropy[place]) == pytest.approx(confidence["neg_entropy"], abs=1e-5)
 
 
+def test_the_tokens_do_not_depend_on_the_number_of_candidates() -> None:
+    """Nor where logits are equal, as bfloat16 products of many tokens are."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randint(0, 2, (50, 4), generator=generator).float()
+    head = torch.randint(0, 2, (5000, 4), generator=generator).float()
+    alone, traced = (predict_tokens(states, head, 4999, n_candidates=n) for n in (0, 5))
+    assert torch.equal(alone.token, traced.token)
+    assert torch.equal(alone.margin, traced.margin)
+
+
 @pytest.mark.parametrize("tile_tokens", [4, 1000])
 def test_current_tokens_and_divergence_equal_the_oracle_under_autocast_too(
     monkeypatch: pytest.MonkeyPatch, tile_tokens: int

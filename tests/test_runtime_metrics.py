@@ -18,7 +18,7 @@ from conftest import PUMA, tiny_settings
 from config import Config
 from runtime.config_file import parse_config, setting_name
 from runtime.distributed import World
-from runtime.metrics import METRICS_FILE, Recorder, peak_memory_gib, read_metrics, reduce_metrics
+from runtime.metrics import METRICS_FILE, Recorder, peak_memory_gib, read_metrics, reduce_metrics, samples_files
 
 CPU = torch.device("cpu")
 HEADLINE = "validation/accuracy/top_prob_1"
@@ -50,6 +50,16 @@ def test_rows_are_json_objects_one_per_line(tmp_path):
         assert json.loads(lines[-1]) == values, "on disk at once"
     recorder.close()
     assert list(read_metrics(tmp_path)) == rows
+
+
+def test_samples_of_steps_that_are_trained_again_are_deleted(tmp_path):
+    recorder = record(tmp_path)
+    for step in (2, 4):
+        recorder.write(row(step), [{"answer": str(step)}])
+    (tmp_path / "samples_mine.jsonl").touch()
+    record(tmp_path, from_step=3)
+    assert {path.name for path in tmp_path.glob("samples_*")} == {"samples_00000002.jsonl", "samples_mine.jsonl"}
+    assert samples_files(tmp_path) == {2: tmp_path / "samples_00000002.jsonl"}
 
 
 def test_what_is_not_finite_is_left_out(tmp_path):
@@ -223,6 +233,18 @@ def test_wandb_gets_the_same_rows(tmp_path, monkeypatch):
     assert options["config"]["objective"]["name"] == "puma", "nested"
     assert {name for name, _ in fake.axes} >= {"step", "seconds", "sequences_distinct", "tokens"}
     assert [json.loads(line) for line in (tmp_path / "samples_00000002.jsonl").read_text().splitlines()] == boards
+
+
+def test_a_histogram_of_many_stages_has_as_many_bins_as_wandb_takes(tmp_path, monkeypatch):
+    fake = use(monkeypatch)
+    recorder = record(tmp_path, mode="online")
+    counts = list(range(1300))
+    recorder.write(row(1, histogram=counts))
+    _, shares, edges = fake.logged[0]["histogram"]
+    assert len(shares) == len(edges) - 1 <= 512
+    assert edges[:2] == [0, 3]
+    assert edges[-1] == 1300
+    assert shares == [sum(counts[i : i + 3]) for i in range(0, 1300, 3)]
 
 
 def test_the_best_of_a_run_without_accuracy_is_its_lowest_loss(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -348,6 +349,49 @@ def test_a_run_whose_rate_has_not_decayed_gets_another_length(config_file, tmp_p
     assert len(rates) == 8
     assert rates[2:6] == [1e-3] * 4
     assert rates[6] > rates[7] > 0
+
+
+def test_a_run_cannot_get_shorter_than_it_is(config_file, tmp_path, capsys):
+    config, run_dir = str(config_file(PUMA)), tmp_path / "run"
+    command = ["--config", config, "--run-dir", str(run_dir), "training.warmup_steps=5"]
+    with pytest.warns(UserWarning, match="warmup_steps 5: the learning rate still rises when the run ends, after 5"):
+        train.main([*command, "training.max_steps=5"])
+    (run_dir / "final.json").unlink()
+    with pytest.raises(SystemExit) as stop:  # in the warm-up all lengths have the same rates
+        train.main([*command, "training.max_steps=4"])
+    assert stop.value.code == 2
+    assert "training.max_steps: 5 -> 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("save_every", "warned"), [(2, True), (3, False), (6, False), (1, False)])
+def test_saved_steps_that_are_not_evaluated_are_a_warning(save_every, warned, config_file, tmp_path):
+    config = str(config_file(PUMA, training__eval_every=3, training__save_every=save_every))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train.main(["--config", config, "--run-dir", str(tmp_path / "run")])
+    assert any("let one of the numbers divide the other" in str(each.message) for each in caught) == warned
+
+
+def test_weights_that_the_last_update_ruins_are_no_result(config_file, tmp_path, capsys):
+    config, run_dir = str(config_file(PUMA)), tmp_path / "run"
+    command = ["--config", config, "--run-dir", str(run_dir), "training.max_steps=1", "training.warmup_steps=0"]
+    for rate, reason in (("1.0e+38", "the loss, the gradient or a weight was not finite in step 1"),
+                         ("1.0e+15", "the last validation loss is")):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            train.main([*command, f"training.learning_rate={rate}"])
+        assert stop.value.code == 1
+        assert reason in capsys.readouterr().err
+        assert not (run_dir / "final.json").exists()
+
+
+def test_a_question_that_begins_like_an_option_is_one_argument(config_file, tmp_path, monkeypatch, capsys):
+    config, run_dir = str(config_file(PUMA)), tmp_path / "run"
+    train.main(["--config", config, "--run-dir", str(run_dir)])
+    final = json.loads((run_dir / "final.json").read_text())
+    (run_dir / "final.json").write_text(json.dumps(final | {"example": "-x"}))
+    capsys.readouterr()
+    train.main(["--config", config, "--run-dir", str(run_dir)])
+    assert capsys.readouterr().out.endswith(" --puzzle=-x\n")
 
 
 def test_a_shorter_length_by_another_key_is_not_called_longer(config_file, tmp_path, capsys):

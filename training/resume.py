@@ -50,7 +50,9 @@ def may_change_length(before: Config, config: Config, changes: Set[str], run_dir
     if config.training.num_epochs is not None:  # the number of rows is not known here
         return False
     newest = step_of(step_folders(run_dir)[0])
-    return all(n_steps is not None and newest <= decay_start(training, n_steps) for training, n_steps in lengths)
+    return all(
+        n_steps is not None and newest <= min(n_steps, decay_start(training, n_steps)) for training, n_steps in lengths
+    )
 
 
 def leave_earlier_attempt(config: Config, run_dir: Path) -> None:

@@ -30,7 +30,7 @@ N_WARMUP = 3
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is not finite."""
+    """The loss, the gradient or a weight is not finite."""
 
 
 class Updater:
@@ -105,14 +105,15 @@ def apply_update(run: Run, dtype: torch.dtype | None) -> None:
 
 
 def check_finite(run: Run) -> None:
-    """Check losses and gradient norms since the last record before the model is evaluated or saved.
+    """Check losses and gradient norms since the last record, and the weights, before these are evaluated or saved.
 
-    Gradients are equal on all ranks, so all ranks raise. This is a host sync.
+    Gradients and weights are equal on all ranks, so all ranks raise. This is a host sync.
 
     Raises:
         TrainingDiverged: one was not finite; each rank has written its rows of the last step to a file.
     """
-    if math.isfinite(float(run.loss_sum)) and math.isfinite(float(run.grad_norm_sum)):
+    weights = full_tensor(nn.utils.get_total_norm([each.detach() for each in run.model.parameters()]))
+    if all(math.isfinite(float(number)) for number in (run.loss_sum, run.grad_norm_sum, weights)):
         return
     first = run.step - run.n_summed + 1
     when = f"in step {run.step}" if first == run.step else f"in one of steps {first} to {run.step}"
@@ -134,7 +135,7 @@ def check_finite(run: Run) -> None:
     if not step_folders(run.run_dir):
         saved = "no checkpoint had been saved"
     raise TrainingDiverged(
-        f"the loss or the gradient was not finite {when}; {rows}; {saved}. "
+        f"the loss, the gradient or a weight was not finite {when}; {rows}; {saved}. "
         f"{exactly}Lower training.learning_rate or raise training.warmup_steps"
     )
 

@@ -40,7 +40,7 @@ from base.commands import INTERRUPTED, CommandParser, say
 from base.files import WriteError, reported, write_text
 from base.text import escape, shorten
 from config import Config
-from data.dataset import DataSet, DataSettings
+from data.dataset import ArrayData, DataSet, DataSettings
 from eval.accuracy import check_n_examples, check_prompts
 from eval.evaluate import Evaluation, as_json, evaluate
 from model.hub import check_init_from, check_initial_tokenizer, fetch_initial_weights, initial_data
@@ -121,6 +121,9 @@ def build_or_restore(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
         if not config.validation.is_default(key):  # the default is for large tests
             check_n_examples(getattr(config.validation, key), data, f"validation.{key}")
     check_prompts(config, data)
+    for rows in (data.train, data.validation):
+        if isinstance(rows, ArrayData):  # files of tokens are checked when they are opened
+            rows.check_vocabulary(config.model.vocab_size)
     run = build_run(config, world, run_dir, data.train, resuming=checkpoint is not None)
     run.session = session
     if checkpoint is None:

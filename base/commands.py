@@ -33,7 +33,8 @@ def fail(message: object, status: int = 2) -> NoReturn:
     Lines of an exception are shortened to `MAX_MESSAGE` characters; those of BadInput or plain text, and indented
     lines, to `MAX_COMMAND`: BadInput and items of lists are short already, and a command to copy must be whole.
 
-    With PUMA_TRACEBACK=1 in the environment, the traceback of the exception that is handled comes first. Output that
+    With PUMA_TRACEBACK=1 in the environment, the traceback of the exception that is handled comes first. A message that
+    a library or Python itself has raised, and not a `raise`, may be of a fault in the code, and says so. Output that
     cannot be written is dropped, since Python would try again at its end and report that as well.
     """
     try:
@@ -48,8 +49,16 @@ def fail(message: object, status: int = 2) -> NoReturn:
     ]
     if len(lines) > MAX_LINES:
         lines[MAX_LINES - 1 :] = [f"  and {len(lines) - MAX_LINES + 1} more lines"]
+    if isinstance(message, ValueError) and not _is_raised_by_statement(message):
+        lines.append("  (PUMA_TRACEBACK=1 in the environment shows where)")
     print("error:", "\n".join(lines), file=sys.stderr)
     sys.exit(status)
+
+
+def _is_raised_by_statement(error: Exception) -> bool:
+    """Whether a `raise` has raised the error, and not an operation such as `int("x")`; true if it is not known."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return not frames or not frames[-1].line or frames[-1].line.startswith("raise")
 
 
 @contextmanager

@@ -65,6 +65,26 @@ class ArrayData:
     eos_id: int | None = None
     source: str = "its rows"  # for messages
 
+    def __post_init__(self) -> None:
+        """Raise ValueError unless the arrays are as above, and each row has tokens to predict and no mask token."""
+        for name, array, dtype in (("tokens", self.tokens, np.int64), ("prompt_mask", self.prompt_mask, np.bool_)):
+            if array.ndim != 2 or array.shape != self.tokens.shape or array.dtype != dtype:
+                raise ValueError(
+                    f"{self.source}: {name} is {array.dtype} {list(array.shape)}, needed is {dtype.__name__} [N, L]"
+                )
+        self._refuse(self.tokens < 0, "has a token below 0")
+        self._refuse(self.tokens == self.mask_id, f"has the mask token {self.mask_id}")
+        self._refuse(self.prompt_mask.all(1)[:, None], "is all prompt, so there is nothing to predict")
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise ValueError if a token is not below `vocab_size`."""
+        self._refuse(self.tokens >= vocab_size, f"has a token that model.vocab_size {vocab_size} does not have")
+
+    def _refuse(self, bad: np.ndarray, problem: str) -> None:
+        """Raise ValueError if an entry of `bad` (bool [N, any]) is true."""
+        if bad.any():
+            raise ValueError(f"{self.source}: row {bad.any(1).argmax()} (from 0) {problem}")
+
     @property
     def length(self) -> int:
         """Tokens per sequence."""

@@ -46,17 +46,8 @@ from transformers import PreTrainedTokenizerFast
 class {TOKENIZER_CLASS}(PreTrainedTokenizerFast):
     """Reads tokenizer.json as it is."""
 '''
-# Model settings that must equal those of the weights in `model.init_from`.
-SHAPE = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rotary",
-    "rope_theta",
-    "rms_norm_eps",
-)
+# Model settings that may differ from those of the weights in `model.init_from`, or are compared in their own way.
+NOT_SHAPE = {"vocab_size", "tie_word_embeddings", "learned_positions", "causal", "shifted", "init_from"}
 
 
 @dataclass(frozen=True)
@@ -264,7 +255,8 @@ def fit_weights(pretrained: Pretrained, settings: ModelSettings) -> dict[str, Te
         each.model_copy(update={"num_key_value_heads": each.n_key_value_heads})
         for each in (settings, pretrained.settings)
     )
-    differing = [key for key in SHAPE if getattr(ours, key) != getattr(theirs, key)]
+    shape = [key for key in ModelSettings.model_fields if key not in NOT_SHAPE]
+    differing = [key for key in shape if getattr(ours, key) != getattr(theirs, key)]
     if theirs.learned_positions not in (None, ours.learned_positions):
         differing.append("learned_positions")
     if ours.tie_word_embeddings and not theirs.tie_word_embeddings:
@@ -392,6 +384,20 @@ def write_qwen2(
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def _check_qwen2_has(weights: dict[str, Tensor], settings: ModelSettings, path: str) -> None:
+    """Raise ValueError if transformers' Qwen2 has no place for some of the weights."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    shape = Qwen2Config(num_hidden_layers=settings.num_hidden_layers)
+    with torch.device("meta"):
+        names = Qwen2ForCausalLM(shape).state_dict().keys()
+    if unknown := weights.keys() - names:
+        raise ValueError(
+            f"{path} has weights that transformers' Qwen2 has not, such as {min(unknown)}: read it with "
+            "`model.hub.load_model`"
+        )
+
+
 def write_tokenizer(folder: Path, tokenizer: Any) -> None:
     """Write a fast tokenizer so that `AutoTokenizer` opens it unchanged next to the config.json of `write_qwen2`.
 
@@ -490,6 +496,7 @@ def export_run(path: str, out: Path) -> str:
             f"`model.hub.load_model`, or take the weights from its checkpoints, where they have Hugging Face's names; "
             f"{POSITIONS} is added to the token embeddings"
         )
+    _check_qwen2_has(model.weights(), config.model, path)
     tokenizer = config.open_data().tokenizer
     eos_id = pad_id = None
     if tokenizer is not None:

@@ -75,7 +75,7 @@ class Layer(nn.Module):
         """One layer of x [B, L, D]; [B, L, D]. Other arguments as in `Attention`."""
         if self.recomputed and torch.is_grad_enabled():
             arguments = (x, cos, sin, mask, past)
-            return checkpoint(self._compute, *arguments, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(self._compute, *arguments, use_reentrant=False)
         return self._compute(x, cos, sin, mask, past)
 
     def _compute(
@@ -301,13 +301,13 @@ class Transformer(nn.Module):
 
 
 def count_parameters(settings: ModelSettings) -> int:
-    """Number of parameters of the model of these settings, which is not built."""
-    width, inner = settings.hidden_size, settings.intermediate_size
-    key_width = settings.n_key_value_heads * (width // settings.num_attention_heads)
-    attention = 2 * width * width + width + 2 * (width + 1) * key_width
-    layers = settings.num_hidden_layers * (attention + 3 * width * inner + 2 * width)
-    n_tables = 1 if settings.tie_word_embeddings else 2
-    return layers + width * (n_tables * settings.vocab_size + (settings.learned_positions or 0) + 1)
+    """Number of parameters of the model of these settings, whose layers are alike. It is not built in memory."""
+    with torch.device("meta"):
+        one, two = (
+            sum(map(Tensor.numel, Transformer(settings.model_copy(update={"num_hidden_layers": n})).parameters()))
+            for n in (1, 2)
+        )
+    return one + (settings.num_hidden_layers - 1) * (two - one)
 
 
 def build_model(config: Config) -> Transformer:
@@ -316,7 +316,10 @@ def build_model(config: Config) -> Transformer:
     Raises:
         ValueError: it is built on the CPU, and this machine has too little memory for it.
     """
+    n_parameters = count_parameters(config.model)
     if torch.get_default_device().type == "cpu":
-        n_bytes = 4 * count_parameters(config.model) + LAYER_BYTES * config.model.num_hidden_layers
+        n_bytes = 4 * n_parameters + LAYER_BYTES * config.model.num_hidden_layers
         check_memory(n_bytes, "the model of the settings in section model")
-    return Transformer(config.model, causal=config.causal, shifted=config.shifted, block_size=config.block_causal_size)
+    model = Transformer(config.model, causal=config.causal, shifted=config.shifted, block_size=config.block_causal_size)
+    assert sum(map(Tensor.numel, model.parameters())) == n_parameters, "count_parameters is for layers that are alike"
+    return model

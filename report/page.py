@@ -290,8 +290,9 @@ def _samples(run_dir: Path, final: Final | None, *, on_boards: bool) -> Iterator
 
 def _sample(sample: dict[str, Any], on_boards: bool) -> str:
     """One answer: its board if it has one, else its texts by name."""
-    verdict = str(sample.get("verdict", ""))
-    parts = [f"<p class={'good' if sample.get('right') else 'bad'}>{text(verdict)}</p>"]
+    right = bool(sample.get("right"))
+    verdict = str(sample.get("verdict") or ("right" if right else "wrong"))
+    parts = [f"<p class={'good' if right else 'bad'}>{text(verdict)}</p>"]
     puzzle, answer = sample.get("puzzle"), sample.get("answer")
     if on_boards and isinstance(puzzle, str) and isinstance(answer, str) and len(puzzle) == len(answer) in BOARD_SIZES:
         parts.append(_board(puzzle, answer))

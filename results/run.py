@@ -3,7 +3,7 @@
     python -m results.run sudoku_mini                  # two runs at a time, one thread each
     python -m results.run sudoku_mini --budget-s 1800  # stops after 1800 s; the same command continues
     python -m results.run sudoku_mini --draw           # only the table and figure, from existing records
-    python -m results.run my_ablation.py               # an experiment of your own (docs/adding.md)
+    python -m results.run runs/my_ablation.py          # an experiment of your own (docs/adding.md)
 
 The output is records.json, README.md and curves.png in results/EXPERIMENT/. Table and figure are made only from the
 records; what is written by hand is in note.md there. Run directories are in runs/results/EXPERIMENT/. Interrupted runs

@@ -220,6 +220,8 @@ def small_settings(settings: dict[str, Any]) -> dict[str, Any]:
         data |= {"n_train": 64, "n_test": 8}
     elif data["dataset"] == "text":
         data["n_held_out"] = 20
+    elif data["dataset"] != "tiny_gsm":  # one that was added
+        data |= {key: n for key, n in (("n_train", 64), ("n_test", 8)) if key in data}
     elif data["source"] == "word_problems":
         data |= {"n_train": 100, "n_held_out": 20, "n_test": 4}
     else:

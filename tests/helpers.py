@@ -32,10 +32,13 @@ needs_compiler = pytest.mark.skipif(
 
 @functools.cache
 def project_trees() -> dict[Path, ast.Module]:
-    """The syntax tree of every Python file of the project, by its path from the root, in order of paths."""
+    """The syntax tree of every Python file of the project, by its path from the root, in order of paths.
+
+    Experiments in `runs/`, which git ignores, do not belong to it.
+    """
     paths: list[Path] = []
     for folder, folders, files in os.walk(ROOT):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # .venv and the like
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "runs"]  # .venv and the like
         paths += [Path(folder, name).relative_to(ROOT) for name in files if name.endswith(".py")]
     return {path: ast.parse((ROOT / path).read_text(encoding="utf-8")) for path in sorted(paths)}
 

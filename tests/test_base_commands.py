@@ -102,3 +102,14 @@ def test_arguments_are_bounded(capsys):
     with pytest.raises(argparse.ArgumentTypeError):
         whole_number(-5)("-6")
     assert whole_number(-5)("-5") == -5
+
+
+def no_word() -> None:
+    raise ValueError("no word")
+
+
+@pytest.mark.parametrize(("work", "is_told"), [(lambda: int("x"), True), (no_word, False)])
+def test_a_message_that_no_statement_has_raised_says_how_to_see_where(work, is_told, capsys):
+    with pytest.raises(SystemExit), ends_with_message():
+        work()
+    assert ("PUMA_TRACEBACK=1 in the environment shows where" in capsys.readouterr().err) == is_told

@@ -142,6 +142,26 @@ def array_data(n_rows: int, length: int = 2, **changes: Any) -> ArrayData:
     return replace(ArrayData(tokens, tokens % length == 0, mask_id=-1, source="a file"), **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": np.zeros((3, 2), dtype=np.uint8)}, r"a file: tokens is uint8 \[3, 2\], needed is int64 \[N, L\]"),
+        ({"prompt_mask": np.zeros((3, 3), dtype=bool)}, r"prompt_mask is bool \[3, 3\], needed is bool"),
+        ({"prompt_mask": np.zeros((3, 2))}, "prompt_mask is float64"),
+        ({"mask_id": 3}, r"row 1 \(from 0\) has the mask token 3"),
+        ({"tokens": np.array([[0, 1], [2, 3], [4, -5]])}, r"row 2 \(from 0\) has a token below 0"),
+        ({"prompt_mask": np.array([[True, False], [True, True], [True, True]])}, r"row 1 \(from 0\) is all prompt"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_refused(changes, message):
+    data = array_data(3)
+    with pytest.raises(ValueError, match=message):
+        replace(data, **changes)
+    data.check_vocabulary(6)
+    with pytest.raises(ValueError, match=r"row 2 \(from 0\) has a token that model\.vocab_size 5 does not have"):
+        data.check_vocabulary(5)
+
+
 @pytest.mark.parametrize("n_rows", [1, 5, 1000])
 def test_the_fingerprint_tells_data_sets_apart(n_rows):
     data = array_data(n_rows)
@@ -150,7 +170,7 @@ def test_the_fingerprint_tells_data_sets_apart(n_rows):
     others = (
         array_data(n_rows + 1),
         array_data(n_rows, 3),
-        array_data(n_rows, mask_id=9),
+        array_data(n_rows, mask_id=-2),
         array_data(n_rows, eos_id=0),
     )
     for other in others:

@@ -469,6 +469,15 @@ def test_an_exported_autoregressive_model_opens_with_equal_logits(autoregressive
     assert "no usable checkpoint" in result.stderr
 
 
+def test_weights_that_qwen2_has_not_are_not_exported(autoregressive_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        Transformer, "weights", lambda model: model.state_dict() | {"model.layers.0.self_attn.q_norm.weight": 0}
+    )
+    with pytest.raises(ValueError, match=r"Qwen2 has not, such as model\.layers\.0\.self_attn\.q_norm\.weight: read"):
+        hub.export_run(str(autoregressive_run), tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
 @pytest.mark.parametrize("shifted", [False, True])
 def test_an_exported_diffusion_model_looks_both_ways(shifted, tmp_path, tokens):
     from transformers import Qwen2ForCausalLM

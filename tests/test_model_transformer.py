@@ -8,11 +8,12 @@ from typing import Any
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import model_settings, needs_compiler, random_generator, random_model
 from torch import Tensor
 
 from config import ModelSettings
-from model.transformer import Transformer
+from model.transformer import Layer, Transformer, count_parameters
 
 MASK_ID = 22
 SHAPES: dict[str, dict[str, Any]] = {
@@ -418,6 +419,30 @@ def test_recomputed_blocks_keep_less_and_learn_the_same() -> None:
     assert kept[1] < kept[0] / 4
     assert torch.equal(*losses)
     assert all(map(torch.equal, *gradients))
+
+
+def test_recomputed_layers_draw_the_same_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a module draws in the forward pass, such as dropout."""
+    compute = Layer._compute
+    monkeypatch.setattr(Layer, "_compute", lambda *given: F.dropout(compute(*given), 0.5))
+    xt, weight = random_tokens(4, 9), torch.full((4, 9), 1 / 36)
+    gradients = []
+    for recomputed in (False, True):
+        model = random_model().train()
+        if recomputed:
+            model.recompute_layers()
+        torch.manual_seed(0)
+        model(xt, xt, weight).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+@ours_too
+@pytest.mark.parametrize("n_layers", [1, 2, 5])
+def test_parameters_are_counted_without_the_model(shape: dict[str, Any], n_layers: int) -> None:
+    settings = model_settings(**shape | {"num_hidden_layers": n_layers})
+    n_parameters = sum(map(Tensor.numel, Transformer(settings).parameters()))
+    assert count_parameters(settings) == n_parameters
 
 
 def test_bfloat16_autocast_stays_close_and_gives_float32_gradients() -> None:

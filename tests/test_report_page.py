@@ -166,6 +166,12 @@ def test_a_line_of_the_samples_that_was_cut_short_costs_that_line(run_dir):
     assert build_page(run_dir).count("<table class=board>") == 9
 
 
+def test_a_sample_without_a_verdict_says_whether_it_is_right(run_dir):
+    samples = [{"answer": "a", "right": True}, {"answer": "b", "right": False}]
+    (run_dir / "samples_00000009.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    assert re.findall(r"<p class=(\w+)>(\w+)</p>", build_page(run_dir)) == [("bad", "wrong"), ("good", "right")]
+
+
 def test_other_files_are_no_samples(run_dir):
     for name in ("samples_backup.jsonl", "samples_00000007 (copy).jsonl", "samples_9_old.jsonl"):
         (run_dir / name).write_text("{}\n")

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from conftest import (
     PUMA,
@@ -34,7 +35,7 @@ import train
 from data import hashes
 from data.generate_sudoku import generate_sudoku, write_csv
 from data.sudoku_boards import RAW_FILES
-from model.transformer import Transformer
+from model.transformer import Layer, Transformer
 from progressive import PumaObjective
 from report import curves
 from report.runs import summarize
@@ -349,6 +350,23 @@ def test_a_run_whose_rate_has_not_decayed_gets_another_length(config_file, tmp_p
     assert len(rates) == 8
     assert rates[2:6] == [1e-3] * 4
     assert rates[6] > rates[7] > 0
+
+
+def test_random_numbers_of_the_model_repeat_on_resume(config_file, tmp_path, monkeypatch):
+    compute = Layer._compute
+    monkeypatch.setattr(Layer, "_compute", lambda *given: F.dropout(compute(*given), 0.5, given[0].training))
+    for name in ("run", "straight"):
+        torch.manual_seed(len(name))
+        train.main(["--config", str(config_file(PUMA)), "--run-dir", str(tmp_path / name)])
+    assert_same_checkpoint(tmp_path / "run", tmp_path / "straight")
+    (tmp_path / "run" / "final.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
+    torch.manual_seed(1)
+    train.main(["--config", str(config_file(PUMA)), "--run-dir", str(tmp_path / "run")])
+    assert_same_checkpoint(tmp_path / "run", tmp_path / "straight")
+    train.main(["--config", str(config_file(PUMA)), "--run-dir", str(tmp_path / "other"), "training.seed=1"])
+    rows = [[row.get("train/loss") for row in read_metrics(tmp_path / name)] for name in ("run", "other")]
+    assert rows[0] != rows[1]
 
 
 def test_a_run_cannot_get_shorter_than_it_is(config_file, tmp_path, capsys):

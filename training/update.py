@@ -47,6 +47,7 @@ class Updater:
     def step(self) -> None:
         """One update of the weights and of their average."""
         run = self.run
+        seed_default_generator(run)
         set_learning_rate(run.optimizer, learning_rate(run.step, run.config.training, run.n_steps))
         if self.uses_graph:
             self._step_graph()
@@ -81,6 +82,14 @@ class Updater:
                 apply_update(run, self.dtype)
             self.graph = graph
         self.graph.replay()
+
+
+def seed_default_generator(run: Run) -> None:
+    """Seed what the model may draw from, for dropout say, by seed, rank and step, so that resumed runs repeat it."""
+    device = run.world.device
+    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    ranks = run.config.training.seed * 1_000_003 + run.world.rank + 1  # as in `build_objective`
+    generator.manual_seed((ranks * 1_000_000_007 + run.step) % (1 << 63))
 
 
 def apply_update(run: Run, dtype: torch.dtype | None) -> None:

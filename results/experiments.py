@@ -337,11 +337,11 @@ EXPERIMENTS = {
                 )
             ),
             *(
-                Variant(f"puma, shifted, {change}", "tinygsm_mini_medium_puma.yaml", (SHIFTED, override))
-                for change, override in (
-                    ("no threshold", NO_THRESHOLD),
-                    ("pool of 16", POOL_OF_16),
-                    ("random order", RANDOM_ORDER),
+                Variant(f"puma, shifted, {change}", "tinygsm_mini_medium_puma.yaml", (SHIFTED, override), seeds=seeds)
+                for change, override, seeds in (
+                    ("no threshold", NO_THRESHOLD, None),
+                    ("pool of 16", POOL_OF_16, (0, 1, 2, 3, 4)),
+                    ("random order", RANDOM_ORDER, None),
                 )
             ),
         ),

@@ -74,7 +74,7 @@ class ArrayData:
                 )
         self._refuse(self.tokens < 0, "has a token below 0")
         self._refuse(self.tokens == self.mask_id, f"has the mask token {self.mask_id}")
-        self._refuse(self.prompt_mask.all(1)[:, None], "is all prompt, so there is nothing to predict")
+        self._refuse(self.prompt_mask.min(1, keepdims=True), "is all prompt, so there is nothing to predict")
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError if a token is not below `vocab_size`."""

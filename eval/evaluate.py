@@ -16,6 +16,7 @@ import os
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ from runtime.distributed import (
     start_world,
     sum_over_ranks,
 )
-from runtime.final import ReferenceResult, SamplerResult
+from runtime.final import ReferenceResult, SamplerResult, group_names
 from runtime.signals import StopVote
 
 # Seed of the masks of the validation loss: the same in all runs, so that their losses can be compared.
@@ -131,12 +132,15 @@ def _rule_line(result: SamplerResult) -> str:
 def _group_lines(evaluation: Evaluation) -> list[str]:
     """Table of fixed width: accuracy of the headline sampler by difficulty."""
     reference = evaluation.reference.name if evaluation.reference else None
-    lines = [f"{'':>12}{'n':>7}{'solved':>10}   95% interval{f'   {reference}' if reference else ''}"]
-    for group in evaluation.samplers[0].groups:
+    groups = evaluation.samplers[0].groups
+    by_measure = groupby(groups, key=lambda group: group.by)
+    names = [f"{by} {name}" for by, each in by_measure for name in group_names([group.value for group in each])]
+    width = max(12, *map(len, names))
+    lines = [f"{'':>{width}}{'n':>7}{'solved':>10}   95% interval{f'   {reference}' if reference else ''}"]
+    for group, name in zip(groups, names, strict=True):
         interval = f"{100 * group.accuracy_low:5.1f} to {100 * group.accuracy_high:5.1f}"
         other = "" if group.reference is None else f"   {100 * group.reference:.1f}%"
-        name = f"{group.by} {group.value:g}"
-        lines.append(f"{name:>12}{group.n:>7}{100 * group.accuracy:>9.1f}%   {interval}{other}")
+        lines.append(f"{name:>{width}}{group.n:>7}{100 * group.accuracy:>9.1f}%   {interval}{other}")
     return lines
 
 

@@ -348,7 +348,7 @@ EXPERIMENTS = {
         baseline="uniform, shifted",
         overrides=("training.compile=true",),
         targets=(0.1, 0.9),
-        shown=("puma, unshifted", "uniform, unshifted", "puma, shifted", "uniform, shifted"),
+        shown=("puma, shifted, pool of 16", "puma, shifted", "uniform, shifted"),
     ),
     "word_problems_medium_long": Experiment(
         "The same shifted models with 12,000 updates: does uniform masking find what PUMA finds?",
@@ -394,6 +394,11 @@ EXPERIMENTS = {
             *puma_and_uniform("tinygsm_mini_hard"),
             *puma_and_uniform("tinygsm_mini_hard", ", rate 1.0e-3", HARD_AT_1E_3),
             *puma_and_uniform("tinygsm_mini_hard", ", shifted, rate 1.0e-3", (*HARD_AT_1E_3, SHIFTED)),
+            Variant(
+                "puma, shifted, rate 1.0e-3, pool of 16",
+                "tinygsm_mini_hard_puma.yaml",
+                (*HARD_AT_1E_3, SHIFTED, POOL_OF_16),
+            ),
         ),
         baseline="uniform",
         overrides=("training.max_steps=6000", "training.eval_every=500"),

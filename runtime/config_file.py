@@ -233,6 +233,14 @@ def _explain(details: ErrorDetails) -> str:
         return f"{key} = {shown}: unknown key; {hint}"
     if kind == "missing":
         return f"{key}: missing"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tag, named = details["ctx"]["discriminator"].strip("'"), details["ctx"].get("tag")
+        if named is None:
+            return f"{key}.{tag}: missing"
+        names = details["ctx"]["expected_tags"]
+        near = difflib.get_close_matches(named, re.findall("'(.*?)'", names), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{key}.{tag} = {named!r}: {hint}it is one of {names}"
     message = details["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if isinstance(value, dict):  # a check of several keys; the message names them

@@ -11,7 +11,16 @@ import pytest
 
 from base.reading import BadInput
 from eval.evaluate import Evaluation, as_json
-from runtime.final import Final, FinalEvaluation, GroupResult, ReferenceResult, SamplerResult, is_complete, load_final
+from runtime.final import (
+    Final,
+    FinalEvaluation,
+    GroupResult,
+    ReferenceResult,
+    SamplerResult,
+    group_names,
+    is_complete,
+    load_final,
+)
 
 GROUP = GroupResult("clues", 8.0, 3, 0.5, 0.1, 0.9, None)
 RULE = SamplerResult(
@@ -61,3 +70,17 @@ def test_a_damaged_file_names_what_is_wrong(
         load_final(tmp_path)
     with pytest.warns(RuntimeWarning, match=message):
         assert not is_complete(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ([0, 1, 2, 3, 5, 9], ["0", "1", "2", "3 to 4", "5 to 8", "9 or more"]),
+        ([30, 31, 32], ["30", "31", "32"]),
+        ([7], ["7"]),
+        ([0, 1.5], ["0", "1.5"]),
+        ([], []),
+    ],
+)
+def test_groups_are_named_by_what_they_hold(values, names):
+    assert group_names(values) == names

@@ -301,13 +301,20 @@ class Transformer(nn.Module):
 
 
 def count_parameters(settings: ModelSettings) -> int:
-    """Number of parameters of the model of these settings, whose layers are alike. It is not built in memory."""
-    with torch.device("meta"):
-        one, two = (
-            sum(map(Tensor.numel, Transformer(settings.model_copy(update={"num_hidden_layers": n})).parameters()))
-            for n in (1, 2)
-        )
-    return one + (settings.num_hidden_layers - 1) * (two - one)
+    """Number of parameters of the model of these settings, whose layers are alike. It is not built in memory.
+
+    Raises:
+        ValueError: a weight has more bytes than torch can count.
+    """
+    counts = []
+    for n_layers in (1, 2):
+        with torch.device("meta"):
+            try:
+                model = Transformer(settings.model_copy(update={"num_hidden_layers": n_layers}))
+            except RuntimeError as error:
+                raise ValueError(f"a size in section model is too large ({error}): lower it") from error
+        counts.append(sum(map(Tensor.numel, model.parameters())))
+    return counts[0] + (settings.num_hidden_layers - 1) * (counts[1] - counts[0])
 
 
 def build_model(config: Config) -> Transformer:

@@ -16,6 +16,7 @@ PUMA trains on each sequence for a whole trajectory, so which method is ahead ca
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import statistics
@@ -317,7 +318,11 @@ def _metric_curves(runs: _Runs, metric: str) -> list[Curve]:
     ]
     if not curves:
         numbers = {key for rows in runs.records.values() for row in rows for key in row if can_be_drawn(row[key])}
-        raise ValueError(f"--metric {metric}: no run records it; choose from\n  {', '.join(sorted(numbers))}")
+        near = sorted(key for key in numbers if key.startswith(f"{metric}/")) or difflib.get_close_matches(
+            metric, numbers
+        )
+        hint = f"did you mean {' or '.join(near[:3])}? Otherwise " if near else ""
+        raise ValueError(f"--metric {metric}: no run records it; {hint}choose from\n  {', '.join(sorted(numbers))}")
     return curves
 
 
@@ -545,6 +550,7 @@ def main(arguments: list[str] | None = None) -> None:
         if targets:
             print()
             print("\n".join(target_table(curves, options.target, baseline)))
+            print(f"\nA ratio of 2 means half of what {escape(baseline)!r} needs, the setting named last.")
         print(f"wrote {options.out}")
 
 

@@ -478,6 +478,11 @@ def test_the_command_writes_a_picture(suffix, tmp_path, capsys):
             ["RUN", "--metric", "loss"],
             "no run records it; choose from\n  seconds, sequences_distinct, step, tokens, train/",
         ),
+        (["RUN", "--metric", "train/los"], "no run records it; did you mean train/loss? Otherwise choose from\n  s"),
+        (
+            ["RUN", "--metric", "validation/accuracy"],
+            "did you mean validation/accuracy/top_prob_1 or validation/accuracy/top_prob_2? Otherwise",
+        ),
         (["RUN", "--metric", "train/loss", "--rule", "top_prob_1"], "--metric: not with --rule or --target"),
         (["RUN", "--target", "90"], "--target 90.0: give an accuracy above 0 and at most 1"),
     ],

@@ -157,7 +157,7 @@ class ProgressiveSettings(ObjectiveSettings):
         1,
         gt=0,
         description="size of the pool in batches, which are trained in turn; 1 as in the paper; with 2 and more, "
-        "neighbouring updates share no rows, with which some tasks are learned much sooner (results/README.md)",
+        "neighbouring updates share no rows, and some tasks are learned much sooner (results/README.md)",
     )
     uniform_fraction: float = Field(0.0, ge=0.0, lt=1.0, description="share of uniformly masked rows in each batch")
 

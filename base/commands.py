@@ -33,9 +33,9 @@ def fail(message: object, status: int = 2) -> NoReturn:
     Lines of an exception are shortened to `MAX_MESSAGE` characters; those of BadInput or plain text, and indented
     lines, to `MAX_COMMAND`: BadInput and items of lists are short already, and a command to copy must be whole.
 
-    With PUMA_TRACEBACK=1 in the environment, the traceback of the exception that is handled comes first. A message that
-    a library or Python itself has raised, and not a `raise`, may be of a fault in the code, and says so. Output that
-    cannot be written is dropped, since Python would try again at its end and report that as well.
+    With PUMA_TRACEBACK=1 in the environment, the traceback of the exception that is handled comes first. A ValueError
+    of an operation such as `int("x")`, and not of a `raise`, may be a fault in the code: the message says how to see
+    where. Output that cannot be written is dropped, since Python would try again at its end and report that as well.
     """
     try:
         print(end="", flush=True)

@@ -68,7 +68,7 @@ class ArrayData:
     def __post_init__(self) -> None:
         """Raise ValueError unless the arrays are as above, and each row has tokens to predict and no mask token."""
         for name, array, dtype in (("tokens", self.tokens, np.int64), ("prompt_mask", self.prompt_mask, np.bool_)):
-            if array.ndim != 2 or array.shape != self.tokens.shape or array.dtype != dtype:
+            if array.ndim != 2 or not array.shape[1] or array.shape != self.tokens.shape or array.dtype != dtype:
                 raise ValueError(
                     f"{self.source}: {name} is {array.dtype} {list(array.shape)}, needed is {dtype.__name__} [N, L]"
                 )

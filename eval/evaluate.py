@@ -16,7 +16,6 @@ import os
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ from runtime.distributed import (
     start_world,
     sum_over_ranks,
 )
-from runtime.final import ReferenceResult, SamplerResult, group_names
+from runtime.final import ReferenceResult, SamplerResult
 from runtime.signals import StopVote
 
 # Seed of the masks of the validation loss: the same in all runs, so that their losses can be compared.
@@ -112,7 +111,11 @@ class Evaluation:
         if self.reference is not None:
             lines.append(f"{self.reference.name} alone: accuracy {100 * self.reference.accuracy:.1f}%")
         if self.samplers and self.samplers[0].groups:
-            lines += ["", f"by difficulty ({self.samplers[0].label}):", *_group_lines(self)]
+            lines += [
+                "",
+                f"by difficulty ({self.samplers[0].label}), each group from its lowest value:",
+                *_group_lines(self),
+            ]
         return "\n".join(lines)
 
 
@@ -132,15 +135,12 @@ def _rule_line(result: SamplerResult) -> str:
 def _group_lines(evaluation: Evaluation) -> list[str]:
     """Table of fixed width: accuracy of the headline sampler by difficulty."""
     reference = evaluation.reference.name if evaluation.reference else None
-    groups = evaluation.samplers[0].groups
-    by_measure = groupby(groups, key=lambda group: group.by)
-    names = [f"{by} {name}" for by, each in by_measure for name in group_names([group.value for group in each])]
-    width = max(12, *map(len, names))
-    lines = [f"{'':>{width}}{'n':>7}{'solved':>10}   95% interval{f'   {reference}' if reference else ''}"]
-    for group, name in zip(groups, names, strict=True):
+    lines = [f"{'':>12}{'n':>7}{'solved':>10}   95% interval{f'   {reference}' if reference else ''}"]
+    for group in evaluation.samplers[0].groups:
         interval = f"{100 * group.accuracy_low:5.1f} to {100 * group.accuracy_high:5.1f}"
         other = "" if group.reference is None else f"   {100 * group.reference:.1f}%"
-        lines.append(f"{name:>{width}}{group.n:>7}{100 * group.accuracy:>9.1f}%   {interval}{other}")
+        name = f"{group.by} {group.value:g}"
+        lines.append(f"{name:>12}{group.n:>7}{100 * group.accuracy:>9.1f}%   {interval}{other}")
     return lines
 
 
@@ -152,10 +152,10 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         measured = evaluation.likelihood
         values["likelihood"] = {
             "exact": measured.exact,
-            "nats_per_token": measured.nats_per_token,
-            "padding_per_token": measured.padding_per_token,
+            "nats_per_token": finite_or_none(measured.nats_per_token),
+            "padding_per_token": finite_or_none(measured.padding_per_token),
             "standard_error": finite_or_none(measured.standard_error),
-            "mask_error": measured.mask_error,
+            "mask_error": finite_or_none(measured.mask_error),
         }
     if evaluation.reference is not None:
         values["reference"] = asdict(evaluation.reference)

@@ -304,7 +304,7 @@ def count_parameters(settings: ModelSettings) -> int:
     """Number of parameters of the model of these settings, whose layers are alike. It is not built in memory.
 
     Raises:
-        ValueError: a weight has more bytes than torch can count.
+        ValueError: the model cannot be built: a weight has more bytes than torch can count, say.
     """
     counts = []
     for n_layers in (1, 2):
@@ -312,7 +312,7 @@ def count_parameters(settings: ModelSettings) -> int:
             try:
                 model = Transformer(settings.model_copy(update={"num_hidden_layers": n_layers}))
             except RuntimeError as error:
-                raise ValueError(f"a size in section model is too large ({error}): lower it") from error
+                raise ValueError(f"the model of section model cannot be built: {error}") from error
         counts.append(sum(map(Tensor.numel, model.parameters())))
     return counts[0] + (settings.num_hidden_layers - 1) * (counts[1] - counts[0])
 
@@ -321,7 +321,7 @@ def build_model(config: Config) -> Transformer:
     """The model of the settings; the objective determines attention and whether predictions are shifted.
 
     Raises:
-        ValueError: it is built on the CPU, and this machine has too little memory for it.
+        ValueError: it is built on the CPU, and this machine has too little memory for it; or as `count_parameters`.
     """
     n_parameters = count_parameters(config.model)
     if torch.get_default_device().type == "cpu":

@@ -30,7 +30,7 @@ from report.runs import RunSummary, summarize
 from report.trace import html_fragment, read_traces
 from runtime.config_file import parse_config, read_sections
 from runtime.figures import COLORS, set_grid
-from runtime.final import Final, group_names, load_final, rule_in_words
+from runtime.final import Final, load_final, rule_in_words
 from runtime.history import read_history
 from runtime.metrics import read_metrics, samples_files
 
@@ -226,16 +226,16 @@ def _results(final: Final | None) -> Iterator[str]:
         groups = [group for group in first.groups if group.by == measure]
         others = [reference.name] if reference and groups[0].reference is not None else []
         yield table(
-            [measure.replace("_", " "), "questions", "accuracy", "95% interval", *others],
+            [f"{measure.replace('_', ' ')}, from", "questions", "accuracy", "95% interval", *others],
             (
                 [
-                    name,
+                    f"{group.value:g}",
                     f"{group.n:,}",
                     percent(group.accuracy),
                     f"{percent(group.accuracy_low)} to {percent(group.accuracy_high)}",
                     *([percent(group.reference)] if others else []),
                 ]
-                for group, name in zip(groups, group_names([group.value for group in groups]), strict=True)
+                for group in groups
             ),
         )
 

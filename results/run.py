@@ -40,7 +40,7 @@ from report.curves import RUN_AXES, Curve, accuracy_points, mean_and_range, plot
 from results.experiments import EXPERIMENTS, Experiment, Variant
 from results.records import Number, Text, check_folder, read_note, read_records
 from runtime.config_file import changed_settings, format_changes, read_config
-from runtime.final import Count, Share, group_names, is_complete, load_final
+from runtime.final import Count, Share, is_complete, load_final
 from runtime.history import ROOT, commit_name, read_history
 from runtime.markdown import markdown_table
 from runtime.metrics import read_metrics
@@ -473,7 +473,7 @@ def _difficulty_table(records: dict[str, Any]) -> list[str]:
                 ]
                 cells.append(mean_and_range(found if len(found) == len(finals) else [], ".0f"))
             rows.append([label, *cells])
-        titles = [f"solved, %, by {by.replace('_', ' ')}", *group_names(values)]
+        titles = [f"solved, %, by {by.replace('_', ' ')}, from", *(f"{value:g}" for value in values)]
         lines += ["", *markdown_table(titles, rows)]
     return lines
 

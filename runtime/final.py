@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -100,18 +99,6 @@ FINAL = TypeAdapter(Final)
 def rule_in_words(confidence: object, tokens_per_step: object, options: Mapping[str, object]) -> str:
     """A rule as people read it; `options` are those that are not by default, see `SamplingRule.options`."""
     return f"{confidence}, {tokens_per_step} per step" + "".join(f", {key} {value}" for key, value in options.items())
-
-
-def group_names(values: Sequence[float]) -> list[str]:
-    """What groups of difficulty hold that have these lowest values, ascending: `3`, `5 to 8`, `9 or more`.
-
-    The last is open where groups hold more than one value. Values that are no integers stand for themselves.
-    """
-    pairs = list(pairwise(values))
-    if not all(float(value).is_integer() for value in values) or all(after - value == 1 for value, after in pairs):
-        return [f"{value:g}" for value in values]
-    names = [f"{value:g}" if after - value == 1 else f"{value:g} to {after - 1:g}" for value, after in pairs]
-    return [*names, f"{values[-1]:g} or more"]
 
 
 def load_final(run_dir: Path) -> Final | None:

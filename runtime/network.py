@@ -28,16 +28,17 @@ def choose_interface(store: Store, n_ranks: int) -> None:
         n_ranks: the number of ranks; those of the main process's machine come first.
     """
     n_local = os.environ.get("LOCAL_WORLD_SIZE", "")
-    if INTERFACE in os.environ or not n_local.isdecimal() or int(n_local) >= n_ranks:
+    if not n_local.isdecimal() or int(n_local) >= n_ranks:
         return
     if int(os.environ["RANK"]) < int(n_local):
         peer = None
     else:
         peer = os.environ["MASTER_ADDR"]
         store.set(PEER_KEY, _address_towards(peer))
-    if _name_is_reachable():
+    if INTERFACE in os.environ or _name_is_reachable():  # the others may need the address
         return
-    interface = _interface_with(_address_towards(peer or store.get(PEER_KEY).decode()))
+    peer = peer or store.get(PEER_KEY).decode()
+    interface = _interface_with(_address_towards(peer)) if peer else None
     if interface is not None:
         os.environ[INTERFACE] = interface
 

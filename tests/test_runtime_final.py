@@ -17,7 +17,6 @@ from runtime.final import (
     GroupResult,
     ReferenceResult,
     SamplerResult,
-    group_names,
     is_complete,
     load_final,
 )
@@ -70,17 +69,3 @@ def test_a_damaged_file_names_what_is_wrong(
         load_final(tmp_path)
     with pytest.warns(RuntimeWarning, match=message):
         assert not is_complete(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("values", "names"),
-    [
-        ([0, 1, 2, 3, 5, 9], ["0", "1", "2", "3 to 4", "5 to 8", "9 or more"]),
-        ([30, 31, 32], ["30", "31", "32"]),
-        ([7], ["7"]),
-        ([0, 1.5], ["0", "1.5"]),
-        ([], []),
-    ],
-)
-def test_groups_are_named_by_what_they_hold(values, names):
-    assert group_names(values) == names

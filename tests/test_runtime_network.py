@@ -16,7 +16,7 @@ from torch.distributed import HashStore
 
 from runtime import network
 
-NODES = ("puma-a", "puma-b")
+NODES = tuple(f"puma-{os.getpid()}-{name}" for name in "ab")
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
 PROGRAM = """
 import os
@@ -120,8 +120,18 @@ def test_a_machine_with_a_good_name_only_tells_its_address(unreachable):
 
 def test_without_an_address_of_ipv4_nothing_is_chosen(unreachable):
     unreachable.setenv("MASTER_ADDR", "nowhere.invalid")
-    network.choose_interface(HashStore(), 2)
-    assert network.INTERFACE not in os.environ
+    store = HashStore()
+    for rank in ("1", "0"):
+        unreachable.setenv("RANK", rank)
+        network.choose_interface(store, 2)
+        assert network.INTERFACE not in os.environ
+
+
+def test_a_machine_whose_interface_is_given_tells_its_address(unreachable):
+    unreachable.setenv(network.INTERFACE, "ib0")
+    store = HashStore()
+    network.choose_interface(store, 2)
+    assert store.get(network.PEER_KEY) == b"127.0.0.1"
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, get_args
+from types import SimpleNamespace
+from typing import Any, cast, get_args
 
 import oracle
 import pytest
@@ -25,7 +26,14 @@ from runtime.config_file import parse_config, read_config
 from runtime.distributed import World
 from runtime.optim import learning_rate
 from training.run import Run, build_run
-from training.update import Updater, apply_update, check_graph, several_ranks_prevent_graph, uses_graph
+from training.update import (
+    Updater,
+    apply_update,
+    check_graph,
+    seed_default_generator,
+    several_ranks_prevent_graph,
+    uses_graph,
+)
 
 OBJECTIVES = {
     "uniform": UNIFORM,
@@ -117,6 +125,19 @@ def test_a_pool_reveals_by_the_scores_of_the_weights_before_the_update(
         after = rows_at(pool, batch)
         assert_transitions_of_the_oracle(pool, before, after, None if order == "random" else confidence, max_log_prob)
         seen.clear()
+
+
+def test_what_a_model_draws_follows_from_seed_rank_and_step() -> None:
+    def draw(seed: int, rank: int, step: int) -> float:
+        config = SimpleNamespace(training=SimpleNamespace(seed=seed))
+        run = SimpleNamespace(config=config, world=World(rank, 2, torch.device("cpu")), step=step)
+        seed_default_generator(cast(Run, run))
+        return float(torch.rand(()))
+
+    places = list(product((0, 1, 2), repeat=3))
+    first, again = ([draw(*place) for place in places] for _ in range(2))
+    assert first == again
+    assert len(set(first)) == len(places)
 
 
 def test_every_update_has_the_learning_rate_of_its_step(data_dir: Path, tmp_path: Path) -> None:

@@ -200,14 +200,18 @@ def build_objective(
     # By name, not by class: settings that derive from another objective's must not train that objective.
     if settings.name == "autoregressive":
         return AutoregressiveObjective(queue, stream.data.eos_id, **rows)
-    # A seed of its own: different on every rank and different from that of the weights.
-    generator = torch.Generator(device).manual_seed(training.seed * 1_000_003 + stream.rank + 1)
+    generator = torch.Generator(device).manual_seed(rank_seed(training.seed, stream.rank))
     layout = block_layout(settings, stream.data.length)
     if settings.name in ("puma", "block_puma"):
         return PumaObjective(settings, queue, layout, mask_id, **rows, generator=generator)
     if settings.name in ("uniform", "block_uniform"):
         return UniformObjective(queue, layout, mask_id, **rows, generator=generator)
     raise NotImplementedError(f"objective.name {settings.name!r} has no branch in build_objective of training/run.py")
+
+
+def rank_seed(seed: int, rank: int) -> int:
+    """The seed of a rank's random numbers: different on every rank, and different from that of the weights."""
+    return seed * 1_000_003 + rank + 1
 
 
 def nearest_divisors(total: int, number: int) -> str:

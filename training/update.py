@@ -23,7 +23,7 @@ from runtime.checkpoint import save_tensors, step_folders
 from runtime.distributed import World, autocast, autocast_dtype
 from runtime.optim import learning_rate, set_learning_rate, update_ema
 from runtime.sharding import full_tensor
-from training.run import Run
+from training.run import Run, rank_seed
 
 # Updates before the capture: in the first ones libraries choose kernels and allocate workspaces.
 N_WARMUP = 3
@@ -86,10 +86,10 @@ class Updater:
 
 def seed_default_generator(run: Run) -> None:
     """Seed what the model may draw from, for dropout say, by seed, rank and step, so that resumed runs repeat it."""
-    device = run.world.device
-    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
-    ranks = run.config.training.seed * 1_000_003 + run.world.rank + 1  # as in `build_objective`
-    generator.manual_seed((ranks * 1_000_000_007 + run.step) % (1 << 63))
+    seed = rank_seed(run.config.training.seed, run.world.rank) * 1_000_000_007 + run.step
+    torch.default_generator.manual_seed(seed % (1 << 63))
+    if run.world.device.type == "cuda":
+        torch.cuda.manual_seed(seed % (1 << 63))
 
 
 def apply_update(run: Run, dtype: torch.dtype | None) -> None:

@@ -400,9 +400,10 @@ EXPERIMENTS = {
                 (*HARD_AT_1E_3, SHIFTED, POOL_OF_16),
             ),
         ),
-        baseline="uniform",
+        baseline="uniform, shifted, rate 1.0e-3",
         overrides=("training.max_steps=6000", "training.eval_every=500"),
-        targets=(0.5, 0.9),
+        targets=(0.1, 0.9),
+        shown=("puma, shifted, rate 1.0e-3, pool of 16", "puma, shifted, rate 1.0e-3", "uniform, shifted, rate 1.0e-3"),
     ),
     "addition": Experiment(
         "Addition of numbers of up to 12 digits: PUMA, uniform masks and a mixture, units first and last",

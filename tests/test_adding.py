@@ -97,7 +97,7 @@ def run_there(checkout: Path, *arguments: str) -> str:
 def test_the_unions_are_those_of_the_code_with_the_new_class(page: str, union: str):
     config = (ROOT / "config.py").read_text(encoding="utf-8")
     own = "".join(config.splitlines(keepends=True)[lines_of(union, config)])
-    *others, new = re.findall(r"\w+Settings\b", blocks_of(page)[f"config.py: {union}"])
+    _, *others, new = re.findall(r"\w+Settings\b", blocks_of(page)[f"config.py: {union}"])
     shipped = [name for name in re.findall(r"\w+Settings\b", own) if name in SHIPPED]
     assert others == shipped, "a checkout may have more, of its own"
     assert f"class {new}(" in page

@@ -70,6 +70,7 @@ LEFT_OUT = {
     "sbatch": "it needs SLURM; tests/test_job_script.py and tests/test_slurm.py run job.sh",
     "bash job.sh": "it needs SLURM; tests/test_job_script.py and tests/test_slurm.py run job.sh",
     "python -m results.run": "it trains for half an hour; the tests of results/run.py run a small experiment",
+    "python -m model.hub pack runs/results/sudoku/puma_rate_3e_4_seed1": "the run is trained for an hour on a GPU",
     "python -m bench.gpu": "it is for a GPU; tests/test_bench_gpu.py runs all pieces with tiny sizes",
 }
 # Options that are replaced.

@@ -38,17 +38,19 @@ def machines(tmp_path: Path) -> Iterator[list[tuple[str, ...]]]:
         pytest.skip("network namespaces need root, and the programs ip, unshare and mount")
     commands: list[tuple[str, ...]] = []
     with ExitStack() as stack:
-        for node in NODES:
-            try:
+        try:
+            for node in NODES:
                 ip("netns", "add", node)
-            except subprocess.CalledProcessError as error:
-                pytest.skip(f"no network namespaces here: {error.stderr}")
-            stack.callback(ip, "netns", "delete", node)
-        ip("link", "add", "cable-a", "netns", NODES[0], "type", "veth", "peer", "name", "cable-b", "netns", NODES[1])
-        for node, other, address, cable in zip(NODES, NODES[::-1], ADDRESSES, ("cable-a", "cable-b"), strict=True):
-            ip("-n", node, "address", "add", f"{address}/24", "dev", cable)
+                stack.callback(ip, "netns", "delete", node)
+                ip("netns", "exec", node, "unshare", "--uts", "--mount", "true")
+            cable = f"link add cable-a netns {NODES[0]} type veth peer name cable-b netns {NODES[1]}"
+            ip(*cable.split())
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces, or no cable between them: {error.stderr}")
+        for node, other, address, end in zip(NODES, NODES[::-1], ADDRESSES, ("cable-a", "cable-b"), strict=True):
+            ip("-n", node, "address", "add", f"{address}/24", "dev", end)
             ip("-n", node, "link", "set", "lo", "up")
-            ip("-n", node, "link", "set", cable, "up")
+            ip("-n", node, "link", "set", end, "up")
             hosts = tmp_path / node
             far = ADDRESSES[NODES.index(other)]
             hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {node}\n{far} {other}\n")

@@ -71,7 +71,7 @@ def check_prompts(config: Config, data: DataSet) -> None:
         return
     validation = config.validation
     n_asked = min(max(validation.n_examples, validation.n_last_examples), data.n_questions)
-    empty = np.flatnonzero(data.prompts(np.arange(n_asked))[:, 0] == config.data.mask_id_in(config.model.vocab_size))
+    empty = np.flatnonzero(data.prompts(np.arange(n_asked))[:, 0] == config.mask_id)
     if len(empty):
         raise ValueError(
             f"{len(empty)} of the first {n_asked} {data.question_noun} of the test have no token, the first is number "

@@ -388,9 +388,8 @@ def _check_qwen2_has(weights: dict[str, Tensor], settings: ModelSettings, path: 
     """Raise ValueError if transformers' Qwen2 has no place for some of the weights."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    shape = Qwen2Config(num_hidden_layers=settings.num_hidden_layers)
     with torch.device("meta"):
-        names = Qwen2ForCausalLM(shape).state_dict().keys()
+        names = Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=settings.num_hidden_layers)).state_dict().keys()
     if unknown := weights.keys() - names:
         raise ValueError(
             f"{path} has weights that transformers' Qwen2 has not, such as {min(unknown)}: read it with "

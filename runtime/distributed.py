@@ -117,7 +117,7 @@ def _join(own: torch.device, rank: int, n_ranks: int) -> None:
     backend = "nccl" if own.type == "cuda" else "gloo"
     try:
         meeting, *_ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
-        choose_interface(meeting, n_ranks)
+        choose_interface(meeting, rank, n_ranks)
         dist.init_process_group(
             backend,
             store=meeting,

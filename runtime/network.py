@@ -16,7 +16,7 @@ PEER_KEY = "puma/peer"  # in the store: the address of a machine other than the 
 SIOCGIFADDR = 0x8915  # of Linux: the IPv4 address of an interface
 
 
-def choose_interface(store: Store, n_ranks: int) -> None:
+def choose_interface(store: Store, rank: int, n_ranks: int) -> None:
     """Set GLOO_SOCKET_IFNAME in this process where gloo would listen to its own machine alone.
 
     gloo listens at the address of the machine's name. Debian's /etc/hosts may give the name of each machine as
@@ -25,19 +25,18 @@ def choose_interface(store: Store, n_ranks: int) -> None:
 
     Args:
         store: the store of all ranks.
-        n_ranks: the number of ranks; those of the main process's machine come first.
+        rank: of this process; the ranks of the main process's machine come first.
+        n_ranks: the number of ranks.
     """
     n_local = os.environ.get("LOCAL_WORLD_SIZE", "")
     if not n_local.isdecimal() or int(n_local) >= n_ranks:
         return
-    if int(os.environ["RANK"]) < int(n_local):
-        peer = None
-    else:
-        peer = os.environ["MASTER_ADDR"]
-        store.set(PEER_KEY, _address_towards(peer))
+    beside_main = rank < int(n_local)
+    if not beside_main:
+        store.set(PEER_KEY, _address_towards(os.environ["MASTER_ADDR"]))
     if INTERFACE in os.environ or _name_is_reachable():  # the others may need the address
         return
-    peer = peer or store.get(PEER_KEY).decode()
+    peer = store.get(PEER_KEY).decode() if beside_main else os.environ["MASTER_ADDR"]
     interface = _interface_with(_address_towards(peer)) if peer else None
     if interface is not None:
         os.environ[INTERFACE] = interface

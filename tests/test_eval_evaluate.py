@@ -459,7 +459,7 @@ def test_an_autoregressive_model_gets_no_empty_prompts(tmp_path, monkeypatch):
 
         def without_first(indices: np.ndarray) -> np.ndarray:
             found = prompts(indices)
-            found[2:, 0] = config.data.mask_id_in(config.model.vocab_size)
+            found[2:, 0] = config.mask_id
             return found
 
         monkeypatch.setattr(data, "prompts", without_first)

@@ -86,7 +86,7 @@ def unreachable(monkeypatch):
     """One of two machines with one process each, whose own name is of no use."""
     monkeypatch.setattr(network, "_name_is_reachable", lambda: False)
     monkeypatch.delenv(network.INTERFACE, raising=False)
-    for name, value in {"RANK": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+    for name, value in {"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     yield monkeypatch
     os.environ.pop(network.INTERFACE, None)
@@ -94,11 +94,10 @@ def unreachable(monkeypatch):
 
 def test_the_main_machine_looks_towards_an_address_that_another_has_told(unreachable):
     store = HashStore()
-    network.choose_interface(store, 2)
+    network.choose_interface(store, 1, 2)
     assert os.environ.pop(network.INTERFACE) == "lo"
     assert store.get(network.PEER_KEY) == b"127.0.0.1"
-    unreachable.setenv("RANK", "0")
-    network.choose_interface(store, 2)
+    network.choose_interface(store, 0, 2)
     assert os.environ[network.INTERFACE] == "lo"
 
 
@@ -108,14 +107,14 @@ def test_the_main_machine_looks_towards_an_address_that_another_has_told(unreach
 def test_a_choice_of_the_user_and_a_single_machine_are_left_alone(unreachable, name, value):
     unreachable.setenv(name, value)
     before = dict(os.environ)
-    network.choose_interface(HashStore(), 2)
+    network.choose_interface(HashStore(), 1, 2)
     assert dict(os.environ) == before
 
 
 def test_a_machine_with_a_good_name_only_tells_its_address(unreachable):
     unreachable.setattr(network, "_name_is_reachable", lambda: True)
     store = HashStore()
-    network.choose_interface(store, 2)
+    network.choose_interface(store, 1, 2)
     assert store.get(network.PEER_KEY) == b"127.0.0.1"
     assert network.INTERFACE not in os.environ
 
@@ -123,16 +122,15 @@ def test_a_machine_with_a_good_name_only_tells_its_address(unreachable):
 def test_without_an_address_of_ipv4_nothing_is_chosen(unreachable):
     unreachable.setenv("MASTER_ADDR", "nowhere.invalid")
     store = HashStore()
-    for rank in ("1", "0"):
-        unreachable.setenv("RANK", rank)
-        network.choose_interface(store, 2)
+    for rank in (1, 0):
+        network.choose_interface(store, rank, 2)
         assert network.INTERFACE not in os.environ
 
 
 def test_a_machine_whose_interface_is_given_tells_its_address(unreachable):
     unreachable.setenv(network.INTERFACE, "ib0")
     store = HashStore()
-    network.choose_interface(store, 2)
+    network.choose_interface(store, 1, 2)
     assert store.get(network.PEER_KEY) == b"127.0.0.1"
 
 

@@ -260,7 +260,7 @@ def save_run(run: Run, score: float | None) -> None:
     if run.ema is not None and run.averaged_model is not None:
         weights["ema"] = gather_weights(run.averaged_model.weights(), run.world)
         train_state["ema_n_averaged"] = run.ema.n_averaged
-    # The objective's state holds the only generator whose state goes on; the default one is seeded at every update.
+    # The default generators are seeded anew at every update, so only that of the objective is saved, in its state.
     rank_state = {
         "objective": run.objective.state_dict(),
         "loss_sum": run.loss_sum,

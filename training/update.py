@@ -85,11 +85,11 @@ class Updater:
 
 
 def seed_default_generator(run: Run) -> None:
-    """Seed what the model may draw from, for dropout say, by seed, rank and step, so that resumed runs repeat it."""
-    seed = rank_seed(run.config.training.seed, run.world.rank) * 1_000_000_007 + run.step
-    torch.default_generator.manual_seed(seed % (1 << 63))
+    """Seed the default generators, which dropout draws from, by seed, rank and step: a resumed run draws the same."""
+    seed = (rank_seed(run.config.training.seed, run.world.rank) * 1_000_000_007 + run.step) % (1 << 63)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed looks for other devices, which takes far longer
     if run.world.device.type == "cuda":
-        torch.cuda.manual_seed(seed % (1 << 63))
+        torch.cuda.manual_seed(seed)
 
 
 def apply_update(run: Run, dtype: torch.dtype | None) -> None:

@@ -73,12 +73,13 @@ class Experiment:
 
 MINUTES = ("training.compile=true", "validation.n_examples=100", "validation.n_final_examples=500")
 NO_THRESHOLD = "objective.collapse_threshold=null"
-PAPER = (NO_THRESHOLD, "objective.pool_batches=1")  # K = 8 as in the paper's Sudoku
+ONE_BATCH, POOL_OF_16 = "objective.pool_batches=1", "objective.pool_batches=16"
+PAPER = (NO_THRESHOLD, ONE_BATCH)  # K = 8 as in the paper's Sudoku
 ONE_EPOCH = ("training.max_steps=30000",)  # of uniform masks on a million boards
 RATE_OF_1E_3 = ("training.max_steps=50000", "training.learning_rate=1.0e-3", "training.warmup_steps=200")
 RATE_OF_7E_4, RATE_OF_3_5E_4 = "training.learning_rate=7.0e-4", "training.learning_rate=3.5e-4"
-POOL_OF_16, RANDOM_ORDER = "objective.pool_batches=16", "objective.reveal_order=random"
-SHIFTED = "model.shifted=true"
+RANDOM_ORDER = "objective.reveal_order=random"
+SHIFTED, UNSHIFTED = "model.shifted=true", "model.shifted=false"
 HARD_AT_1E_3 = ("training.compile=true", "training.learning_rate=1.0e-3")
 SUDOKU_MINI = (
     Variant("puma, pool of 16, tau 0.9", "sudoku_mini_puma.yaml"),
@@ -88,11 +89,19 @@ SUDOKU_MINI = (
 
 
 def puma_and_uniform(
-    stem: str, change: str = "", overrides: tuple[str, ...] = (), seeds: tuple[int, ...] | None = None
+    stem: str,
+    change: str = "",
+    overrides: tuple[str, ...] = (),
+    seeds: tuple[int, ...] | None = None,
+    puma: tuple[str, ...] = (),
 ) -> tuple[Variant, Variant]:
-    """Both objectives with the same change of settings, by the YAML files whose names begin with `stem`."""
+    """Both objectives with the same change of settings, by the YAML files whose names begin with `stem`.
+
+    Args:
+        puma: further settings, of PUMA alone.
+    """
     return (
-        Variant(f"puma{change}", f"{stem}_puma.yaml", overrides, seeds),
+        Variant(f"puma{change}", f"{stem}_puma.yaml", (*overrides, *puma), seeds),
         Variant(f"uniform{change}", f"{stem}_baseline.yaml", overrides, seeds),
     )
 
@@ -324,8 +333,8 @@ EXPERIMENTS = {
         "Word problems of two to four operations with numbers to 99, from random weights: PUMA and uniform masks, each "
         "predicting a position's own token or, shifted, the next one",
         (
-            *puma_and_uniform("tinygsm_mini_medium", ", unshifted", ("model.shifted=false",)),
-            *puma_and_uniform("tinygsm_mini_medium", ", shifted", (SHIFTED,), seeds=(0, 1, 2, 3, 4)),
+            *puma_and_uniform("tinygsm_mini_medium", ", unshifted", (UNSHIFTED,), puma=(ONE_BATCH,)),
+            *puma_and_uniform("tinygsm_mini_medium", ", shifted", (SHIFTED,), (0, 1, 2, 3, 4), puma=(ONE_BATCH,)),
             *(
                 variant
                 for rate in ("2.0e-3", "5.0e-4")
@@ -334,15 +343,23 @@ EXPERIMENTS = {
                     f", shifted, rate {rate}",
                     (SHIFTED, f"training.learning_rate={rate}"),
                     seeds=(0,),
+                    puma=(ONE_BATCH,),
                 )
             ),
             *(
-                Variant(f"puma, shifted, {change}", "tinygsm_mini_medium_puma.yaml", (SHIFTED, override), seeds=seeds)
-                for change, override, seeds in (
-                    ("no threshold", NO_THRESHOLD, None),
-                    ("pool of 16", POOL_OF_16, (0, 1, 2, 3, 4)),
-                    ("random order", RANDOM_ORDER, None),
+                Variant(f"puma, shifted, {change}", "tinygsm_mini_medium_puma.yaml", (SHIFTED, *overrides), seeds=seeds)
+                for change, overrides, seeds in (
+                    ("no threshold", (NO_THRESHOLD, ONE_BATCH), None),
+                    ("pool of 4", ("objective.pool_batches=4",), None),
+                    ("pool of 16", (POOL_OF_16,), (0, 1, 2, 3, 4)),
+                    ("pool of 16, no threshold", (POOL_OF_16, NO_THRESHOLD), None),
+                    ("random order", (RANDOM_ORDER, ONE_BATCH), None),
                 )
+            ),
+            Variant(
+                "autoregressive",
+                "tinygsm_mini_medium_baseline.yaml",
+                ("objective.name=autoregressive", "validation.tokens_per_step=[1]"),
             ),
         ),
         baseline="uniform, shifted",
@@ -352,7 +369,7 @@ EXPERIMENTS = {
     ),
     "word_problems_medium_long": Experiment(
         "The same shifted models with 12,000 updates: does uniform masking find what PUMA finds?",
-        puma_and_uniform("tinygsm_mini_medium"),
+        puma_and_uniform("tinygsm_mini_medium", puma=(POOL_OF_16,)),
         baseline="uniform",
         overrides=("training.compile=true", SHIFTED, "training.max_steps=12000"),
         targets=(0.1, 0.9),
@@ -391,9 +408,23 @@ EXPERIMENTS = {
     "word_problems_hard_random": Experiment(
         "Hard word problems from random weights: PUMA and uniform masks",
         (
-            *puma_and_uniform("tinygsm_mini_hard"),
-            *puma_and_uniform("tinygsm_mini_hard", ", rate 1.0e-3", HARD_AT_1E_3),
-            *puma_and_uniform("tinygsm_mini_hard", ", shifted, rate 1.0e-3", (*HARD_AT_1E_3, SHIFTED)),
+            *puma_and_uniform(
+                "tinygsm_mini_hard",
+                ", unshifted, rate 2.0e-3",
+                ("training.learning_rate=2.0e-3", UNSHIFTED),
+                seeds=(0,),
+                puma=(ONE_BATCH,),
+            ),
+            *puma_and_uniform(
+                "tinygsm_mini_hard",
+                ", unshifted, rate 1.0e-3",
+                (*HARD_AT_1E_3, UNSHIFTED),
+                seeds=(0,),
+                puma=(ONE_BATCH,),
+            ),
+            *puma_and_uniform(
+                "tinygsm_mini_hard", ", shifted, rate 1.0e-3", (*HARD_AT_1E_3, SHIFTED), puma=(ONE_BATCH,)
+            ),
             Variant(
                 "puma, shifted, rate 1.0e-3, pool of 16",
                 "tinygsm_mini_hard_puma.yaml",

@@ -12,19 +12,40 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from config import BlockUniformSettings, UniformSettings
 from data.row_queue import RowQueue
 from objective import Objective
-from progressive_block import MaskedObjective
+from progressive_block import BlockLayout, MaskedObjective
 from runtime.distributed import sum_over_ranks
 
 
 class UniformObjective(MaskedObjective):
-    """The baseline: fresh sequences in every update, masks drawn uniformly in each block."""
+    """The baseline: fresh sequences in every update, masks drawn uniformly in each block.
+
+    Args:
+        settings: whether the masks are of low discrepancy.
+        queue, layout, mask_id, n_rows, micro_rows, generator: as in `MaskedObjective`.
+    """
+
+    def __init__(
+        self,
+        settings: UniformSettings | BlockUniformSettings,
+        queue: RowQueue,
+        layout: BlockLayout,
+        mask_id: int,
+        *,
+        n_rows: int,
+        micro_rows: int,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__(queue, layout, mask_id, n_rows=n_rows, micro_rows=micro_rows, generator=generator)
+        self.low_discrepancy = settings.low_discrepancy
 
     @override
     def draw_masks(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         x0, maskable = self.queue.take_next(self.n_rows)
-        return x0, maskable, self.layout.mask_uniformly(maskable, self.generator)
+        masked = self.layout.mask_uniformly(maskable, self.generator, low_discrepancy=self.low_discrepancy)
+        return x0, maskable, masked
 
 
 class AutoregressiveObjective(Objective):

@@ -112,10 +112,20 @@ class ObjectiveSettings(Settings):
     causal: ClassVar[bool] = False  # whether no position of the model attends to a later one
 
 
+LowDiscrepancy = Annotated[
+    bool,
+    Field(
+        description="spread the numbers of masked positions evenly over a batch, for a loss with less variance "
+        "(arXiv 2107.00630), instead of drawing each alone"
+    ),
+]
+
+
 class UniformSettings(ObjectiveSettings):
     """The baseline: masks drawn uniformly (docs/algorithm.md)."""
 
     name: Literal["uniform"]
+    low_discrepancy: LowDiscrepancy = False
 
 
 class BlockSettings(ObjectiveSettings):
@@ -132,6 +142,7 @@ class BlockUniformSettings(BlockSettings):
     """Block diffusion with masks drawn uniformly in each block."""
 
     name: Literal["block_uniform"]
+    low_discrepancy: LowDiscrepancy = False
 
 
 class ProgressiveSettings(ObjectiveSettings):

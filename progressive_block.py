@@ -49,9 +49,10 @@ class BlockLayout:
         """Reshape [B, L] to [N, S]: the blocks of the first row, then of the second, and so on."""
         return rows.reshape(-1, self.size)
 
-    def mask_uniformly(self, maskable: Tensor, generator: torch.Generator) -> Tensor:
+    def mask_uniformly(self, maskable: Tensor, generator: torch.Generator, *, low_discrepancy: bool = False) -> Tensor:
         """Draw the baseline's masks separately in each block; both bool [B, L]. See `unmasking.mask_uniformly`."""
-        return mask_uniformly(self.segments(maskable), generator).view_as(maskable)
+        segments = self.segments(maskable)
+        return mask_uniformly(segments, generator, low_discrepancy=low_discrepancy).view_as(maskable)
 
     def weights(self, masked: Tensor, *, over_ranks: bool = False) -> Tensor:
         """Loss weight of each position, float32 [B, L], given `masked`, bool [B, L].

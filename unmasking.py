@@ -60,17 +60,23 @@ def reveal_random(candidates: Tensor, n_reveal: Tensor, generator: torch.Generat
     return reveal_top(draw, candidates, n_reveal)
 
 
-def mask_uniformly(maskable: Tensor, generator: torch.Generator) -> Tensor:
+def mask_uniformly(maskable: Tensor, generator: torch.Generator, *, low_discrepancy: bool = False) -> Tensor:
     """Draw the baseline's masks: per row n uniform in 1..n_maskable, then n random maskable positions.
 
     Args:
         maskable: bool [B, L]; a row that is all False gets no masks.
+        low_discrepancy: spread the n over the rows as evenly as possible, by one draw for all of them (Kingma et al.,
+            arXiv 2107.00630, appendix I); the n of any one row is as uniform as without.
 
     Returns:
         bool [B, L], True where masked.
     """
     n_maskable = maskable.sum(1)  # [B]
-    draw = torch.rand(n_maskable.shape, generator=generator, device=maskable.device, dtype=torch.float64)
+    n_rows, device = len(maskable), maskable.device
+    n_draws = 1 if low_discrepancy else n_rows
+    draw = torch.rand(n_draws, generator=generator, device=device, dtype=torch.float64)  # [1] or [B]
+    if low_discrepancy:
+        draw = (draw + torch.arange(n_rows, device=device, dtype=torch.float64) / n_rows) % 1  # [B]
     n_masked = 1 + (draw * n_maskable).floor().long()  # draw < 1, so at most n_maskable
     return reveal_random(maskable, n_masked, generator)
 

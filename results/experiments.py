@@ -78,7 +78,7 @@ PAPER = (NO_THRESHOLD, ONE_BATCH)  # K = 8 as in the paper's Sudoku
 ONE_EPOCH = ("training.max_steps=30000",)  # of uniform masks on a million boards
 RATE_OF_1E_3 = ("training.max_steps=50000", "training.learning_rate=1.0e-3", "training.warmup_steps=200")
 RATE_OF_7E_4, RATE_OF_3_5E_4 = "training.learning_rate=7.0e-4", "training.learning_rate=3.5e-4"
-RANDOM_ORDER = "objective.reveal_order=random"
+RANDOM_ORDER, LOW_DISCREPANCY = "objective.reveal_order=random", "objective.low_discrepancy=true"
 SHIFTED, UNSHIFTED = "model.shifted=true", "model.shifted=false"
 HARD_AT_1E_3 = ("training.compile=true", "training.learning_rate=1.0e-3")
 SUDOKU_MINI = (
@@ -357,6 +357,9 @@ EXPERIMENTS = {
                 )
             ),
             Variant(
+                "uniform, shifted, low discrepancy", "tinygsm_mini_medium_baseline.yaml", (SHIFTED, LOW_DISCREPANCY)
+            ),
+            Variant(
                 "autoregressive",
                 "tinygsm_mini_medium_baseline.yaml",
                 ("objective.name=autoregressive", "validation.tokens_per_step=[1]"),
@@ -429,6 +432,12 @@ EXPERIMENTS = {
                 "puma, shifted, rate 1.0e-3, pool of 16",
                 "tinygsm_mini_hard_puma.yaml",
                 (*HARD_AT_1E_3, SHIFTED, POOL_OF_16),
+            ),
+            Variant(
+                "uniform, shifted, rate 1.0e-3, low discrepancy",
+                "tinygsm_mini_hard_baseline.yaml",
+                (*HARD_AT_1E_3, SHIFTED, LOW_DISCREPANCY),
+                seeds=(0,),
             ),
         ),
         baseline="uniform, shifted, rate 1.0e-3",

@@ -14,7 +14,7 @@ import yaml
 from conftest import PUMA, ROOT, UNIFORM, tiny_settings
 from helpers import project_trees
 
-from config import BlockPumaSettings, Config, PumaSettings, SamplingRule, Settings
+from config import BlockPumaSettings, Config, PumaSettings, SamplingRule, Settings, UniformSettings
 from runtime.config_file import (
     ABSENT,
     changed_settings,
@@ -265,7 +265,7 @@ def test_the_objective_can_be_exchanged_as_a_whole(tiny):
 
 def test_an_override_switches_the_objective(tiny):
     """Settings that the new objective has too are kept, those of the old one alone are dropped."""
-    assert read_config(tiny, ["objective.name=uniform"]).objective.model_dump() == {"name": "uniform"}
+    assert read_config(tiny, ["objective.name=uniform"]).objective == UniformSettings(name="uniform")
     before = read_config(tiny).objective
     assert isinstance(before, PumaSettings)
     block = ["objective.block_size=4", "objective.block_attention=prefix", "objective.name=block_puma"]  # in any order

@@ -284,6 +284,14 @@ def test_uniform_draws_a_fresh_batch_at_every_step_and_wastes_none() -> None:
     assert numbers == SequenceStream(data, 0).draw(70)[0][:, 0].tolist()
 
 
+def test_masks_of_low_discrepancy_are_spread_over_each_batch() -> None:
+    data = numbered_rows(23, 13, n_maskable=12)
+    built = make_objective(UNIFORM | {"low_discrepancy": True}, data, 12)
+    for step in range(5):
+        n_masked = (run_step(built, step)[0] == data.mask_id).sum(1)
+        assert sorted(n_masked.tolist()) == list(range(1, 13))
+
+
 # PUMA
 
 

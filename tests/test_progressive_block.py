@@ -206,6 +206,15 @@ def test_uniform_masks_each_number_of_positions_of_a_block_equally_often(setting
         assert_distribution(counts[:, block].bincount(minlength=BLOCK + 1), probabilities)
 
 
+def test_block_masks_of_low_discrepancy_are_spread_over_all_blocks_of_a_batch():
+    data = Rows()
+    data.prompt_mask[:] = False
+    objective = build(UNIFORM_BLOCKS.model_copy(update={"low_discrepancy": True}), 8, data)
+    for step in range(5):
+        n_masked = (run_step(objective, step)[0] == MASK).view(-1, BLOCK).sum(1)
+        assert n_masked.bincount(minlength=BLOCK + 1).tolist() == [0, *[len(n_masked) // BLOCK] * BLOCK]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tau", [None, 0.8])
 def test_blocks_follow_their_own_confidence_and_rows_retire_with_their_last_block(layout, tau):

@@ -92,11 +92,13 @@ def test_reveal_random_gives_every_subset_the_same_chance() -> None:
     assert_distribution(counts, torch.full((6,), 1 / 6))
 
 
-@given(SEEDS, st.integers(1, 6), st.integers(1, 20))
+@given(SEEDS, st.integers(1, 6), st.integers(1, 20), st.booleans())
 @settings(max_examples=60)
-def test_uniform_masks_hide_at_least_one_position_and_never_a_prompt(seed: int, n_rows: int, length: int) -> None:
+def test_uniform_masks_hide_at_least_one_position_and_never_a_prompt(
+    seed: int, n_rows: int, length: int, low_discrepancy: bool
+) -> None:
     maskable = random_maskable(n_rows, length, seed)
-    masked = mask_uniformly(maskable, random_generator(seed + 1))
+    masked = mask_uniformly(maskable, random_generator(seed + 1), low_discrepancy=low_discrepancy)
     assert masked.dtype == torch.bool
     assert masked.any(1).all()
     assert not (masked & ~maskable).any()
@@ -119,6 +121,28 @@ def test_uniform_masks_hide_every_position_equally_often_whatever_their_number()
         counts = masked[masked.sum(1) == n_masked].sum(0)
         # Counts of n positions out of m vary less than independent ones, so the bound holds the more.
         assert_distribution(counts, maskable[0].float())
+
+
+@given(SEEDS, st.integers(1, 40), st.integers(1, 40))
+@settings(max_examples=60)
+def test_masks_of_low_discrepancy_hide_each_number_as_often_as_any_other(seed: int, n_rows: int, n: int) -> None:
+    """Of B rows with n maskable positions B / n hide each number, rounded up or down."""
+    masked = mask_uniformly(torch.ones(n_rows, n, dtype=torch.bool), random_generator(seed), low_discrepancy=True)
+    counts = masked.sum(1).bincount(minlength=n + 1)[1:]
+    assert counts.sum() == n_rows
+    assert ((counts == n_rows // n) | (counts == -(-n_rows // n))).all()
+
+
+def test_masks_of_low_discrepancy_are_uniform_in_each_row() -> None:
+    """In the number that a row hides and, as without, in the positions, whatever the other rows have."""
+    maskable = torch.arange(6) < torch.tensor([[6], [4], [3]])
+    generator = random_generator(7)
+    draws = torch.stack([mask_uniformly(maskable, generator, low_discrepancy=True) for _ in range(12_000)])  # [N, 3, 6]
+    for row, n_maskable in enumerate((6, 4, 3)):
+        counts = draws[:, row].sum(1).bincount(minlength=7)
+        assert_distribution(counts[1 : n_maskable + 1], torch.full((n_maskable,), 1 / n_maskable))
+        alone = draws[:, row][draws[:, row].sum(1) == 1]
+        assert_distribution(alone.sum(0)[:n_maskable], torch.full((n_maskable,), 1 / n_maskable))
 
 
 @given(SEEDS, st.integers(1, 6), st.integers(1, 20))

@@ -205,7 +205,7 @@ def build_objective(
     if settings.name in ("puma", "block_puma"):
         return PumaObjective(settings, queue, layout, mask_id, **rows, generator=generator)
     if settings.name in ("uniform", "block_uniform"):
-        return UniformObjective(queue, layout, mask_id, **rows, generator=generator)
+        return UniformObjective(settings, queue, layout, mask_id, **rows, generator=generator)
     raise NotImplementedError(f"objective.name {settings.name!r} has no branch in build_objective of training/run.py")
 
 

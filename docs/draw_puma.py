@@ -76,8 +76,8 @@ def draw(run_dir: Path, row: int, seed: int, out: Path) -> None:
     figure = Figure(figsize=(1.55 * len(pool), 4.15), layout="constrained")
     halves = figure.add_gridspec(2, 1)
     titles = (
-        "baseline: each update masks cells at random (bold: clues, which are never masked)",
-        "PUMA: update by update, the surest cells are revealed first (in yellow)",
+        "baseline: each update masks random cells, of new boards; here one board six times (bold: clues, never masked)",
+        "PUMA: update by update, the most confident cells are revealed first (in yellow)",
     )
     for line, (masks, title) in enumerate(zip((drawn, pool), titles, strict=True)):
         half = figure.add_subfigure(halves[line])

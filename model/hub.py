@@ -74,7 +74,8 @@ def load_model(path: str, overrides: Sequence[str] = ()) -> LoadedModel:
     """The model of a run directory (its newest checkpoint), a checkpoint folder or a folder written by this file.
 
     `runs/NAME@best` and `runs/NAME@5000` are other checkpoints of a run, see `runtime.checkpoint.find_checkpoint`.
-    With averaged weights if there are any. The data settings of a folder written by this file read only that folder,
+    With averaged weights if there are any, unless the override `training.ema_decay=null` asks for those of the last
+    update. The data settings of a folder written by this file read only that folder,
     unless overrides name other data.
 
     Args:
@@ -98,7 +99,8 @@ def _find(path: str, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, T
             return config, load_file(folder / WEIGHTS_FILE), path, None
     checkpoint = find_checkpoint(path)
     config = checkpoint.config(overrides)
-    weights = checkpoint.weights("ema") or checkpoint.weights("model")
+    averaged = None if config.training.ema_decay is None else checkpoint.weights("ema")
+    weights = averaged or checkpoint.weights("model")
     if weights is None:
         raise ValueError(f"checkpoint {checkpoint.path} holds no weights")
     return config, weights, f"checkpoint {checkpoint.path}", checkpoint.step

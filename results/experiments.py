@@ -123,7 +123,7 @@ def k_schedule(*stages: tuple[int, int]) -> tuple[str, str]:
 
 EXPERIMENTS = {
     "sudoku": Experiment(
-        "The paper's Sudoku experiment: 9x9 boards of 30 to 40 clues, 6.8M parameters, one GPU, PUMA and uniform masks",
+        "The paper's Sudoku experiment: 9x9 boards of 30 to 40 clues, 6.9M parameters, one GPU, PUMA and uniform masks",
         (
             Variant("puma, rate 3e-4", "sudoku_puma.yaml", ONE_EPOCH),
             Variant("uniform, rate 3e-4", "sudoku_baseline.yaml", ONE_EPOCH),

@@ -308,14 +308,17 @@ def test_the_command_measures_what_training_measured_last(run_dir, tmp_path, cap
     assert f"validation loss {result['loss']:.4f}" in printed
 
 
-def test_the_averaged_weights_are_what_is_measured(run_dir, tmp_path, capsys):
+@pytest.mark.parametrize(("kind", "overrides"), [("ema", []), ("model", ["training.ema_decay=null"])])
+def test_the_averaged_weights_are_what_is_measured_unless_others_are_asked_for(
+    run_dir, tmp_path, capsys, kind, overrides
+):
     checkpoint = find_checkpoint(run_dir)
-    weights = checkpoint.weights("ema")
+    weights = checkpoint.weights(kind)
     assert weights is not None
     model = Transformer(checkpoint.config().model)
     model.load_weights(weights)
     data = make_data(np.load(next(Path(checkpoint.config().data.data_dir).glob("sudoku_4x4_*_test.npy"))), 4, "test")
-    evaluation.main([str(run_dir), "--json", str(tmp_path / "result.json")])
+    evaluation.main([str(run_dir), "--json", str(tmp_path / "result.json"), *overrides])
     loss = json.loads((tmp_path / "result.json").read_text())["loss"]
     assert loss == pytest.approx(validation_loss(model.eval(), checkpoint.config(), data, World(0, 1, CPU)), rel=1e-6)
 

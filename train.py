@@ -63,7 +63,7 @@ from runtime.distributed import (
     start_world,
 )
 from runtime.final import FINAL_FILE, is_complete, load_final
-from runtime.history import Session
+from runtime.history import Session, last_data_warnings
 from runtime.lock import check_shared, lock_run
 from runtime.metrics import METRICS_FILE, Recorder
 from runtime.signals import StopRequested, StopVote, raise_at_interrupt
@@ -143,7 +143,7 @@ def build_or_restore(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
                 stacklevel=2,
             )
         warn_about_steps(run)
-        warn_about(data)
+        run.session.data_warnings = warn_about(data)
         say(start_message(run))
     return run, data
 
@@ -188,10 +188,12 @@ def open_data(config: Config, resumed: Path | None = None) -> DataSet:
     return data.open(config.model.vocab_size)
 
 
-def warn_about(data: DataSet) -> None:
-    """Show the warnings about the data."""
-    for warning in data.warnings():
+def warn_about(data: DataSet) -> list[str]:
+    """Show the warnings about the data, and return them."""
+    found = list(data.warnings())
+    for warning in found:
         warnings.warn(warning, stacklevel=3)
+    return found
 
 
 def open_records(run: Run) -> Recorder | None:
@@ -455,7 +457,8 @@ def print_result(config: Config, run_dir: Path) -> None:
     if final.accuracy is None:
         say(f"validation loss {final.evaluation.loss:.4f}")
     else:
-        say(f"solved {100 * final.accuracy:.1f}% of {final.n} unseen {data.question_noun}")
+        kind = "test" if last_data_warnings(run_dir) else "unseen"  # some may be trained on
+        say(f"solved {100 * final.accuracy:.1f}% of {final.n} {kind} {data.question_noun}")
     option, question = f"--{data.question_option}", escape(final.example)
     asked = [f"{option}={question}"] if question.startswith("-") else [option, question]
     command = shell_command("sampling.py", "--checkpoint", run_dir, *asked)

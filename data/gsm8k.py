@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,13 +86,19 @@ def final_answer(solution: str) -> str:
 
 
 def build_prompts(
-    problems: Sequence[Problem], tokenizer: Any, mask_id: int, max_len: int, vocab_size: int | None = None
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    mask_id: int,
+    max_len: int,
+    vocab_size: int | None = None,
+    option: str = "data.max_len",
 ) -> Prompts:
-    """Encode questions as prompts; questions that are too long are left out with a warning.
+    """Encode questions as prompts; questions that are too long are left out.
 
     Args:
         tokenizer: from `data.text.load_tokenizer`.
         vocab_size: of the model; None: not checked.
+        option: the setting or option that gave `max_len`, for the message.
 
     Raises:
         ValueError: the mask token or one outside the vocabulary occurs in a question, or no question fits.
@@ -103,13 +108,7 @@ def build_prompts(
     fitting = [i for i, prompt in enumerate(prompts) if prompt_fits(len(prompt), max_len)]
     n_left_out = len(problems) - len(fitting)
     if not fitting:
-        raise ValueError(f"none of the {len(problems)} questions fits data.max_len {max_len}: raise it")
-    if n_left_out:
-        warnings.warn(
-            f"{n_left_out} of {len(problems)} questions are left out: they leave no room for a program in "
-            f"data.max_len {max_len}",
-            stacklevel=2,
-        )
+        raise ValueError(f"none of the {len(problems)} questions fits {option} {max_len}: raise it")
     for i in fitting:
         check_tokens(prompts[i], mask_id, vocab_size, f"the question {problems[i].question!r}")
     xt = np.stack([prompt_row(prompts[i], mask_id, max_len) for i in fitting])  # [N, L]
@@ -122,7 +121,8 @@ def prompt_records(test_file: str, tokenizer_name: str, mask_id: int, max_len: i
     Raises:
         ValueError: see `read_problems` and `build_prompts`.
     """
-    prompts = build_prompts(read_problems(test_file), load_tokenizer(tokenizer_name), mask_id, max_len)
+    problems, tokenizer = read_problems(test_file), load_tokenizer(tokenizer_name)
+    prompts = build_prompts(problems, tokenizer, mask_id, max_len, option="--max-len")
     rows = zip(prompts.xt.tolist(), prompts.problems, strict=True)
     return [{"input_ids": ids, "answer": problem.answer} for ids, problem in rows], prompts.n_left_out
 

@@ -8,6 +8,7 @@ Shapes: N rows, L tokens per row.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -33,16 +34,18 @@ from tqdm import tqdm
 from base.commands import CommandParser, ends_with_message, say, whole_number
 from base.cores import count_cores
 from base.files import alone, reported, write_text
-from base.reading import MAX_INTEGER, check_file, may_be_on_hub, read_json, reading
+from base.reading import MAX_INTEGER, check_file, may_be_on_hub, parse_object, read_json, read_lines, reading
 from base.text import shorten
 from data.gsm8k import HUB_NAME, read_problems
+from data.hashes import cached_hash
 from data.text import TOKENIZER_DIR, encode_rows, load_tokenizer
 from data.token_files import LABELS_FILE, META_FILE, PROMPT_FILE, data_shape, read_meta, write_meta
 
 PROGRESS_FILE = ".progress.json"
 COLUMNS = ("question", "code")  # of TinyGSM
 SPLITS = ("train", "test", "valid", "dev")  # how the names of their files begin
-KINDS = {".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}  # readers of `datasets`, by file name
+READERS = {".parquet": "parquet", ".arrow": "arrow"}  # of `datasets`, by file name
+KINDS = (".jsonl", *READERS)
 CHUNK_ROWS = 500  # rows per task of a worker process: 1 MiB of labels
 MAX_PENDING_CHUNKS = 4  # per worker
 N_FIRST_CHUNKS = 40  # tokenized in a few seconds, less than worker processes of `train.py` take to import torch
@@ -50,6 +53,7 @@ SAVE_EVERY_S = 5.0
 SAY_EVERY_S = 60.0  # where there is no progress bar
 # Recorded in meta.json, so that a call never appends to rows that were encoded differently.
 WHITE_SPACE = {"outer_white_space": "stripped"}
+CONTENT = "dataset_sha256"  # key of the same kind: of the files of a local source; earlier calls did not record it
 
 Rows = tuple[np.ndarray, np.ndarray, int]  # what `encode_rows` returns
 
@@ -106,6 +110,8 @@ def pretokenize(
         job["columns"] = list(columns)
     if not truncate:
         job["too_long"] = "left out"
+    if hashes := source_hashes(source):
+        job[CONTENT] = hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:12]
     free = {"tokenizer"} if tokenizer_path_may_differ else set()
     done, finished = _read_progress(out, job, free)
     if finished:  # also where nothing can be written
@@ -189,7 +195,8 @@ def _read_progress(out: Path, job: dict[str, Any], free: set[str]) -> tuple[Prog
     finished = (out / META_FILE).exists()
     if finished:
         meta = read_meta(out)
-        unrecorded = {} if "num_left_out" in meta else WHITE_SPACE  # the published code strips and does not record it
+        # The published code strips and does not record it.
+        unrecorded = {} if "num_left_out" in meta else WHITE_SPACE
         begun = {key: (unrecorded | meta).get(key) for key in job}
         n_left_out = meta.get("num_left_out") or 0
         n_written = data_shape(out, meta)[0]
@@ -203,6 +210,8 @@ def _read_progress(out: Path, job: dict[str, Any], free: set[str]) -> tuple[Prog
                 raise ValueError(f"it has other values than counts: {content['done']}")
     else:
         return Progress(), False
+    if begun.get(CONTENT) is None:
+        free = free | {CONTENT}
     differences = [
         f"{key} {begun[key]!r}, now {job[key]!r}" for key in job if key not in free and begun[key] != job[key]
     ]
@@ -216,6 +225,9 @@ def read_rows(
 ) -> Iterator[tuple[list[str], list[str]]]:
     """Prompts and completions of a source in order, `CHUNK_ROWS` at a time.
 
+    Lines of JSON are read here, since `datasets` guesses their types: it reads text such as 2012-08-05 as a time, and
+    gives back 2012-08-05 00:00:00.
+
     Args:
         source: .jsonl or .parquet file, folder of such files or one that `Dataset.save_to_disk` wrote, or name of a
             Hugging Face data set.
@@ -226,33 +238,75 @@ def read_rows(
     Raises:
         ValueError: the source is missing, damaged or has other columns; the message names the first bad row.
     """
-    from datasets import load_dataset  # slow to import, and only rows that are not tokenized yet need it
-
     path = Path(source)
     remedy = f"give .jsonl or .parquet files or a data set with {shorten(' and '.join(columns), 40)}"
     with reading(f"source {source!r}", remedy):
         if path.exists():
             files = find_files(path)
-            kind = KINDS[Path(files[0]).suffix]
-            rows = load_dataset(kind, data_files=files, split="train", streaming=True, trust_remote_code=False)
+            batches = _batches_of_lines(files, n_skipped, limit)
+            if (suffix := Path(files[0]).suffix) in READERS:
+                batches = _batches_of_dataset(READERS[suffix], n_skipped, limit, data_files=files)
         elif path.suffix in KINDS or not may_be_on_hub(source):
             raise ValueError("it does not exist, and the name of a data set is OWNER/NAME")
         else:
-            rows = load_dataset(source, split=split, streaming=True, trust_remote_code=False)
-        if limit is not None:
-            rows = rows.take(limit)
+            batches = _batches_of_dataset(source, n_skipped, limit, split=split)
         n_read = n_skipped
-        for batch in rows.skip(n_skipped).iter(batch_size=CHUNK_ROWS):
+        for batch in batches:
             missing = set(columns) - set(batch)
             if missing:
                 raise ValueError(f"it has no column {sorted(missing)}; its columns are {sorted(batch)}")
             for name in columns:
-                wrong = next((i for i, value in enumerate(batch[name]) if not isinstance(value, str)), None)
+                wrong = next((i for i, value in enumerate(batch[name]) if not _is_text(value)), None)
                 if wrong is not None:
                     raise ValueError(f"{name} of row {n_read + wrong} (from 0) is not text: {batch[name][wrong]!r}")
             prompts, completions = (batch[name] for name in columns)
             yield prompts, completions
             n_read += len(prompts)
+        if n_read == 0:
+            raise ValueError("it has no rows")
+
+
+def _batches_of_lines(files: list[str], n_skipped: int, limit: int | None) -> Iterator[dict[str, list[Any]]]:
+    """Columns of the rows of .jsonl files, `CHUNK_ROWS` at a time; a value that a row lacks is None."""
+    found = ((name, number, line) for name in files for number, line in read_lines(Path(name)) if line.strip())
+    lines = islice(found, n_skipped, limit)
+    while chunk := list(islice(lines, CHUNK_ROWS)):
+        rows = []
+        for name, number, line in chunk:
+            with reading(f"source {name}, line {number}", "give one JSON object per line"):
+                rows.append(parse_object(line))
+        yield {key: [row.get(key) for row in rows] for key in dict.fromkeys(chain(*rows))}
+
+
+def _batches_of_dataset(
+    name: str, n_skipped: int, limit: int | None, split: str = "train", **options: Any
+) -> Iterator[dict[str, list[Any]]]:
+    """The same of a data set, by its name or that of a reader of `datasets` and the files that it reads."""
+    from datasets import load_dataset  # slow to import, and only rows that are not tokenized yet need it
+
+    rows = load_dataset(name, split=split, streaming=True, trust_remote_code=False, **options)
+    rows = rows if limit is None else rows.take(limit)
+    yield from rows.skip(n_skipped).iter(batch_size=CHUNK_ROWS)
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is text that can be encoded: JSON can also have halves of characters."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def source_hashes(source: str) -> list[str]:
+    """The hashes of the files of a local source, in order; none of a data set on the Hub."""
+    path = Path(source)
+    if not path.exists():
+        return []
+    with reading(f"source {source!r}", "give .jsonl or .parquet files or a folder of them"):
+        return [cached_hash(Path(file)) for file in find_files(path)]
 
 
 def find_files(path: Path) -> list[str]:

@@ -260,7 +260,7 @@ def read_boards(path: str | Path, size: int, rating_column: str | None = None) -
     columns = ["puzzle", "solution", *([rating_column] if rating_column else [])]
     with reading(source, FORMATS):
         check_file(path)
-        if path.suffix == ".csv":
+        if path.suffix.lower() == ".csv":
             # Measured with a rating column: 7 bytes per character for 9x9 boards, 15 for 4x4, whose lines are shorter.
             check_memory((10 if size == 9 else 20) * path.stat().st_size, "its text")
             found: dict[str, Any] = _read_csv(path, columns)

@@ -33,8 +33,8 @@ from base.files import make_once, making_folder, reported
 from base.reading import reading
 from base.text import escape, shorten
 from data.dataset import AnswerVerdict, DataSet, DataSettings, JudgedAnswers
-from data.hashes import cached_hash, hash_file
-from data.pretokenize import find_files, pretokenize, read_rows
+from data.hashes import hash_file
+from data.pretokenize import pretokenize, read_rows, source_hashes
 from data.questions import Question
 from data.settings import FREE_ON_RESUME
 from data.text import (
@@ -58,7 +58,7 @@ from data.text import (
 from data.token_files import TokenFileData, count_completions_with, count_shared_rows, open_token_files, read_meta
 
 MAX_LENGTH = 1 << 20  # tokens per sequence
-VERSION = 1  # of the files that are written; a new one when the same settings give other files
+VERSION = 2  # of the files that are written; a new one when the same settings give other files
 MAX_SHOWN_GOLD = 100  # characters of a right answer in a verdict
 N_TOKENIZER_CHUNKS = 40  # of `data.pretokenize.CHUNK_ROWS` pairs, on which a tokenizer is trained
 # What a token of a trained tokenizer spans at most: a digit with the space before it; a newline and an indent; a word
@@ -157,6 +157,7 @@ class PairDataSet(DataSet):
         """A prompt in words."""
         max_len = self.settings.max_len
         with reading("the prompt", "give text that the tokenizer of the model can encode"):
+            question.encode()  # not so where it was no UTF-8
             ids = encode_prompts(self.tokenizer.backend_tokenizer, [question])[0]
         if not prompt_fits(len(ids), max_len):
             raise ValueError(f"the prompt has {len(ids)} tokens: at most {max_len - 2} fit data.max_len {max_len}")
@@ -424,11 +425,7 @@ class TextData(PairDataSet):
 
 def _identity(source: str) -> list[str]:
     """A source and its content: the hashes of its files; of a data set on the Hub only its name."""
-    path = Path(source)
-    if not path.exists():
-        return [source]
-    with reading(f"source {source!r}", "give .jsonl or .parquet files or a folder of them"):
-        return [source, *(cached_hash(Path(file)) for file in find_files(path))]
+    return [source, *source_hashes(source)]
 
 
 def _digest(facts: list[Any]) -> str:

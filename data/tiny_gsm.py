@@ -12,6 +12,7 @@ Shapes: n questions, L positions.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -168,7 +169,15 @@ class TinyGsm(PairDataSet):
             problems = read_problems(str(self.folder / TEST_FILE))
         else:
             problems = read_problems(self.settings.test_source or HUB_NAME, cache_dir=self.folder)
-        return build_prompts(problems, self.tokenizer, self.mask_id, self.settings.max_len, self.vocab_size)
+        max_len = self.settings.max_len
+        prompts = build_prompts(problems, self.tokenizer, self.mask_id, max_len, self.vocab_size)
+        if prompts.n_left_out:
+            warnings.warn(
+                f"{prompts.n_left_out} of {len(problems)} questions are left out: they leave no room for a program in "
+                f"data.max_len {max_len}",
+                stacklevel=2,
+            )
+        return prompts
 
     @property
     @override

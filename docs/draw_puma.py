@@ -21,6 +21,7 @@ from config import PumaSettings
 from data.sudoku import SudokuData
 from model.hub import load_model
 from progressive import reveal_next_stage
+from runtime.figures import save_figure
 from unmasking import mask_uniformly, row_weights
 
 HIDDEN, SHOWN, FRESH, EDGE = "#d5dae3", "#ffffff", "#f6c667", "#5b6577"
@@ -96,7 +97,7 @@ def draw(run_dir: Path, row: int, seed: int, out: Path) -> None:
             plot.set_xlabel(f"update {step + 1}", labelpad=5)
             for side in plot.spines.values():
                 side.set_visible(False)
-    figure.savefig(out, dpi=110, pad_inches=0.08, bbox_inches="tight")
+    save_figure(figure, out, 110, pad_inches=0.08, bbox_inches="tight")
 
 
 def main(arguments: list[str] | None = None) -> None:

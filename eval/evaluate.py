@@ -12,6 +12,7 @@ Shapes: B rows, L positions.
 from __future__ import annotations
 
 import json
+import math
 import os
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, dataclass, field, replace
@@ -106,7 +107,8 @@ class Evaluation:
         if self.likelihood is not None:
             bound = "" if self.likelihood.exact else "at most "
             error = NORMAL_95 * self.likelihood.standard_error
-            lines.append(f"{bound}{self.likelihood.nats_per_token:.4g} nats per token (+- {error:.2g})")
+            interval = f" (+- {error:.2g})" if math.isfinite(error) else ""  # a single row has none
+            lines.append(f"{bound}{self.likelihood.nats_per_token:.4g} nats per token{interval}")
         lines += map(_rule_line, self.samplers)
         if self.reference is not None:
             lines.append(f"{self.reference.name} alone: accuracy {100 * self.reference.accuracy:.1f}%")
@@ -318,17 +320,19 @@ def main(arguments: list[str] | None = None) -> None:
             say(f"data: {escape(described)}")
         evaluation = evaluate(loaded.model.to(world.device), config, data, world, n_examples)
         if world.is_main:
-            if options.json:
-                source = {
-                    "checkpoint": options.checkpoint,
-                    "step": loaded.step,
-                    "overrides": options.overrides,
-                    "data": described,
-                }
-                write_text(options.json, json.dumps(source | as_json(evaluation), indent=1) + "\n")
-            if options.samples:
-                write_text(options.samples, "".join(json.dumps(row) + "\n" for row in evaluation.samples))
-            print(evaluation.table())  # last, since standard output may be closed
+            source = {
+                "checkpoint": options.checkpoint,
+                "step": loaded.step,
+                "overrides": options.overrides,
+                "data": described,
+            }
+            try:
+                if options.json:
+                    write_text(options.json, json.dumps(source | as_json(evaluation), indent=1) + "\n")
+                if options.samples:
+                    write_text(options.samples, "".join(json.dumps(row) + "\n" for row in evaluation.samples))
+            finally:  # also where the disk is full; after the files, since standard output may be closed
+                print(evaluation.table())
 
 
 def _sweep(options: Namespace) -> None:

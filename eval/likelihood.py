@@ -298,7 +298,8 @@ def table(results: list[CheckpointResult]) -> list[str]:
         n_draws = "exact" if result.exact else str(result.n_draws)
         padding, masks = f"{result.padding_per_token:.2g}", _half(result.mask_error)
         rows.append([result.checkpoint, f"{result.n_tokens:,}", nats, padding, masks, gap, bits, n_draws])
-    what = f"The first {results[0].n_rows} held-out rows. In brackets half of the 95% interval."
+    n_rows = " and ".join(dict.fromkeys(str(result.n_rows) for result in results))
+    what = f"The first {n_rows} held-out rows. In brackets half of the 95% interval."
     return [what, "", *markdown_table(titles, rows)]
 
 
@@ -308,9 +309,11 @@ def _half(error: float | None) -> str:
 
 def _report(results: list[CheckpointResult], path: Path | None) -> None:
     """Write and print the results."""
-    if path is not None:
-        write_text(path, json.dumps([vars(result) for result in results], indent=1) + "\n")
-    print("\n".join(table(results)))  # last, since standard output may be closed
+    try:
+        if path is not None:
+            write_text(path, json.dumps([vars(result) for result in results], indent=1) + "\n")
+    finally:  # also where the disk is full; after the file, since standard output may be closed
+        print("\n".join(table(results)))
 
 
 def main(arguments: list[str] | None = None) -> None:

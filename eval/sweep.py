@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import TypeAdapter
 
-from base.files import check_out, write_text
+from base.files import alone, check_out, write_text
 from base.reading import read_text, reading
 from config import DEFAULT_RULE, Config, SamplingRule
 from data.dataset import DataSet
@@ -36,7 +36,7 @@ from model.hub import LoadedModel
 from model.transformer import Transformer
 from progressive_block import block_layout
 from runtime.distributed import World, autocast, autocast_dtype, main_bar, main_first, on_main
-from runtime.figures import COLORS, LINES, MARKERS, MAX_LABEL, plain_label, set_grid, set_log_axis
+from runtime.figures import COLORS, LINES, MARKERS, MAX_LABEL, plain_label, save_figure, set_grid, set_log_axis
 from runtime.machine import device_name
 from runtime.markdown import markdown_table
 
@@ -193,7 +193,7 @@ def sweep(
         max_passes: leave out rules that take more passes by design, see `n_fixed_passes`; None: leave out none.
 
     Returns:
-        All points, with those that `out` had before.
+        All points, with those that `out` had before; on the main process also those of sweeps at the same time.
 
     Raises:
         ValueError: see `rules_of` and `count_examples`; no rule has so few passes; a file cannot be written; or the
@@ -219,6 +219,7 @@ def sweep(
         if named in rules
     ]
     warm: set[Conditions] = set()
+    written = points
     with main_bar(world, total=len(tasks), desc="sweep", unit="setting") as bar:
         for checkpoint, questions, conditions, named in tasks:
             bar.set_postfix_str(f"{checkpoint.source} {named.name} {named.dial} {named.value}")
@@ -231,16 +232,20 @@ def sweep(
                 points.append(_measure(checkpoint, questions, conditions, named, world=world))
             bar.update()
             if world.is_main:
-                write_sweep(points, out)
+                written = write_sweep(points, out)
     if world.is_main:
-        draw_sweep(points, _with_suffix(out, ".png"))
-    return points
+        draw_sweep(written, _with_suffix(out, ".png"))
+    return written
 
 
 def _open_out(out: Path) -> list[Point]:
     """The points that `out` has, which can be written."""
-    for suffix in SUFFIXES:
-        check_out(_with_suffix(out, suffix), "--out")
+    paths = [_with_suffix(out, suffix) for suffix in SUFFIXES]
+    for path in paths:
+        check_out(path, "--out")
+    found = [str(path) for path in paths if path.exists()]
+    if found and not paths[0].exists():
+        raise ValueError(f"--out {out} would overwrite {' and '.join(found)}, of which no sweep is known: name another")
     return read_sweep(out)
 
 
@@ -344,15 +349,20 @@ def pareto_front(points: Sequence[Point], cost: str) -> list[Point]:
     return found
 
 
-def write_sweep(points: Sequence[Point], out: Path) -> None:
-    """Write the measurements as .json, .csv and .md."""
-    write_text(_with_suffix(out, ".json"), json.dumps([asdict(point) for point in points], indent=1) + "\n")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Point)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(point) | {"settings": json.dumps(point.settings)} for point in points)
-    write_text(_with_suffix(out, ".csv"), text.getvalue())
-    write_text(_with_suffix(out, ".md"), "\n".join(sweep_table(points)) + "\n")
+def write_sweep(points: Sequence[Point], out: Path) -> list[Point]:
+    """Write measurements as .json, .csv and .md, beside those that another sweep has added meanwhile; returns all."""
+    path = _with_suffix(out, ".json")
+    with alone(path):
+        written = read_sweep(out)
+        written += [point for point in points if point not in written]
+        write_text(path, json.dumps([asdict(point) for point in written], indent=1) + "\n")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [field.name for field in fields(Point)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(point) | {"settings": json.dumps(point.settings)} for point in written)
+        write_text(_with_suffix(out, ".csv"), text.getvalue())
+        write_text(_with_suffix(out, ".md"), "\n".join(sweep_table(written)) + "\n")
+    return written
 
 
 def sweep_table(points: Sequence[Point]) -> list[str]:
@@ -434,7 +444,7 @@ def draw_sweep(points: Sequence[Point], out: Path) -> None:
     ordered = [label for label in ("best", *names) if label in found]
     handles = [found[label] for label in ordered]
     figure.legend(handles, ordered, loc="outside upper center", ncols=5, frameon=False, fontsize="small")
-    figure.savefig(out, dpi=120)
+    save_figure(figure, out, 120)
 
 
 def labels_of(groups: Sequence[Conditions]) -> list[str]:

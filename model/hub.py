@@ -30,6 +30,7 @@ from data.dataset import DataSet, DataSettings
 from data.text import TOKENIZER_DIR, TOKENIZER_FILE, load_tokenizer
 from model.transformer import EMBEDDING, HEAD, POSITIONS, Transformer, build_model, count_parameters
 from runtime.checkpoint import MANIFEST, chosen_folder, find_checkpoint, run_dir_of, split_choice
+from runtime.command import shell_command
 from runtime.config_file import dump_config, override_config, read_config
 
 CONFIG_FILE = "config.json"
@@ -472,7 +473,8 @@ def pack_run(path: str, out: Path) -> str:
     write_text(out / SETTINGS_FILE, dump_config(config))
     n_bytes = sum(file.stat().st_size for file in out.iterdir())
     files = ", ".join(sorted(file.name for file in out.iterdir()))
-    return f"wrote {out}: {files}, {n_bytes / 1e6:.1f} MB; sample from it with: python sampling.py --checkpoint {out}"
+    command = shell_command("sampling.py", "--checkpoint", out)
+    return f"wrote {out}: {files}, {n_bytes / 1e6:.1f} MB; sample from it with: {command}"
 
 
 def export_run(path: str, out: Path) -> str:

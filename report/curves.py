@@ -30,7 +30,7 @@ from base.commands import CommandParser, ends_with_message
 from base.files import check_out
 from base.text import escape
 from runtime.config_file import read_config, setting_name
-from runtime.figures import COLORS, LINES, MARKERS, plain_label, set_grid, set_log_axis
+from runtime.figures import COLORS, LINES, MARKERS, plain_label, save_figure, set_grid, set_log_axis
 from runtime.history import read_history
 from runtime.markdown import markdown_table
 from runtime.metrics import HEADLINE, METRICS_FILE, read_metrics
@@ -372,7 +372,7 @@ def _draw(runs: _Runs, curves: Sequence[Curve], axis: str, out: Path, targets: S
     handles = [line for plot in (accuracy_plot, loss_plot) for line in plot.get_legend_handles_labels()[0]]
     if handles:
         figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize="small")
-    figure.savefig(out, dpi=120)
+    save_figure(figure, out, 120)
 
 
 def _draw_metric(runs: _Runs, curves: Sequence[Curve], axis: str, out: Path, metric: str) -> None:
@@ -384,7 +384,7 @@ def _draw_metric(runs: _Runs, curves: Sequence[Curve], axis: str, out: Path, met
     plot = figure.subplots()
     plot_curves(plot, curves, axis, metric=metric)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize="small")
-    figure.savefig(out, dpi=120)
+    save_figure(figure, out, 120)
 
 
 def _check_axis(runs: _Runs, axis: str) -> None:

@@ -31,7 +31,7 @@ from report.trace import html_fragment, read_traces
 from runtime.config_file import parse_config, read_sections
 from runtime.figures import COLORS, set_grid
 from runtime.final import Final, load_final, rule_in_words
-from runtime.history import read_history
+from runtime.history import last_data_warnings, read_history
 from runtime.metrics import read_metrics, samples_files
 
 PAGE_FILE = "report.html"
@@ -72,7 +72,7 @@ def build_page(run_dir: Path) -> str:
         _facts(summary, rows, final),
         "<h2>Curves</h2>",
         _figures(run_dir, rows),
-        *_results(final),
+        *_results(final, last_data_warnings(run_dir)),
         *_traces(run_dir),
         *_samples(run_dir, final, on_boards=on_boards),
         "<h2>Settings that differ from the defaults</h2>",
@@ -192,17 +192,19 @@ def _draw(plot_into: Any, *, legend: bool = False) -> str:
     return re.sub(r'<svg ([^>]*?)width="[^"]*pt" height="[^"]*pt"', r'<svg role="img" \1', svg, count=1)
 
 
-def _results(final: Final | None) -> Iterator[str]:
+def _results(final: Final | None, data_warnings: Sequence[str]) -> Iterator[str]:
     """Tables of the last evaluation: by sampling rule, and by difficulty for the first rule."""
     if final is None:
         return
     evaluation, reference = final.evaluation, final.evaluation.reference
     yield "<h2>Final evaluation</h2>"
+    for warning in data_warnings:
+        yield f"<p class=bad>Warning: {text(warning)}</p>"
     if not evaluation.samplers:
         yield f"<p>Validation loss {evaluation.loss:.4f}; no questions were asked.</p>"
         return
     first = evaluation.samplers[0]
-    yield f"<p>{first.n:,} unseen questions, validation loss {evaluation.loss:.4f}</p>"
+    yield f"<p>{first.n:,} questions of the test, validation loss {evaluation.loss:.4f}</p>"
     shown = [name.replace("_", " ") for name in (*first.details, *first.numbers)]
     titles = ["sampling rule", "accuracy", "95% interval", *shown, "passes"]
     yield table(

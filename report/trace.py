@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import Field, TypeAdapter
 
-from base.files import reported, write_text
+from base.files import replacing, write_text
 from base.reading import read_text, reading
 from base.text import escape
 from data.dataset import AnswerVerdict, Board, DataSet
@@ -361,9 +361,10 @@ def draw_gif(trace: Trace, out: Path) -> None:
     palette = frames[-1].quantize(64)  # one for all frames, so that each stores only what has changed
     frames = [frame.quantize(palette=palette, dither=Dither.NONE) for frame in frames]
     pause_ms = round(1000 * min(0.5, GIF_S / len(frames)))
-    with reported(out):
+    with replacing(out) as scratch:
         frames[0].save(
-            out,
+            scratch,
+            format="GIF",
             save_all=True,
             append_images=frames[1:],
             duration=[pause_ms] * (len(frames) - 1) + [round(1000 * LAST_FRAME_S)],

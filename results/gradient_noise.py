@@ -51,7 +51,7 @@ from results.records import (
 )
 from runtime.checkpoint import find_checkpoint
 from runtime.distributed import autocast, autocast_dtype, start_world
-from runtime.figures import COLORS, set_grid
+from runtime.figures import COLORS, save_figure, set_grid
 from runtime.history import ROOT
 from runtime.machine import device_name
 from runtime.markdown import markdown_table
@@ -230,7 +230,7 @@ def draw(records: dict[str, Any], out: Path) -> None:
     plot.set(xlabel="updates from one to the other", ylabel="correlation of the noise", xlim=(0, N_LAGS))
     set_grid(plot, integers=True)
     plot.legend(frameon=False)
-    figure.savefig(out, dpi=110)
+    save_figure(figure, out, 110)
 
 
 def main(arguments: list[str] | None = None) -> None:

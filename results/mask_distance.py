@@ -74,7 +74,7 @@ from results.records import (
 )
 from runtime.checkpoint import Checkpoint, open_checkpoint, step_folders
 from runtime.distributed import World, autocast, autocast_dtype, start_world
-from runtime.figures import COLORS, set_grid
+from runtime.figures import COLORS, save_figure, set_grid
 from runtime.final import Share
 from runtime.history import ROOT
 from runtime.machine import device_name
@@ -511,7 +511,7 @@ def draw(records: dict[str, Any], out: Path) -> None:
     for plot in (over_training, by_stage, near):
         set_grid(plot)
     figure.legend(*over_training.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
-    figure.savefig(out, dpi=110)
+    save_figure(figure, out, 110)
 
 
 def _numbers(values: Iterator[float | None]) -> list[float]:

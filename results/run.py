@@ -21,6 +21,7 @@ import json
 import math
 import os
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from report.curves import RUN_AXES, Curve, accuracy_points, mean_and_range, plot
 from results.experiments import EXPERIMENTS, Experiment, Variant
 from results.records import Number, Text, check_folder, read_note, read_records
 from runtime.config_file import changed_settings, format_changes, read_config
+from runtime.figures import save_figure
 from runtime.final import Count, Share, is_complete, load_final
 from runtime.history import ROOT, commit_name, read_history
 from runtime.markdown import markdown_table
@@ -305,6 +307,15 @@ def start(task: Task) -> subprocess.Popen[bytes]:
         return subprocess.Popen(task.command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
+def named_runs(experiment: Experiment, runs: list[dict[str, Any]], records_file: Path) -> list[dict[str, Any]]:
+    """The runs of the records whose label and seed the experiment names; a line tells of others."""
+    names = {(variant.label, seed) for variant in experiment.variants for seed in experiment.seeds_of(variant)}
+    others = [f"{run['variant']!r}, seed {run['seed']}" for run in runs if (run["variant"], run["seed"]) not in names]
+    if others:
+        print(f"{records_file} keeps runs that the experiment does not name, which are not shown: {'; '.join(others)}")
+    return [run for run in runs if (run["variant"], run["seed"]) in names]
+
+
 def recorded_runs(records_file: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """The runs in a records file by label and seed; empty if there is no file."""
     if not records_file.exists():
@@ -315,9 +326,11 @@ def recorded_runs(records_file: Path) -> dict[tuple[str, int], dict[str, Any]]:
 def collect(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, Any]]) -> list[dict[str, Any]]:
     """Records of the runs of `tasks`: from the run directory if it has evaluations, else from earlier records.
 
-    A record names the settings, commit, date and machine of the run. Those of an unchanged record are kept.
+    A record names the settings, commit, date and machine of the run. Those of an unchanged record are kept, and so are
+    records of runs that are none of `tasks`, which may be the only ones.
     """
-    runs = []
+    keys = [task.key for task in tasks]
+    runs = [run for key, run in recorded.items() if key not in keys]
     for task in tasks:
         old = recorded.get(task.key)
         rows = list(read_metrics(task.run_dir))
@@ -508,7 +521,7 @@ def draw(experiment: Experiment, records: dict[str, Any], out: Path) -> None:
     longest = max(len(label) for label in labels)
     n_columns = max(1, min(4, int(WIDTH / (LEGEND_LINE + LEGEND_LETTER * longest))))
     figure.legend(handles, labels, loc="outside upper center", ncols=n_columns, frameon=False)
-    figure.savefig(out, dpi=110)
+    save_figure(figure, out, 110)
 
 
 def seconds(text: str) -> float:
@@ -559,10 +572,13 @@ def main(arguments: list[str] | None = None) -> None:
             runs = collect(tasks, recorded)
             if not runs:
                 sys.exit("no run has been evaluated yet")
-            command = " ".join(["python -m results.run", options.experiment, *options.overrides])
+            command = shlex.join(["python", "-m", "results.run", options.experiment, *options.overrides])
             folder.mkdir(parents=True, exist_ok=True)
             write_text(records_file, json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
         records = read_records(records_file, Records)
+        records["runs"] = named_runs(experiment, records["runs"], records_file)
+        if not records["runs"]:
+            raise ValueError(f"{records_file} has no run that the experiment names: run it without --draw")
         write_text(folder / "README.md", report(experiment, records, read_note(folder)))
         draw(experiment, records, folder / "curves.png")
         print(f"wrote {folder}/README.md" + ("" if complete else "; incomplete: the same command continues"))

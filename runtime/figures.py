@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from base.files import replacing
 from base.text import escape, shorten
 
 # Okabe and Ito's colours, distinguishable with colour blindness; line styles and markers distinguish them in print.
@@ -17,6 +19,12 @@ MAX_LABEL = 60  # characters
 def plain_label(name: str, limit: int = MAX_LABEL) -> str:
     """A name as text of a figure: at most `limit` characters, none of them control characters, and no formula."""
     return shorten(escape(name), limit).replace("$", r"\$")  # `$` would begin a formula
+
+
+def save_figure(figure: Any, out: Path, dpi: int, **options: Any) -> None:
+    """Replace a picture by a figure, in the format of its suffix. Raises WriteError, and the old picture is intact."""
+    with replacing(out) as scratch:
+        figure.savefig(scratch, dpi=dpi, format=out.suffix[1:].lower(), **options)
 
 
 def set_grid(plot: Any, *, integers: bool = False) -> None:

@@ -62,6 +62,7 @@ class Entry(TypedDict, total=False):
     n_steps: Step
     packages: dict[str, str]
     hardware: dict[str, str | float | None]
+    data_warnings: list[str]
     seconds: dict[str, Seconds]
 
 
@@ -74,6 +75,7 @@ class Session:
 
     started: float = field(default_factory=time.time)  # seconds since the epoch
     seconds: dict[str, float] = field(default_factory=dict)  # by phase: data, training, evaluation, checkpoints
+    data_warnings: list[str] = field(default_factory=list)  # such as test questions that are trained on
     run_dir: Path | None = None  # where it is written; None: not written
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -94,6 +96,7 @@ class Session:
             "command": shlex.join(sys.orig_argv),
             "from_step": from_step,
             "n_steps": n_steps,
+            "data_warnings": self.data_warnings,
             **code_version(),
             "packages": _packages(),
             "hardware": _hardware(world),
@@ -133,6 +136,11 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
     except BadInput as error:
         warnings.warn(str(error), RuntimeWarning, stacklevel=2)
         return []
+
+
+def last_data_warnings(run_dir: Path) -> list[str]:
+    """The warnings about the data of a run's last session; see `data.dataset.DataSet.warnings`."""
+    return (read_history(run_dir) or [{}])[-1].get("data_warnings", [])
 
 
 def _as_text(seconds: float) -> str:

@@ -158,6 +158,20 @@ def test_ranks_and_microbatches_do_not_change_the_mean(monkeypatch):
             torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-6)
 
 
+def test_the_share_of_targets_is_a_mean_over_rows_that_stays_in_its_place():
+    """Of 8 positions behind the prompt, a count to n has n + 1 targets; each rank reports its own rows."""
+    for rank, n_ranks in ((0, 1), (1, 2)):
+        objective = make_objective(4, 2, rank, n_ranks)
+        place = objective.metrics()["target_fraction"].data_ptr()
+        for step in range(3):
+            x0 = torch.cat([microbatch.x0 for microbatch in objective.microbatches(step)])
+            figures = objective.metrics()
+            assert float(figures["target_fraction"]) == pytest.approx(float((x0[:, 0] + 1).double().mean() / 8))
+            assert figures["target_fraction"].data_ptr() == place, "a CUDA graph writes to the same memory"
+            assert int(figures["sequences_drawn"]) == (step + 1) * len(x0)
+            objective.prefetch()
+
+
 def test_two_processes_reach_the_weights_of_one(config_file, tmp_path):
     config = config_file(AUTOREGRESSIVE, training__max_steps=3)
     alone = run_python("train.py", "--config", config, "--run-dir", tmp_path / "alone")

@@ -131,12 +131,13 @@ def test_questions_that_are_too_long_are_left_out_and_counted(tokenizer):
     question = "Anna has 5 books."
     n_tokens = len(tokenizer.encode(question)) + 1
     problems = [Problem(question, "1"), Problem(question + " " + question, "2"), Problem(question, "3")]
-    with pytest.warns(UserWarning, match="1 of 3 questions are left out"):
-        prompts = build_prompts(problems, tokenizer, MASK_ID, n_tokens + 2)
+    prompts = build_prompts(problems, tokenizer, MASK_ID, n_tokens + 2)
     assert [problem.answer for problem in prompts.problems] == ["1", "3"]
     assert prompts.n_left_out == 1
     with pytest.raises(ValueError, match=r"none of the 3 questions fits data\.max_len"):
         build_prompts(problems, tokenizer, MASK_ID, n_tokens + 1)
+    with pytest.raises(ValueError, match=rf"none of the 3 questions fits --max-len {n_tokens + 1}: raise it"):
+        build_prompts(problems, tokenizer, MASK_ID, n_tokens + 1, option="--max-len")
 
 
 def test_a_mask_token_in_a_question_is_refused(tokenizer):

@@ -18,7 +18,7 @@ from conftest import ROOT, SHARED, run_python, started
 
 from data import pretokenize as module
 from data.gsm8k import Problem, read_problems
-from data.pretokenize import pretokenize
+from data.pretokenize import pretokenize, read_rows
 from data.stream import SequenceStream
 from data.text import decode_completions, load_tokenizer
 from data.token_files import FORMAT, open_token_files, read_meta, tokenizer_of, write_meta, write_token_files
@@ -131,6 +131,64 @@ def test_white_space_around_the_texts_changes_nothing(tmp_path, tokenizer_dir):
     programs = decode_completions(load_tokenizer(str(tokenizer_dir)), tokens, prompt_mask)
     assert "    return result" in programs[0], "inner white space is kept"
     assert programs == [row["code"] for row in rows]
+
+
+def test_text_of_json_lines_is_read_as_it_is_written(tmp_path):
+    """Also dates, which `datasets` takes for times; with a byte order mark, empty lines and other columns."""
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "5 Aug", "code": "2012-08-05"}\r\n\r\n')
+    (tmp_path / "b.jsonl").write_text('\n{"id": 3, "code": "1.50", "question": "\\u00e9"}')
+    chunks = list(read_rows(str(tmp_path), module.COLUMNS))
+    assert chunks == [(["5 Aug", "\u00e9"], ["2012-08-05", "1.50"])]
+    assert list(read_rows(str(tmp_path), module.COLUMNS, n_skipped=1)) == [(["\u00e9"], ["1.50"])]
+    assert list(read_rows(str(tmp_path), module.COLUMNS, limit=1)) == [(["5 Aug"], ["2012-08-05"])]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question": "a", "code": 3}', r"code of row 1 \(from 0\) is not text: 3\)"),
+        ('{"question": "a", "code": true}', r"code of row 1 \(from 0\) is not text: True"),
+        ('{"question": "a"}', r"code of row 1 \(from 0\) is not text: None"),
+        ('{"question": "a", "code": "\\ud800"}', r"code of row 1 \(from 0\) is not text: '.ud800'"),
+        ('{"question": "a", ', r"b\.jsonl, line 2 cannot be read \(it is not JSON"),
+        ("[1]", r"b\.jsonl, line 2 cannot be read \(must be a JSON object, got list"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text('{"question": "a", "code": "b"}\n')
+    (tmp_path / "b.jsonl").write_text(f"\n{line}\n")
+    with pytest.raises(ValueError, match=message):
+        list(read_rows(str(tmp_path), module.COLUMNS))
+
+
+def test_a_source_without_rows_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="it has no rows"):
+        list(read_rows(str(tmp_path / "a.jsonl"), module.COLUMNS))
+
+
+def test_a_source_that_has_changed_is_refused(tmp_path, tokenizer_dir):
+    """After a finished call and after one that was interrupted; files that do not record the content are taken."""
+    arguments = (str(tmp_path / "rows.jsonl"), str(tokenizer_dir), tmp_path / "out", MAX_LEN)
+    write_rows(tmp_path / "rows.jsonl", 30)
+    pretokenize(*arguments, n_workers=1)
+    write_rows(tmp_path / "rows.jsonl", 30, seed=2)
+    with pytest.raises(
+        ValueError, match=r"was written with dataset_sha256 '\w+', now '\w+': choose another --out or delete"
+    ):
+        pretokenize(*arguments, n_workers=1)
+    meta_file = tmp_path / "out" / "meta.json"
+    meta = json.loads(meta_file.read_text())
+    progress = {"n_read": 30, "n_written": 27, "n_left_out": 3, "max_token_id": 500}
+    job = {
+        key: meta[key] for key in ("dataset", "tokenizer", "max_len", "limit", "outer_white_space", "dataset_sha256")
+    }
+    meta_file.unlink()
+    (tmp_path / "out" / ".progress.json").write_text(json.dumps({"job": job, "done": progress}))
+    with pytest.raises(ValueError, match="was written with dataset_sha256"):
+        pretokenize(*arguments, n_workers=1)
+    meta_file.write_text(json.dumps({key: value for key, value in meta.items() if key != "dataset_sha256"}))
+    assert pretokenize(*arguments, n_workers=1).n_read == 30
 
 
 def test_meta_is_the_published_one(tmp_path, tokenizer_dir):

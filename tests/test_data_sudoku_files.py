@@ -54,7 +54,7 @@ def varied_boards(size: int, n: int) -> np.ndarray:
 @pytest.mark.parametrize("empty", ["0", "."])
 def test_csv(size, empty, tmp_path):
     tokens = varied_boards(size, 20)
-    path = write_csv(tmp_path / "boards.csv", tokens, empty)
+    path = write_csv(tmp_path / ("boards.csv" if empty == "." else "BOARDS.CSV"), tokens, empty)
     assert np.array_equal(load_sudoku_file(path, size).boards, tokens)
 
 

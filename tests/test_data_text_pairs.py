@@ -26,6 +26,7 @@ from data.text import decode_completions, load_tokenizer, train_byte_pairs
 from data.text_pairs import PIECES, TextData, TextSettings
 from model.hub import load_model, pack_run
 from runtime.checkpoint import find_checkpoint
+from runtime.history import read_history
 from sampling import load
 
 VOCAB = 300
@@ -275,6 +276,15 @@ def test_test_pairs_that_are_trained_on_give_a_warning(tmp_path):
     assert "in the training set" not in str(open_text(tmp_path).warnings())
 
 
+def test_a_run_on_pairs_that_it_is_tested_on_says_so(tmp_path, capsys):
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    settings = run_settings(tmp_path, test_source=str(tmp_path / "pairs.jsonl"))
+    run_dir = run_text(tmp_path, settings, "run")
+    assert re.search(r"^solved [\d.]+% of \d+ test prompts$", capsys.readouterr().out, re.MULTILINE)
+    (session,) = read_history(run_dir)
+    assert any("test pairs are also in the training set" in warning for warning in session["data_warnings"])
+
+
 def test_hidden_files_and_caches_are_no_rows_and_splits_are_not_mixed(tmp_path):
     from datasets import Dataset
 
@@ -442,7 +452,7 @@ def test_a_run_that_starts_from_another_takes_its_tokenizer(tmp_path, monkeypatc
     settings["validation"] = {"n_examples": 1, "n_loss_rows": 2}
     source = run_text(tmp_path, settings, "arm")
     settings = run_settings(tmp_path, source=str(tmp_path / "other.jsonl"))
-    (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "toad owl", "completion": "owl toad"}) * 40)
+    (tmp_path / "other.jsonl").write_text((json.dumps({"prompt": "toad owl", "completion": "owl toad"}) + "\n") * 40)
     settings["model"]["init_from"] = str(source)
     with monkeypatch.context() as patch:
         without_training(patch)

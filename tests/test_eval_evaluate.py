@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,21 @@ from conftest import PUMA, UNIFORM, run_python, run_ranks, tiny_settings
 from test_data_sudoku_boards import boards
 
 import train
+from base.files import WriteError
 from data.dataset import JudgedAnswers
 from data.sudoku import Sudoku
 from data.sudoku_boards import SudokuData, make_data
 from data.sudoku_solver import solve_singles
 from eval import evaluate as evaluation
-from eval.accuracy import check_prompts, group_results, wilson_interval
+from eval.accuracy import (
+    TestQuestions,
+    check_figures,
+    check_prompts,
+    count_examples,
+    group_results,
+    measure_rule,
+    wilson_interval,
+)
 from eval.evaluate import validation_loss
 from model.transformer import Transformer, build_model
 from progressive_block import BlockLayout
@@ -181,6 +191,50 @@ def evaluate_with_figures(model, data_dir, monkeypatch, **reported: Any) -> eval
     monkeypatch.setattr(Sudoku, "judge", lambda *_: JudgedAnswers(arrays))
     config = parse_config(tiny_settings(PUMA, data_dir), "test")
     return evaluation.evaluate(model, config, config.open_data().load(train=False), World(0, 1, CPU), n_examples=3)
+
+
+def test_sampled_answers_depend_on_the_seed_and_the_question_alone(model, data_dir):
+    """At a temperature: not on the batch, nor on the rank, that a question is in."""
+    settings = tiny_settings(PUMA, data_dir)
+    settings["validation"] |= {"temperature": 1.0, "tokens_per_step": [4], "n_table_rows": 20}
+
+    def answers(seed: int, batch_size: int, rank: int = 0, n_ranks: int = 1) -> dict[int, str]:
+        settings["training"]["seed"], settings["validation"]["batch_size"] = seed, batch_size
+        config = parse_config(settings, "test")
+        data, world = config.open_data().load(train=False), World(rank, n_ranks, CPU)
+        test = TestQuestions(data, None, {}, 11)
+        measured = measure_rule(model, config, test, world, rule=config.validation.rules()[0])
+        return {sample["row"]: sample["answer"] for sample in measured.samples}
+
+    whole = answers(0, 11)
+    assert list(whole) == list(range(11))
+    assert answers(0, 3) == whole
+    assert answers(0, 4, 0, 2) | answers(0, 4, 1, 2) == whole
+    assert sum(answers(1, 11)[row] == answer for row, answer in whole.items()) < 3
+
+
+def test_the_time_is_that_of_sampling_alone(model, data_dir, monkeypatch):
+    """Of two batches; judging, which is slow where answers are programs, is not part of it."""
+    settings = tiny_settings(PUMA, data_dir)
+    settings["validation"] |= {"batch_size": 2}
+    config = parse_config(settings, "test")
+    clock = iter([10.0, 11.5, 20.0, 24.0])
+    monkeypatch.setattr("eval.accuracy.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    test = TestQuestions(config.open_data().load(train=False), None, {}, 3)
+    measured = measure_rule(model, config, test, World(0, 1, CPU), rule=config.validation.rules()[0])
+    assert measured.seconds == 1.5 + 4.0
+
+
+def test_the_question_of_a_wrong_figure_is_named():
+    """By its number in the test, not in the batch."""
+    data: Any = SimpleNamespace(figures=("accuracy", "share"), numbers=("distance",))
+    figures = {name: np.zeros(3) for name in ("accuracy", "share", "distance")}
+    rows = np.array([5, 8, 11])
+    check_figures(JudgedAnswers(figures), data, rows, "mine")
+    for name, value in (("accuracy", 0.5), ("share", 1.5), ("distance", np.nan)):
+        wrong = figures | {name: np.array([0, 1, value])}
+        with pytest.raises(ValueError, match=f"gave '{name}' the value {value:g} for question 11;"):
+            check_figures(JudgedAnswers(wrong), data, rows, "mine")
 
 
 # Intervals
@@ -370,13 +424,27 @@ def test_results_and_samples_need_two_files(run_dir, tmp_path, capsys):
     assert "--json and --samples: both name" in capsys.readouterr().err
 
 
-def test_a_single_row_has_no_error_and_its_file_no_nan(run_dir, tmp_path):
+def test_results_that_cannot_be_written_are_printed(run_dir, tmp_path, capsys, monkeypatch):
+    def fill_the_disk(path, text):
+        raise WriteError(f"{path} cannot be written (No space left on device)")
+
+    monkeypatch.setattr(evaluation, "write_text", fill_the_disk)
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(run_dir), "--json", str(tmp_path / "out.json"), "validation.n_examples=2"])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2
+    assert "forward evaluations" in printed.out
+    assert "out.json cannot be written (No space left on device)" in printed.err
+
+
+def test_a_single_row_has_no_error_and_its_file_no_nan(run_dir, tmp_path, capsys):
     out = tmp_path / "out.json"
     changes = ["validation.n_loss_rows=1", "validation.n_likelihood_draws=2", "validation.n_final_examples=2"]
     evaluation.main([str(run_dir), "--json", str(out), *changes])
     found = json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert found["likelihood"]["standard_error"] is None
     assert found["likelihood"]["nats_per_token"] > 0
+    assert re.search(r"^at most [\d.]+ nats per token$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_without_questions_only_the_loss_is_measured(run_dir, tmp_path, capsys):
@@ -473,3 +541,46 @@ def test_an_autoregressive_model_gets_no_empty_prompts(tmp_path, monkeypatch):
         ValueError, match=r"8 of the first 10 puzzles of the test have no token, the first is number 3:"
     ):
         ask({"name": "autoregressive"})
+
+
+@pytest.mark.parametrize(("during", "last"), [(2, 9), (9, 2), (2, 99)])
+def test_prompts_are_checked_as_far_as_any_evaluation_asks(during, last, tmp_path, monkeypatch):
+    """Those in the run and the last one, of which either may ask more; not those that neither asks."""
+    settings = tiny_settings({"name": "autoregressive"}, tmp_path)
+    settings["validation"] |= {"n_examples": during, "n_final_examples": last}
+    config = parse_config(settings, "test")
+    data = config.open_data()
+    asked: list[int] = []
+    prompts = data.prompts
+
+    def note(indices: np.ndarray) -> np.ndarray:
+        asked.extend(indices.tolist())
+        return prompts(indices)
+
+    monkeypatch.setattr(data, "prompts", note)
+    check_prompts(config, data)
+    assert asked == list(range(min(max(during, last), 20)))
+
+
+def test_the_number_of_questions_is_that_of_an_override_or_of_the_last_evaluation(tmp_path):
+    """The last one asks no more than there are; an override that asks more is refused, and n_final_examples is first.
+
+    The settings hold the values of overrides, so an override alone tells which value was asked for.
+    """
+    settings = tiny_settings(PUMA, tmp_path)
+    counts = {}
+    for last in (7, 99):
+        settings["validation"] |= {"n_examples": 3, "n_final_examples": last}
+        config = parse_config(settings, "test")
+        data: Any = SimpleNamespace(n_questions=20, question_noun="puzzles")
+        counts[last] = [
+            count_examples(config, overrides, data)
+            for overrides in ([], ["training.seed=1"], ["validation.n_examples=3"])
+        ]
+        both = ["validation.n_examples=3", f"validation.n_final_examples={last}"]
+        if last <= 20:
+            counts[last].append(count_examples(config, both, data))
+        else:
+            with pytest.raises(ValueError, match="n_final_examples 99: the test has 20 puzzles"):
+                count_examples(config, both, data)
+    assert counts == {7: [7, 7, 3, 7], 99: [20, 20, 3]}

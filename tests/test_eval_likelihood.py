@@ -243,8 +243,91 @@ def test_a_difference_is_given_only_for_the_same_rows_and_prompts(
     monkeypatch.setattr(command, "likelihood", lambda model, _, *rest, **more: likelihood(model, config, *rest, **more))
     found = command.compare(["first", "second"], [], 4, 2)
     assert (found[1].difference is None) == (differs != "nothing")
+    assert command.table(found)[0].startswith("The first 4 held-out rows.")
+    data["second"].validation = ArrayData(second.tokens[:3], second.prompt_mask[:3], MASK_ID, eos_id=0)
+    shorter = command.compare(["first", "second"], [], 4, 2)
+    assert command.table(shorter)[0].startswith("The first 4 and 3 held-out rows.")
     (single, _) = command.compare(["first", "second"], [], 1, 2)
     assert (single.standard_error, single.difference_error) == (None, None), "JSON has no nan"
+
+
+def test_checkpoints_are_compared_with_the_first_per_token_and_per_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the first, not with the one before; lower is better, so a negative difference is better than the first."""
+    data, nats, n_tokens = rows(4), np.array([3.0, 4.0, 9.0, 5.0]), np.array([2, 3, 5, 4])
+    gaps = {"one": np.zeros(4), "two": np.array([1.0, 2.0, 1.5, 0.5]), "three": np.array([-1.0, 0.5, -2.0, -0.5])}
+
+    def found(loaded: Any, *_: Any, **__: Any) -> Likelihood:
+        exact = loaded.name == "three"
+        return Likelihood(exact, nats + gaps[loaded.name], np.ones(4), n_tokens, 0.0 if exact else 0.49)
+
+    def load(name: str, overrides: list[str]) -> Any:
+        return SimpleNamespace(name=name, config=config_of(UNIFORM))
+
+    monkeypatch.setattr(command, "start_world", lambda device: World(0, 1, CPU))
+    monkeypatch.setattr(command, "load_model", load)
+    monkeypatch.setattr(command, "_open_held_out", lambda config: SimpleNamespace(validation=data))
+    monkeypatch.setattr(command, "_measure", found)
+    monkeypatch.setattr(command, "count_answer_bytes", lambda data, n_rows: 30)
+    results = command.compare(list(gaps), [], 4, 16)
+    assert [each.checkpoint for each in results] == list(gaps)
+    assert [each.n_draws for each in results] == [16, 16, 0]
+    for result, gap in zip(results, gaps.values(), strict=True):
+        assert (result.n_rows, result.n_tokens) == (4, 14)
+        assert result.nats_per_token == pytest.approx((21 + gap.sum()) / 14)
+        assert result.padding_per_token == pytest.approx(4 / 14)
+        assert result.bits_per_byte == pytest.approx((21 + gap.sum()) / math.log(2) / 30)
+        assert result.difference == pytest.approx(gap.sum() / 14)
+        assert result.difference_error == pytest.approx(ratio_error(gap, n_tokens))
+    *_, one, two, three = (line.strip("| ").split(" | ") for line in command.table(results))
+    assert one == ["one", "14", "<= 1.5 (0.3)", "0.29", "0.098", "-", "<= 1.01", "16"]
+    assert two == ["two", "14", "<= 1.857 (0.38)", "0.29", "0.098", "+0.357 (0.22)", "<= 1.25", "16"]
+    assert three == ["three", "14", "1.286 (0.2)", "0.29", "0", "-0.214 (0.26)", "0.8656", "exact"]
+
+
+def test_the_bytes_are_those_of_the_answers_of_the_measured_rows() -> None:
+    """Bytes, not letters or tokens, of the text between prompt and EOS."""
+    letters = "\0abcdö"  # token 0 is EOS
+    tokenizer = SimpleNamespace(
+        eos_token_id=0, decode=lambda tokens, skip_special_tokens: "".join(letters[token] for token in tokens)
+    )
+    tokens = np.array([[1, 2, 5, 0, 0, 0], [1, 1, 1, 5, 5, 0], [1, 2, 3, 4, 1, 2]])
+    prompt_mask = np.arange(6) < np.array([[1], [3], [2]])
+    held_out = ArrayData(tokens, prompt_mask, MASK_ID, eos_id=0)
+    data: Any = SimpleNamespace(tokenizer=tokenizer, validation=held_out)
+    assert [command.count_answer_bytes(data, n_rows) for n_rows in (1, 2, 3, 9)] == [3, 7, 11, 11]
+    data.tokenizer = None
+    assert command.count_answer_bytes(data, 3) is None
+
+
+def test_a_measurement_asks_before_every_batch_whether_to_go_on() -> None:
+    """Rows of several batches; an exception ends it, which is how an evaluation answers a signal."""
+    model, data = random_model(), rows(9)
+    passes: list[str] = []
+    model.register_forward_hook(lambda *_: passes.append("pass"))
+    for n_allowed in (0, 3):
+        passes.clear()
+
+        def ask(n_allowed: int = n_allowed) -> None:
+            if passes.count("asked") == n_allowed:
+                raise KeyboardInterrupt
+            passes.append("asked")
+
+        with pytest.raises(KeyboardInterrupt):
+            likelihood(model, config_of(UNIFORM), data, World(0, 1, CPU), n_rows=9, n_draws=2, before_pass=ask)
+        assert passes == ["asked", "pass"] * n_allowed
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_the_command_measures_in_eval_mode_and_in_the_precision_of_training(precision: str) -> None:
+    """As the evaluation of a run does, so that both give the same figure."""
+    config = config_of(UNIFORM)
+    config = config.model_copy(update={"training": config.training.model_copy(update={"precision": precision})})
+    model = random_model().train()
+    seen: list[tuple[bool, bool]] = []
+    model.register_forward_hook(lambda *_: seen.append((torch.is_autocast_enabled("cpu"), model.training)))
+    loaded, data = SimpleNamespace(model=model, config=config), SimpleNamespace(validation=rows(2))
+    command._measure(loaded, data, World(0, 1, CPU), n_rows=2, n_draws=2, bar=None)
+    assert seen == [(precision == "bfloat16", False)] * 2
 
 
 def test_two_processes_report_once_what_one_does(

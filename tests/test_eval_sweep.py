@@ -30,6 +30,7 @@ from eval.sweep import (
     pareto_front,
     read_sweep,
     sweep_table,
+    write_sweep,
 )
 from model.hub import pack_run
 from samplers.block import sample_blocks
@@ -196,6 +197,23 @@ def test_a_sweep_writes_what_it_measured(
     again = json.loads((tmp_path / "tau0.9.json").read_text())
     assert again[: len(rows) - 2] == rows[2:]
     assert [row["accuracy"] for row in again[len(rows) - 2 :]] == [row["accuracy"] for row in rows[:2]]
+
+
+def test_two_sweeps_on_one_file_keep_the_points_of_both(tmp_path: Path) -> None:
+    one, other = point(2, 0.3), point(4, 0.2)
+    assert write_sweep([one], tmp_path / "out") == [one]
+    assert write_sweep([other], tmp_path / "out") == [one, other] == read_sweep(tmp_path / "out")
+    with (tmp_path / "out.csv").open() as file:
+        assert [float(row["nfe"]) for row in csv.DictReader(file)] == [2, 4]
+
+
+def test_files_of_no_sweep_are_not_overwritten(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "README.md").write_text("my notes")
+    message = refused([str(run_dir), "--sweep", "--out", str(tmp_path / "README")], capsys)
+    assert f"README would overwrite {tmp_path / 'README.md'}, of which no sweep is known: name another" in message
+    assert (tmp_path / "README.md").read_text() == "my notes"
 
 
 @pytest.mark.usefixtures("no_picture")

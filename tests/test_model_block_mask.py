@@ -8,8 +8,9 @@ from torch import Tensor
 
 import model.transformer
 from config import ModelSettings
+from model import block_mask
 from model.attention import attend
-from model.block_mask import decoding_mask, dense_mask, flex_mask
+from model.block_mask import decoding_mask, dense_mask, flex_mask, training_mask
 from model.token_scores import score_tokens
 from model.transformer import Transformer
 
@@ -61,6 +62,30 @@ def test_dense_mask_is_the_rule():
             else:
                 expected = key == "clean" and key_block <= query_block
             assert mask[i, j] == expected, (query, query_block, key, key_block)
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "device", "head_width", "expected"),
+    [
+        (128, 64, "cuda", 16, "flex"),
+        (128, 64, "cuda", 15, "dense"),
+        (128, 64, "cpu", 64, "dense"),
+        (96, 64, "cuda", 64, "dense"),
+        (97, 64, "cuda", 64, "flex"),
+        (4, 2, "cpu", 16, "dense"),
+        (128, 128, "cuda", 64, None),
+        (128, 128, "cpu", 64, None),
+    ],
+)
+def test_flex_attention_is_taken_on_a_gpu_for_wide_heads_and_more_than_one_tile(
+    length, size, device, head_width, expected, monkeypatch
+):
+    """96 positions in blocks of 64 are 128 queries, which is one tile."""
+    for name in ("flex", "dense"):
+        monkeypatch.setattr(block_mask, f"{name}_mask", lambda *arguments, name=name: (name, *arguments))
+    where = torch.device(device)
+    found = training_mask(length, size, where, head_width)
+    assert found == (None if expected is None else (expected, length, size, where))
 
 
 def test_decoding_mask_is_the_rule():

@@ -158,6 +158,20 @@ def test_positions_without_weight_have_no_nll_and_no_confidence(rule: ModelConfi
     assert scores.confidence[weight != 0].isfinite().all()
 
 
+def test_of_a_large_vocabulary_only_positions_with_weight_are_scored() -> None:
+    """Half of the positions or more have none, and the logits of a large vocabulary are most of the work."""
+    hidden, head, x0, weight = random_case(vocabulary=SMALL_VOCABULARY + 1)
+    with torch.no_grad():
+        hidden[weight == 0] = torch.nan
+    scores = score_tokens(hidden, head, x0, weight)
+    scores.loss.backward()
+    assert torch.isfinite(scores.loss)
+    assert hidden.grad is not None
+    assert head.grad is not None
+    assert not hidden.grad[weight == 0].any()
+    assert torch.isfinite(head.grad).all()
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_only_the_loss_has_a_gradient(rule: ModelConfidence) -> None:
     scores = score_tokens(*random_case(), confidence=rule)
@@ -366,6 +380,21 @@ def test_predictions_equal_the_oracle(
         assert float(predicted.log_prob[place]) == pytest.approx(confidence["top_prob"], abs=1e-5)
         assert float(predicted.margin[place]) == pytest.approx(confidence["top_prob_margin"], abs=1e-5)
         assert float(predicted.neg_entropy[place]) == pytest.approx(confidence["neg_entropy"], abs=1e-5)
+
+
+@pytest.mark.parametrize("tile_tokens", [2, 1024])
+@pytest.mark.parametrize("n_candidates", [5, 6, 50])
+def test_the_banned_token_is_no_candidate_however_many_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, n_candidates: int, tile_tokens: int
+) -> None:
+    """Of 6 tokens 5 are left; a trace asks for a fixed number, whatever the vocabulary."""
+    monkeypatch.setattr(sizes, "TILE_TOKENS", tile_tokens)
+    hidden, head, _, _ = random_case(vocabulary=6)
+    predicted = predict_tokens(hidden.detach().flatten(0, 1), head, 4, n_candidates=n_candidates)
+    assert predicted.candidates is not None
+    assert predicted.candidate_log_probs is not None
+    assert predicted.candidates.sort(dim=1).values.tolist() == [[0, 1, 2, 3, 5]] * 21
+    torch.testing.assert_close(predicted.candidate_log_probs.exp().sum(1), torch.ones(21))
 
 
 def test_the_tokens_do_not_depend_on_the_number_of_candidates() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from dataclasses import replace
@@ -14,6 +15,7 @@ import yaml
 from conftest import tiny_settings
 from matplotlib.figure import Figure
 
+from base.files import WriteError
 from report import curves
 from report.curves import AXES, Curve, draw_curves, plot_curves, read_curves, target_table
 from runtime.config_file import read_config
@@ -55,7 +57,7 @@ def young(run_dir: Path) -> Path:
 def drawn(monkeypatch):
     """Every figure that is saved, instead of its file."""
     figures: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    monkeypatch.setattr(curves, "save_figure", lambda figure, *_: figures.append(figure))
     return figures
 
 
@@ -432,6 +434,22 @@ def test_another_figure_of_the_records_is_drawn_and_printed(tmp_path, drawn, cap
         "| puma | 2 | 100 | 6 (1 to 11) |",
         "| uniform | 1 | 100 | 1 |",
     ]
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    """Half of it was written when the disk was full."""
+
+    def fill_the_disk(figure, path, **_):
+        Path(path).write_text("half a picture")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", fill_the_disk)
+    out = tmp_path / "curves.png"
+    out.write_text("the old picture")
+    with pytest.raises(WriteError, match=r"curves\.png cannot be written \(No space left on device"):
+        draw_curves([write_run(tmp_path / "run")], "step", out)
+    assert out.read_text() == "the old picture"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "run"]
 
 
 def test_a_figure_that_only_some_runs_record(tmp_path, drawn, capsys):

@@ -104,6 +104,14 @@ def test_the_page_holds_what_the_files_do(run_dir, tmp_path, capsys):
     assert page.count("<p class=good>solved") == sum(each["verdict"] == "solved" for each in samples)
 
 
+def test_warnings_about_the_data_are_shown(run_dir):
+    assert "Warning" not in build_page(run_dir)
+    history = json.loads((run_dir / "history.json").read_text())
+    history["sessions"][-1]["data_warnings"] = ["3 of the 10 test puzzles are in the training set"]
+    (run_dir / "history.json").write_text(json.dumps(history))
+    assert "Warning: 3 of the 10 test puzzles are in the training set" in build_page(run_dir)
+
+
 def test_shares_are_percentages_and_other_numbers_are_not(run_dir):
     final = json.loads((run_dir / "final.json").read_text())
     final["evaluation"]["samplers"][0] |= {"details": {"letter_accuracy": 0.5}, "numbers": {"edit_distance": 3.2}}

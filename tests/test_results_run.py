@@ -17,7 +17,6 @@ from typing import IO, Any
 import pytest
 from conftest import PUMA, ROOT, UNIFORM
 from forked import Forked
-from matplotlib.figure import Figure
 
 from results import run
 from results.experiments import EXPERIMENTS, Experiment, Variant
@@ -123,7 +122,7 @@ def test_seconds_are_compared_only_where_the_experiment_says_so(comparable, n_ax
     )
     assert target.count("| ratio ") == n_axes
     figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    monkeypatch.setattr(run, "save_figure", lambda figure, *_: figures.append(figure))
     run.draw(experiment, records(), tmp_path / "curves.png")
     assert len(figures[0].axes) == n_axes
 
@@ -255,6 +254,25 @@ def test_records_that_cannot_be_read_end_with_one_message(content, words, remedy
     assert capsys.readouterr().err.endswith(f"): {remedy}\n")
 
 
+def test_runs_that_the_experiment_no_longer_names_are_kept_and_not_shown(tmp_path, capsys, monkeypatch):
+    """Records may be all that is left of a run."""
+    monkeypatch.setattr(run, "read_experiment", lambda _: ("x", replace(QUESTION, seeds=(0,))))
+    monkeypatch.setattr(run, "check_settings", lambda *_: None)
+    monkeypatch.setattr(run, "run_all", lambda *_: True)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/records.json").write_text(json.dumps(records()))
+    for words in ([], ["--draw"]):
+        with pytest.raises(SystemExit) as stop:
+            run.main(["x", "--runs", str(tmp_path), "--out", str(tmp_path), *words])
+        assert stop.value.code == 0
+        assert "does not name, which are not shown: 'a', seed 1; 'b', seed 1\n" in capsys.readouterr().out
+        kept = json.loads((tmp_path / "x/records.json").read_text())["runs"]
+        assert sorted(kept, key=str) == sorted(records()["runs"], key=str)
+        page = (tmp_path / "x/README.md").read_text()
+        assert "| a | 0 | 50.0 " in page
+        assert "| a | 1 | 95.0 " not in page
+
+
 @pytest.mark.parametrize("option", ["--runs", "--out"])
 def test_a_file_in_place_of_a_folder_is_refused_before_any_run(option, tmp_path, capsys):
     (tmp_path / "file").touch()
@@ -342,7 +360,10 @@ def test_the_files_of_an_own_experiment(tmp_path, monkeypatch):
     ]
     monkeypatch.setattr(run, "draw", lambda *_: None)
     (tmp_path / "runs/own").mkdir(parents=True)
-    (tmp_path / "runs/own/records.json").write_text(json.dumps(records()))
+    found = records()
+    for each in found["runs"]:
+        each["variant"] = experiment.variants["ab".index(each["variant"])].label
+    (tmp_path / "runs/own/records.json").write_text(json.dumps(found))
     with pytest.raises(SystemExit) as stop:
         run.main([str(tmp_path / "own.py"), "--draw", "--runs", str(tmp_path / "runs")])
     assert stop.value.code == 0

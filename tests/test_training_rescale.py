@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -17,7 +18,7 @@ from data.stream import SequenceStream
 from runtime.checkpoint import Checkpoint, latest_checkpoint, loading_checkpoint
 from runtime.config_file import read_config
 from runtime.distributed import World
-from training.rescale import rescale
+from training.rescale import fresh_generator_state, rescale
 from training.run import Run, build_objective, build_run, restore_run, save_run
 from training.update import Updater
 
@@ -138,6 +139,13 @@ def test_ranks_go_on_with_random_numbers_of_their_own():
     assert len(set(generators)) == len(generators)
     again = rescale(states, World(0, 2, CPU), 7, 5)
     assert torch.equal(again["objective"]["generator"], taken[0]["objective"]["generator"])
+
+
+def test_no_generator_of_a_changed_run_is_one_that_was_used_before():
+    """Of other seeds, of the same step with another number of processes, or of another rank."""
+    places = itertools.product((7, 8), (5, 6), ((0, 1), (0, 2), (1, 2), (0, 4)))
+    states = [fresh_generator_state(World(rank, n_ranks, CPU), seed, step) for seed, step, (rank, n_ranks) in places]
+    assert len({state.numpy().tobytes() for state in states}) == len(states) == 16
 
 
 def test_the_next_record_is_the_mean_over_all_steps():

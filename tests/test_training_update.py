@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from base.files import WriteError
 from bench.inputs import YAML_FILES, random_rows
 from config import Confidence
 from model.token_scores import TokenScores
@@ -27,8 +28,10 @@ from runtime.distributed import World
 from runtime.optim import learning_rate
 from training.run import Run, build_run
 from training.update import (
+    TrainingDiverged,
     Updater,
     apply_update,
+    check_finite,
     check_graph,
     seed_default_generator,
     several_ranks_prevent_graph,
@@ -170,6 +173,45 @@ def test_the_gradient_norm_is_that_before_clipping(data_dir: Path, tmp_path: Pat
     moments = [state["exp_avg"] for state in run.optimizer.state.values()]
     given = float(nn.utils.get_total_norm(moments)) / (1 - run.config.training.adam_betas[0])
     assert given == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("place", ["loss", "gradient", "weight"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_each_of_loss_gradient_and_weights_is_checked_on_its_own(
+    place: str, bad: float, data_dir: Path, tmp_path: Path
+) -> None:
+    """A gradient may overflow where the loss does not, and the last update's weights where both do not."""
+    run = build(UNIFORM, data_dir, tmp_path)
+    updater = Updater(run)
+    for _ in range(2):
+        updater.step()
+    check_finite(run)
+    if place == "loss":
+        run.loss_sum += bad
+    elif place == "gradient":
+        run.grad_norm_sum += bad
+    else:
+        with torch.no_grad():
+            run.model.lm_head.weight[2, 3] = bad
+    with pytest.raises(TrainingDiverged, match=r"not finite in one of steps 1 to 2; .*; no checkpoint had been saved"):
+        check_finite(run)
+
+
+def test_a_divergence_is_told_though_its_rows_cannot_be_written(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk is then the smaller problem of the two, and a run that ended with it would be started again."""
+
+    def full(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        raise WriteError(f"{path} cannot be written (No space left on device)")
+
+    monkeypatch.setattr("training.update.save_tensors", full)
+    run = build(UNIFORM, data_dir, tmp_path)
+    Updater(run).step()
+    run.loss_sum.fill_(torch.nan)
+    message = r"not finite in step 1; .*diverged_step_00000001_rank_0.safetensors cannot be written \(No space"
+    with pytest.raises(TrainingDiverged, match=message):
+        check_finite(run)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())

@@ -83,16 +83,18 @@ class Records(Provenance):
 
 
 def variants(n_stages: int, settings: AnyObjectiveSettings) -> dict[str, AnyObjectiveSettings]:
-    """What is compared, by label: uniform masks, three pools, and the objective of the run if it is another one."""
+    """What is compared, by label: uniform masks, three pools, and the objective of the run if it is another one.
+
+    The pools have the other settings of a PUMA run, such as its threshold.
+    """
     pools: dict[str, dict[str, Any]] = {
         "one batch in the pool": {},
         "one batch, random order": {"reveal_order": "random"},
         f"{DEEP_POOL} batches in the pool": {"pool_batches": DEEP_POOL},
     }
-    puma = {
-        label: PumaSettings.model_validate({"name": "puma", "n_stages": n_stages, **changes})
-        for label, changes in pools.items()
-    }
+    own_puma = settings.model_dump() if isinstance(settings, PumaSettings) else {"name": "puma"}
+    base = own_puma | {"n_stages": n_stages, "k_schedule": None, "pool_batches": 1, "reveal_order": "top_prob"}
+    puma = {label: PumaSettings.model_validate(base | changes) for label, changes in pools.items()}
     own = {} if settings.name in ("uniform", "puma") else {f"{settings.name}, as in the run": settings}
     return {"uniform masks": UniformSettings(name="uniform"), **puma, **own}
 
@@ -174,7 +176,8 @@ def collect(run_dir: Path, n_updates: int, records_file: Path) -> None:
     records = {
         **provenance(f"python -m results.gradient_noise {run_dir} --updates {n_updates}", device_name(world.device)),
         "run": run_dir.name,
-        "settings": f"objective {settings.name}, rate {training.learning_rate:g}, seed {training.seed}",
+        "settings": f"objective {settings.name}{_threshold(settings)}, rate {training.learning_rate:g}, seed "
+        f"{training.seed}",
         "step": checkpoint.step,
         "updates": n_updates,
         "n_stages": n_stages,
@@ -183,6 +186,12 @@ def collect(run_dir: Path, n_updates: int, records_file: Path) -> None:
     }
     records_file.parent.mkdir(parents=True, exist_ok=True)
     write_text(records_file, json.dumps(records, indent=1) + "\n")
+
+
+def _threshold(settings: AnyObjectiveSettings) -> str:
+    """The threshold of the pools, in words."""
+    tau = settings.collapse_threshold if isinstance(settings, PumaSettings) else None
+    return "" if tau is None else f" with tau = {tau:g}"
 
 
 def report(records: dict[str, Any]) -> str:

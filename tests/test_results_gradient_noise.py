@@ -42,6 +42,13 @@ def test_variants_differ_in_pool_and_order_alone():
     ]
 
 
+def test_the_pools_have_the_threshold_of_the_run():
+    run = PumaSettings(name="puma", k_schedule=((2, 0), (4, 9)), collapse_threshold=0.9, pool_batches=4)
+    puma = [each for each in variants(4, run).values() if isinstance(each, PumaSettings)]
+    assert {(each.n_stages, each.k_schedule, each.collapse_threshold) for each in puma} == {(4, None, 0.9)}
+    assert [each.pool_batches for each in puma] == [1, 1, 16]
+
+
 def test_a_run_is_measured_and_drawn(config_file, tmp_path):
     """Repeated rows show, and the model is that of the checkpoint."""
     path = config_file(PUMA, "run.yaml", data__n_train=2000)

@@ -63,7 +63,7 @@ from runtime.distributed import (
     start_world,
 )
 from runtime.final import FINAL_FILE, is_complete, load_final
-from runtime.history import Session, last_data_warnings
+from runtime.history import Session
 from runtime.lock import check_shared, lock_run
 from runtime.metrics import METRICS_FILE, Recorder
 from runtime.signals import StopRequested, StopVote, raise_at_interrupt
@@ -457,8 +457,7 @@ def print_result(config: Config, run_dir: Path) -> None:
     if final.accuracy is None:
         say(f"validation loss {final.evaluation.loss:.4f}")
     else:
-        kind = "test" if last_data_warnings(run_dir) else "unseen"  # some may be trained on
-        say(f"solved {100 * final.accuracy:.1f}% of {final.n} {kind} {data.question_noun}")
+        say(f"solved {100 * final.accuracy:.1f}% of {final.n} test {data.question_noun}")
     option, question = f"--{data.question_option}", escape(final.example)
     asked = [f"{option}={question}"] if question.startswith("-") else [option, question]
     command = shell_command("sampling.py", "--checkpoint", run_dir, *asked)

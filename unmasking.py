@@ -65,7 +65,7 @@ def mask_uniformly(maskable: Tensor, generator: torch.Generator, *, low_discrepa
 
     Args:
         maskable: bool [B, L]; a row that is all False gets no masks.
-        low_discrepancy: spread the n over the rows as evenly as possible, by one draw for all of them (Kingma et al.,
+        low_discrepancy: spread the n over the rows as evenly as possible, by one shift for all of them (Kingma et al.,
             arXiv 2107.00630, appendix I); the n of any one row is as uniform as without.
 
     Returns:
@@ -73,10 +73,11 @@ def mask_uniformly(maskable: Tensor, generator: torch.Generator, *, low_discrepa
     """
     n_maskable = maskable.sum(1)  # [B]
     n_rows, device = len(maskable), maskable.device
-    n_draws = 1 if low_discrepancy else n_rows
-    draw = torch.rand(n_draws, generator=generator, device=device, dtype=torch.float64)  # [1] or [B]
+    draw = torch.rand(n_rows, generator=generator, device=device, dtype=torch.float64)  # [B]
     if low_discrepancy:
-        draw = (draw + torch.arange(n_rows, device=device, dtype=torch.float64) / n_rows) % 1  # [B]
+        start = torch.rand(1, generator=generator, device=device, dtype=torch.float64)
+        # In random order, since neighbours may be the blocks of a row, which would have nearly the same share masked.
+        draw = (start + draw.argsort().double() / n_rows) % 1  # [B]
     n_masked = 1 + (draw * n_maskable).floor().long()  # draw < 1, so at most n_maskable
     return reveal_random(maskable, n_masked, generator)
 

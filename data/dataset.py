@@ -225,7 +225,7 @@ class DataSet(ABC):
     # score, and are shown as percentages.
     figures: tuple[str, ...] = ("accuracy",)
     numbers: tuple[str, ...] = ()  # names of what `judge` reports besides, any finite numbers: an edit distance
-    question_noun: str = "questions"  # for messages: "solved 95.9% of 2000 unseen puzzles"
+    question_noun: str = "questions"  # for messages: "solved 95.9% of 2000 test puzzles"
     question_option: str = "prompt"  # the option of sampling.py that takes a question
     takes_gold: bool = False  # whether `verdicts` needs right answers: they do not follow from the questions
 

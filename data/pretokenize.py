@@ -243,7 +243,7 @@ def read_rows(
     with reading(f"source {source!r}", remedy):
         if path.exists():
             files = find_files(path)
-            batches = _batches_of_lines(files, n_skipped, limit)
+            batches = _batches_of_lines(files, columns, n_skipped, limit)
             if (suffix := Path(files[0]).suffix) in READERS:
                 batches = _batches_of_dataset(READERS[suffix], n_skipped, limit, data_files=files)
         elif path.suffix in KINDS or not may_be_on_hub(source):
@@ -266,16 +266,32 @@ def read_rows(
             raise ValueError("it has no rows")
 
 
-def _batches_of_lines(files: list[str], n_skipped: int, limit: int | None) -> Iterator[dict[str, list[Any]]]:
-    """Columns of the rows of .jsonl files, `CHUNK_ROWS` at a time; a value that a row lacks is None."""
-    found = ((name, number, line) for name in files for number, line in read_lines(Path(name)) if line.strip())
-    lines = islice(found, n_skipped, limit)
+def _batches_of_lines(
+    files: list[str], columns: tuple[str, str], n_skipped: int, limit: int | None
+) -> Iterator[dict[str, list[Any]]]:
+    """Columns of the rows of .jsonl files, `CHUNK_ROWS` at a time; a value that a row lacks is None.
+
+    Of columns that the first row lacks, the first chunk has none.
+    """
+    lines, is_first = islice(_lines(files), n_skipped, limit), True
     while chunk := list(islice(lines, CHUNK_ROWS)):
         rows = []
         for name, number, line in chunk:
             with reading(f"source {name}, line {number}", "give one JSON object per line"):
                 rows.append(parse_object(line))
-        yield {key: [row.get(key) for row in rows] for key in dict.fromkeys(chain(*rows))}
+        names = [name for name in rows[0] if name in columns] if is_first else columns
+        others: dict[str, list[Any]] = {
+            name: [] for name in rows[0] if is_first and name not in columns
+        }  # for messages
+        yield {name: [row.get(name) for row in rows] for name in names} | others
+        is_first = False
+
+
+def _lines(files: list[str]) -> Iterator[tuple[str, int, bytes]]:
+    """The lines of files that are not empty, each with its file and number."""
+    for name in files:
+        with reading(f"source {name}", "give one JSON object per line"):
+            yield from ((name, number, line) for number, line in read_lines(Path(name)) if line.strip())
 
 
 def _batches_of_dataset(

@@ -12,7 +12,6 @@ Shapes: n questions, L positions.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -170,14 +169,18 @@ class TinyGsm(PairDataSet):
         else:
             problems = read_problems(self.settings.test_source or HUB_NAME, cache_dir=self.folder)
         max_len = self.settings.max_len
-        prompts = build_prompts(problems, self.tokenizer, self.mask_id, max_len, self.vocab_size)
-        if prompts.n_left_out:
-            warnings.warn(
-                f"{prompts.n_left_out} of {len(problems)} questions are left out: they leave no room for a program in "
-                f"data.max_len {max_len}",
-                stacklevel=2,
-            )
-        return prompts
+        return build_prompts(problems, self.tokenizer, self.mask_id, max_len, self.vocab_size)
+
+    @override
+    def warnings(self) -> Sequence[str]:
+        """Warn about questions that do not fit."""
+        n_left_out, n_asked = self.test_prompts.n_left_out, self.n_questions
+        if not n_left_out:
+            return []
+        return [
+            f"{n_left_out} of {n_left_out + n_asked} questions are left out: they leave no room for a program in "
+            f"data.max_len {self.settings.max_len}"
+        ]
 
     @property
     @override

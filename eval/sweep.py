@@ -96,6 +96,10 @@ class Point(Conditions):
         """Without the rule and its results."""
         return Conditions(**{each.name: getattr(self, each.name) for each in fields(Conditions)})
 
+    def repeats(self, other: Point) -> bool:
+        """Whether this is another measurement of the same."""
+        return (self.conditions, self.rule, self.settings) == (other.conditions, other.rule, other.settings)
+
     def measured(self, named: NamedRule) -> bool:
         """Whether this is a measurement of a rule, perhaps by code with other settings of rules.
 
@@ -245,7 +249,9 @@ def _open_out(out: Path) -> list[Point]:
         check_out(path, "--out")
     found = [str(path) for path in paths if path.exists()]
     if found and not paths[0].exists():
-        raise ValueError(f"--out {out} would overwrite {' and '.join(found)}, of which no sweep is known: name another")
+        raise ValueError(
+            f"--out {out} would overwrite {' and '.join(found)}, not known to be a sweep: name another or delete them"
+        )
     return read_sweep(out)
 
 
@@ -311,7 +317,7 @@ def read_sweep(out: Path) -> list[Point]:
     path = _with_suffix(out, ".json")
     if not path.exists():
         return []
-    with reading(f"{path}", "name another file with --out, or delete it"):
+    with reading(f"{path}", "name another with --out, or delete it and those beside it, .csv, .md and .png"):
         return TypeAdapter(list[Point]).validate_json(read_text(path), strict=True)
 
 
@@ -354,7 +360,7 @@ def write_sweep(points: Sequence[Point], out: Path) -> list[Point]:
     path = _with_suffix(out, ".json")
     with alone(path):
         written = read_sweep(out)
-        written += [point for point in points if point not in written]
+        written += [point for point in points if not any(point.repeats(other) for other in written)]
         write_text(path, json.dumps([asdict(point) for point in written], indent=1) + "\n")
         text = io.StringIO()
         writer = csv.DictWriter(text, [field.name for field in fields(Point)], lineterminator="\n")

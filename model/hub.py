@@ -76,8 +76,8 @@ def load_model(path: str, overrides: Sequence[str] = ()) -> LoadedModel:
 
     `runs/NAME@best` and `runs/NAME@5000` are other checkpoints of a run, see `runtime.checkpoint.find_checkpoint`.
     With averaged weights if there are any, unless the override `training.ema_decay=null` asks for those of the last
-    update. The data settings of a folder written by this file read only that folder,
-    unless overrides name other data.
+    update, which a folder written by this file lacks. The data settings of such a folder read only that folder, unless
+    overrides name other data.
 
     Args:
         overrides: `section.key=value` settings that replace the run's.
@@ -95,7 +95,10 @@ def _find(path: str, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, T
     if _is_written_here(folder):
         config = read_config(folder / SETTINGS_FILE)
         config = config.model_copy(update={"data": config.data.in_folder(folder)})
+        is_average = config.training.ema_decay is not None
         config = override_config(config.model_dump(mode="json"), overrides, str(folder / SETTINGS_FILE))
+        if is_average and config.training.ema_decay is None:
+            raise ValueError(f"training.ema_decay=null: {path} holds only the averaged weights; name the run")
         with reading(f"{folder / WEIGHTS_FILE}", "write the folder again, or copy it again"):
             return config, load_file(folder / WEIGHTS_FILE), path, None
     checkpoint = find_checkpoint(path)

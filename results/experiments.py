@@ -350,7 +350,7 @@ EXPERIMENTS = {
                 Variant(f"puma, shifted, {change}", "tinygsm_mini_medium_puma.yaml", (SHIFTED, *overrides), seeds=seeds)
                 for change, overrides, seeds in (
                     ("no threshold", (NO_THRESHOLD, ONE_BATCH), None),
-                    ("pool of 4", ("objective.pool_batches=4",), None),
+                    *((f"pool of {n}", (f"objective.pool_batches={n}",), (0, 1, 2, 3, 4)) for n in (2, 4)),
                     ("pool of 16", (POOL_OF_16,), (0, 1, 2, 3, 4)),
                     ("pool of 16, no threshold", (POOL_OF_16, NO_THRESHOLD), None),
                     ("random order", (RANDOM_ORDER, ONE_BATCH), None),

@@ -96,7 +96,9 @@ def variants(n_stages: int, settings: AnyObjectiveSettings) -> dict[str, AnyObje
     base = own_puma | {"n_stages": n_stages, "k_schedule": None, "pool_batches": 1, "reveal_order": "top_prob"}
     puma = {label: PumaSettings.model_validate(base | changes) for label, changes in pools.items()}
     own = {} if settings.name in ("uniform", "puma") else {f"{settings.name}, as in the run": settings}
-    return {"uniform masks": UniformSettings(name="uniform"), **puma, **own}
+    uniform = settings if isinstance(settings, UniformSettings) else UniformSettings(name="uniform")
+    label = "uniform masks of low discrepancy" if uniform.low_discrepancy else "uniform masks"
+    return {label: uniform, **puma, **own}
 
 
 def gradients(

@@ -570,7 +570,7 @@ def main(arguments: list[str] | None = None) -> None:
             check_folder(out, "--out")
             complete = run_all(tasks_to_run(tasks, recorded), options.jobs, options.budget_s)
             runs = collect(tasks, recorded)
-            if not runs:
+            if not any((run["variant"], run["seed"]) in {task.key for task in tasks} for run in runs):
                 sys.exit("no run has been evaluated yet")
             command = shlex.join(["python", "-m", "results.run", options.experiment, *options.overrides])
             folder.mkdir(parents=True, exist_ok=True)
@@ -578,7 +578,7 @@ def main(arguments: list[str] | None = None) -> None:
         records = read_records(records_file, Records)
         records["runs"] = named_runs(experiment, records["runs"], records_file)
         if not records["runs"]:
-            raise ValueError(f"{records_file} has no run that the experiment names: run it without --draw")
+            raise ValueError(f"{records_file} has no run that the experiment names: run the experiment without --draw")
         write_text(folder / "README.md", report(experiment, records, read_note(folder)))
         draw(experiment, records, folder / "curves.png")
         print(f"wrote {folder}/README.md" + ("" if complete else "; incomplete: the same command continues"))

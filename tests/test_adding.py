@@ -105,7 +105,7 @@ def test_the_unions_are_those_of_the_code_with_the_new_class(page: str, union: s
 
 def test_the_data_set_trains_evaluates_and_samples(checkout: Path):
     trained = run_there(checkout, *TRAIN, "training.device=cpu", "training.precision=float32")
-    solved = re.search(r"solved ([\d.]+)% of 500 unseen strings", trained)
+    solved = re.search(r"solved ([\d.]+)% of 500 test strings", trained)
     assert solved is not None, trained
     assert float(solved[1]) > 95
     assert "accuracy" in run_there(checkout, *EVALUATE)

@@ -161,6 +161,17 @@ def test_a_bad_line_is_named(tmp_path, line, message):
         list(read_rows(str(tmp_path), module.COLUMNS))
 
 
+def test_a_column_that_later_rows_lack_is_named_by_the_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_ROWS", 2)
+    rows = [{"question": "a", "code": "b"}] * 4 + [{"question": "a", "id": "b"}] * 2
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"code of row 4 \(from 0\) is not text: None"):
+        list(read_rows(str(tmp_path), module.COLUMNS))
+    (tmp_path / "a.jsonl").write_text('{"id": "b", "question": "a"}\n')
+    with pytest.raises(ValueError, match=r"it has no column \['code'\]; its columns are \['id', 'question'\]"):
+        list(read_rows(str(tmp_path), module.COLUMNS))
+
+
 def test_a_source_without_rows_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="it has no rows"):

@@ -333,7 +333,7 @@ def test_the_page_trains(tmp_path, monkeypatch, capsys):
     small["training"]["max_steps"] = 1
     Path("run.yaml").write_text(yaml.safe_dump(small))
     train.main(["--config", "run.yaml", "--run-dir", "run"])
-    assert re.search(r"solved [\d.]+% of 10 unseen prompts", capsys.readouterr().out)
+    assert re.search(r"solved [\d.]+% of 10 test prompts", capsys.readouterr().out)
 
 
 # Runs keep their tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,3 +64,13 @@ def test_verdicts_with_and_without_the_right_answer(tmp_path: Path) -> None:
     assert data.check_gold("She buys them all.\n#### 1,018") == "1018"
     with pytest.raises(ValueError, match="the gold answer is not a number: 'many'"):
         data.check_gold("many")
+
+
+def test_questions_that_do_not_fit_are_warned_about(tmp_path: Path) -> None:
+    sizes = {"n_train": 30, "n_test": 5, "n_held_out": 5, "seed": 0, "max_len": 160}
+    data = TinyGsmSettings(dataset="tiny_gsm", source="word_problems", data_dir=str(tmp_path), **sizes).open(512)
+    assert list(data.warnings()) == []
+    fitting = data.test_prompts
+    data.test_prompts = replace(fitting, problems=fitting.problems[:3], xt=fitting.xt[:3], n_left_out=2)
+    (warning,) = data.warnings()
+    assert warning == "2 of 5 questions are left out: they leave no room for a program in data.max_len 160"

@@ -247,7 +247,7 @@ def run_dir(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_training_records_accuracy_and_samples(run_dir, capsys):
     train.main(["--config", str(run_dir.parent / "tiny.yaml"), "--run-dir", str(run_dir)])
-    assert re.fullmatch(r"solved \d+\.\d% of 6 unseen problems", capsys.readouterr().out.splitlines()[-2])
+    assert re.fullmatch(r"solved \d+\.\d% of 6 test problems", capsys.readouterr().out.splitlines()[-2])
     row = list(read_metrics(run_dir))[-1]
     for name in ("accuracy", "accuracy_low", "accuracy_high", "fails_to_parse", "fails_to_run", "out_of_time", "nfe"):
         assert f"validation/{name}/top_prob_8" in row

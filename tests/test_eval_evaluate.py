@@ -33,6 +33,7 @@ from eval.accuracy import (
     wilson_interval,
 )
 from eval.evaluate import validation_loss
+from model.hub import pack_run
 from model.transformer import Transformer, build_model
 from progressive_block import BlockLayout
 from runtime.checkpoint import find_checkpoint
@@ -375,6 +376,14 @@ def test_the_averaged_weights_are_what_is_measured_unless_others_are_asked_for(
     evaluation.main([str(run_dir), "--json", str(tmp_path / "result.json"), *overrides])
     loss = json.loads((tmp_path / "result.json").read_text())["loss"]
     assert loss == pytest.approx(validation_loss(model.eval(), checkpoint.config(), data, World(0, 1, CPU)), rel=1e-6)
+
+
+def test_a_packed_model_has_only_its_averaged_weights(run_dir, tmp_path, capsys):
+    pack_run(str(run_dir), tmp_path / "packed")
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(tmp_path / "packed"), "training.ema_decay=null"])
+    assert stop.value.code == 2
+    assert "packed holds only the averaged weights; name the run" in capsys.readouterr().err
 
 
 def test_a_checkpoint_folder_and_other_settings(run_dir, tmp_path, capsys):

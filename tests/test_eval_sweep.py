@@ -200,9 +200,11 @@ def test_a_sweep_writes_what_it_measured(
 
 
 def test_two_sweeps_on_one_file_keep_the_points_of_both(tmp_path: Path) -> None:
-    one, other = point(2, 0.3), point(4, 0.2)
+    one, other = point(2, 0.3), replace(point(4, 0.2), rule="plan")
     assert write_sweep([one], tmp_path / "out") == [one]
     assert write_sweep([other], tmp_path / "out") == [one, other] == read_sweep(tmp_path / "out")
+    again = replace(one, seconds=9.0)
+    assert write_sweep([again], tmp_path / "out") == [one, other], "another measurement of the same"
     with (tmp_path / "out.csv").open() as file:
         assert [float(row["nfe"]) for row in csv.DictReader(file)] == [2, 4]
 
@@ -212,7 +214,10 @@ def test_files_of_no_sweep_are_not_overwritten(
 ) -> None:
     (tmp_path / "README.md").write_text("my notes")
     message = refused([str(run_dir), "--sweep", "--out", str(tmp_path / "README")], capsys)
-    assert f"README would overwrite {tmp_path / 'README.md'}, of which no sweep is known: name another" in message
+    assert (
+        f"README would overwrite {tmp_path / 'README.md'}, not known to be a sweep: name another or delete them"
+        in message
+    )
     assert (tmp_path / "README.md").read_text() == "my notes"
 
 

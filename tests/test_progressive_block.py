@@ -209,10 +209,13 @@ def test_uniform_masks_each_number_of_positions_of_a_block_equally_often(setting
 def test_block_masks_of_low_discrepancy_are_spread_over_all_blocks_of_a_batch():
     data = Rows()
     data.prompt_mask[:] = False
-    objective = build(UNIFORM_BLOCKS.model_copy(update={"low_discrepancy": True}), 8, data)
-    for step in range(5):
+    objective, shares = build(UNIFORM_BLOCKS.model_copy(update={"low_discrepancy": True}), 8, data), []
+    for step in range(60):
         n_masked = (run_step(objective, step)[0] == MASK).view(-1, BLOCK).sum(1)
         assert n_masked.bincount(minlength=BLOCK + 1).tolist() == [0, *[len(n_masked) // BLOCK] * BLOCK]
+        shares.append(n_masked.view(-1, LENGTH // BLOCK))
+    of_two_blocks = np.corrcoef(torch.cat(shares).T.numpy())[np.triu_indices(LENGTH // BLOCK, 1)]
+    assert np.abs(of_two_blocks).max() < 0.2, "the blocks of a row are independent"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

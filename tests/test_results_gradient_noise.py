@@ -47,6 +47,9 @@ def test_the_pools_have_the_threshold_of_the_run():
     puma = [each for each in variants(4, run).values() if isinstance(each, PumaSettings)]
     assert {(each.n_stages, each.k_schedule, each.collapse_threshold) for each in puma} == {(4, None, 0.9)}
     assert [each.pool_batches for each in puma] == [1, 1, 16]
+    assert gradient_noise._threshold(run) == " with tau = 0.9"
+    spread = UniformSettings(name="uniform", low_discrepancy=True)
+    assert variants(4, spread)["uniform masks of low discrepancy"] == spread
 
 
 def test_a_run_is_measured_and_drawn(config_file, tmp_path):

@@ -273,6 +273,21 @@ def test_runs_that_the_experiment_no_longer_names_are_kept_and_not_shown(tmp_pat
         assert "| a | 1 | 95.0 " not in page
 
 
+@pytest.mark.parametrize("words", [[], ["--draw"]])
+def test_records_of_other_runs_alone_make_no_page(words, tmp_path, capsys, monkeypatch):
+    experiment = replace(QUESTION, seeds=(7,))
+    monkeypatch.setattr(run, "read_experiment", lambda _: ("x", experiment))
+    monkeypatch.setattr(run, "check_settings", lambda *_: None)
+    monkeypatch.setattr(run, "run_all", lambda *_: False)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/records.json").write_text(json.dumps(records()))
+    with pytest.raises(SystemExit) as stop:
+        run.main(["x", "--runs", str(tmp_path), "--out", str(tmp_path), *words])
+    message = "run the experiment without --draw" if words else "no run has been evaluated yet"
+    assert message in f"{stop.value.code}{capsys.readouterr().err}"
+    assert json.loads((tmp_path / "x/records.json").read_text()) == records()
+
+
 @pytest.mark.parametrize("option", ["--runs", "--out"])
 def test_a_file_in_place_of_a_folder_is_refused_before_any_run(option, tmp_path, capsys):
     (tmp_path / "file").touch()
@@ -404,7 +419,7 @@ def test_an_experiment_runs_once_and_continues(
     assert stop.value.code == 2, "runs of other settings are not taken for these"
     logs = list(tmp_path.glob("runs/tiny/*.log"))
     assert len(logs) == 5
-    counts = {path.stem: path.read_text().count("unseen puzzles") for path in logs}
+    counts = {path.stem: path.read_text().count("test puzzles") for path in logs}
     assert counts.pop("uniform_seed1") == 2, "it was damaged"
     assert set(counts.values()) == {1}, "each other ran once"
     kept = json.loads((tmp_path / "out/tiny/records.json").read_text())

@@ -202,7 +202,7 @@ def test_records_and_final_result(config_file, tmp_path, capsys):
         config_file(validation__confidence=["top_prob", "top_prob_margin"], validation__tokens_per_step=[1, 2])
     )
     train.main(["--config", config, "--run-dir", str(tmp_path / "run")])
-    assert re.search(r"^solved \d+\.\d% of 10 unseen puzzles$", capsys.readouterr().out.splitlines()[-2])
+    assert re.search(r"^solved \d+\.\d% of 10 test puzzles$", capsys.readouterr().out.splitlines()[-2])
     final = json.loads((tmp_path / "run" / "final.json").read_text())
     assert final["n"] == 10
     assert final["steps"] == 6

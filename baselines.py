@@ -15,36 +15,19 @@ from typing_extensions import override
 from config import BlockUniformSettings, UniformSettings
 from data.row_queue import RowQueue
 from objective import Objective
-from progressive_block import BlockLayout, MaskedObjective
+from progressive_block import MaskedObjective
 from runtime.distributed import sum_over_ranks
 
 
 class UniformObjective(MaskedObjective):
-    """The baseline: fresh sequences in every update, masks drawn uniformly in each block.
+    """The baseline: fresh sequences in every update, masks drawn uniformly in each block."""
 
-    Args:
-        settings: whether the masks are of low discrepancy.
-        queue, layout, mask_id, n_rows, micro_rows, generator: as in `MaskedObjective`.
-    """
-
-    def __init__(
-        self,
-        settings: UniformSettings | BlockUniformSettings,
-        queue: RowQueue,
-        layout: BlockLayout,
-        mask_id: int,
-        *,
-        n_rows: int,
-        micro_rows: int,
-        generator: torch.Generator,
-    ) -> None:
-        super().__init__(queue, layout, mask_id, n_rows=n_rows, micro_rows=micro_rows, generator=generator)
-        self.low_discrepancy = settings.low_discrepancy
+    settings: UniformSettings | BlockUniformSettings
 
     @override
     def draw_masks(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         x0, maskable = self.queue.take_next(self.n_rows)
-        masked = self.layout.mask_uniformly(maskable, self.generator, low_discrepancy=self.low_discrepancy)
+        masked = self.layout.mask_uniformly(maskable, self.generator, low_discrepancy=self.settings.low_discrepancy)
         return x0, maskable, masked
 
 

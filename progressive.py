@@ -300,6 +300,8 @@ class PumaPool:
 class PumaObjective(MaskedObjective):
     """The PUMA pool and, with `uniform_fraction`, a share of uniformly masked rows."""
 
+    settings: ProgressiveSettings
+
     def __init__(
         self,
         settings: ProgressiveSettings,
@@ -311,8 +313,7 @@ class PumaObjective(MaskedObjective):
         micro_rows: int,
         generator: torch.Generator,
     ) -> None:
-        super().__init__(queue, layout, mask_id, n_rows=n_rows, micro_rows=micro_rows, generator=generator)
-        self.settings = settings
+        super().__init__(settings, queue, layout, mask_id, n_rows=n_rows, micro_rows=micro_rows, generator=generator)
         self.n_pool_rows = count_pool_rows(settings.uniform_fraction, n_rows, queue.stream.rank, queue.stream.n_ranks)
         self.pool = PumaPool(
             queue,

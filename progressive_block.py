@@ -102,6 +102,7 @@ class MaskedObjective(Objective):
     A subclass implements `draw_masks`, and overrides `weights` for another loss.
 
     Args:
+        settings: of the objective.
         layout: the blocks of a row.
         mask_id: the mask token.
         queue, n_rows, micro_rows, generator: as in `Objective`; the masks are random.
@@ -111,6 +112,7 @@ class MaskedObjective(Objective):
 
     def __init__(
         self,
+        settings: ObjectiveSettings,
         queue: RowQueue,
         layout: BlockLayout,
         mask_id: int,
@@ -120,7 +122,7 @@ class MaskedObjective(Objective):
         generator: torch.Generator,
     ) -> None:
         super().__init__(queue, n_rows=n_rows, micro_rows=micro_rows, generator=generator)
-        self.layout, self.mask_id = layout, mask_id
+        self.settings, self.layout, self.mask_id = settings, layout, mask_id
         # Of the last batch. Changed in place, since a CUDA graph uses the same memory at every step.
         self.masked_fraction = torch.zeros((), device=generator.device)
 

@@ -243,9 +243,11 @@ def read_rows(
     with reading(f"source {source!r}", remedy):
         if path.exists():
             files = find_files(path)
-            batches = _batches_of_lines(files, columns, n_skipped, limit)
-            if (suffix := Path(files[0]).suffix) in READERS:
-                batches = _batches_of_dataset(READERS[suffix], n_skipped, limit, data_files=files)
+            reader = READERS.get(Path(files[0]).suffix)
+            if reader is None:
+                batches = _batches_of_lines(files, columns, n_skipped, limit)
+            else:
+                batches = _batches_of_dataset(reader, n_skipped, limit, data_files=files)
         elif path.suffix in KINDS or not may_be_on_hub(source):
             raise ValueError("it does not exist, and the name of a data set is OWNER/NAME")
         else:
@@ -271,7 +273,7 @@ def _batches_of_lines(
 ) -> Iterator[dict[str, list[Any]]]:
     """Columns of the rows of .jsonl files, `CHUNK_ROWS` at a time; a value that a row lacks is None.
 
-    Of columns that the first row lacks, the first chunk has none.
+    The first chunk has all columns of the first row and no others, the next ones have `columns`.
     """
     lines, is_first = islice(_lines(files), n_skipped, limit), True
     while chunk := list(islice(lines, CHUNK_ROWS)):
@@ -279,11 +281,8 @@ def _batches_of_lines(
         for name, number, line in chunk:
             with reading(f"source {name}, line {number}", "give one JSON object per line"):
                 rows.append(parse_object(line))
-        names = [name for name in rows[0] if name in columns] if is_first else columns
-        others: dict[str, list[Any]] = {
-            name: [] for name in rows[0] if is_first and name not in columns
-        }  # for messages
-        yield {name: [row.get(name) for row in rows] for name in names} | others
+        names = list(rows[0]) if is_first else columns
+        yield {name: [row.get(name) for row in rows] for name in names}
         is_first = False
 
 

@@ -168,8 +168,7 @@ class TinyGsm(PairDataSet):
             problems = read_problems(str(self.folder / TEST_FILE))
         else:
             problems = read_problems(self.settings.test_source or HUB_NAME, cache_dir=self.folder)
-        max_len = self.settings.max_len
-        return build_prompts(problems, self.tokenizer, self.mask_id, max_len, self.vocab_size)
+        return build_prompts(problems, self.tokenizer, self.mask_id, self.settings.max_len, self.vocab_size)
 
     @override
     def warnings(self) -> Sequence[str]:

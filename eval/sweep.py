@@ -96,9 +96,10 @@ class Point(Conditions):
         """Without the rule and its results."""
         return Conditions(**{each.name: getattr(self, each.name) for each in fields(Conditions)})
 
-    def repeats(self, other: Point) -> bool:
-        """Whether this is another measurement of the same."""
-        return (self.conditions, self.rule, self.settings) == (other.conditions, other.rule, other.settings)
+    @property
+    def subject(self) -> tuple[Conditions, str, str]:
+        """What was measured: equal for two measurements of the same."""
+        return self.conditions, self.rule, json.dumps(self.settings, sort_keys=True)
 
     def measured(self, named: NamedRule) -> bool:
         """Whether this is a measurement of a rule, perhaps by code with other settings of rules.
@@ -360,7 +361,8 @@ def write_sweep(points: Sequence[Point], out: Path) -> list[Point]:
     path = _with_suffix(out, ".json")
     with alone(path):
         written = read_sweep(out)
-        written += [point for point in points if not any(point.repeats(other) for other in written)]
+        known = {point.subject for point in written}
+        written += [point for point in points if point.subject not in known]
         write_text(path, json.dumps([asdict(point) for point in written], indent=1) + "\n")
         text = io.StringIO()
         writer = csv.DictWriter(text, [field.name for field in fields(Point)], lineterminator="\n")

@@ -31,7 +31,7 @@ from report.trace import html_fragment, read_traces
 from runtime.config_file import parse_config, read_sections
 from runtime.figures import COLORS, set_grid
 from runtime.final import Final, load_final, rule_in_words
-from runtime.history import last_data_warnings, read_history
+from runtime.history import read_history
 from runtime.metrics import read_metrics, samples_files
 
 PAGE_FILE = "report.html"
@@ -63,7 +63,7 @@ def build_page(run_dir: Path) -> str:
     on_boards = isinstance(data, dict) and data.get("dataset") == "sudoku"
     summary = summarize(run_dir)
     rows = list(read_metrics(run_dir))
-    final = load_final(run_dir)
+    final, sessions = load_final(run_dir), read_history(run_dir)
     name = run_dir.resolve().name
     style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
     parts = [
@@ -72,12 +72,12 @@ def build_page(run_dir: Path) -> str:
         _facts(summary, rows, final),
         "<h2>Curves</h2>",
         _figures(run_dir, rows),
-        *_results(final, last_data_warnings(run_dir)),
+        *_results(final, sessions[-1].get("data_warnings", []) if sessions else []),
         *_traces(run_dir),
         *_samples(run_dir, final, on_boards=on_boards),
         "<h2>Settings that differ from the defaults</h2>",
         _settings(raw),
-        *_history(run_dir),
+        *_history(sessions),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -350,9 +350,8 @@ def _settings(raw: dict[str, Any]) -> str:
     return table(("setting", "value", "default"), rows, n_left=3)
 
 
-def _history(run_dir: Path) -> Iterator[str]:
+def _history(sessions: list[dict[str, Any]]) -> Iterator[str]:
     """Commit, machine and time of each session."""
-    sessions = read_history(run_dir)
     if not sessions:
         return
     last = sessions[-1]

@@ -307,20 +307,25 @@ def start(task: Task) -> subprocess.Popen[bytes]:
         return subprocess.Popen(task.command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
+def key_of(run: dict[str, Any]) -> tuple[str, int]:
+    """Label and seed of a run in the records, as `Task.key`."""
+    return run["variant"], run["seed"]
+
+
 def named_runs(experiment: Experiment, runs: list[dict[str, Any]], records_file: Path) -> list[dict[str, Any]]:
     """The runs of the records whose label and seed the experiment names; a line tells of others."""
-    names = {(variant.label, seed) for variant in experiment.variants for seed in experiment.seeds_of(variant)}
-    others = [f"{run['variant']!r}, seed {run['seed']}" for run in runs if (run["variant"], run["seed"]) not in names]
+    keys = {(variant.label, seed) for variant in experiment.variants for seed in experiment.seeds_of(variant)}
+    others = [f"{run['variant']!r}, seed {run['seed']}" for run in runs if key_of(run) not in keys]
     if others:
         print(f"{records_file} keeps runs that the experiment does not name, which are not shown: {'; '.join(others)}")
-    return [run for run in runs if (run["variant"], run["seed"]) in names]
+    return [run for run in runs if key_of(run) in keys]
 
 
 def recorded_runs(records_file: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """The runs in a records file by label and seed; empty if there is no file."""
     if not records_file.exists():
         return {}
-    return {(run["variant"], run["seed"]): run for run in read_records(records_file, Records)["runs"]}
+    return {key_of(run): run for run in read_records(records_file, Records)["runs"]}
 
 
 def collect(tasks: list[Task], recorded: dict[tuple[str, int], dict[str, Any]]) -> list[dict[str, Any]]:
@@ -570,7 +575,7 @@ def main(arguments: list[str] | None = None) -> None:
             check_folder(out, "--out")
             complete = run_all(tasks_to_run(tasks, recorded), options.jobs, options.budget_s)
             runs = collect(tasks, recorded)
-            if not any((run["variant"], run["seed"]) in {task.key for task in tasks} for run in runs):
+            if not {key_of(run) for run in runs} & {task.key for task in tasks}:
                 sys.exit("no run has been evaluated yet")
             command = shlex.join(["python", "-m", "results.run", options.experiment, *options.overrides])
             folder.mkdir(parents=True, exist_ok=True)

@@ -138,11 +138,6 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
         return []
 
 
-def last_data_warnings(run_dir: Path) -> list[str]:
-    """The warnings about the data of a run's last session; see `data.dataset.DataSet.warnings`."""
-    return (read_history(run_dir) or [{}])[-1].get("data_warnings", [])
-
-
 def _as_text(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
 

@@ -354,6 +354,10 @@ EXPERIMENTS = {
                     ("pool of 16", (POOL_OF_16,), (0, 1, 2, 3, 4)),
                     ("pool of 16, no threshold", (POOL_OF_16, NO_THRESHOLD), None),
                     ("random order", (RANDOM_ORDER, ONE_BATCH), None),
+                    ("random order, no threshold", (RANDOM_ORDER, NO_THRESHOLD, ONE_BATCH), None),
+                    ("random order, pool of 16", (RANDOM_ORDER, POOL_OF_16), None),
+                    # Masks that do not depend on the model.
+                    ("random order, pool of 16, no threshold", (RANDOM_ORDER, POOL_OF_16, NO_THRESHOLD), None),
                 )
             ),
             Variant(

@@ -363,6 +363,15 @@ EXPERIMENTS = {
             Variant(
                 "uniform, shifted, low discrepancy", "tinygsm_mini_medium_baseline.yaml", (SHIFTED, LOW_DISCREPANCY)
             ),
+            # As many distinct problems as a pool of 16 without a threshold draws in 4,000 updates, and fewer.
+            *(
+                Variant(
+                    f"uniform, shifted, {50_000 - n_held_out:,} problems",
+                    "tinygsm_mini_medium_baseline.yaml",
+                    (SHIFTED, f"data.n_held_out={n_held_out}"),
+                )
+                for n_held_out in (33_500, 45_500)
+            ),
             Variant(
                 "autoregressive",
                 "tinygsm_mini_medium_baseline.yaml",

@@ -30,6 +30,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 ModelConfidence = Literal["top_prob", "top_prob_margin", "neg_entropy"]  # measures of a predicted distribution
 Confidence = Literal[ModelConfidence, "random"]
+RevealOrder = Literal[Confidence, "redrawn"]
 Revision = Literal["remask", "plan", "running_confidence"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -158,11 +159,12 @@ class ProgressiveSettings(ObjectiveSettings):
         le=1.0,
         description="tau: also reveal masked positions whose max probability exceeds it; null: off",
     )
-    reveal_order: Confidence = Field(
+    reveal_order: RevealOrder = Field(
         "top_prob",
         description="score of masked positions, as in sampling; the highest are revealed first; top_prob as in the "
         "paper; top_prob_margin and neg_entropy take one more pass of the output head, without a backward pass; random "
-        "separates what the order does from what the pool does",
+        "separates what the order does from what the pool does; redrawn: as many random positions, but drawn anew at "
+        "each stage, so that a row only returns",
     )
     pool_batches: int = Field(
         1,
@@ -185,6 +187,12 @@ class ProgressiveSettings(ObjectiveSettings):
     def _one_schedule(self) -> ProgressiveSettings:
         if (self.n_stages is None) == (self.k_schedule is None):
             raise ValueError("give exactly one of n_stages and k_schedule")
+        return self
+
+    @model_validator(mode="after")
+    def _redrawn_without_threshold(self) -> ProgressiveSettings:
+        if self.reveal_order == "redrawn" and self.collapse_threshold is not None:
+            raise ValueError("reveal_order 'redrawn' does not depend on the model: set collapse_threshold to null")
         return self
 
     def n_stages_at(self, step: int) -> int:

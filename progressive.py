@@ -64,6 +64,7 @@ def reveal_next_stage(
     n_stages: int,
     collapse_threshold: float | None,
     generator: torch.Generator,
+    redraw: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Move every row to its next stage and reveal positions up to its target (docs/algorithm.md, steps 3, 4 and 7).
 
@@ -74,6 +75,8 @@ def reveal_next_stage(
         confidence: float32 [B, L], higher is revealed first; None: random positions are revealed up to the target.
         max_log_prob: float32 [B, L], that of the most probable token at each masked position.
         collapse_threshold: tau; also reveal every masked position whose max probability exceeds it.
+        redraw: reveal random positions anew, without regard to those revealed before; without `confidence` and
+            threshold.
 
     Returns:
         masked (bool [B, L]; undefined for finished rows), stage (int64 [B]) and finished (bool [B]).
@@ -82,7 +85,10 @@ def reveal_next_stage(
     n_revealed = n_maskable - masked.sum(1)
     stage = stage + 1
     target = draw_target(stage, n_stages, n_maskable, generator)
-    if confidence is None:
+    if redraw:
+        masked = maskable  # all that is revealed now is drawn now
+        reveal = reveal_random(masked, target, generator)  # [B, L]
+    elif confidence is None:
         reveal = reveal_random(masked, target - n_revealed, generator)  # [B, L]
     else:
         reveal = reveal_top(confidence, masked, target - n_revealed)  # [B, L]
@@ -175,9 +181,10 @@ class PumaPool:
         *,
         n_segments: int = 1,
         n_batches: int = 1,
+        redraw: bool = False,
     ) -> None:
         """Fill `n_batches` batches of `n_rows` rows from `queue`; `n_segments` must divide the length."""
-        self.queue, self.generator, self.n_segments = queue, generator, n_segments
+        self.queue, self.generator, self.n_segments, self.redraw = queue, generator, n_segments, redraw
         self.n_rows, self.n_batches = n_rows, n_batches
         self.n_stages, self.collapse_threshold = n_stages, collapse_threshold
         device = generator.device
@@ -280,6 +287,7 @@ class PumaPool:
             n_stages=self.n_stages,
             collapse_threshold=self.collapse_threshold,
             generator=self.generator,
+            redraw=self.redraw,
         )
         masked, stage = masked & ~finished[:, None], stage.masked_fill(finished, self.n_stages)
         return masked.view_as(rows.masked), stage.view_as(rows.stage)
@@ -323,9 +331,13 @@ class PumaObjective(MaskedObjective):
             generator,
             n_segments=layout.n_blocks,
             n_batches=settings.pool_batches,
+            redraw=settings.reveal_order == "redrawn",
         )
-        if settings.reveal_order != "random":
-            self.confidence = settings.reveal_order
+        match settings.reveal_order:
+            case "random" | "redrawn":
+                self.by_confidence = False
+            case order:
+                self.by_confidence, self.confidence = True, order
         self._confidence = torch.empty(n_rows, layout.length, device=generator.device)
         # One tensor for both where they are equal, so that an update copies it once.
         self._max_log_prob = self._confidence if self.confidence == "top_prob" else torch.empty_like(self._confidence)
@@ -350,7 +362,7 @@ class PumaObjective(MaskedObjective):
 
     @override
     def end_step(self) -> None:
-        confidence = None if self.settings.reveal_order == "random" else self._confidence[: self.n_pool_rows]
+        confidence = self._confidence[: self.n_pool_rows] if self.by_confidence else None
         self.pool.advance(confidence, self._max_log_prob[: self.n_pool_rows])
 
     @override

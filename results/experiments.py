@@ -79,6 +79,7 @@ ONE_EPOCH = ("training.max_steps=30000",)  # of uniform masks on a million board
 RATE_OF_1E_3 = ("training.max_steps=50000", "training.learning_rate=1.0e-3", "training.warmup_steps=200")
 RATE_OF_7E_4, RATE_OF_3_5E_4 = "training.learning_rate=7.0e-4", "training.learning_rate=3.5e-4"
 RANDOM_ORDER, LOW_DISCREPANCY = "objective.reveal_order=random", "objective.low_discrepancy=true"
+REDRAWN = "objective.reveal_order=redrawn"
 SHIFTED, UNSHIFTED = "model.shifted=true", "model.shifted=false"
 HARD_AT_1E_3 = ("training.compile=true", "training.learning_rate=1.0e-3")
 SUDOKU_MINI = (
@@ -358,6 +359,7 @@ EXPERIMENTS = {
                     ("random order, pool of 16", (RANDOM_ORDER, POOL_OF_16), None),
                     # Masks that do not depend on the model.
                     ("random order, pool of 16, no threshold", (RANDOM_ORDER, POOL_OF_16, NO_THRESHOLD), None),
+                    ("redrawn, pool of 16, no threshold", (REDRAWN, POOL_OF_16, NO_THRESHOLD), None),
                 )
             ),
             Variant(

@@ -345,6 +345,10 @@ BAD = {
     "two schedules": ("objective.n_stages=4", "exactly one of n_stages and k_schedule"),
     "no schedule": ("objective={name: puma}", "exactly one of n_stages and k_schedule"),
     "unknown order": ("objective.reveal_order=confidence", "reveal_order = 'confidence': input should be 'top_prob'"),
+    "redrawn masks with a threshold": (
+        "objective={name: puma, n_stages: 4, reveal_order: redrawn, collapse_threshold: 0.9}",
+        "set collapse_threshold to null",
+    ),
     "all rows uniform": ("objective.uniform_fraction=1.0", "objective.uniform_fraction = 1.0"),
     "heads do not divide the width": ("model.hidden_size=15", "15 is not a multiple of num_attention_heads 2"),
     "odd head width": ("model.hidden_size=6", "must be even"),

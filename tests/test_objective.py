@@ -33,6 +33,7 @@ OBJECTIVES = {
     "puma_with_uniform_rows": PUMA | {"uniform_fraction": 0.3},
     "puma_with_a_deep_pool": PUMA | {"uniform_fraction": 0.3, "pool_batches": 3},
     "puma_in_random_order": PUMA | {"reveal_order": "random", "pool_batches": 2},
+    "puma_with_redrawn_masks": PUMA | {"reveal_order": "redrawn", "pool_batches": 2},
 }
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 
@@ -152,13 +153,13 @@ def test_loss_and_gradient_of_a_batch_equal_the_oracle(objective: dict[str, Any]
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("order", ["top_prob", "top_prob_margin", "neg_entropy", "random"])
-def test_every_order_but_random_reveals_the_most_confident(order: str) -> None:
+@pytest.mark.parametrize("order", ["top_prob", "top_prob_margin", "neg_entropy", "random", "redrawn"])
+def test_every_order_of_the_model_reveals_the_most_confident(order: str) -> None:
     """By the confidence that the objective asks the model for, not by the largest probability."""
     built = make_objective(PUMA | {"reveal_order": order}, numbered_rows(60, 25, n_maskable=24), 20)
     before, confidence = built.pool.rows.masked.clone(), random_log_probs((20, 25), 0)
     (batch,) = built.microbatches(0)
-    assert built.confidence == ("top_prob" if order == "random" else order)
+    assert built.confidence == ("top_prob" if order in ("random", "redrawn") else order)
     built.observe(batch, scores_of(confidence, max_log_prob=random_log_probs((20, 25), 1)))
     built.end_step()
     most_confident = []
@@ -168,7 +169,7 @@ def test_every_order_but_random_reveals_the_most_confident(order: str) -> None:
         if revealed.any():
             most_confident.append(bool(confidence[row, revealed].min() > confidence[row, masked].max()))
     assert len(most_confident) > 5
-    assert all(most_confident) == (order != "random")
+    assert all(most_confident) == (order not in ("random", "redrawn"))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

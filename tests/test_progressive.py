@@ -247,6 +247,30 @@ def test_a_random_order_reveals_every_position_equally_often() -> None:
         assert n_revealed.float().mean().item() == pytest.approx(7.5 * (length - n_sure) / length, abs=0.2)
 
 
+def test_redrawn_masks_do_not_depend_on_the_masks_before() -> None:
+    """Rows of 20 maskable positions and 4 of the prompt, of which the first 10 have been revealed, at stage 2 of 4."""
+    n_rows, length = 4000, 24
+    maskable = (torch.arange(length) < 20).expand(n_rows, -1)
+    after, stage, finished = reveal_next_stage(
+        maskable & (torch.arange(length) >= 10),
+        torch.ones(n_rows, dtype=torch.long),
+        maskable,
+        None,
+        torch.zeros(n_rows, length),
+        n_stages=4,
+        collapse_threshold=None,
+        generator=random_generator(0),
+        redraw=True,
+    )
+    assert not after[:, 20:].any()
+    assert_distribution(after[:, :20].sum(0), torch.full((20,), 1 / 20))
+    n_revealed = 20 - after.sum(1)
+    assert (n_revealed.min(), n_revealed.max()) == (10, 15)  # ratios from 2/4 to 3/4
+    assert n_revealed.float().mean().item() == pytest.approx(12.5, abs=0.1)
+    assert (stage == 2).all()
+    assert not finished.any()
+
+
 def test_a_short_row_is_never_sent_back_by_its_ratio() -> None:
     """One maskable position stays masked at every stage, so its ratio is always 0: it must retire after K steps."""
     masked, stage = torch.ones(1, 1, dtype=torch.bool), torch.tensor([0])

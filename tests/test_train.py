@@ -57,6 +57,7 @@ CASES = {
     "puma_by_margin": PUMA | {"reveal_order": "top_prob_margin"},
     "puma_by_entropy": {"name": "puma", "n_stages": 4, "reveal_order": "neg_entropy"},
     "puma_in_random_order": {"name": "puma", "n_stages": 4, "reveal_order": "random"},
+    "puma_with_redrawn_masks": {"name": "puma", "n_stages": 4, "reveal_order": "redrawn"},
     "block_puma_causal_by_entropy": PUMA
     | {"name": "block_puma", "block_size": 8, "block_attention": "block_causal", "reveal_order": "neg_entropy"},
     "puma_with_uniform_rows": {"name": "puma", "n_stages": 4, "uniform_fraction": 0.25},

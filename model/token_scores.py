@@ -9,7 +9,8 @@ Shapes: B rows, L positions, N scored positions, D width, V vocabulary, V' vocab
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,36 +34,35 @@ class TokenScores(NamedTuple):
     confidence: Tensor  # float32 [B, L], by the rule asked for, higher is surer; -inf where weight is 0
 
 
-def scored_positions(weight: Tensor, n_tokens: int) -> Callable[[], Tensor | None]:
-    """Find the positions of nonzero weight; call this before the backbone runs, and the result after it.
+def scored_positions(weights: Sequence[Tensor], n_tokens: int) -> list[Callable[[], Tensor | None]]:
+    """Find the positions of nonzero weight of all passes of an update; call this before the first backbone runs.
 
-    On a GPU the host needs their number to launch the head. It is copied to the host while the backbone computes; the
-    returned function waits for the copy, not for the backbone, so the device is not idle.
+    On a GPU the host needs their numbers to launch the heads. They are copied to the host while the first backbone
+    computes; the returned functions wait for that one copy, so the host waits once per update and may then run ahead.
 
     Args:
-        weight: float32 [B, L].
+        weights: float32 [B, L], one per pass.
         n_tokens: size of the vocabulary.
 
     Returns:
-        A function that gives the positions to score as indices into [B * L], int64 [N]; None: all.
+        For each pass a function that gives the positions to score as indices into [B * L], int64 [N]; None: all.
     """
     if n_tokens <= SMALL_VOCABULARY:
-        return lambda: None
-    flat = weight.flatten()
-    if not weight.is_cuda:
-        indices = flat.nonzero().squeeze(1)
-        return lambda: indices
-    order = (flat == 0).to(torch.uint8).argsort(stable=True)
-    count = torch.empty((), dtype=torch.long, pin_memory=True)
-    count.copy_((flat != 0).sum(), non_blocking=True)
+        return [lambda: None] * len(weights)
+    flat = [weight.flatten() for weight in weights]
+    if not weights[0].is_cuda:
+        return [partial(torch.squeeze, each.nonzero(), 1) for each in flat]
+    orders = [(each == 0).to(torch.uint8).argsort(stable=True) for each in flat]
+    counts = torch.empty(len(flat), dtype=torch.long, pin_memory=True)
+    counts.copy_(torch.stack([(each != 0).sum() for each in flat]), non_blocking=True)
     event = torch.cuda.Event()
     event.record()
 
-    def wait() -> Tensor:
+    def wait(number: int) -> Tensor:
         event.synchronize()
-        return order[: int(count)]
+        return orders[number][: int(counts[number])]
 
-    return wait
+    return [partial(wait, number) for number in range(len(flat))]
 
 
 def score_tokens(
@@ -81,12 +81,12 @@ def score_tokens(
         head: [V, D], the output matrix.
         x0: int64 [B, L].
         weight: float32 [B, L].
-        scored: `scored_positions` of `weight`, called before the backbone ran.
+        scored: that of `weight` from `scored_positions`, which was called before the backbone ran.
         compiled: compile the softmax over a large vocabulary.
         confidence: the rule of `TokenScores.confidence`. All but `top_prob` compute the logits of the scored positions
             once more, without gradient: the kernels of the loss keep no more than its own statistics.
     """
-    indices = (scored or scored_positions(weight, head.shape[0]))()
+    indices = (scored or scored_positions([weight], head.shape[0])[0])()
     states, target, own_weight = hidden.flatten(0, 1), x0.flatten(), weight.flatten()
     if indices is not None:
         # Not `states[indices]`, whose backward pass sorts, since indices could repeat.
@@ -105,6 +105,12 @@ def score_tokens(
     if confidence != "top_prob":
         sure = place(predict_tokens(states, head, banned=None).confidence(confidence), -torch.inf)
     return TokenScores(loss, place(nll, 0.0), top, sure)
+
+
+@cache
+def unit_gradient(device: torch.device) -> Tensor:
+    """1, for `loss.backward`: a backward pass that is given this very tensor need not multiply by it."""
+    return torch.ones((), device=device)
 
 
 class _ScoreChunks(torch.autograd.Function):
@@ -127,7 +133,8 @@ class _ScoreChunks(torch.autograd.Function):
         with_gradient = grad_enabled and any(ctx.needs_input_grad)
         if with_gradient:
             grad_hidden = torch.empty_like(hidden)
-            grad_head = torch.zeros(matrix.shape, dtype=torch.promote_types(dtype, torch.float32), device=head.device)
+            new = torch.empty if len(hidden) else torch.zeros
+            grad_head = new(matrix.shape, dtype=torch.promote_types(dtype, torch.float32), device=head.device)
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         confidence = torch.empty_like(nll)
         n_rows = chunk_rows(head)
@@ -139,11 +146,14 @@ class _ScoreChunks(torch.autograd.Function):
             if gradient is not None and grad_hidden is not None and grad_head is not None:
                 grad_hidden[part] = plain_matmul(gradient, matrix).to(hidden.dtype)
                 if grad_head.dtype == gradient.dtype:
-                    grad_head.addmm_(gradient.t(), states)  # without a temporary of its size
+                    grad_head.addmm_(gradient.t(), states, beta=min(start, 1))  # without a temporary of its size
+                elif start == 0:
+                    grad_head.copy_(plain_matmul(gradient.t(), states))
                 else:
                     grad_head += plain_matmul(gradient.t(), states)
         if grad_hidden is not None and grad_head is not None:
-            ctx.save_for_backward(grad_hidden, grad_head[: len(head)])
+            # Not a slice: autograd would add the embedding's gradient of a tied head to a copy of it.
+            ctx.save_for_backward(grad_hidden, grad_head.resize_(head.shape))
         ctx.mark_non_differentiable(nll, confidence)
         return (weight * nll).sum(), nll, confidence
 
@@ -151,5 +161,7 @@ class _ScoreChunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
+        if grads[0] is unit_gradient(grads[0].device):
+            return grad_hidden, grad_head, None, None, None, None, None
         # In place, to save memory of the head's size. Autograd calls this at most once per forward pass.
         return grad_hidden.mul_(grads[0]), grad_head.mul_(grads[0]), None, None, None, None, None

@@ -219,13 +219,20 @@ class Transformer(nn.Module):
             assert isinstance(layer, Layer)
             layer.recomputed = True
 
-    def forward(self, xt: Tensor, x0: Tensor, weight: Tensor, confidence: ModelConfidence = "top_prob") -> TokenScores:
+    def forward(
+        self,
+        xt: Tensor,
+        x0: Tensor,
+        weight: Tensor,
+        confidence: ModelConfidence = "top_prob",
+        scored: Callable[[], Tensor | None] | None = None,
+    ) -> TokenScores:
         """Loss, NLL and confidence of x0 given xt (int64 [B, L]) at positions of nonzero weight (float32 [B, L]).
 
         Args:
-            confidence: see `score_tokens`.
+            confidence, scored: see `score_tokens`.
         """
-        scored = scored_positions(weight, self.lm_head.weight.shape[0])
+        scored = scored or scored_positions([weight], self.lm_head.weight.shape[0])[0]
         if self.block_size is None:
             hidden = self._align(self.model(xt))
         else:

@@ -360,6 +360,7 @@ EXPERIMENTS = {
                     # Masks that do not depend on the model.
                     ("random order, pool of 16, no threshold", (RANDOM_ORDER, POOL_OF_16, NO_THRESHOLD), None),
                     ("redrawn, pool of 16, no threshold", (REDRAWN, POOL_OF_16, NO_THRESHOLD), None),
+                    ("redrawn, no threshold", (REDRAWN, ONE_BATCH, NO_THRESHOLD), None),
                 )
             ),
             Variant(
@@ -447,6 +448,11 @@ EXPERIMENTS = {
                 "puma, shifted, rate 1.0e-3, pool of 16",
                 "tinygsm_mini_hard_puma.yaml",
                 (*HARD_AT_1E_3, SHIFTED, POOL_OF_16),
+            ),
+            Variant(
+                "puma, shifted, rate 1.0e-3, redrawn, pool of 16, no threshold",
+                "tinygsm_mini_hard_puma.yaml",
+                (*HARD_AT_1E_3, SHIFTED, REDRAWN, POOL_OF_16, NO_THRESHOLD),
             ),
             Variant(
                 "uniform, shifted, rate 1.0e-3, low discrepancy",

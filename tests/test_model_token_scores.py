@@ -17,7 +17,7 @@ from config import ModelConfidence
 from model import logits as sizes
 from model.logits import SMALL_VOCABULARY
 from model.token_predictions import gumbel_noise, hash_uniform, predict_tokens
-from model.token_scores import TokenScores, score_tokens
+from model.token_scores import TokenScores, score_tokens, unit_gradient
 
 WIDTH = 8
 
@@ -128,6 +128,17 @@ def test_a_scaled_loss_has_scaled_gradients() -> None:
     """As gradient accumulation and loss scaling need; the gradients are computed before the scale is known."""
     case = random_case()
     assert_equals_oracle(score_tokens(*case), case, tolerance=2e-5, loss_scale=-3.5)
+
+
+@pytest.mark.parametrize("vocabulary", [11, SMALL_VOCABULARY + 1])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_gradient_that_is_known_to_be_1_changes_nothing(vocabulary: int, share: float) -> None:
+    """The gradients are not multiplied then; by another tensor of the same value they are."""
+    cases = [random_case(vocabulary=vocabulary, share=share) for _ in range(2)]
+    for case, gradient in zip(cases, (unit_gradient(torch.device("cpu")), torch.tensor(1.0)), strict=True):
+        score_tokens(*case).loss.backward(gradient)
+    for ours, theirs in zip(*(case[:2] for case in cases), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
 
 
 RULES: tuple[ModelConfidence, ...] = get_args(ModelConfidence)

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from base.files import WriteError
 from bench.inputs import YAML_FILES, random_rows
 from config import Confidence
+from model.logits import SMALL_VOCABULARY
 from model.token_scores import TokenScores
 from objective import Microbatch
 from progressive import PumaObjective
@@ -128,6 +129,21 @@ def test_a_pool_reveals_by_the_scores_of_the_weights_before_the_update(
         after = rows_at(pool, batch)
         assert_transitions_of_the_oracle(pool, before, after, None if order == "random" else confidence, max_log_prob)
         seen.clear()
+
+
+@pytest.mark.parametrize("vocab_size", [None, SMALL_VOCABULARY + 1])
+def test_passes_of_an_update_add_up(vocab_size: int | None, data_dir: Path, tmp_path: Path) -> None:
+    """Also with a large vocabulary, where the positions of each pass are found before the first."""
+    runs = [
+        build(PUMA, data_dir, tmp_path, vocab_size=vocab_size, micro_batch_size=n_rows, max_steps=3)
+        for n_rows in (None, 4, 2)
+    ]
+    for run in runs:
+        Updater(run).step()
+    for run in runs[1:]:
+        assert float(run.loss_sum) == pytest.approx(float(runs[0].loss_sum), rel=1e-6)
+        assert float(run.grad_norm_sum) == pytest.approx(float(runs[0].grad_norm_sum), rel=1e-5)
+    assert float(runs[0].grad_norm_sum) > 0
 
 
 def test_what_a_model_draws_follows_from_seed_rank_and_step() -> None:

@@ -1,8 +1,8 @@
 """One update of the weights: forward, loss, backward, clipping, optimizer, average, pool.
 
-There is no host sync, so the host runs ahead of the device; with a large vocabulary it waits once per pass for a number
-that is known before the backbone runs (`model/token_scores.py`). A small model on a GPU is bound by the launches of
-hundreds of kernels; `training.cuda_graph` captures the update once and replays it with one launch.
+There is no host sync, so the host runs ahead of the device; with a large vocabulary it waits once per update for
+numbers that are known before the first backbone runs (`model/token_scores.py`). A small model on a GPU is bound by the
+launches of hundreds of kernels; `training.cuda_graph` captures the update once and replays it with one launch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from base.files import WriteError
 from config import Config, ProgressiveSettings
 from model.logits import SMALL_VOCABULARY
+from model.token_scores import scored_positions, unit_gradient
 from runtime.checkpoint import save_tensors, step_folders
 from runtime.distributed import World, autocast, autocast_dtype
 from runtime.optim import learning_rate, set_learning_rate, update_ema
@@ -41,6 +42,8 @@ class Updater:
         self.dtype = autocast_dtype(run.config.training.precision, run.world.device)
         self.uses_graph = uses_graph(run.config, run.world)
         self.graph: torch.cuda.CUDAGraph | None = None
+        # One for all updates before a capture: libraries keep a workspace for each stream.
+        self._stream = torch.cuda.Stream() if self.uses_graph else None
         self._n_eager = 0
         self._captured_stages: int | None = None
 
@@ -67,11 +70,11 @@ class Updater:
             self.graph, self._n_eager, self._captured_stages = None, 0, n_stages
         if self.graph is None and self._n_eager < N_WARMUP:
             # On a side stream, as in the capture.
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            assert self._stream is not None
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
                 apply_update(run, self.dtype)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self._stream)
             self._n_eager += 1
             return
         if self.graph is None:
@@ -95,13 +98,16 @@ def seed_default_generator(run: Run) -> None:
 def apply_update(run: Run, dtype: torch.dtype | None) -> None:
     """The part of an update that a CUDA graph captures: the same kernels on the same memory every time."""
     microbatches = list(run.objective.microbatches(run.step))
-    for number, microbatch in enumerate(microbatches, start=1):
+    scored = scored_positions([each.weight for each in microbatches], run.config.model.vocab_size)
+    for number, (microbatch, positions) in enumerate(zip(microbatches, scored, strict=True), start=1):
         last = number == len(microbatches)
         sync = run.wrapped.no_sync() if isinstance(run.wrapped, DistributedDataParallel) and not last else nullcontext()
         with sync:
             with autocast(run.world.device, dtype):
-                scores = run.wrapped(microbatch.xt, microbatch.x0, microbatch.weight, run.objective.confidence)
-            scores.loss.backward()
+                scores = run.wrapped(
+                    microbatch.xt, microbatch.x0, microbatch.weight, run.objective.confidence, positions
+                )
+            scores.loss.backward(unit_gradient(scores.loss.device))
         run.loss_sum += scores.loss.detach()
         run.objective.observe(microbatch, scores)
     run.grad_norm_sum += full_tensor(

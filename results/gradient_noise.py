@@ -45,6 +45,7 @@ from results.records import (
     Text,
     check_folder,
     check_masks_rows,
+    named_folder,
     provenance,
     provenance_in_words,
     read_records,
@@ -247,7 +248,9 @@ def draw(records: dict[str, Any], out: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
     parser = CommandParser(description="Measure how far the gradients of neighbouring updates repeat each other.")
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory, of an objective that masks rows")
+    parser.add_argument(
+        "run_dir", type=named_folder, metavar="RUN", help="run directory, of an objective that masks rows"
+    )
     parser.add_argument("--updates", type=whole_number(2 * N_LAGS), default=128, help="N")
     parser.add_argument("--draw", action="store_true", help="only the table and figure, from existing records")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gradient_noise", help="parent output folder")

@@ -67,6 +67,7 @@ from results.records import (
     Text,
     check_folder,
     check_masks_rows,
+    named_folder,
     provenance,
     provenance_in_words,
     read_note,
@@ -523,7 +524,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line; bad input ends with one message and exit status 2."""
     parser = CommandParser(description="Measure the distance of training masks from the sampler's masks.")
     parser.add_argument(
-        "run_dirs", nargs="*", type=Path, metavar="RUN", help="run directory, of an objective that masks rows"
+        "run_dirs", nargs="*", type=named_folder, metavar="RUN", help="run directory, of an objective that masks rows"
     )
     parser.add_argument("--rows", type=whole_number(1), default=256, help="training rows per checkpoint")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the sample of the pool")

@@ -27,6 +27,12 @@ def check_folder(path: Path, option: str) -> None:
         raise ValueError(f"{where} is not a folder that can be written: name another")
 
 
+def named_folder(text: str) -> Path:
+    """The `type` of an argument: a folder that records name; absolute if the path ends in no name, as `.` does."""
+    path = Path(text)
+    return path if path.name not in ("", "..") else Path(os.path.abspath(path))
+
+
 def check_masks_rows(run_dir: Path, settings: AnyObjectiveSettings) -> None:
     """Raise ValueError if the objective of a run does not mask whole rows."""
     if isinstance(settings, BlockSettings) or settings.causal:

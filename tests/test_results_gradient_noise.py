@@ -91,6 +91,16 @@ def test_too_few_updates_for_the_sum_over_a_trajectory_are_refused(config_file, 
     assert noise_of_sum([1.0] * (128 // 2 + 1), 65) == pytest.approx(65), "the largest that 128 updates can tell"
 
 
+@pytest.mark.parametrize(("path", "name"), [(".", "run"), ("checkpoints/..", "run"), ("..", "parent")])
+def test_the_folder_is_named_after_the_run_however_it_is_given(path, name, tmp_path, monkeypatch, capsys):
+    run_dir = tmp_path / "parent" / "run"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(run_dir)
+    with pytest.raises(SystemExit):
+        gradient_noise.main([path, "--draw", "--out", str(tmp_path)])
+    assert f"{tmp_path}/{name}/records.json cannot be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options", [(), ("--draw",)])
 def test_a_folder_without_a_run_ends_with_a_message(options, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -271,11 +271,16 @@ def test_an_interrupted_measurement_leaves_what_can_be_drawn(config_file, tmp_pa
     assert steps == [3, 6, 3, 3, 6]
 
 
-def test_runs_of_one_name_are_refused(tmp_path, capsys):
+def test_runs_of_one_name_are_refused(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         mask_distance.main([f"{tmp_path}/a/puma", f"{tmp_path}/b/puma"])
     assert stop.value.code == 2
     assert f"{tmp_path}/a/puma, {tmp_path}/b/puma: runs are recorded by the names of" in capsys.readouterr().err
+    (tmp_path / "puma").mkdir()
+    monkeypatch.chdir(tmp_path / "puma")
+    with pytest.raises(SystemExit):
+        mask_distance.main([".", f"{tmp_path}/b/puma"])
+    assert f"{tmp_path}/puma, {tmp_path}/b/puma: runs are recorded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--draw"], ["run"]])

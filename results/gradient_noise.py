@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import TypedDict
@@ -62,6 +62,7 @@ N_LAGS = 40  # in the figure
 SHOWN_LAGS = (1, 2, 4, 7, 8, 16)  # in the table
 DEEP_POOL = 16
 N_STAGES = 8  # K, where the run has none
+MARKERS = "osD^v"  # in the figure, one for each of the `variants`
 
 
 class Series(TypedDict):
@@ -78,9 +79,17 @@ class Records(Provenance):
     settings: Text
     step: int
     updates: int
-    n_stages: int
+    n_stages: Annotated[int, Field(ge=1)]
     batch_size: int
-    series: Annotated[list[Series], Field(min_length=1)]
+    series: Annotated[list[Series], Field(min_length=1, max_length=len(MARKERS))]
+
+
+def check_lags(records: Records) -> Records:
+    """Raise ValueError unless each series has the lags that the noise of K updates takes."""
+    n_stages, shortest = records["n_stages"], min(len(each["correlation"]) for each in records["series"])
+    if n_stages > shortest:
+        raise ValueError(f"n_stages {n_stages} is above {shortest}, the lags of a series")
+    return records
 
 
 def variants(n_stages: int, settings: AnyObjectiveSettings) -> dict[str, AnyObjectiveSettings]:
@@ -234,7 +243,7 @@ def draw(records: dict[str, Any], out: Path) -> None:
         values = each["correlation"][: N_LAGS + 1]
         style: dict[str, Any] = {
             "color": COLORS[number],
-            "marker": "osD^v"[number],
+            "marker": MARKERS[number],
             "markersize": 3.5,
             "linewidth": 1.4,
         }
@@ -261,7 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
         check_folder(folder, "--out")
         if not options.draw:
             collect(options.run_dir, options.updates, records_file)
-        records = read_records(records_file, Records)
+        records = read_records(records_file, Annotated[Records, AfterValidator(check_lags)])
         write_text(folder / "README.md", report(records))
         draw(records, folder / "curves.png")
         print(f"wrote {folder}/README.md")

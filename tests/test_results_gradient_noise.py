@@ -14,6 +14,8 @@ from config import PumaSettings, UniformSettings
 from results import gradient_noise
 from results.gradient_noise import centre, correlations, noise_of_sum, variants
 
+SERIES = {"label": "a", "correlation": 41 * [0.5]}
+
 
 @pytest.mark.parametrize("n_shared", [1, 2, 8])
 def test_updates_that_share_rows_are_correlated_by_the_share(n_shared):
@@ -89,6 +91,28 @@ def test_too_few_updates_for_the_sum_over_a_trajectory_are_refused(config_file, 
     assert "--updates 128: for K = 66 give at least 130" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert noise_of_sum([1.0] * (128 // 2 + 1), 65) == pytest.approx(65), "the largest that 128 updates can tell"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"n_stages": 0}, "n_stages: Input should be greater than or equal to 1"),
+        ({"n_stages": 42}, "n_stages 42 is above 41"),
+        ({"series": 6 * [SERIES]}, "series: List should have at most 5 items"),
+    ],
+)
+def test_records_that_cannot_be_drawn_are_refused(changes, reason, tmp_path, capsys):
+    words = dict.fromkeys(["command", "machine", "commit", "date", "run", "settings"], "a")
+    records = words | {"step": 1, "updates": 80, "n_stages": 41, "batch_size": 1, "series": [SERIES]}
+    (tmp_path / "run").mkdir()
+    file = tmp_path / "run" / "records.json"
+    file.write_text(json.dumps(records))
+    gradient_noise.main(["run", "--draw", "--out", str(tmp_path)])
+    file.write_text(json.dumps(records | changes))
+    with pytest.raises(SystemExit) as stop:
+        gradient_noise.main(["run", "--draw", "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert reason in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("path", "name"), [(".", "run"), ("checkpoints/..", "run"), ("..", "parent")])

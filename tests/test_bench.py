@@ -131,6 +131,12 @@ def test_sample(tmp_path, options):
     assert all(1 <= rule["nfe"] <= 2 for rule in rules)
 
 
+def test_evaluations_are_at_most_the_cells_to_fill(config_file, tmp_path):
+    options = ["--config", config_file(), "--batch", 2, "--steps", 20, "--no-memory"]  # boards of 16 cells
+    row, *_ = bench("sample", *options, json_file=tmp_path / "rows.json")
+    assert row["nfe"] == 16
+
+
 def test_data(tmp_path):
     rows = bench("data", "--batch", 40, json_file=tmp_path / "rows.json")
     assert [row["unit"] for row in rows] == ["puzzles", "rows", "rows", "programs"]

@@ -113,6 +113,7 @@ class DenseTrainer:
         self.model, self.dtype, self.device, self.loss = model, dtype, device, math.nan
         training, decay = config.training, config.training.ema_decay
         rate, betas, self.max_grad_norm = training.learning_rate, training.adam_betas, training.max_grad_norm
+        self.micro_rows = training.micro_batch_size or training.batch_size
         self.optimizer = torch.optim.AdamW(model.parameters(), rate, betas, weight_decay=training.weight_decay)
         self.average: AveragedModel | None = None
         if decay is not None:  # its first update copies the weights
@@ -120,19 +121,21 @@ class DenseTrainer:
 
     def step(self, batch: Batch) -> Tensor:
         """One update; max log-probabilities, float32 [B, L]."""
-        xt, x0, weight = (part.to(self.device) for part in batch)
-        with autocast(self.device, self.dtype):
-            logits = aligned_logits(self.model, xt)
-        loss, confidence = score(logits, x0, weight)
-        del logits  # autograd keeps what it needs
-        loss.backward()
-        self.loss = loss.item()
+        self.loss, confidences = 0.0, list[Tensor]()
+        for xt, x0, weight in zip(*(part.to(self.device).split(self.micro_rows) for part in batch), strict=True):
+            with autocast(self.device, self.dtype):
+                logits = aligned_logits(self.model, xt)
+            loss, confidence = score(logits, x0, weight)
+            del logits  # autograd keeps what it needs
+            loss.backward()
+            self.loss += loss.item()
+            confidences.append(confidence)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update_parameters(self.model)
-        return confidence
+        return torch.cat(confidences)
 
 
 def dense_step(config: Config, trainer: DenseTrainer, stream: SequenceStream) -> Callable[[], object]:

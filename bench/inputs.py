@@ -55,6 +55,8 @@ def read_inputs(
     path = options.config or YAML_FILES / f"{experiment}.yaml"
     switches = ["training.compile=true"] * options.compile
     switches += [f"training.cuda_graph={'true' if options.graph else 'false'}"]
+    # Microbatches are those of the overrides: the file's need not divide the rows of a benchmark.
+    switches += ["training.micro_batch_size=null"] + [f"training.batch_size={options.batch}"] * bool(options.batch)
     config = read_config(path, [*changes, *switches, *options.overrides])
     device, length = start_world(config.training.device).device, options.length or config.data.length
     raw = config.model_dump(mode="json")
@@ -63,7 +65,7 @@ def read_inputs(
         raw["data"].pop("mask_id", None)  # the last token
     is_slow = device.type == "cpu" and raw["model"]["vocab_size"] > SMALL_VOCABULARY
     raw["training"]["batch_size"] = options.batch or (n_rows_slow if is_slow else n_rows)
-    raw["training"]["micro_batch_size"] = raw["model"]["init_from"] = None
+    raw["model"]["init_from"] = None
     if raw["model"]["learned_positions"] is not None:
         raw["model"]["learned_positions"] = max(length, config.data.length)
     config = parse_config(raw, str(path))

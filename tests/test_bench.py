@@ -13,9 +13,9 @@ from conftest import PUMA, ROOT
 from helpers import numbered_rows, random_generator, random_log_probs, random_model
 
 from bench import dense
-from bench.__main__ import main
+from bench.__main__ import main, parse
 from bench.head import NAMES, random_problem, run_head
-from bench.inputs import random_rows
+from bench.inputs import random_rows, read_inputs
 from bench.measure import Interval, kernel_report, time_in_turn
 from bench.step import arithmetic
 from config import Config, SamplingRule
@@ -78,6 +78,23 @@ def test_step_on_the_shape_of_tinygsm_needs_no_files(tmp_path):
     options = ["--batch", 2, "--length", 32, "--vocab", 5000, "--no-memory", *SMALL]
     rows = bench("step", "--config", TINYGSM, *options, json_file=tmp_path / "rows.json")
     assert [row["name"] for row in rows] == ["puma", "uniform"]
+
+
+def test_microbatches_of_the_overrides_are_measured(config_file, tmp_path, monkeypatch):
+    """On both sides; those of a file, which need not divide the rows of a benchmark, are not."""
+    n_rows = list[int]()
+    plain_logits = dense.aligned_logits
+
+    def counted(model, xt):
+        n_rows.append(len(xt))
+        return plain_logits(model, xt)
+
+    monkeypatch.setattr(dense, "aligned_logits", counted)
+    words = ["step", "--config", config_file({"name": "uniform"}, training__micro_batch_size=8), "--no-memory"]
+    bench(*words, "--batch", 6, "training.micro_batch_size=2", json_file=tmp_path / "rows.json")
+    assert set(n_rows) == {2}
+    options = parse([*map(str, words), "--batch", "6"])
+    assert read_inputs(options, "sudoku_puma", 1, 1)[0].training.micro_batch_size is None
 
 
 def test_memory_of_each_step_alone(config_file, tmp_path):
@@ -174,11 +191,18 @@ def test_bad_input(arguments, message, capsys):
 # The plain paths compute what the fast ones do.
 
 
-@pytest.mark.parametrize("name", ["puma", "uniform", "autoregressive"])
-def test_steps_change_the_weights_and_their_average_alike(config_file, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "micro_rows"), [("puma", None), ("uniform", None), ("uniform", 2), ("autoregressive", None)]
+)
+def test_steps_change_the_weights_and_their_average_alike(config_file, tmp_path, name, micro_rows):
     objective = {"name": name} | ({"n_stages": 3, "collapse_threshold": 0.9} if name == "puma" else {})
     # The plain step has no schedule, and decays biases and norms.
-    changes = {"training__warmup_steps": 0, "training__weight_decay": 0.0, "training__max_steps": 10**6}
+    changes = {
+        "training__micro_batch_size": micro_rows,
+        "training__warmup_steps": 0,
+        "training__weight_decay": 0.0,
+        "training__max_steps": 10**6,
+    }
     config = tiny_config(config_file, objective=objective, **changes)
     run = build_run(config, World(0, 1, CPU), tmp_path, random_rows(config, config.data.length))
     model = build_model(config)
@@ -187,8 +211,8 @@ def test_steps_change_the_weights_and_their_average_alike(config_file, tmp_path,
     loss = 0.0
     for _ in range(2):
         updater.step()
-        (batch,) = run.batch
-        trainer.step((batch.xt, batch.x0, batch.weight))
+        parts = [(batch.xt, batch.x0, batch.weight) for batch in run.batch]
+        trainer.step(tuple(map(torch.cat, zip(*parts, strict=True))))
         loss += trainer.loss
     torch.testing.assert_close(torch.tensor(loss), run.loss_sum.float())
     for ours, plain in ((run.model, model), (run.ema.module, trainer.average.module)):

@@ -172,12 +172,15 @@ def profile(options: Namespace, benchmark: Benchmark) -> None:
     """Print where the first of our paths spends its time: by PyTorch operation, or by kernel of a GPU."""
     name, on_cpu = benchmark.cases[0].ours, benchmark.device.type == "cpu"
     n_calls = 3 if on_cpu else 10
-    time_ms(benchmark.paths[name], options.n_warmup if on_cpu else 10, benchmark.device)
+    path, device = benchmark.paths[name], benchmark.device
+    time_ms(path, options.n_warmup if on_cpu else 10, device)
+    plain_ms = time_ms(path, n_calls, device)
     # On a GPU without the operations of the CPU, whose recording would delay the host.
     activities = [torch.profiler.ProfilerActivity.CPU if on_cpu else torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as spent:
-        time_ms(benchmark.paths[name], n_calls, benchmark.device)
+        profiled_ms = time_ms(path, n_calls, device)
     print(f"# {n_calls} calls of {name}: {benchmark.title}")
+    print(f"{plain_ms:.2f} ms per call, {profiled_ms:.2f} ms under the profiler\n")
     if on_cpu:
         print(spent.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=60))
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import groupby
 from pathlib import Path
 
@@ -119,6 +120,8 @@ def test_profile(config_file, capsys):
     main(["step", "--config", str(config_file(PLAIN)), "--profile"])
     text = capsys.readouterr().out
     assert "puma/ours" in text
+    plain_ms, profiled_ms = re.search(r"\n(.*) ms per call, (.*) ms under the profiler\n", text).groups()
+    assert min(float(plain_ms), float(profiled_ms)) > 0
     assert "aten::mm" in text
 
 

@@ -44,8 +44,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.profile and options.json:
         parser.error("--json: not with --profile, which prints no report")
     options.arguments, options.only = arguments, None
-    # Calls before a path is timed: for the optimizer's state, compilation, and the recording of a graph.
-    options.n_warmup = 5 if options.graph else 2 if options.compile else 1
+    # Calls before a path is timed: for the optimizer's state, compilation, and the recording of a graph. The last of
+    # them, which says how many calls are timed in a row, comes after these.
+    options.n_warmup = 5 if options.graph else 3 if options.compile else 2
     return options
 
 

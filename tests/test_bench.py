@@ -13,7 +13,7 @@ import torch
 from conftest import PUMA, ROOT
 from helpers import numbered_rows, random_generator, random_log_probs, random_model
 
-from bench import dense
+from bench import dense, measure
 from bench.__main__ import main, parse
 from bench.head import NAMES, random_problem, run_head
 from bench.inputs import random_rows, read_inputs
@@ -349,6 +349,22 @@ def test_arithmetic_counts_every_matrix(config_file):
     assert short - attention == 6 * matrices * 30
     assert arithmetic(config.model, 3, 10, n_scored=7) - short == 6 * model.lm_head.weight.numel() * 7
     assert arithmetic(config.model, 3, 10, n_scored=0, causal=True) == short - attention / 2
+
+
+@pytest.mark.parametrize("switches", [[], ["--compile"], ["--graph"]])
+def test_fast_calls_are_timed_in_a_row_whatever_the_first_ones_take(switches, monkeypatch):
+    n_slow, n_called, n_timed = 2 if switches else 1, 0, list[int]()
+
+    def time_ms(call, n_calls, device):
+        nonlocal n_called
+        n_called += n_calls
+        n_timed.append(n_calls)
+        return 1e4 if n_called <= n_slow else 10.0
+
+    monkeypatch.setattr(measure, "time_ms", time_ms)
+    n_warmup = parse(["step", *switches]).n_warmup
+    time_in_turn({"a": lambda: None}, CPU, n_rounds=1, seconds=60, n_warmup=n_warmup)
+    assert n_timed == [*(n_warmup * [1]), 6]
 
 
 def test_paths_are_called_in_turn():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -108,3 +109,14 @@ def whole_number(lowest: int, highest: int = MAX_INTEGER - 1) -> Callable[[str],
         return int(text)
 
     return convert
+
+
+def seconds(text: str) -> float:
+    """The `type` of an argument: a time."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, got {shorten(text, 40)}")
+    return value

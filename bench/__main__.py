@@ -10,7 +10,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from base.commands import CommandParser, ends_with_message, whole_number
+from base.commands import CommandParser, ends_with_message, seconds, whole_number
 from base.files import check_out
 from bench.inputs import refuse_unread
 from bench.measure import measure, profile
@@ -34,7 +34,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--compile", action="store_true", help="step: set training.compile")
     add("--graph", action="store_true", help="step: set training.cuda_graph")
     add("--iterations", type=whole_number(1), default=20, help="rounds at most")
-    add("--seconds", type=float, default=60.0, help="start no further round after this, but run at least three")
+    add("--seconds", type=seconds, default=60.0, help="start no further round after this, but run at least three")
     add("--no-memory", action="store_true", help="skip peak memory, which starts a process per path")
     add("--profile", action="store_true", help="print the operations of our path by their time instead of a report")
     add("--json", type=Path, help="also write the rows of the report to this file")

@@ -35,14 +35,24 @@ def refuse_unread(
 
 
 def random_rows(config: Config, length: int) -> SequenceData:
-    """Rows in the form of the settings' data; the cost of a step does not depend on what the tokens say."""
+    """Rows in the form of the settings' data; the cost of a step does not depend on what the tokens say.
+
+    Raises:
+        ValueError: the settings leave nothing to predict, or no token to draw.
+    """
     rng, data = np.random.default_rng(0), config.data
     if isinstance(data, SudokuSettings) and length == data.length:
         n_cells = data.size**2
+        if data.layout == "in_place" and data.max_clues >= n_cells:
+            raise ValueError(
+                f"data.max_clues {data.max_clues} with data.layout in_place leaves no cell to predict: lower it"
+            )
         solutions = rng.integers(1, data.size + 1, (N_ROWS, n_cells), dtype=np.uint8)
         n_clues = rng.integers(data.min_clues, data.max_clues + 1, (N_ROWS, 1))
         puzzles = solutions * (rng.permuted(np.tile(np.arange(n_cells), (N_ROWS, 1)), axis=1) < n_clues)
         return SudokuData(np.concatenate([puzzles, solutions], axis=1), data.size, data.layout)
+    if not config.mask_id:
+        raise ValueError("data.mask_id 0 leaves no token below it, from which rows are drawn: set another")
     n_prompt = length * rng.uniform(1 / 16, 1 / 4, (N_ROWS, 1))  # about 42% of all positions are masked, as in TinyGSM
     tokens = rng.integers(0, config.mask_id, (N_ROWS, length), dtype=np.uint32)
     return ArrayData(tokens.astype(np.int64), np.arange(length) < n_prompt, config.mask_id)

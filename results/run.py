@@ -16,7 +16,6 @@ folder, then in yaml_files/. Its output is in runs/results/EXPERIMENT/, beside t
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -34,9 +33,8 @@ from pydantic import Field
 from tqdm import tqdm
 from typing_extensions import NotRequired, TypedDict
 
-from base.commands import CommandParser, ends_with_message, whole_number
+from base.commands import CommandParser, ends_with_message, seconds, whole_number
 from base.files import write_text
-from base.text import shorten
 from report.curves import RUN_AXES, Curve, accuracy_points, mean_and_range, plot_curves, rules_of, target_table
 from results.experiments import EXPERIMENTS, Experiment, Variant
 from results.records import Number, Text, check_folder, read_note, read_records
@@ -527,17 +525,6 @@ def draw(experiment: Experiment, records: dict[str, Any], out: Path) -> None:
     n_columns = max(1, min(4, int(WIDTH / (LEGEND_LINE + LEGEND_LETTER * longest))))
     figure.legend(handles, labels, loc="outside upper center", ncols=n_columns, frameon=False)
     save_figure(figure, out, 110)
-
-
-def seconds(text: str) -> float:
-    """The `type` of an argument: a time."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {shorten(text, 40)}")
-    return value
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -35,6 +35,8 @@ PLAIN = PUMA | {"pool_batches": 1}  # the plain form has no deeper pool
 TINYGSM = ROOT / "yaml_files" / "tinygsm_puma.yaml"
 SMALL = ["model.hidden_size=16", "model.intermediate_size=16", "model.num_hidden_layers=1"]
 SMALL += ["model.num_attention_heads=2", "training.device=cpu", "training.precision=float32"]
+FULL_BOARDS = ["data.size=4", "data.layout=in_place", "data.source=files", "data.train_file=a.npy"]
+FULL_BOARDS += ["data.test_file=b.npy", "data.min_clues=12", "data.max_clues=16", "model.vocab_size=6"]
 
 
 def bench(*arguments: object, json_file: Path) -> list[dict]:
@@ -178,6 +180,9 @@ def test_block(tmp_path):
         (["step", "objective.reveal_order=neg_entropy"], "no plain form"),
         (["step", "--config", str(TINYGSM.with_name("tinygsm_block_puma.yaml")), *SMALL], "python -m bench block"),
         (["step", "--batch", "0"], "must be an integer from 1"),
+        (["step", "--seconds", "nan"], "--seconds: must be a finite number of at least 0, got nan"),
+        (["step", "--config", str(TINYGSM), "data.mask_id=0"], "data.mask_id 0 leaves no token below it"),
+        (["step", *FULL_BOARDS], "data.max_clues 16 with data.layout in_place leaves no cell to predict: lower it"),
         (["block", "--length", "24"], "16 blocks"),
         (["data", "--steps", "3"], "data does not read steps"),
         (["data", "--profile", "--json", "a.json"], "--json: not with --profile"),

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from base.commands import CommandParser, ends_with_message, whole_number
+from base.commands import CommandParser, ends_with_message, seconds, whole_number
 from bench.gpu.report import Report
 from bench.inputs import refuse_unread
 
@@ -38,7 +38,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("piece", choices=PIECES)
     add("--out", type=Path, required=True, help="folder of the results")
     add("--tiny", action="store_true", help="tiny sizes, to try the program")
-    add("--deadline-s", type=float, default=540.0, help="seconds after which the piece ends with what it has")
+    add("--deadline-s", type=seconds, default=540.0, help="seconds after which the piece ends with what it has")
     add("--jobs", type=whole_number(1), help="experiments: number of parallel runs on the card, by default 12")
     add("--names", help="experiments: names of results/experiments.py with commas between")
     add("--runs", type=Path, help="experiments: folder of the run directories, by default runs/gpu")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from base.memory import check_memory
 from config import Config
 from data.dataset import ArrayData, SequenceData
 from data.sudoku import SudokuSettings
@@ -58,10 +59,24 @@ def random_rows(config: Config, length: int) -> SequenceData:
     return ArrayData(tokens.astype(np.int64), np.arange(length) < n_prompt, config.mask_id)
 
 
+def check_size(config: Config, length: int, command: str, device: torch.device) -> None:
+    """Raise TooLittleMemory if the rows, or on a CPU what a pass of the command keeps of them, do not fit."""
+    training, model = config.training, config.model
+    n_bytes = 20 * length * (N_ROWS + training.batch_size)  # int64 tokens, masks and their copies
+    if device.type == "cpu":  # the least: hidden states, and for a gradient those of each layer
+        n_kept = model.num_hidden_layers if command in ("step", "block") else 1
+        n_bytes += 4 * n_kept * model.hidden_size * length * (training.micro_batch_size or training.batch_size)
+    check_memory(n_bytes, f"--batch {training.batch_size} with --length {length}")
+
+
 def read_inputs(
     options: Namespace, experiment: str, n_rows: int, n_rows_slow: int, changes: Sequence[str] = ()
 ) -> tuple[Config, SequenceData, torch.device, torch.dtype | None]:
-    """Settings of `experiment` or `--config` in the options' sizes, data of that shape, device and autocast's type."""
+    """Settings of `experiment` or `--config` in the options' sizes, data of that shape, device and autocast's type.
+
+    Raises:
+        ValueError: wrong settings, as in `random_rows`, or sizes that do not fit into memory.
+    """
     path = options.config or YAML_FILES / f"{experiment}.yaml"
     switches = ["training.compile=true"] * options.compile
     switches += [f"training.cuda_graph={'true' if options.graph else 'false'}"]
@@ -79,4 +94,5 @@ def read_inputs(
     if raw["model"]["learned_positions"] is not None:
         raw["model"]["learned_positions"] = max(length, config.data.length)
     config = parse_config(raw, str(path))
+    check_size(config, length, options.command, device)
     return config, random_rows(config, length), device, autocast_dtype(config.training.precision, device)

@@ -180,6 +180,8 @@ def test_block(tmp_path):
         (["step", "objective.reveal_order=neg_entropy"], "no plain form"),
         (["step", "--config", str(TINYGSM.with_name("tinygsm_block_puma.yaml")), *SMALL], "python -m bench block"),
         (["step", "--batch", "0"], "must be an integer from 1"),
+        (["step", "--batch", "1000000000000"], "--batch 1000000000000 with --length 162: needs"),
+        (["head", "--length", "1000000000000"], "--batch 2 with --length 1000000000000: needs"),
         (["step", "--seconds", "nan"], "--seconds: must be a finite number of at least 0, got nan"),
         (["step", "--config", str(TINYGSM), "data.mask_id=0"], "data.mask_id 0 leaves no token below it"),
         (["step", *FULL_BOARDS], "data.max_clues 16 with data.layout in_place leaves no cell to predict: lower it"),

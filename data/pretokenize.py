@@ -44,8 +44,7 @@ from data.token_files import LABELS_FILE, META_FILE, PROMPT_FILE, data_shape, re
 PROGRESS_FILE = ".progress.json"
 COLUMNS = ("question", "code")  # of TinyGSM
 SPLITS = ("train", "test", "valid", "dev")  # how the names of their files begin
-READERS = {".parquet": "parquet", ".arrow": "arrow"}  # of `datasets`, by file name
-KINDS = (".jsonl", *READERS)
+KINDS = (".jsonl", ".parquet", ".arrow")
 CHUNK_ROWS = 500  # rows per task of a worker process: 1 MiB of labels
 MAX_PENDING_CHUNKS = 4  # per worker
 N_FIRST_CHUNKS = 40  # tokenized in a few seconds, less than worker processes of `train.py` take to import torch
@@ -225,8 +224,8 @@ def read_rows(
 ) -> Iterator[tuple[list[str], list[str]]]:
     """Prompts and completions of a source in order, `CHUNK_ROWS` at a time.
 
-    Lines of JSON are read here, since `datasets` guesses their types: it reads text such as 2012-08-05 as a time, and
-    gives back 2012-08-05 00:00:00.
+    Files are read here and not by `datasets`. It guesses types in JSON: it reads text such as 2012-08-05 as a time, and
+    gives back 2012-08-05 00:00:00. It takes the names of tables for patterns: it reads a1.parquet for a[1].parquet.
 
     Args:
         source: .jsonl or .parquet file, folder of such files or one that `Dataset.save_to_disk` wrote, or name of a
@@ -243,20 +242,15 @@ def read_rows(
     with reading(f"source {source!r}", remedy):
         if path.exists():
             files = find_files(path)
-            reader = READERS.get(Path(files[0]).suffix)
-            if reader is None:
-                batches = _batches_of_lines(files, columns, n_skipped, limit)
-            else:
-                batches = _batches_of_dataset(reader, n_skipped, limit, data_files=files)
+            read = _batches_of_lines if Path(files[0]).suffix == ".jsonl" else _batches_of_tables
+            batches = read(files, columns, n_skipped, limit)
         elif path.suffix in KINDS or not may_be_on_hub(source):
             raise ValueError("it does not exist, and the name of a data set is OWNER/NAME")
         else:
-            batches = _batches_of_dataset(source, n_skipped, limit, split=split)
+            batches = _batches_of_dataset(source, n_skipped, limit, split)
         n_read = n_skipped
         for batch in batches:
-            missing = set(columns) - set(batch)
-            if missing:
-                raise ValueError(f"it has no column {sorted(missing)}; its columns are {sorted(batch)}")
+            _check_columns(columns, list(batch))
             for name in columns:
                 wrong = next((i for i, value in enumerate(batch[name]) if not _is_text(value)), None)
                 if wrong is not None:
@@ -293,13 +287,53 @@ def _lines(files: list[str]) -> Iterator[tuple[str, int, bytes]]:
             yield from ((name, number, line) for number, line in read_lines(Path(name)) if line.strip())
 
 
-def _batches_of_dataset(
-    name: str, n_skipped: int, limit: int | None, split: str = "train", **options: Any
+def _batches_of_tables(
+    files: list[str], columns: tuple[str, str], n_skipped: int, limit: int | None
 ) -> Iterator[dict[str, list[Any]]]:
-    """The same of a data set, by its name or that of a reader of `datasets` and the files that it reads."""
+    """`columns` of the rows of .parquet or .arrow files, `CHUNK_ROWS` at a time."""
+    rows = islice(_rows_of_tables(files, columns), n_skipped, limit)
+    while chunk := list(islice(rows, CHUNK_ROWS)):
+        yield dict(zip(columns, map(list, zip(*chunk, strict=True)), strict=True))
+
+
+def _rows_of_tables(files: list[str], columns: tuple[str, str]) -> Iterator[tuple[Any, ...]]:
+    """The values of `columns` in each row of .parquet or .arrow files."""
+    import pyarrow as pa  # slow to import, and only rows that are not tokenized yet need it
+    import pyarrow.parquet as pq
+
+    for name in files:
+        with (
+            reading(f"source {name}", f"give files with {shorten(' and '.join(columns), 40)}"),
+            open(name, "rb") as file,
+        ):
+            if name.endswith(".parquet"):
+                table = pq.ParquetFile(file)
+                schema, batches = table.schema_arrow, table.iter_batches(CHUNK_ROWS, columns=list(columns))
+            else:
+                try:
+                    table = batches = pa.ipc.open_stream(file)
+                except pa.ArrowInvalid:  # the other of the two formats of Arrow
+                    table = pa.ipc.open_file(file)
+                    batches = map(table.get_batch, range(table.num_record_batches))
+                schema = table.schema
+            _check_columns(columns, schema.names)
+            for batch in batches:
+                for start in range(0, batch.num_rows, CHUNK_ROWS):  # those of .arrow files may be large
+                    part = batch.slice(start, CHUNK_ROWS)
+                    yield from zip(*(part.column(column).to_pylist() for column in columns), strict=True)
+
+
+def _check_columns(columns: tuple[str, str], present: list[str]) -> None:
+    """Raise ValueError unless all `columns` are present."""
+    if missing := set(columns) - set(present):
+        raise ValueError(f"it has no column {sorted(missing)}; its columns are {sorted(present)}")
+
+
+def _batches_of_dataset(name: str, n_skipped: int, limit: int | None, split: str) -> Iterator[dict[str, list[Any]]]:
+    """The same of a data set on the Hub."""
     from datasets import load_dataset  # slow to import, and only rows that are not tokenized yet need it
 
-    rows = load_dataset(name, split=split, streaming=True, trust_remote_code=False, **options)
+    rows = load_dataset(name, split=split, streaming=True, trust_remote_code=False)
     rows = rows if limit is None else rows.take(limit)
     yield from rows.skip(n_skipped).iter(batch_size=CHUNK_ROWS)
 

@@ -230,6 +230,46 @@ def test_parquet_and_jsonl_folders_make_the_same_files(tmp_path, tokenizer_dir):
     assert contents[0] == contents[1] == contents[2]
 
 
+def write_tables(folder: Path, tables: dict[str, dict[str, list[Any]]]) -> None:
+    """Files of columns in a new folder, as their names say; an `.arrow` file has the format of `save_to_disk`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir()
+    for name, columns in tables.items():
+        table = pa.table({key: pa.array(values, pa.string()) for key, values in columns.items()})
+        if name.endswith(".parquet"):
+            pq.write_table(table, folder / name)
+        else:
+            kind = pa.ipc.new_stream if name.endswith("stream.arrow") else pa.ipc.new_file
+            with open(folder / name, "wb") as file, kind(file, table.schema) as writer:
+                writer.write_table(table)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream.arrow", "file.arrow"])
+def test_tables_are_read_by_their_names_as_they_are(kind, tmp_path):
+    """`datasets` takes names for patterns: a[1] for a1."""
+    names = [f"{name}.{kind}" for name in ("a*", "a1", "a::b", "a?", "a[1]")]
+    folder = tmp_path / "of[1]*"
+    write_tables(folder, {name: {"question": [name], "code": ["b"]} for name in names})
+    assert list(read_rows(str(folder), module.COLUMNS)) == [(names, ["b"] * 5)]
+    assert list(read_rows(str(folder / names[-1]), module.COLUMNS)) == [(names[-1:], ["b"])]
+    assert list(read_rows(str(folder), module.COLUMNS, n_skipped=1, limit=3)) == [(names[1:3], ["b"] * 2)]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream.arrow"])
+def test_tables_may_be_empty_or_have_other_columns(kind, tmp_path):
+    empty: dict[str, list[str]] = {"question": [], "code": []}
+    tables = {f"0.{kind}": empty, f"1.{kind}": {"question": ["1"], "code": ["b"]}, f"2.{kind}": empty}
+    write_tables(tmp_path / "a", {**tables, f"3.{kind}": {"id": ["c"], "code": ["b"], "question": ["3"]}})
+    assert list(read_rows(str(tmp_path / "a"), module.COLUMNS)) == [(["1", "3"], ["b", "b"])]
+    write_tables(tmp_path / "b", {**tables, f"3.{kind}": {"question": ["3"]}})
+    with pytest.raises(ValueError, match=rf"source \S*b/3.{kind} cannot be read \(it has no column \['code'\]"):
+        list(read_rows(str(tmp_path / "b"), module.COLUMNS))
+    with pytest.raises(ValueError, match="it has no rows"):
+        list(read_rows(str(tmp_path / f"a/0.{kind}"), module.COLUMNS))
+
+
 def test_an_interrupted_call_continues(tmp_path, tokenizer_dir, monkeypatch):
     write_rows(tmp_path / "rows.jsonl", 2200)
     arguments = (str(tmp_path / "rows.jsonl"), str(tokenizer_dir))

@@ -7,7 +7,9 @@ Shapes: n boards, S size, C = S * S cells.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from numba import njit, uint64
@@ -21,7 +23,15 @@ SEARCH_ROWS = 500  # puzzles per task of a thread when counting solutions
 POPCOUNT = np.array([bin(mask).count("1") for mask in range(1 << 10)], dtype=np.uint8)
 
 
-@njit(cache=True, nogil=True)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that Numba compiles on first use; the result is kept on disk if a folder for it can be written."""
+    try:
+        return njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # neither this folder nor a cache in the home folder, as in a container of a read-only image
+        return njit(nogil=True)(function)
+
+
+@_compiled
 def _next_random(state: np.ndarray) -> np.int64:
     """The next 32 random bits of SplitMix64; updates `state` (uint64 [1])."""
     state[0] += uint64(0x9E3779B97F4A7C15)
@@ -31,7 +41,7 @@ def _next_random(state: np.ndarray) -> np.int64:
     return np.int64((z ^ (z >> uint64(31))) >> uint64(32))
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _place(grid: np.ndarray, used: np.ndarray, groups: np.ndarray, cell: int, digit: int) -> None:
     """Write `digit`, or clear the cell if it is 0; `used` ([3, S]) are bit masks of the rows, columns and boxes."""
     bit = 1 << (grid[cell] if digit == 0 else digit)
@@ -40,14 +50,14 @@ def _place(grid: np.ndarray, used: np.ndarray, groups: np.ndarray, cell: int, di
     grid[cell] = digit
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _candidates(used: np.ndarray, groups: np.ndarray, size: int, cell: int) -> int:
     """Bit mask of the digits that are in no group of a cell."""
     all_digits = (1 << (size + 1)) - 2
     return all_digits & ~(used[0, groups[0, cell]] | used[1, groups[1, cell]] | used[2, groups[2, cell]])
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _digit_of(bit: int) -> int:
     """The digit of a bit mask with one digit."""
     digit = 0
@@ -56,7 +66,7 @@ def _digit_of(bit: int) -> int:
     return digit
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _complete(grid: np.ndarray, used: np.ndarray, groups: np.ndarray, size: int, state: np.ndarray) -> bool:
     """Fill the empty cells (0) of `grid` ([C]) in place; returns False, with `grid` unchanged, if that is impossible.
 
@@ -93,7 +103,7 @@ def _complete(grid: np.ndarray, used: np.ndarray, groups: np.ndarray, size: int,
         depth += 1
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _is_needed(grid: np.ndarray, used: np.ndarray, groups: np.ndarray, size: int, cell: int) -> bool:
     """Whether removing a clue allows a second solution, with another digit in its cell. Leaves `grid` unchanged."""
     digit = grid[cell]
@@ -112,7 +122,7 @@ def _is_needed(grid: np.ndarray, used: np.ndarray, groups: np.ndarray, size: int
     return found
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _make_puzzle(
     board: np.ndarray, state: np.ndarray, groups: np.ndarray, size: int, min_clues: int, max_clues: int
 ) -> bool:
@@ -137,7 +147,7 @@ def _make_puzzle(
     return n_clues <= max_clues
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _groups(size: int, height: int, width: int) -> np.ndarray:
     """Row, column and box of each cell, int64 [3, C]."""
     groups = np.empty((3, size * size), dtype=np.int64)
@@ -148,7 +158,7 @@ def _groups(size: int, height: int, width: int) -> np.ndarray:
     return groups
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def fill_boards(
     boards: np.ndarray,
     seed: int,
@@ -191,7 +201,7 @@ def solve_singles(puzzles: np.ndarray, size: int) -> np.ndarray:
     return boards.astype(np.uint8)
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _fill_singles(boards: np.ndarray, groups: np.ndarray, size: int) -> None:
     """`solve_singles` in place, for int64 [N, C]."""
     used = np.empty((3, size), dtype=np.int64)
@@ -257,7 +267,7 @@ def solve(puzzles: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     return boards.astype(np.uint8), counts
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _solve(boards: np.ndarray, groups: np.ndarray, size: int) -> np.ndarray:
     """`solve` for int64 [N, C], which it overwrites with the solutions.
 
@@ -288,7 +298,7 @@ def _solve(boards: np.ndarray, groups: np.ndarray, size: int) -> np.ndarray:
     return counts
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _find_used(grid: np.ndarray, used: np.ndarray, groups: np.ndarray, size: int) -> bool:
     """Compute the bit masks of `grid`, see `_place`; False if a row, column or box has a digit twice."""
     used[:] = 0

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from conftest import SHARED
 from helpers import solved_grid
+from numba.core.caching import CompileResultCacheImpl
 from test_data_generate_sudoku import generate, solutions
 from test_data_sudoku_boards import groups_of
 
 from data.sudoku_boards import legal_solutions, read_boards
-from data.sudoku_solver import solve, solve_singles
+from data.sudoku_solver import _compiled, solve, solve_singles
 
 RATED = SHARED / "sudoku" / "sepb_rated.npz"
 EASY = SHARED / "sudoku" / "easy_medium_1000.csv"
@@ -37,6 +38,11 @@ def thinned(size: int, n: int) -> np.ndarray:
 def has_repeats(puzzle: np.ndarray, size: int) -> bool:
     clues = [[int(puzzle[cell]) for cell in group if puzzle[cell]] for group in groups_of(size)]
     return any(len(set(digits)) < len(digits) for digits in clues)
+
+
+def test_functions_are_compiled_where_no_cache_can_be_written(monkeypatch):
+    monkeypatch.setattr(CompileResultCacheImpl, "_locator_classes", [])
+    assert _compiled(lambda n: n + 1)(2) == 3
 
 
 @pytest.mark.parametrize("size", SIZES)

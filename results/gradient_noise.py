@@ -48,6 +48,7 @@ from results.records import (
     named_folder,
     provenance,
     provenance_in_words,
+    read_note,
     read_records,
 )
 from runtime.checkpoint import find_checkpoint
@@ -206,8 +207,8 @@ def _threshold(settings: AnyObjectiveSettings) -> str:
     return "" if tau is None else f" with tau = {tau:g}"
 
 
-def report(records: dict[str, Any]) -> str:
-    """README.md: the table."""
+def report(records: dict[str, Any], note: list[str]) -> str:
+    """README.md: the figure, the table and a note (`read_note`)."""
     n_stages, rows = records["n_stages"], []
     for each in records["series"]:
         values = each["correlation"]
@@ -228,6 +229,7 @@ def report(records: dict[str, Any]) -> str:
         "",
         *markdown_table(titles, rows),
         "",
+        *note,
         f"{provenance_in_words(records)}.",
     ]
     return "\n".join(lines) + "\n"
@@ -271,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not options.draw:
             collect(options.run_dir, options.updates, records_file)
         records = read_records(records_file, Annotated[Records, AfterValidator(check_lags)])
-        write_text(folder / "README.md", report(records))
+        write_text(folder / "README.md", report(records, read_note(folder)))
         draw(records, folder / "curves.png")
         print(f"wrote {folder}/README.md")
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import ROOT
+
 from runtime.command import shell_command
 
 
@@ -32,5 +34,12 @@ def test_another_interpreter_is_called_by_its_path(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     assert shutil.which("python") is not None
     monkeypatch.chdir(Path(sys.executable).parents[2])
-    (command,) = shlex.split(shell_command())
+    command, _ = shlex.split(shell_command("train.py"))
     assert command == str(Path(sys.executable).relative_to(Path.cwd()))
+
+
+def test_a_file_of_the_repository_is_found_from_any_directory(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    assert shlex.split(shell_command("train.py", "train.py"))[1:] == ["train.py", "train.py"]
+    monkeypatch.chdir(tmp_path)
+    assert shlex.split(shell_command("train.py", "a"))[1:] == [str(ROOT / "train.py"), "a"]

@@ -100,7 +100,8 @@ def _find(path: str, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, T
         if is_average and config.training.ema_decay is None:
             raise ValueError(f"training.ema_decay=null: {path} holds only the averaged weights; name the run")
         with reading(f"{folder / WEIGHTS_FILE}", "write the folder again, or copy it again"):
-            return config, load_file(folder / WEIGHTS_FILE), path, None
+            return config, _load_weights(folder / WEIGHTS_FILE), path, None
+    _check_complete(folder)
     checkpoint = find_checkpoint(path)
     config = checkpoint.config(overrides)
     averaged = None if config.training.ema_decay is None else checkpoint.weights("ema")
@@ -113,6 +114,25 @@ def _find(path: str, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, T
 def _is_written_here(folder: Path) -> bool:
     """Whether this file wrote the folder: settings and weights, no checkpoint."""
     return (folder / SETTINGS_FILE).exists() and (folder / WEIGHTS_FILE).exists() and not (folder / MANIFEST).exists()
+
+
+def _check_complete(folder: Path) -> None:
+    """Raise ValueError if the folder has one of the two files that this file writes, and no checkpoint instead."""
+    found = {name: (folder / name).exists() for name in (SETTINGS_FILE, WEIGHTS_FILE)}
+    if len(set(found.values())) == 2 and not (folder / MANIFEST).exists() and not (folder / "checkpoints").exists():
+        missing = min(found, key=found.__getitem__)
+        raise ValueError(f"{folder / missing} is missing, and there are no checkpoints: write or copy the folder again")
+
+
+def _load_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError unless all are finite floating-point numbers."""
+    weights = load_file(file)
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has {tensor.dtype}, which is not floating point")
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():  # quicker than asking each number
+            raise ValueError(f"{name} has numbers that are not finite")
+    return weights
 
 
 def _is_run(source: str) -> bool:
@@ -234,6 +254,7 @@ def _read(source: str) -> Pretrained:
         weights = {name: tensor.float() for name, tensor in weights.items()}
         return Pretrained(found, config.model, config.shifted, weights)
     if folder.is_dir() and not (folder / CONFIG_FILE).exists():
+        _check_complete(folder)
         raise ValueError(f"model.init_from: {source} holds neither a checkpoint nor a config.json")
     return read_qwen2(folder if folder.is_dir() else _download(source), source)
 
@@ -346,7 +367,7 @@ def read_qwen2(folder: Path, source: str) -> Pretrained:
             file = folder / Path(name).name
             if not file.is_file():
                 raise ValueError(f"{file.name} is missing")
-            weights |= load_file(file)
+            weights |= _load_weights(file)
         if settings.tie_word_embeddings:
             weights.pop(HEAD, None)
         _check_vocabulary(weights, settings)

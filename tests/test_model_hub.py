@@ -380,6 +380,37 @@ def test_weights_to_start_from_are_read_without_their_model(autoregressive_run, 
     assert torch.equal(model.model.embed_tokens.weight[-1], embedding.mean(0))
 
 
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (torch.tensor(1), "has torch.int64, which is not floating point"),
+        (torch.tensor(True), "has torch.bool, which is not floating point"),
+        (torch.tensor(1j), "has torch.complex64, which is not floating point"),
+        (torch.tensor(float("nan")), "has numbers that are not finite"),
+        (torch.tensor(float("-inf")), "has numbers that are not finite"),
+    ],
+)
+def test_packed_weights_that_are_no_finite_numbers_are_refused(value, reason, autoregressive_run, tmp_path):
+    hub.pack_run(str(autoregressive_run), tmp_path / "packed")
+    file = tmp_path / "packed" / "model.safetensors"
+    weights = load(file.read_bytes())
+    norm = weights["model.norm.weight"]
+    weights["model.norm.weight"] = torch.where(torch.arange(len(norm)) == 1, value, norm.to(value.dtype))
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=rf"model\.norm\.weight {reason}\): write the folder again"):
+        load_model(str(tmp_path / "packed"))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "model.safetensors"])
+def test_a_packed_folder_without_one_of_its_files_is_refused_by_name(name, autoregressive_run, data_dir, tmp_path):
+    packed = tmp_path / "packed"
+    hub.pack_run(str(autoregressive_run), packed)
+    (packed / name).unlink()
+    for load_it in (lambda: load_model(str(packed)), lambda: loaded(make_config(data_dir, packed))):
+        with pytest.raises(ValueError, match=f"packed/{name} is missing"):
+            load_it()
+
+
 @pytest.mark.parametrize("damage", ["rows", "name"])
 def test_a_packed_vocabulary_that_its_settings_do_not_describe_is_refused(
     damage, autoregressive_run, config_file, tmp_path

@@ -94,6 +94,13 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False)
 
     @override
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """See `argparse.ArgumentParser.add_argument`."""
+        if options.get("nargs") == "*":  # without a default it is listed as missing beside those that are required
+            options.setdefault("default", [])
+        return super().add_argument(*names, **options)
+
+    @override
     def error(self, message: str) -> NoReturn:
         """See `argparse.ArgumentParser.error`."""
         super().error(shorten(escape(message), MAX_MESSAGE))

@@ -104,6 +104,17 @@ def test_arguments_are_bounded(capsys):
     assert whole_number(-5)("-5") == -5
 
 
+def test_arguments_that_may_be_left_out_are_not_listed_as_required(capsys):
+    parser = CommandParser()
+    parser.add_argument("command")
+    parser.add_argument("overrides", nargs="*")
+    with pytest.raises(SystemExit):
+        parser.parse_intermixed_args([])
+    assert capsys.readouterr().err.endswith("error: the following arguments are required: command\n")
+    assert parser.parse_intermixed_args(["a"]).overrides == []
+    assert parser.parse_intermixed_args(["a", "b"]).overrides == ["b"]
+
+
 def no_word() -> None:
     raise ValueError("no word")
 

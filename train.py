@@ -548,7 +548,6 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_intermixed_args(arguments)
     run_dir = options.run_dir or Path("runs") / options.config.stem
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {escape(str(message))}\n"
     with leaves_world(), run_failures(run_dir):
         raise_at_interrupt()
         try:

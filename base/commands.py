@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
@@ -86,12 +87,14 @@ def ends_with_message(
 class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser whose messages are one line without control characters, whatever the arguments are.
 
-    Options cannot be abbreviated: scripts that pass them on, as job.sh does, know only the whole names.
+    Options cannot be abbreviated: scripts that pass them on, as job.sh does, know only the whole names. From the first
+    parser on, warnings are such lines too, without the file and line of the code that gives them.
     """
 
     def __init__(self, **options: Any) -> None:
         """See `argparse.ArgumentParser`."""
         super().__init__(**options, allow_abbrev=False)
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {escape(str(message))}\n"
 
     @override
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:

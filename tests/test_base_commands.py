@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 from conftest import ROOT, run_python
@@ -113,6 +114,12 @@ def test_arguments_that_may_be_left_out_are_not_listed_as_required(capsys):
     assert capsys.readouterr().err.endswith("error: the following arguments are required: command\n")
     assert parser.parse_intermixed_args(["a"]).overrides == []
     assert parser.parse_intermixed_args(["a", "b"]).overrides == ["b"]
+
+
+def test_a_warning_of_a_command_is_one_line_without_the_code_that_gives_it(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    CommandParser()
+    assert warnings.formatwarning("a\x1b", RuntimeWarning, "file.py", 3) == "warning: a\\x1b\n"
 
 
 def no_word() -> None:

@@ -188,7 +188,9 @@ def _draw(plot_into: Any, *, legend: bool = False) -> str:
             plot.legend(frameon=False, fontsize="small", loc="best")
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
         svg = file.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(COLORS[0].lower(), "var(--curve)")
+    # Without the names of groups, which are the same in each figure; the shapes that figures refer to have their own.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
+    svg = svg.replace(INK, "currentColor").replace(COLORS[0].lower(), "var(--curve)")
     return re.sub(r'<svg ([^>]*?)width="[^"]*pt" height="[^"]*pt"', r'<svg role="img" \1', svg, count=1)
 
 

@@ -104,6 +104,13 @@ def test_the_page_holds_what_the_files_do(run_dir, tmp_path, capsys):
     assert page.count("<p class=good>solved") == sum(each["verdict"] == "solved" for each in samples)
 
 
+def test_ids_are_unique_and_those_that_figures_refer_to_are_there(run_dir):
+    page = build_page(run_dir)
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(ids) >= set(re.findall(r'(?:href="|url\()#([^")]*)', page)) > set()
+
+
 def test_warnings_about_the_data_are_shown(run_dir):
     assert "Warning" not in build_page(run_dir)
     history = json.loads((run_dir / "history.json").read_text())

@@ -49,7 +49,10 @@ def reading(what: str, remedy: str, problem: str = "cannot be read") -> Iterator
         if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU: what is read is in order
             raise
         name, end = shorten(escape(what), MAX_NAME), f": {remedy}"
-        reason = escape(" ".join(_reason(error).split()))
+        reason = _reason(error)
+        if isinstance(error, OSError) and error.strerror and str(error.filename or "") not in what:
+            reason = f"{error.filename}: {reason}"  # of what is read, or of a cache that a library keeps elsewhere
+        reason = escape(" ".join(reason.split()))
         room = MAX_MESSAGE - len(f"{name} {problem} (){end}")
         raise BadInput(f"{name} {problem} ({shorten(reason, room)}){end}") from error
 

@@ -357,13 +357,16 @@ def load_hub(
     Raises:
         ValueError: it cannot be loaded, a column is missing or a row is bad.
     """
-    from datasets import load_dataset, load_dataset_builder  # slow to import, and only used for this source
+    from datasets import config, load_dataset, load_dataset_builder  # slow to import, and only used for this source
     from datasets.packaged_modules.csv.csv import Csv
 
     source = f"data set {name!r}, split {split!r}"
     with reading(source, "name a folder or a data set of the Hugging Face hub, and one of its splits"):
         if not Path(name).is_dir() and not may_be_on_hub(name):  # other names are file formats of the library
             raise ValueError("it is neither a folder nor OWNER/NAME")
+        cache = Path(config.HF_DATASETS_CACHE)
+        with reading(f"the cache of data sets {cache}", "set HF_HOME to a folder that can be written", "is missing"):
+            cache.mkdir(parents=True, exist_ok=True)
         # Otherwise puzzles in a csv file are read as numbers and lose leading zeros.
         as_text = {"converters": {puzzle_column: str, solution_column: str}}
         options: dict[str, Any] = as_text if isinstance(load_dataset_builder(name), Csv) else {}

@@ -50,6 +50,22 @@ def test_the_message_names_what_why_and_the_remedy():
             {}["steps"]
 
 
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("/cache/b", r"/cache/b: No space left on device"),  # of a library, not what is read
+        ("a", "No space left on device"),
+        (None, "No space left on device"),
+    ],
+)
+def test_another_file_is_named(file, reason):
+    with (
+        pytest.raises(BadInput, match=rf"^file a cannot be read \({reason}\): copy"),
+        reading("file a", "copy it again"),
+    ):
+        raise OSError(28, "No space left on device", file)
+
+
 def test_the_inner_of_two_messages_stays():
     with pytest.raises(BadInput, match=r"^line 3 cannot be read"), reading("file", ""), reading("line 3", ""):
         raise ValueError

@@ -328,6 +328,15 @@ def test_hub_sets_that_do_not_fit_are_refused(hub, tmp_path):
         load_hub(str(tmp_path / "nothing"), "train", "question", "answer", 4)
 
 
+def test_a_cache_of_data_sets_that_cannot_be_written_is_named_with_a_remedy(hub, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/proc/none")
+    name = hub("csv", train=hub_columns(varied_boards(4, 5)))
+    with pytest.raises(
+        ValueError, match=r"/proc/none is missing \(No such file or directory\): set HF_HOME to a folder"
+    ):
+        load_hub(name, "train", "question", "answer", 4)
+
+
 # The source that the settings name
 
 

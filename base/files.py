@@ -98,7 +98,7 @@ def alone(path: Path) -> Iterator[None]:
     The kernel releases the lock when its process ends for any reason. Calls for the same path may not be nested.
     """
     lock = path.with_name(f".{path.name}.lock")
-    with reported(path):
+    with reported(lock):  # in its name, since it may be in a folder that cannot be written, unlike `path`
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
     with open(lock, "w", encoding="utf-8") as file:

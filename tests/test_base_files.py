@@ -169,6 +169,11 @@ def test_one_process_at_a_time_writes_and_the_others_say_that_they_wait(
     assert capsys.readouterr().out == f"waiting for another process that writes {path}\n"
 
 
+def test_a_lock_that_cannot_be_written_is_named() -> None:
+    with pytest.raises(WriteError, match=r"^/proc/\.tty\.lock cannot be written"), alone(Path("/proc/tty")):
+        pass
+
+
 def test_what_a_folder_holds_is_on_the_disk_before_it_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

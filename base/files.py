@@ -96,8 +96,15 @@ def alone(path: Path) -> Iterator[None]:
     """Let one process at a time write a file or folder; the others wait for its end, and say so.
 
     The kernel releases the lock when its process ends for any reason. Calls for the same path may not be nested.
+
+    Raises:
+        ValueError: `path` is the root of the file system.
+        WriteError: the lock, which lies beside `path`, cannot be written.
     """
-    lock = path.with_name(f".{path.name}.lock")
+    whole = Path(os.path.abspath(path))  # `.` has no name
+    if not whole.name:
+        raise ValueError(f"{path} is the root of the file system: name a folder in it")
+    lock = whole.with_name(f".{whole.name}.lock")
     with reported(lock):  # in its name, since it may be in a folder that cannot be written, unlike `path`
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()

@@ -169,6 +169,15 @@ def test_one_process_at_a_time_writes_and_the_others_say_that_they_wait(
     assert capsys.readouterr().out == f"waiting for another process that writes {path}\n"
 
 
+def test_this_folder_has_a_lock_and_the_root_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows").mkdir()
+    monkeypatch.chdir(tmp_path / "rows")
+    with alone(Path(".")):
+        assert (tmp_path / ".rows.lock").exists()
+    with pytest.raises(ValueError, match=r"^/ is the root of the file system: name a folder"), alone(Path("/")):
+        pass
+
+
 def test_a_lock_that_cannot_be_written_is_named() -> None:
     with pytest.raises(WriteError, match=r"^/proc/\.tty\.lock cannot be written"), alone(Path("/proc/tty")):
         pass

@@ -22,7 +22,8 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from base.files import replacing, reported
+from base.commands import say
+from base.files import WriteError, replacing, reported
 from base.memory import check_memory
 from base.reading import check_archive, check_file, may_be_on_hub, reading
 from data.hashes import hash_arrays
@@ -289,7 +290,7 @@ def published_available(data_dir: str | Path) -> bool:
 
 
 def load_published(data_dir: str | Path, split: str, layout: SudokuLayout = "two_halves") -> SudokuData:
-    """The `train` or `test` split of the published set; converted on first use, and the result cached.
+    """The `train` or `test` split of the published set; converted on first use, and the result cached if possible.
 
     Raises:
         ValueError: the file is missing or a row is bad.
@@ -299,7 +300,10 @@ def load_published(data_dir: str | Path, split: str, layout: SudokuLayout = "two
         if not raw.exists():
             raise ValueError(f"{data_dir} has neither {converted.name} nor {raw.name}: set data.source: generated")
         data = make_data(convert_published(raw), 9, str(raw), layout)
-        save_array(converted, data.boards)
+        try:
+            save_array(converted, data.boards)
+        except WriteError as error:  # of a folder that cannot be written, or a full disk
+            say(f"warning: {error}: the boards are converted again at every start")
         return data
     return load_sudoku_file(converted, 9, layout)
 

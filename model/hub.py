@@ -130,7 +130,8 @@ def _load_weights(file: Path) -> dict[str, Tensor]:
     for name, tensor in weights.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{name} has {tensor.dtype}, which is not floating point")
-        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():  # quicker than asking each number
+        wide = tensor.float() if tensor.itemsize == 1 else tensor  # torch compares no numbers of one byte
+        if wide.numel() and not torch.stack(wide.aminmax()).isfinite().all():  # quicker than asking each number
             raise ValueError(f"{name} has numbers that are not finite")
     return weights
 

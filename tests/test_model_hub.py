@@ -401,6 +401,19 @@ def test_packed_weights_that_are_no_finite_numbers_are_refused(value, reason, au
         load_model(str(tmp_path / "packed"))
 
 
+def test_packed_weights_of_one_byte_are_read_if_finite(autoregressive_run, tmp_path):
+    hub.pack_run(str(autoregressive_run), tmp_path / "packed")
+    file = tmp_path / "packed" / "model.safetensors"
+    weights = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load(file.read_bytes()).items()}
+    save_file(weights, file)
+    assert load_model(str(tmp_path / "packed")).model.weights()["model.norm.weight"].isfinite().all()
+    norm = weights["model.norm.weight"].float()
+    norm[1] = torch.nan
+    save_file(weights | {"model.norm.weight": norm.to(torch.float8_e4m3fn)}, file)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has numbers that are not finite"):
+        load_model(str(tmp_path / "packed"))
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "model.safetensors"])
 def test_a_packed_folder_without_one_of_its_files_is_refused_by_name(name, autoregressive_run, data_dir, tmp_path):
     packed = tmp_path / "packed"

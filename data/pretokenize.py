@@ -373,12 +373,7 @@ def find_files(path: Path) -> list[str]:
     if splits.exists():
         names = read_json(splits).get("splits")
         raise ValueError(f"it holds the splits {names}: give the folder of one, such as {path}/train")
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    found = [
-        file
-        for file in files
-        if file.suffix in KINDS and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
+    found = [file for file in (_find_all(path) if path.is_dir() else [path]) if file.suffix in KINDS]
     if not found:
         raise ValueError(f"{path}: no {' or '.join(KINDS)} file found")
     if len({file.suffix for file in found}) > 1:
@@ -389,6 +384,20 @@ def find_files(path: Path) -> list[str]:
     for file in found:
         check_file(file)
     return [str(file) for file in found]
+
+
+def _find_all(folder: Path) -> list[Path]:
+    """All that a folder holds, sorted, without what is hidden; also behind links, each folder once."""
+    found: list[Path] = []
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # links may form a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(place, name) for name in (*folders, *files) if not name.startswith(".")]
+    return sorted(found)
 
 
 def _encode_chunks(

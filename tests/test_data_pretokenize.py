@@ -178,6 +178,17 @@ def test_a_source_without_rows_is_refused(tmp_path):
         list(read_rows(str(tmp_path / "a.jsonl"), module.COLUMNS))
 
 
+def test_folders_behind_links_are_read_once_and_hidden_files_not(tmp_path):
+    for name in ("source/a", "other/deep", "source/.hidden"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / ".b.jsonl").touch()
+        (tmp_path / name / "b.jsonl").touch()
+    (tmp_path / "source" / "link").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "circle").symlink_to(tmp_path / "source")
+    found = module.find_files(tmp_path / "source")
+    assert found == [str(tmp_path / "source" / name / "b.jsonl") for name in ("a", "link/deep")]
+
+
 def test_a_source_that_has_changed_is_refused(tmp_path, tokenizer_dir):
     """After a finished call and after one that was interrupted; files that do not record the content are taken."""
     arguments = (str(tmp_path / "rows.jsonl"), str(tokenizer_dir), tmp_path / "out", MAX_LEN)

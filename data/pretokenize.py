@@ -244,10 +244,10 @@ def read_rows(
             files = find_files(path)
             read = _batches_of_lines if Path(files[0]).suffix == ".jsonl" else _batches_of_tables
             batches = read(files, columns, n_skipped, limit)
-        elif path.suffix in KINDS or not may_be_on_hub(source):
-            raise ValueError("it does not exist, and the name of a data set is OWNER/NAME")
-        else:
+        elif _is_on_hub(source):
             batches = _batches_of_dataset(source, n_skipped, limit, split)
+        else:
+            raise ValueError("it does not exist, and the name of a data set is OWNER/NAME")
         n_read = n_skipped
         for batch in batches:
             _check_columns(columns, list(batch))
@@ -260,6 +260,12 @@ def read_rows(
             n_read += len(prompts)
         if n_read == 0:
             raise ValueError("it has no rows")
+
+
+def _is_on_hub(source: str) -> bool:
+    """Whether a source is taken for the name of a data set on the Hub."""
+    path = Path(source)
+    return not path.exists() and path.suffix not in KINDS and may_be_on_hub(source)
 
 
 def _batches_of_lines(
@@ -492,6 +498,6 @@ def main(arguments: list[str] | None = None) -> None:
         done = pretokenize(
             options.source, options.tokenizer, options.out, options.max_len, options.limit, options.workers
         )
-        if not Path(options.source).exists():  # now, since the nodes of a cluster often have no network
+        if _is_on_hub(options.source):  # now, since the nodes of a cluster often have no network
             read_problems(HUB_NAME, cache_dir=options.out)
         print(f"{options.out}: {done.n_written:,} rows, {done.n_left_out:,} left out (question too long)")

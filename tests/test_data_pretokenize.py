@@ -587,6 +587,15 @@ def test_a_data_set_of_the_hub_is_streamed_and_gsm8k_is_fetched_with_it(tmp_path
         assert (tmp_path / "hub" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
 
 
+def test_a_finished_call_does_not_need_its_files_nor_the_hub(tmp_path, tokenizer_dir, monkeypatch, capsys):
+    monkeypatch.setattr(module, "read_problems", None)  # a call would fail
+    write_rows(tmp_path / "rows.jsonl", 30)
+    for _ in range(2):
+        module.main(f"--source {tmp_path}/rows.jsonl --tokenizer {tokenizer_dir} --out {tmp_path}/out".split())
+        (tmp_path / "rows.jsonl").unlink(missing_ok=True)
+    assert capsys.readouterr().out.count("30 rows") == 2
+
+
 def test_the_papers_settings():
     puma, baseline = (read_config(ROOT / "yaml_files" / f"tinygsm_{name}.yaml") for name in ("puma", "baseline"))
     assert (puma.model, puma.training, puma.validation) == (baseline.model, baseline.training, baseline.validation)

@@ -104,6 +104,8 @@ def pretokenize(
         raise ValueError(
             f"max_len {max_len} must be a positive multiple of 8: prompt_mask.bin has eight positions per byte"
         )
+    if not source:
+        raise ValueError("the source is empty: name a file, a folder or a Hugging Face data set")
     job = {"dataset": source, "tokenizer": tokenizer_name, "max_len": max_len, "limit": limit} | WHITE_SPACE
     if columns != COLUMNS:
         job["columns"] = list(columns)

@@ -523,6 +523,11 @@ def test_bad_sources_end_with_one_message(content, message, tmp_path, tokenizer_
     assert not (tmp_path / "out" / "meta.json").exists()
 
 
+def test_no_source_is_not_the_current_folder(tmp_path):
+    with pytest.raises(ValueError, match="the source is empty: name a file"):
+        pretokenize("", "", tmp_path)
+
+
 def test_a_misspelled_folder_is_not_taken_for_a_data_set(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()

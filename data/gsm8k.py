@@ -56,8 +56,9 @@ def read_problems(source: str, cache_dir: str | Path | None = None) -> list[Prob
     path = Path(source)
     if not path.is_file():
         if path.suffix == ".jsonl" or not may_be_on_hub(source):
+            problem = "is a folder" if path.is_dir() else "does not exist"
             raise ValueError(
-                f"problem file {source} does not exist: set data.test_source to a .jsonl file or a data set of the Hub"
+                f"problem file {source} {problem}: set data.test_source to a .jsonl file or a data set of the Hub"
             )
         path = _download(source, cache_dir)
     problems = []

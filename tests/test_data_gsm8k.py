@@ -81,6 +81,11 @@ def test_a_missing_file_is_named(source, tmp_path, monkeypatch):
         read_problems(source)
 
 
+def test_a_folder_of_problems_is_not_called_missing(tmp_path):
+    with pytest.raises(ValueError, match=f"problem file {tmp_path} is a folder: set data.test_source"):
+        read_problems(str(tmp_path))
+
+
 def test_a_downloaded_split_is_kept(tmp_path, monkeypatch):
     import datasets
 

@@ -395,6 +395,9 @@ def save_array(path: Path, array: np.ndarray) -> None:
 def _open_npy(path: Path) -> np.ndarray:
     """The array of a .npy file, memory-mapped: a file shorter than its header says is refused, not allocated."""
     check_file(path)
+    with open(path, "rb") as file:
+        if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
+            raise ValueError("it is no .npz or .npy file")
     array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     check_memory(array.size * N_BAD_ROW_BYTES // max(1, array.shape[-1] if array.ndim else 1) + array.size, "its rows")
     return array
@@ -414,6 +417,8 @@ def _read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
                     np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 )
                 shape, _, dtype = read_header(file)
+            if dtype.hasobject:
+                raise ValueError(f"array {name!r} has Python objects instead of numbers")
             if math.prod(shape) * dtype.itemsize > archive.getinfo(f"{name}.npy").file_size:
                 raise ValueError(f"array {name!r} is shorter than its header says")
     with np.load(path, allow_pickle=False) as content:

@@ -143,7 +143,7 @@ def test_files_that_are_no_boards_are_refused(tmp_path):
     (tmp_path / "folder.npy").mkdir()
     expected = {
         "pickled.npy": "cannot be read",
-        "pickled.npz": "cannot be read",
+        "pickled.npz": "array 'puzzle' has Python objects instead of numbers",
         "lacking.npz": r"no array \['solution'\]",
         "uneven.npz": r"puzzle \(3, 81\) and solution \(2, 81\)",
         "width.npy": "162 numbers",
@@ -151,8 +151,8 @@ def test_files_that_are_no_boards_are_refused(tmp_path):
         "short_whole.npy": "cannot be read",
         "short_whole.npz": "cannot be read",
         "latin.csv": "cannot be read",
-        "text.npy": "cannot be read",
-        "empty.npz": "cannot be read",
+        "text.npy": r"it is no \.npz or \.npy file",
+        "empty.npz": r"it is no \.npz or \.npy file",
         "folder.npy": "it is a folder",
         "none.csv": "No such file",
     }

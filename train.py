@@ -98,9 +98,9 @@ def build_or_restore(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
     check_graph(config, world)
 
     def open_run_dir() -> tuple[str, Checkpoint | None]:
-        with reported(run_dir):
+        with reported(run_dir, "give another --run-dir"):
             run_dir.mkdir(parents=True, exist_ok=True)
-        with reported(run_dir / ".lock"):
+        with reported(run_dir / ".lock", "give another --run-dir"):
             holder = lock_run(run_dir)
         return holder, resumable_checkpoint(run_dir)
 

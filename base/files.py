@@ -92,10 +92,13 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def alone(path: Path, remedy: str = "") -> Iterator[None]:
     """Let one process at a time write a file or folder; the others wait for its end, and say so.
 
     The kernel releases the lock when its process ends for any reason. Calls for the same path may not be nested.
+
+    Args:
+        remedy: as in `reported`, for a lock that cannot be written at all.
 
     Raises:
         ValueError: `path` is the root of the file system.
@@ -105,7 +108,8 @@ def alone(path: Path) -> Iterator[None]:
     if not whole.name:
         raise ValueError(f"{path} is the root of the file system: name a folder in it")
     lock = whole.with_name(f".{whole.name}.lock")
-    with reported(lock):  # in its name, since it may be in a folder that cannot be written, unlike `path`
+    # In its name, since it may be in a folder that cannot be written, unlike `path`.
+    with reported(lock, remedy):
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
     with open(lock, "w", encoding="utf-8") as file:
@@ -119,11 +123,15 @@ def alone(path: Path) -> Iterator[None]:
         yield
 
 
-def make_once(path: Path, is_made: Callable[[], bool], make: Callable[[], None]) -> None:
-    """Make a file or folder on first use; of several processes one makes it, and the others wait."""
+def make_once(path: Path, is_made: Callable[[], bool], make: Callable[[], None], setting: str) -> None:
+    """Make a file or folder on first use; of several processes one makes it, and the others wait.
+
+    Args:
+        setting: what names the parent folder, for the message if that cannot be written.
+    """
     if is_made():  # without a lock, since nothing may be writable
         return
-    with alone(path):
+    with alone(path, f"set {setting} to another folder"):
         if not is_made():  # now, by another process
             make()
 
@@ -155,8 +163,12 @@ def _scratch(path: Path) -> Path:
 
 
 @contextmanager
-def reported(path: Path) -> Iterator[None]:
-    """Turn any library's error on writing `path` into WriteError, which passes unchanged, so calls can be nested."""
+def reported(path: Path, remedy: str = "") -> Iterator[None]:
+    """Turn any library's error on writing `path` into WriteError, which passes unchanged, so calls can be nested.
+
+    Args:
+        remedy: what the user can do, for the end of the message.
+    """
     try:
         yield
     except WriteError:
@@ -170,7 +182,7 @@ def reported(path: Path) -> Iterator[None]:
             reason += f"; {disk.f_bavail * disk.f_frsize / 2**20:,.0f} MiB of disk are free"
             if disk.f_files and not disk.f_favail:  # some file systems do not count files
                 reason += ", but the number of files on it has reached its limit"
-        raise WriteError(f"{path} cannot be written ({reason})") from error
+        raise WriteError(f"{path} cannot be written ({reason})" + (f": {remedy}" if remedy else "")) from error
 
 
 def sync(path: Path) -> None:

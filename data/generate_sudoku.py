@@ -92,7 +92,7 @@ def cached_generated(
         n, n_before = (n_train, n_test) if split == "train" else (n_test, 0)
         save_array(path, generate_sudoku(size, n, min_clues, max_clues, seed, n_before=n_before).boards)
 
-    make_once(path, path.exists, make)
+    make_once(path, path.exists, make, "data.data_dir")
     return path
 
 

@@ -302,7 +302,7 @@ class TextData(PairDataSet):
             with making_folder(folder) as scratch:
                 tokenizer.save_pretrained(scratch)
 
-        make_once(folder, folder.exists, train)
+        make_once(folder, folder.exists, train, "data.data_dir")
         return str(folder)
 
     def _tokenized(self, source: str, split: str) -> Path:

@@ -400,7 +400,7 @@ def cached_word_problems(
     write = partial(
         _write_problems, folder, n_train=n_train, n_test=n_test, seed=seed, max_len=max_len, difficulty=difficulty
     )
-    make_once(folder, (folder / META_FILE).exists, write)
+    make_once(folder, (folder / META_FILE).exists, write, "data.data_dir")
     return folder
 
 

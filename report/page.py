@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from base.commands import CommandParser, ends_with_message
-from base.files import write_text
+from base.files import check_out, write_text
 from base.reading import parse_object, read_lines, reading
 from base.text import escape, shorten
 from config import Config
@@ -387,6 +387,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help=f"file to write; by default {PAGE_FILE} in the run directory")
     options = parser.parse_args(arguments)
     with ends_with_message():
+        if options.out or options.run_dir.is_dir():
+            check_out(options.out or options.run_dir / PAGE_FILE, "--out")
         print(f"wrote {write_page(options.run_dir, options.out)}")
 
 

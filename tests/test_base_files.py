@@ -15,7 +15,17 @@ import pytest
 from conftest import ROOT
 
 from base import files
-from base.files import LEFTOVER_S, WriteError, alone, check_out, making_folder, replacing, reported, write_text
+from base.files import (
+    LEFTOVER_S,
+    WriteError,
+    alone,
+    check_out,
+    make_once,
+    making_folder,
+    replacing,
+    reported,
+    write_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -192,3 +202,10 @@ def test_what_a_folder_holds_is_on_the_disk_before_it_has_its_name(
         (scratch / "one").touch()
         assert not synced
     assert synced == ["one", "incomplete", tmp_path.name]
+
+
+def test_a_folder_of_data_that_cannot_be_written_is_told_with_its_setting(tmp_path):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "boards"
+    with pytest.raises(WriteError, match=r"boards cannot be written \(.*\): set data\.data_dir to another folder$"):
+        make_once(path, lambda: False, path.mkdir, "data.data_dir")

@@ -167,7 +167,7 @@ def test_runs_that_start_together_generate_the_boards_once(tmp_path, monkeypatch
     request = (tmp_path, 4, 50, 10, 4, 8, 3)
 
     @contextmanager
-    def wait(path):
+    def wait(path, remedy):
         """Stands for `alone`, which returns when another process has written the file."""
         np.save(path, generate(4, 10 if path.stem.endswith("test") else 50, 4, 8).boards)
         yield

@@ -214,7 +214,7 @@ def test_a_second_call_reads_what_the_first_wrote(folder, monkeypatch):
 
 def test_runs_that_start_together_write_the_problems_once(folder, tmp_path, monkeypatch):
     @contextmanager
-    def wait(path: Path):
+    def wait(path: Path, remedy: str):
         """Stands for `alone`, which returns when another process has written the folder."""
         shutil.copytree(folder, path)
         yield

@@ -734,7 +734,7 @@ def test_an_error_of_all_ranks_is_printed_once(config_file, tmp_path):
     good = ("--config", config_file(), "--run-dir", tmp_path / "run")
     cases = {
         "training.batch_sise": (*good, "training.batch_sise=4"),
-        "file/run cannot be written": ("--config", config_file(), "--run-dir", tmp_path / "file" / "run"),
+        "are free): give another --run-dir": ("--config", config_file(), "--run-dir", tmp_path / "file" / "run"),
         "does not divide over 2 processes": (*good, "training.batch_size=7"),
     }
     for message, arguments in cases.items():

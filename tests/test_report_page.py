@@ -237,3 +237,12 @@ def test_damaged_runs_end_with_one_message(damage, message, run_dir, capsys):
         main([str(run_dir)])
     assert stop.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("words", [[], ["--out", "/proc/a"]])
+def test_a_page_that_cannot_be_written_is_told_with_the_option(words, run_dir, capsys):
+    (run_dir / "report.html").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        main([str(run_dir), *words])
+    assert stop.value.code == 2
+    assert re.search("--out .*: name another file", capsys.readouterr().err)

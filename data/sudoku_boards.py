@@ -155,8 +155,11 @@ def make_data(
     if ratings is not None:
         if ratings.shape != (len(boards),):
             raise ValueError(f"{source}: ratings must be one number per board, [{len(boards)}], got {ratings.shape}")
-        if np.isinf(ratings).any() or np.isnan(ratings).all():
-            raise ValueError(f"{source}: ratings must be finite or NaN, and not all NaN")
+        if np.isinf(ratings).any():
+            row = int(np.isinf(ratings).argmax())
+            raise ValueError(f"{source}: the rating of row {row} (from 0) is infinite, or too large for float32")
+        if np.isnan(ratings).all():
+            raise ValueError(f"{source}: ratings must not be all NaN")
     return SudokuData(np.ascontiguousarray(boards, dtype=np.uint8), size, layout, ratings, source)
 
 
@@ -443,7 +446,9 @@ def _read_csv(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
 
 def _ratings(values: Any, source: str) -> np.ndarray:
     """Convert ratings, None if missing, to float32 [N]; BadInput if one is not a number."""
-    with reading(source, "ratings must be numbers"):
+    with reading(source, "ratings must be numbers"), np.errstate(over="ignore"):  # infinite ones are refused later
+        if isinstance(values, np.ndarray) and values.dtype.kind in "cmM":  # which NumPy converts nevertheless
+            raise ValueError(f"it is an array of {values.dtype}")
         return np.array(values, dtype=np.float32)
 
 

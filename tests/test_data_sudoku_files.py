@@ -161,6 +161,23 @@ def test_files_that_are_no_boards_are_refused(tmp_path):
             load_sudoku_file(tmp_path / name, 9)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("ratings", "expected"),
+    [
+        (np.array([1.0, 1e300, 2.0]), r"the rating of row 1 \(from 0\) is infinite, or too large for float32"),
+        (np.full(3, np.nan), "ratings must not be all NaN"),
+        (np.full(3, 1j), "'rating' cannot be read.*array of complex128.*ratings must be numbers"),
+        (np.full(3, "2020", dtype="M8[D]"), r"'rating' cannot be read.*array of datetime64\[D\]"),
+    ],
+)
+def test_ratings_that_are_no_numbers_are_refused(ratings, expected, tmp_path):
+    tokens = boards(9, 3)
+    np.savez(tmp_path / "rated.npz", puzzle=tokens[:, :81], solution=tokens[:, 81:], rating=ratings)
+    with pytest.raises(ValueError, match=expected):
+        load_sudoku_file(tmp_path / "rated.npz", 9, rating_column="rating")
+
+
 # The published set
 
 

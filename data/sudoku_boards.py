@@ -436,6 +436,8 @@ def _read_csv(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
         missing = set(columns) - set(header)
         if missing:
             raise ValueError(f"it has no column {sorted(missing)}; its columns are {header}")
+        if repeated := [name for name in columns if header.count(name) > 1]:
+            raise ValueError(f"it has several columns {repeated}; its columns are {header}")
         indices = {name: header.index(name) for name in columns}
         rows = [line for line in lines if line]
     short = next((number for number, line in enumerate(rows) if len(line) <= max(indices.values())), None)

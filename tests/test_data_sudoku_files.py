@@ -103,6 +103,7 @@ GOOD = text(boards(4)[0, :16]), text(boards(4)[0, 16:])
     [
         (f"puzzle\n{GOOD[0]}", r"no column \['solution'\]"),
         ("", r"no column"),
+        (f"puzzle,solution,puzzle\n{GOOD[0]},{GOOD[1]},{GOOD[0]}", r"several columns \['puzzle'\]; its columns are"),
         ("puzzle,solution\n", "has no boards"),
         (f"puzzle,solution\n{GOOD[0]},{GOOD[1]}\n{GOOD[0]}", r"row 1 \(from 0\) has too few columns"),
         (f"puzzle,solution\n{GOOD[0]},{GOOD[1]}\n{GOOD[0]}0,{GOOD[1]}", r"'puzzle'.*row 1 \(from 0\) has 17 cells"),

@@ -207,5 +207,7 @@ def test_what_a_folder_holds_is_on_the_disk_before_it_has_its_name(
 def test_a_folder_of_data_that_cannot_be_written_is_told_with_its_setting(tmp_path):
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "boards"
-    with pytest.raises(WriteError, match=r"boards cannot be written \(.*\): set data\.data_dir to another folder$"):
+    with pytest.raises(
+        WriteError, match=r"\.boards\.lock cannot be written \(.*\): set data\.data_dir to another folder$"
+    ):
         make_once(path, lambda: False, path.mkdir, "data.data_dir")

@@ -104,7 +104,7 @@ def alone(path: Path, remedy: str = "") -> Iterator[None]:
         ValueError: `path` is the root of the file system.
         WriteError: the lock, which lies beside `path`, cannot be written.
     """
-    whole = Path(os.path.abspath(path))  # `.` has no name
+    whole = Path(os.path.realpath(path))  # `.` has no name, and what a link names has one lock
     if not whole.name:
         raise ValueError(f"{path} is the root of the file system: name a folder in it")
     lock = whole.with_name(f".{whole.name}.lock")

@@ -30,7 +30,7 @@ def check_folder(path: Path, option: str) -> None:
 def named_folder(text: str) -> Path:
     """The `type` of an argument: a folder that records name; absolute if the path ends in no name, as `.` does."""
     path = Path(text)
-    return path if path.name not in ("", "..") else Path(os.path.abspath(path))
+    return path if path.name not in ("", "..") else Path(os.path.realpath(path))
 
 
 def check_masks_rows(run_dir: Path, settings: AnyObjectiveSettings) -> None:

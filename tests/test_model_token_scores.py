@@ -130,13 +130,26 @@ def test_a_scaled_loss_has_scaled_gradients() -> None:
     assert_equals_oracle(score_tokens(*case), case, tolerance=2e-5, loss_scale=-3.5)
 
 
+class Products(TorchDispatchMode):
+    """Counts products in place."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += func is torch.ops.aten.mul_.Tensor
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("vocabulary", [11, SMALL_VOCABULARY + 1])
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_gradient_that_is_known_to_be_1_changes_nothing(vocabulary: int, share: float) -> None:
     """The gradients are not multiplied then; by another tensor of the same value they are."""
     cases = [random_case(vocabulary=vocabulary, share=share) for _ in range(2)]
     for case, gradient in zip(cases, (unit_gradient(torch.device("cpu")), torch.tensor(1.0)), strict=True):
-        score_tokens(*case).loss.backward(gradient)
+        loss = score_tokens(*case).loss
+        with Products() as products:
+            loss.backward(gradient)
+        assert (products.n == 0) == (gradient is unit_gradient(torch.device("cpu")))
     for ours, theirs in zip(*(case[:2] for case in cases), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
 

@@ -50,7 +50,7 @@ def reading(what: str, remedy: str, problem: str = "cannot be read") -> Iterator
             raise
         name, end = shorten(escape(what), MAX_NAME), f": {remedy}"
         reason = _reason(error)
-        if isinstance(error, OSError) and error.strerror and str(error.filename or "") not in what:
+        if isinstance(error, OSError) and error.strerror and Path(str(error.filename or "")).name not in what:
             reason = f"{error.filename}: {reason}"  # of what is read, or of a cache that a library keeps elsewhere
         reason = escape(" ".join(reason.split()))
         room = MAX_MESSAGE - len(f"{name} {problem} (){end}")

@@ -78,8 +78,6 @@ def read_inputs(
         ValueError: wrong settings, as in `random_rows`, or sizes that do not fit into memory.
     """
     path = options.config or YAML_FILES / f"{experiment}.yaml"
-    if any(each.startswith("training.batch_size=") for each in options.overrides):
-        raise ValueError("training.batch_size is not read: give --batch")
     switches = ["training.compile=true"] * options.compile
     switches += [f"training.cuda_graph={'true' if options.graph else 'false'}"]
     # Microbatches are those of the overrides: the file's need not divide the rows of a benchmark.

@@ -121,12 +121,17 @@ def whole_number(lowest: int, highest: int = MAX_INTEGER - 1) -> Callable[[str],
     return convert
 
 
-def seconds(text: str) -> float:
-    """The `type` of an argument: a time."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, got {shorten(text, 40)}")
-    return value
+def seconds(*, or_zero: bool = False) -> Callable[[str], float]:
+    """The `type` of an argument: a time above 0, or 0 where that has a meaning."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 <= value < math.inf or (value == 0 and not or_zero):
+            bound = "of at least 0" if or_zero else "above 0"
+            raise argparse.ArgumentTypeError(f"must be a finite number {bound}, got {shorten(text, 40)}")
+        return value
+
+    return convert

@@ -1,4 +1,5 @@
 """Write files and folders atomically, with one error for any failed write; check before work that one can be written.
+Walk through folders, also behind links.
 
 Does not import torch.
 """
@@ -89,6 +90,18 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As `os.walk`, also behind links, each folder once, without hidden folders; in the order of their names."""
+    seen = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        if (place := os.path.realpath(path)) in seen:  # links may form a circle
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield path, folders, files
 
 
 @contextmanager

@@ -34,7 +34,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--compile", action="store_true", help="step: set training.compile")
     add("--graph", action="store_true", help="step: set training.cuda_graph")
     add("--iterations", type=whole_number(1), default=20, help="rounds at most")
-    add("--seconds", type=seconds, default=60.0, help="start no further round after this, but run at least three")
+    limit = "start no further round after this, but run at least three"
+    add("--seconds", type=seconds(or_zero=True), default=60.0, help=limit)
     add("--no-memory", action="store_true", help="skip peak memory, which starts a process per path")
     add("--profile", action="store_true", help="print the operations of our path by their time instead of a report")
     add("--json", type=Path, help="also write the rows of the report to this file")

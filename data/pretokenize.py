@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from base.commands import CommandParser, ends_with_message, say, whole_number
 from base.cores import count_cores
-from base.files import alone, reported, write_text
+from base.files import alone, reported, walk, write_text
 from base.reading import MAX_INTEGER, check_file, may_be_on_hub, parse_object, read_json, read_lines, reading
 from base.text import shorten
 from data.gsm8k import HUB_NAME, read_problems
@@ -381,7 +381,11 @@ def find_files(path: Path) -> list[str]:
     if splits.exists():
         names = read_json(splits).get("splits")
         raise ValueError(f"it holds the splits {names}: give the folder of one, such as {path}/train")
-    found = [file for file in (_find_all(path) if path.is_dir() else [path]) if file.suffix in KINDS]
+    files = [path]
+    if path.is_dir():
+        names = [(place, name) for place, folders, plain in walk(path) for name in (*folders, *plain)]
+        files = sorted(Path(place, name) for place, name in names if not name.startswith("."))
+    found = [file for file in files if file.suffix in KINDS]
     if not found:
         raise ValueError(f"{path}: no {' or '.join(KINDS)} file found")
     if len({file.suffix for file in found}) > 1:
@@ -392,20 +396,6 @@ def find_files(path: Path) -> list[str]:
     for file in found:
         check_file(file)
     return [str(file) for file in found]
-
-
-def _find_all(folder: Path) -> list[Path]:
-    """All that a folder holds, sorted, without what is hidden; also behind links, each folder once."""
-    found: list[Path] = []
-    seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:  # links may form a circle
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(place, name) for name in (*folders, *files) if not name.startswith(".")]
-    return sorted(found)
 
 
 def _encode_chunks(

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from base.commands import CommandParser, ends_with_message
+from base.files import walk
 from base.reading import BadInput
 from base.text import escape, shorten
 from report.curves import accuracy_points, can_be_drawn, rules_of
@@ -65,13 +66,9 @@ class RunSummary:
 
 def find_runs(folder: Path) -> list[Path]:
     """Folders of runs in `folder`, or itself, sorted, each once, also behind links; ValueError if there are none."""
-    found, seen = [], set()
-    for path, folders, files in os.walk(folder, followlinks=True):
-        if (place := os.path.realpath(path)) in seen:  # links may form a circle
-            folders.clear()
-            continue
-        seen.add(place)
-        folders[:] = sorted(name for name in folders if name not in NOT_SEARCHED and not name.startswith("."))
+    found = []
+    for path, folders, files in walk(folder):
+        folders[:] = [name for name in folders if name not in NOT_SEARCHED]
         if "config.yaml" in files:
             if "model.safetensors" not in files or any(os.path.exists(os.path.join(path, name)) for name in RECORDS):
                 found.append(Path(path))

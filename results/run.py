@@ -535,7 +535,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--jobs", type=whole_number(1, 1024), default=2, help="number of parallel runs, one thread each"
     )
-    parser.add_argument("--budget-s", type=seconds, help="seconds after which runs are told to save and stop")
+    parser.add_argument("--budget-s", type=seconds(), help="seconds after which runs are told to save and stop")
     parser.add_argument(
         "--draw", action="store_true", help="run nothing; write the table and figure of existing records"
     )

@@ -221,10 +221,11 @@ def test_all_settings_of_an_experiment_are_read_and_differ(name, tmp_path):
             "validation.n_examples=0: 'rotary and learned' would have no accuracy",
         ),
         (["training.seed=7"], "training.seed=7: would replace seed 0 of 'rotary and learned'; leave it out, or change"),
-        (["--budget-s", "nan"], "--budget-s: must be a finite number of at least 0, got nan"),
-        (["--budget-s", "inf"], "--budget-s: must be a finite number of at least 0, got inf"),
-        (["--budget-s", "-1"], "--budget-s: must be a finite number of at least 0, got -1"),
-        (["--budget-s", "soon"], "--budget-s: must be a finite number of at least 0, got soon"),
+        (["--budget-s", "nan"], "--budget-s: must be a finite number above 0, got nan"),
+        (["--budget-s", "inf"], "--budget-s: must be a finite number above 0, got inf"),
+        (["--budget-s", "-1"], "--budget-s: must be a finite number above 0, got -1"),
+        (["--budget-s", "0"], "--budget-s: must be a finite number above 0, got 0"),
+        (["--budget-s", "soon"], "--budget-s: must be a finite number above 0, got soon"),
     ],
 )
 def test_bad_input_ends_with_one_message(words, expected, tmp_path, capsys, monkeypatch):

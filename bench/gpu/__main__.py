@@ -38,15 +38,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("piece", choices=PIECES)
     add("--out", type=Path, required=True, help="folder of the results")
     add("--tiny", action="store_true", help="tiny sizes, to try the program")
-    add("--deadline-s", type=seconds, default=540.0, help="seconds after which the piece ends with what it has")
+    add("--deadline-s", type=seconds(), default=540.0, help="seconds after which the piece ends with what it has")
     add("--jobs", type=whole_number(1), help="experiments: number of parallel runs on the card, by default 12")
     add("--names", help="experiments: names of results/experiments.py with commas between")
     add("--runs", type=Path, help="experiments: folder of the run directories, by default runs/gpu")
     add("overrides", nargs="*", metavar="key=value", help="settings to change")
     options = parser.parse_intermixed_args(arguments)
     refuse_unread(parser, options, options.piece, READ_BY)
-    if options.deadline_s <= 0:
-        parser.error(f"deadline_s must be positive, got {options.deadline_s}")
     if options.piece == "experiments" and not options.names:
         parser.error("experiments needs --names")
     options.arguments = arguments

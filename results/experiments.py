@@ -358,8 +358,12 @@ EXPERIMENTS = {
                     ("random order, no threshold", (RANDOM_ORDER, NO_THRESHOLD, ONE_BATCH), None),
                     ("random order, pool of 16", (RANDOM_ORDER, POOL_OF_16), None),
                     # Masks that do not depend on the model.
-                    ("random order, pool of 16, no threshold", (RANDOM_ORDER, POOL_OF_16, NO_THRESHOLD), None),
-                    ("redrawn, pool of 16, no threshold", (REDRAWN, POOL_OF_16, NO_THRESHOLD), None),
+                    (
+                        "random order, pool of 16, no threshold",
+                        (RANDOM_ORDER, POOL_OF_16, NO_THRESHOLD),
+                        (0, 1, 2, 3, 4),
+                    ),
+                    ("redrawn, pool of 16, no threshold", (REDRAWN, POOL_OF_16, NO_THRESHOLD), (0, 1, 2, 3, 4)),
                     ("redrawn, no threshold", (REDRAWN, ONE_BATCH, NO_THRESHOLD), None),
                 )
             ),
@@ -449,10 +453,13 @@ EXPERIMENTS = {
                 "tinygsm_mini_hard_puma.yaml",
                 (*HARD_AT_1E_3, SHIFTED, POOL_OF_16),
             ),
-            Variant(
-                "puma, shifted, rate 1.0e-3, redrawn, pool of 16, no threshold",
-                "tinygsm_mini_hard_puma.yaml",
-                (*HARD_AT_1E_3, SHIFTED, REDRAWN, POOL_OF_16, NO_THRESHOLD),
+            *(
+                Variant(
+                    f"puma, shifted, rate 1.0e-3, {order}pool of 16, no threshold",
+                    "tinygsm_mini_hard_puma.yaml",
+                    (*HARD_AT_1E_3, SHIFTED, *overrides, POOL_OF_16, NO_THRESHOLD),
+                )
+                for order, overrides in (("", ()), ("random order, ", (RANDOM_ORDER,)), ("redrawn, ", (REDRAWN,)))
             ),
             Variant(
                 "uniform, shifted, rate 1.0e-3, low discrepancy",

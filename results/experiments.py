@@ -117,6 +117,23 @@ def from_autoregressive(stem: str) -> tuple[Variant, ...]:
     )
 
 
+def in_blocks(stem: str, attention: str, pools: tuple[int, ...]) -> tuple[Variant, ...]:
+    """PUMA with each number of batches in its pool, and uniform masks, in blocks of 32 tokens."""
+    blocks = ("objective.block_size=32", f"objective.block_attention={attention}")
+    puma = ("objective.name=block_puma", *blocks)
+    return (
+        *(
+            Variant(
+                f"puma, {attention}" + (f", pool of {n}" if n > 1 else ""),
+                f"{stem}_puma.yaml",
+                (*puma, f"objective.pool_batches={n}"),
+            )
+            for n in pools
+        ),
+        Variant(f"uniform, {attention}", f"{stem}_baseline.yaml", ("objective.name=block_uniform", *blocks)),
+    )
+
+
 def k_schedule(*stages: tuple[int, int]) -> tuple[str, str]:
     """Overrides for pairs of K and the update from which it holds. K = 1 masks at random: uniform masks at first."""
     return "objective.n_stages=null", f"objective.k_schedule={[list(pair) for pair in stages]}".replace(" ", "")
@@ -395,6 +412,21 @@ EXPERIMENTS = {
         puma_and_uniform("tinygsm_mini_medium", puma=(POOL_OF_16,)),
         baseline="uniform",
         overrides=("training.compile=true", SHIFTED, "training.max_steps=12000"),
+        targets=(0.1, 0.9),
+    ),
+    "word_problems_block": Experiment(
+        "Easy word problems in two blocks: PUMA and uniform masks with each of the two attention layouts",
+        (*in_blocks("tinygsm_mini", "prefix", (1, 16)), *in_blocks("tinygsm_mini", "block_causal", (1, 16))),
+        baseline="uniform, prefix",
+        overrides=("training.max_steps=2000", "training.eval_every=125"),
+        targets=(0.5, 0.9),
+        shown=("puma, prefix", "uniform, prefix"),
+    ),
+    "word_problems_medium_block": Experiment(
+        "Medium word problems in three blocks, each with its clean prefix: PUMA and uniform masks",
+        in_blocks("tinygsm_mini_medium", "prefix", (16, 1)),
+        baseline="uniform, prefix",
+        overrides=("training.compile=true", SHIFTED),
         targets=(0.1, 0.9),
     ),
     "word_problems_from_ar": Experiment(

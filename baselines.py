@@ -38,15 +38,14 @@ class AutoregressiveObjective(Objective):
     number of targets.
     """
 
-    def __init__(self, queue: RowQueue, eos_id: int | None, *, n_rows: int, micro_rows: int) -> None:
+    def __init__(self, queue: RowQueue, *, n_rows: int, micro_rows: int) -> None:
         super().__init__(queue, n_rows=n_rows, micro_rows=micro_rows)
-        self.eos_id = eos_id
         self.target_fraction = torch.zeros((), device=queue.device)
 
     @override
     def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         x0, maskable = self.queue.take_next(self.n_rows)
-        target = next_token_targets(x0, maskable, self.eos_id)
+        target = next_token_targets(x0, maskable, self.queue.stream.data.eos_id)
         self.target_fraction.copy_((target.sum(1) / maskable.sum(1)).mean())  # in place, for CUDA graphs
         # Gradients are averaged over ranks, not summed, so the weights are multiplied by n_ranks.
         return x0, x0, target_weights(target, sum_over_ranks(target.sum())) * self.queue.stream.n_ranks

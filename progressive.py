@@ -82,16 +82,15 @@ def reveal_next_stage(
         masked (bool [B, L]; undefined for finished rows), stage (int64 [B]) and finished (bool [B]).
     """
     n_maskable = maskable.sum(1)
-    n_revealed = n_maskable - masked.sum(1)
     stage = stage + 1
-    target = draw_target(stage, n_stages, n_maskable, generator)
     if redraw:
         masked = maskable  # all that is revealed now is drawn now
-        reveal = reveal_random(masked, target, generator)  # [B, L]
-    elif confidence is None:
-        reveal = reveal_random(masked, target - n_revealed, generator)  # [B, L]
+    n_revealed = n_maskable - masked.sum(1)
+    n_reveal = draw_target(stage, n_stages, n_maskable, generator) - n_revealed
+    if confidence is None:
+        reveal = reveal_random(masked, n_reveal, generator)  # [B, L]
     else:
-        reveal = reveal_top(confidence, masked, target - n_revealed)  # [B, L]
+        reveal = reveal_top(confidence, masked, n_reveal)  # [B, L]
     collapsed = torch.zeros_like(masked)
     if collapse_threshold is not None:
         collapsed = masked & ~reveal & (max_log_prob > math.log(collapse_threshold))
@@ -173,32 +172,28 @@ class PumaPool:
 
     def __init__(
         self,
+        settings: ProgressiveSettings,
         queue: RowQueue,
-        n_rows: int,
-        n_stages: int,
-        collapse_threshold: float | None,
-        generator: torch.Generator,
+        layout: BlockLayout,
         *,
-        n_segments: int = 1,
-        n_batches: int = 1,
-        redraw: bool = False,
+        n_rows: int,
+        generator: torch.Generator,
     ) -> None:
-        """Fill `n_batches` batches of `n_rows` rows from `queue`; `n_segments` must divide the length."""
-        self.queue, self.generator, self.n_segments, self.redraw = queue, generator, n_segments, redraw
-        self.n_rows, self.n_batches = n_rows, n_batches
-        self.n_stages, self.collapse_threshold = n_stages, collapse_threshold
+        """Fill the batches from `queue`, each with `n_rows` rows."""
+        self.settings, self.queue, self.layout, self.n_rows, self.generator = settings, queue, layout, n_rows, generator
+        self.n_stages, self.n_batches = settings.n_stages_at(0), settings.pool_batches
         device = generator.device
         batches = []
-        for _ in range(n_batches):
+        for _ in range(self.n_batches):
             batches.append(queue.take_next(n_rows))
             queue.top_up()  # the queue prefetches rows for one batch
         x0, maskable = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        n = n_batches * n_rows
-        spread = torch.arange(n, device=device) * n_stages // n
+        n = self.n_batches * n_rows
+        spread = torch.arange(n, device=device) * self.n_stages // n
         stage = spread[torch.randperm(n, generator=generator, device=device)]
         # One stage for all segments of a row. A row stays until its last segment has finished: with a stage for each
         # segment almost all rows would finish, and begin again, in the same updates, for good.
-        stage = stage[:, None].repeat(1, n_segments)
+        stage = stage[:, None].repeat(1, layout.n_blocks)
         self.rows = self._enter(x0, maskable, stage)
         self.turn, self.n_finished, self.n_finished_steps = (
             torch.zeros((), dtype=torch.long, device=device) for _ in range(3)
@@ -209,7 +204,7 @@ class PumaPool:
         if n_stages == self.n_stages:
             return
         self.n_stages = n_stages
-        n_maskable, n_masked = (self._segments(each).sum(1) for each in (self.rows.maskable, self.rows.masked))
+        n_maskable, n_masked = (self.layout.segments(each).sum(1) for each in (self.rows.maskable, self.rows.masked))
         stage = torch.where(n_masked > 0, stage_of(n_maskable - n_masked, n_maskable, n_stages), n_stages)
         self.rows.stage.copy_(stage.view_as(self.rows.stage))
 
@@ -272,22 +267,19 @@ class PumaPool:
         """Indices of the rows of the current batch, int64 [B]; on the device, so that a CUDA graph can capture it."""
         return self.turn * self.n_rows + torch.arange(self.n_rows, device=self.turn.device)
 
-    def _segments(self, values: Tensor) -> Tensor:
-        """Reshape rows ([n, L]) to one row per segment, [n * S, L / S]."""
-        return values.reshape(len(values) * self.n_segments, -1)
-
     def _reveal(self, rows: Rows, confidence: Tensor | None, max_log_prob: Tensor) -> tuple[Tensor, Tensor]:
         """Masks (bool [n, L]) and stages (int64 [n, S]) of rows one stage later; finished segments have no masks."""
+        segments = self.layout.segments
         masked, stage, finished = reveal_next_stage(
-            self._segments(rows.masked),
+            segments(rows.masked),
             rows.stage.flatten(),
-            self._segments(rows.maskable),
-            None if confidence is None else self._segments(confidence),
-            self._segments(max_log_prob),
+            segments(rows.maskable),
+            None if confidence is None else segments(confidence),
+            segments(max_log_prob),
             n_stages=self.n_stages,
-            collapse_threshold=self.collapse_threshold,
+            collapse_threshold=self.settings.collapse_threshold,
             generator=self.generator,
-            redraw=self.redraw,
+            redraw=self.settings.reveal_order == "redrawn",
         )
         masked, stage = masked & ~finished[:, None], stage.masked_fill(finished, self.n_stages)
         return masked.view_as(rows.masked), stage.view_as(rows.stage)
@@ -297,7 +289,7 @@ class PumaPool:
 
         Random positions are revealed up to the stage's target. Segments without maskable positions have finished.
         """
-        segments = self._segments(maskable)  # [n * S, L / S]
+        segments = self.layout.segments(maskable)  # [n * S, L / S]
         n_maskable = segments.sum(1)
         target = draw_target(stage.flatten(), self.n_stages, n_maskable, self.generator)
         masked = segments & ~reveal_random(segments, target, self.generator)
@@ -315,24 +307,14 @@ class PumaObjective(MaskedObjective):
         settings: ProgressiveSettings,
         queue: RowQueue,
         layout: BlockLayout,
-        mask_id: int,
         *,
         n_rows: int,
         micro_rows: int,
         generator: torch.Generator,
     ) -> None:
-        super().__init__(settings, queue, layout, mask_id, n_rows=n_rows, micro_rows=micro_rows, generator=generator)
+        super().__init__(settings, queue, layout, n_rows=n_rows, micro_rows=micro_rows, generator=generator)
         self.n_pool_rows = count_pool_rows(settings.uniform_fraction, n_rows, queue.stream.rank, queue.stream.n_ranks)
-        self.pool = PumaPool(
-            queue,
-            self.n_pool_rows,
-            settings.n_stages_at(0),
-            settings.collapse_threshold,
-            generator,
-            n_segments=layout.n_blocks,
-            n_batches=settings.pool_batches,
-            redraw=settings.reveal_order == "redrawn",
-        )
+        self.pool = PumaPool(settings, queue, layout, n_rows=self.n_pool_rows, generator=generator)
         match settings.reveal_order:
             case "random" | "redrawn":
                 self.by_confidence = False

@@ -104,7 +104,6 @@ class MaskedObjective(Objective):
     Args:
         settings: of the objective.
         layout: the blocks of a row.
-        mask_id: the mask token.
         queue, n_rows, micro_rows, generator: as in `Objective`; the masks are random.
     """
 
@@ -115,14 +114,13 @@ class MaskedObjective(Objective):
         settings: ObjectiveSettings,
         queue: RowQueue,
         layout: BlockLayout,
-        mask_id: int,
         *,
         n_rows: int,
         micro_rows: int,
         generator: torch.Generator,
     ) -> None:
         super().__init__(queue, n_rows=n_rows, micro_rows=micro_rows, generator=generator)
-        self.settings, self.layout, self.mask_id = settings, layout, mask_id
+        self.settings, self.layout, self.mask_id = settings, layout, queue.stream.data.mask_id
         # Of the last batch. Changed in place, since a CUDA graph uses the same memory at every step.
         self.masked_fraction = torch.zeros((), device=generator.device)
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from base.memory import check_memory
 from base.text import escape, shorten
 
 MAX_MESSAGE = 300  # characters of a line
@@ -129,12 +128,16 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def check_archive(path: Path, max_growth: int) -> None:
-    """Raise ValueError or BadZipFile unless `path` is a zip archive that claims at most `max_growth` times its size."""
+def check_archive(path: Path, max_growth: int) -> int:
+    """The bytes that the content of a zip archive claims to have.
+
+    Raises:
+        ValueError, BadZipFile: `path` is no zip archive, or claims more than `max_growth` times its size.
+    """
     check_file(path)
     with zipfile.ZipFile(path) as archive:
         n_claimed = sum(info.file_size for info in archive.infolist())
     n_bytes = path.stat().st_size
     if n_claimed > max_growth * n_bytes + ARCHIVE_SLACK:
         raise ValueError(f"it claims to hold {n_claimed:,} bytes in {n_bytes:,}")
-    check_memory(n_claimed, "its content")
+    return n_claimed

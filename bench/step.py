@@ -38,7 +38,7 @@ def build(options: Namespace) -> Benchmark:
         if options.only in (None, dense):
             paths[dense] = dense_step(each, trainer(), SequenceStream(data, each.training.seed))
         if options.only in (None, ours):
-            objective = build_objective(each.objective, each.training, stream, each.mask_id, device)
+            objective = build_objective(each.objective, each.training, stream, device)
             paths[ours] = _our_step(replace(run(), config=each, objective=objective), n_scored)
         cases.append(_case(each, data.length, n_scored))
 

@@ -408,7 +408,7 @@ def _open_npy(path: Path) -> np.ndarray:
 
 def _read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Arrays of a .npz file by name; none is allocated that is larger than what the archive holds of it."""
-    check_archive(path, MAX_COMPRESSION)
+    check_memory(check_archive(path, MAX_COMPRESSION), "its content")
     with zipfile.ZipFile(path) as archive:
         present = {name.removesuffix(".npy") for name in archive.namelist()}
         if missing := set(names) - present:

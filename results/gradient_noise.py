@@ -181,7 +181,7 @@ def collect(run_dir: Path, n_updates: int, records_file: Path) -> None:
     model.load_weights(checkpoint.weights("model") or {})
     dtype, series = autocast_dtype(training.precision, world.device), []
     for label, each in variants(n_stages, settings).items():
-        objective = build_objective(each, training, SequenceStream(train, training.seed), train.mask_id, world.device)
+        objective = build_objective(each, training, SequenceStream(train, training.seed), world.device)
         # At most K visits of each row, and once more: the first rows enter a pool that is not yet in its steady state.
         n_before = 2 * n_stages * each.pool_batches if isinstance(each, ProgressiveSettings) else 0
         found = correlations(centre(gradients(model, objective, checkpoint.step, dtype, n_updates, n_before)))

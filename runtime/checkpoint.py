@@ -33,7 +33,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from base.files import WriteError, reported, sync, write_text
-from base.memory import TooLittleMemory
+from base.memory import TooLittleMemory, check_memory
 from base.reading import MAX_INTEGER, BadInput, check_archive, read_json, reading
 from config import Config
 from data.hashes import hash_file
@@ -103,7 +103,9 @@ class Checkpoint:
         """
         file = self.path / f"{name}.pt"
         with reading_checkpoint(self.path, file.name):
-            check_archive(file, max_growth=1)
+            n_bytes = check_archive(file, max_growth=1)
+            if not mapped:
+                check_memory(n_bytes, "its content")
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
             return state
 

@@ -183,7 +183,7 @@ for elbo in False, True:
         queue = RowQueue(SequenceStream(data, 0), 20_000, torch.device("cpu"))
         settings, generator = CosineSettings(name="cosine", elbo=elbo), torch.Generator().manual_seed(0)
         objective = CosineObjective(
-            settings, queue, BlockLayout(10, size, "prefix"), 26, n_rows=20_000, micro_rows=20_000, generator=generator
+            settings, queue, BlockLayout(10, size, "prefix"), n_rows=20_000, micro_rows=20_000, generator=generator
         )
         xt, x0, weight = objective.draw(0)
         assert weight.dtype == torch.float32 and bool((xt[weight == 0] == x0[weight == 0]).all())

@@ -80,7 +80,7 @@ def make_objective(batch_size: int, micro_rows: int, rank: int = 0, n_ranks: int
     data = CountingRows()
     n_rows = batch_size // n_ranks
     queue = RowQueue(SequenceStream(data, seed=3, rank=rank, n_ranks=n_ranks), n_rows, CPU)
-    return AutoregressiveObjective(queue, data.eos_id, n_rows=n_rows, micro_rows=micro_rows)
+    return AutoregressiveObjective(queue, n_rows=n_rows, micro_rows=micro_rows)
 
 
 def gradients(model: Transformer, objectives: list[AutoregressiveObjective]) -> tuple[float, list[Tensor]]:

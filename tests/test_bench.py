@@ -19,11 +19,12 @@ from bench.head import NAMES, random_problem, run_head
 from bench.inputs import random_rows, read_inputs
 from bench.measure import Interval, kernel_report, time_in_turn
 from bench.step import arithmetic
-from config import Config, SamplingRule
+from config import Config, PumaSettings, SamplingRule
 from data.row_queue import RowQueue
 from data.stream import SequenceStream
 from model.transformer import build_model
 from progressive import PumaPool, draw_target
+from progressive_block import block_layout
 from runtime.config_file import read_config
 from runtime.distributed import World
 from samplers.full import sample_full
@@ -253,7 +254,8 @@ def test_loss_and_gradients_are_the_same(shifted):
 def test_the_pool_advances_alike(tau):
     n_rows, n_stages = 24, 5
     queue = RowQueue(SequenceStream(numbered_rows(200, length=20), 0), n_rows, CPU)
-    ours = PumaPool(queue, n_rows, n_stages, tau, random_generator(0))
+    settings = PumaSettings(name="puma", n_stages=n_stages, collapse_threshold=tau)
+    ours = PumaPool(settings, queue, block_layout(settings, 20), n_rows=n_rows, generator=random_generator(0))
     for step in range(4):
         confidence = random_log_probs(ours.rows.x0.shape, seed=step)
         twin = random_generator(0)  # draws what the pool is about to draw

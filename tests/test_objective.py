@@ -54,7 +54,7 @@ def make_objective(
         batch_size=batch_size, micro_batch_size=micro_batch_size, learning_rate=1e-3, max_steps=1, seed=seed
     )
     stream = SequenceStream(data, seed, rank, n_ranks)
-    return build_objective(chosen, training, stream, data.mask_id, torch.device(device))
+    return build_objective(chosen, training, stream, torch.device(device))
 
 
 def run_step(objective: Objective, step: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from config import PumaSettings
 from data.row_queue import RowQueue
 from data.stream import SequenceStream
 from progressive import PumaPool, Rows, draw_target, reveal_next_stage, stage_of
+from progressive_block import BlockLayout
 
 SEEDS = st.integers(0, 2**32)
 STAGES = st.integers(1, 12)
@@ -39,15 +41,12 @@ def make_pool(
 ) -> PumaPool:
     """A pool over numbered rows."""
     queue = RowQueue(SequenceStream(data or numbered_rows(23, 12, seed), seed), n_rows, torch.device("cpu"))
-    return PumaPool(
-        queue,
-        n_rows,
-        n_stages,
-        collapse_threshold,
-        random_generator(seed + 1),
-        n_segments=n_segments,
-        n_batches=n_batches,
+    settings = PumaSettings(
+        name="puma", n_stages=n_stages, collapse_threshold=collapse_threshold, pool_batches=n_batches
     )
+    length = queue.stream.data.length
+    layout = BlockLayout(length, length // n_segments, "prefix")
+    return PumaPool(settings, queue, layout, n_rows=n_rows, generator=random_generator(seed + 1))
 
 
 def random_confidences(masked: Tensor, seed: int, order: str) -> tuple[Tensor | None, Tensor]:
@@ -335,10 +334,10 @@ def assert_transitions_of_the_oracle(
     pool: PumaPool, before: Rows, after: Rows, confidence: Tensor | None, max_log_prob: Tensor
 ) -> None:
     """What an update may make of a batch of the pool, given what it observed ([B, L]) at its masked positions."""
-    n_segments, n_stages = pool.n_segments, pool.n_stages
+    n_segments, n_stages = pool.layout.n_blocks, pool.n_stages
     if confidence is None:
         left = after.masked & (after.age > 0)[:, None]
-        confidence = outcome(before.masked & ~left, max_log_prob, pool.collapse_threshold)
+        confidence = outcome(before.masked & ~left, max_log_prob, pool.settings.collapse_threshold)
     for row, stayed in enumerate((after.age > 0).tolist()):
         possible = possible_transitions(
             before.masked[row].view(n_segments, -1),
@@ -347,7 +346,7 @@ def assert_transitions_of_the_oracle(
             confidence[row].view(n_segments, -1),
             max_log_prob[row].view(n_segments, -1),
             n_stages,
-            pool.collapse_threshold,
+            pool.settings.collapse_threshold,
         )
         if not stayed:
             assert all(any(transition.finished for transition in segment) for segment in possible)

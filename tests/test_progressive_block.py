@@ -64,7 +64,7 @@ def build(
     settings: AnyObjectiveSettings, n_rows: int = 10, data: Rows | None = None, micro_batch_size: int | None = None
 ) -> Objective:
     trained = TrainingSettings(batch_size=n_rows, micro_batch_size=micro_batch_size, learning_rate=1.0, max_steps=1)
-    return build_objective(settings, trained, SequenceStream(data or Rows(), 0), MASK, CPU)
+    return build_objective(settings, trained, SequenceStream(data or Rows(), 0), CPU)
 
 
 def puma(layout: BlockAttention = "prefix", size: int = BLOCK, **changes: Any) -> BlockPumaSettings:

@@ -39,10 +39,7 @@ def ranks_of(settings: dict[str, Any], data: NumberedRows, n_ranks: int) -> list
     """One objective for each rank, as the training command builds them."""
     training = TrainingSettings(batch_size=BATCH_SIZE, learning_rate=1.0, max_steps=1)
     parsed = TypeAdapter(AnyObjectiveSettings).validate_python(settings)
-    return [
-        build_objective(parsed, training, SequenceStream(data, 0, rank, n_ranks), data.mask_id, CPU)
-        for rank in range(n_ranks)
-    ]
+    return [build_objective(parsed, training, SequenceStream(data, 0, rank, n_ranks), CPU) for rank in range(n_ranks)]
 
 
 def run_step(objective: Any, seed: int) -> list[int]:

@@ -130,7 +130,7 @@ def test_settings_without_an_objective_are_refused(data_dir: Path, tmp_path: Pat
     for base, own in ((ObjectiveSettings, {}), (UniformSettings, {}), (PumaSettings, {"n_stages": 4})):
         new = type("NewSettings", (base,), {"__annotations__": {"name": Literal["new"]}})
         with pytest.raises(NotImplementedError, match="'new' has no branch in build_objective"):
-            build_objective(new(name="new", **own), built.config.training, stream, built.config.mask_id, CPU)
+            build_objective(new(name="new", **own), built.config.training, stream, CPU)
 
 
 @pytest.mark.parametrize("objective", [{"name": "puma", "n_stages": 4}, {"name": "uniform"}])

@@ -102,7 +102,7 @@ def build_run(config: Config, world: World, run_dir: Path, train: SequenceData, 
     # First what is checked quickly: models take long to load.
     n_steps = count_steps(training, len(train))
     stream = SequenceStream(train, training.seed, world.rank, world.n_ranks)
-    objective = build_objective(config.objective, training, stream, train.mask_id, world.device)
+    objective = build_objective(config.objective, training, stream, world.device)
     sharded = training.parallel == "fsdp" and world.n_ranks > 1
     if sharded:
         # The full parameters may not fit on a device, nor in host memory once for each process.
@@ -170,7 +170,6 @@ def build_objective(
     settings: AnyObjectiveSettings,
     training: TrainingSettings,
     stream: SequenceStream,
-    mask_id: int,
     device: torch.device,
 ) -> Objective:
     """The objective that the settings name, on the rank of `stream`.
@@ -199,13 +198,13 @@ def build_objective(
     rows = {"n_rows": n_rows, "micro_rows": micro_rows}
     # By name, not by class: settings that derive from another objective's must not train that objective.
     if settings.name == "autoregressive":
-        return AutoregressiveObjective(queue, stream.data.eos_id, **rows)
+        return AutoregressiveObjective(queue, **rows)
     generator = torch.Generator(device).manual_seed(rank_seed(training.seed, stream.rank))
     layout = block_layout(settings, stream.data.length)
     if settings.name in ("puma", "block_puma"):
-        return PumaObjective(settings, queue, layout, mask_id, **rows, generator=generator)
+        return PumaObjective(settings, queue, layout, **rows, generator=generator)
     if settings.name in ("uniform", "block_uniform"):
-        return UniformObjective(settings, queue, layout, mask_id, **rows, generator=generator)
+        return UniformObjective(settings, queue, layout, **rows, generator=generator)
     raise NotImplementedError(f"objective.name {settings.name!r} has no branch in build_objective of training/run.py")
 
 

@@ -143,7 +143,7 @@ def build_or_restore(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
                 stacklevel=2,
             )
         warn_about_steps(run)
-        run.session.data_warnings = warn_about(data)
+        run.session.data_warnings = show_data_warnings(data)
         say(start_message(run))
     return run, data
 
@@ -181,14 +181,14 @@ def open_data(config: Config, resumed: Path | None = None) -> DataSet:
         ValueError: the run starts from weights whose tokenizer is not known.
     """
     data: DataSettings = config.data
-    if resumed is None and config.model.init_from is not None:
-        data = initial_data(config)
-    elif resumed is not None:
+    if resumed is not None:
         data = data.in_run(resumed)
+    elif config.model.init_from is not None:
+        data = initial_data(config)
     return data.open(config.model.vocab_size)
 
 
-def warn_about(data: DataSet) -> list[str]:
+def show_data_warnings(data: DataSet) -> list[str]:
     """Show the warnings about the data, and return them."""
     found = list(data.warnings())
     for warning in found:
@@ -384,7 +384,7 @@ def write_result(run: Run, model: Transformer, data: DataSet, evaluation: Evalua
         }
         write_text(run.run_dir / FINAL_FILE, json.dumps(final, indent=1) + "\n")
     run.session.write("complete", run.step)
-    with warned_about(run.run_dir / TRACES_FILE):
+    with failure_warns(run.run_dir / TRACES_FILE):
         write_traces(trace_answers(run, model, data, evaluation), run.run_dir / TRACES_FILE)
     pictures, page = draw(run.run_dir)
     figures = ("accuracy", "n", "nfe", "train_seconds", "steps")
@@ -397,16 +397,16 @@ def draw(run_dir: Path) -> tuple[dict[str, Path], Path | None]:
     pictures, page = {}, None
     for axis in RUN_AXES:
         picture = run_dir / f"curves_{axis}.png"
-        with warned_about(picture):
+        with failure_warns(picture):
             draw_curves([run_dir], axis, picture)
             pictures[f"curves/{axis}"] = picture
-    with warned_about(run_dir / PAGE_FILE):
+    with failure_warns(run_dir / PAGE_FILE):
         page = write_page(run_dir)
     return pictures, page
 
 
 @contextmanager
-def warned_about(path: Path) -> Iterator[None]:
+def failure_warns(path: Path) -> Iterator[None]:
     """A file that the run can do without: what goes wrong with it gives a warning."""
     try:
         yield
@@ -475,7 +475,7 @@ def prepare_data(config: Config) -> None:
         fetch_initial_weights(config.model.init_from)
     say(f"data: {escape(config.data.describe())}")
     data = open_data(config).load(train=True)
-    warn_about(data)
+    show_data_warnings(data)
     say(f"ready: {len(data.train):,} training sequences, {data.n_questions:,} {data.question_noun} of the test")
 
 

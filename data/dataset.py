@@ -335,8 +335,17 @@ class DataSet(ABC):
         return ()
 
     def load(self, *, train: bool) -> DataSet:
-        """Read what evaluation needs and, if asked, the training rows. The first call may generate or download data."""
-        _ = self.validation, self.n_questions
+        """Read what evaluation needs and, if asked, the training rows. The first call may generate or download data.
+
+        Raises:
+            ValueError: the rows cannot be read, or end in another token than `eos_id` says.
+        """
+        validation, _ = self.validation, self.n_questions
+        if validation.eos_id != self.eos_id:
+            raise ValueError(
+                f"{type(self).__name__}.eos_id is {self.eos_id}, but the rows of the validation have eos_id "
+                f"{validation.eos_id}: they must be equal, since answers end there"
+            )
         if train:
             _ = self.train
         return self

@@ -125,7 +125,7 @@ def measure_rule(
 ) -> RuleMeasurement:
     """Sample by one rule and judge the answers. Raises ValueError for figures that are none, see `check_figures`."""
     data, n_examples = test.data, test.n_examples
-    sampler = build_sampler(config, data.validation.eos_id)
+    sampler = build_sampler(config, data.eos_id)
     names = (*data.figures, *data.numbers)
     sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=world.device)
     samples: dict[int, dict[str, Any]] = {}

@@ -55,7 +55,7 @@ NOT_SHAPE = {"vocab_size", "tie_word_embeddings", "learned_positions", "causal",
 class Pretrained:
     """Weights of a trained model."""
 
-    source: str  # for messages; `eval.sweep` records it
+    source: str  # for messages
     settings: ModelSettings
     shifted: bool  # a position predicts the next token
     weights: dict[str, Tensor]  # by Hugging Face's names
@@ -67,7 +67,7 @@ class LoadedModel:
 
     model: Transformer
     config: Config
-    source: str  # for messages; `eval.sweep` records it
+    source: str  # for messages and records
     step: int | None  # of the checkpoint; None for a folder written by this file
 
 

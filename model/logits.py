@@ -175,9 +175,7 @@ def _score_in_tiles(
     for start, rows in zip(range(0, len(matrix), TILE_TOKENS), matrix.split(TILE_TOKENS), strict=True):
         tile = buffer[:, start : start + TILE_TOKENS]  # [n, v]
         write_logits(states, rows, tile)
-        column = target - start
-        inside = (column >= 0) & (column < len(rows))
-        own = torch.where(inside, tile.gather(1, column.clamp(0, len(rows) - 1)[:, None]).squeeze(1), own)
+        own = take_own(tile, start, target, own)
         maxima.append(tile.amax(dim=1))
         sums.append(tile.sub_(maxima[-1][:, None]).exp_().sum(dim=1))
     largest, total, scale = combine_tiles(torch.stack(maxima), torch.stack(sums))
@@ -203,6 +201,19 @@ def write_logits(states: Tensor, rows: Tensor, out: Tensor) -> None:
         torch.mm(states, rows.t(), out=out)
     else:
         out.copy_(plain_matmul(states, rows.t()))
+
+
+def take_own(tile: Tensor, start: int, tokens: Tensor, before: Tensor) -> Tensor:
+    """`before` [n], with the logits of those of `tokens` that are in a tile.
+
+    Args:
+        tile: [n, v], logits of the tokens from `start` on.
+        tokens: int64 [n], one for each position.
+    """
+    column = tokens - start
+    inside = (column >= 0) & (column < tile.shape[1])
+    own = tile.gather(1, column.clamp(0, tile.shape[1] - 1)[:, None]).squeeze(1)
+    return torch.where(inside, own, before)
 
 
 def combine_tiles(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfidence
-from model.logits import combine_tiles, compute_dtype, product_matrix, tile_shape, write_logits
+from model.logits import combine_tiles, compute_dtype, product_matrix, take_own, tile_shape, write_logits
 
 # Logit of the banned token: its probability is 0, and being finite it gives 0 * logit = 0.
 BANNED_LOGIT = -1e30
@@ -29,7 +29,6 @@ class TokenPredictions(NamedTuple):
     candidate_log_probs: Tensor | None = None  # float32 [N, k]
     current_log_prob: Tensor | None = None  # float32 [N], of the tokens `current`
     kl: Tensor | None = None  # float32 [N], divergence from the distribution of the states `previous`, in nats
-    hidden: Tensor | None = None  # [N, D], the states that the predictions are made from
 
     def confidence(self, rule: ModelConfidence) -> Tensor:
         """The confidence by a rule, float32 [N]; higher is more confident."""
@@ -91,7 +90,7 @@ def predict_tokens(
             )
         )
     columns: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True)]
-    return TokenPredictions(*columns)._replace(hidden=hidden)
+    return TokenPredictions(*columns)
 
 
 class _TileSummary(NamedTuple):
@@ -132,10 +131,7 @@ def _predict_chunk(
         logits = buffer[: len(states), : len(rows)]  # [n, v]
         _write_allowed_logits(states, rows, banned - start, vocab_size - start, logits)
         if current is not None:
-            column = current - start
-            inside = (column >= 0) & (column < len(rows))
-            own = logits.gather(1, column.clamp(0, len(rows) - 1)[:, None]).squeeze(1)
-            current_logit = torch.where(inside, own, current_logit)
+            current_logit = take_own(logits, start, current, current_logit)
         if n_candidates:
             top = logits.topk(min(n_candidates, len(rows)), dim=1)
             top_tokens.append(top.indices + start)

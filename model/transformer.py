@@ -24,7 +24,6 @@ from base.memory import check_memory
 from config import Config, ModelConfidence, ModelSettings
 from model.attention import Attention, KeyValueCache, rotary_tables
 from model.block_mask import decoding_mask, noisy_and_clean, training_mask
-from model.token_predictions import TokenPredictions, predict_tokens
 from model.token_scores import TokenScores, score_tokens, scored_positions
 
 # As in Qwen2. The published PUMA code has wider initial weights, which slow down the first thousands of steps.
@@ -242,44 +241,19 @@ class Transformer(nn.Module):
         compiled = self.training and self.model.compiled is not None
         return score_tokens(hidden, self.lm_head.weight, x0, weight, scored, compiled, confidence)
 
-    def predict(
-        self,
-        xt: Tensor,
-        positions: Tensor,
-        banned: int,
-        *,
-        temperature: float = 0.0,
-        noise_key: Tensor | None = None,
-        n_candidates: int = 0,
-        current: Tensor | None = None,
-        previous: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-    ) -> TokenPredictions:
-        """Best token and its confidence at `positions` (bool [B, L]); see `predict_tokens` for the rest.
-
-        Args:
-            cache: keys and values of the positions before xt; see `KeyValueCache`.
-        """
-        return predict_tokens(
-            self._decode(xt, cache)[positions],
-            self.lm_head.weight,
-            banned,
-            temperature=temperature,
-            noise_key=noise_key,
-            n_candidates=n_candidates,
-            current=current,
-            previous=previous,
-        )
-
     def predicted_logits(self, xt: Tensor) -> Tensor:
         """Logits [B, L, V] of the token at each position of xt (int64 [B, L]), as samplers see it; for analysis.
 
         Samplers also give the mask token probability 0, and run under autocast (`training.precision`).
         """
-        return self.lm_head(self._decode(xt))
+        return self.lm_head(self.hidden_states(xt))
 
-    def _decode(self, xt: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Hidden states [B, L, D] from which the tokens at the positions of xt are predicted."""
+    def hidden_states(self, xt: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Hidden states [B, L, D] from which the tokens at the positions of xt (int64 [B, L]) are predicted.
+
+        Args:
+            cache: keys and values of the positions before xt; see `KeyValueCache`.
+        """
         mask = None
         if self.block_size is not None:
             n_past = cache.length if cache is not None else 0

@@ -31,7 +31,7 @@ from base.files import check_out
 from base.text import escape
 from runtime.config_file import read_config, setting_name
 from runtime.figures import COLORS, LINES, MARKERS, plain_label, save_figure, set_grid, set_log_axis
-from runtime.history import read_history
+from runtime.history import commit_name, read_history
 from runtime.markdown import markdown_table
 from runtime.metrics import HEADLINE, METRICS_FILE, read_metrics
 
@@ -457,7 +457,7 @@ def _warn_of_mixtures(found: dict[Path, tuple[str, int | None]], lines: dict[Pat
                 stacklevel=2,
             )
         elif same_seed != run_dir:
-            codes = [_code(each) for each in (same_seed, run_dir)]
+            codes = [commit_name((read_history(each) or [{}])[-1]) for each in (same_seed, run_dir)]
             of_codes = "" if codes[0] == codes[1] else f", and of different code (commits {' and '.join(codes)})"
             remedy = "" if by == "folder" else "; --by folder tells runs apart by the names of their folders"
             warnings.warn(
@@ -485,12 +485,6 @@ def _seedless(run_dir: Path) -> str:
     folder = Path(os.path.abspath(run_dir))
     name = re.sub(SEED, "", folder.name)
     return str(folder.parent / name if name else folder.parent)
-
-
-def _code(run_dir: Path) -> str:
-    """The commit of a run's last session, and whether files had been changed since."""
-    last = (read_history(run_dir) or [{}])[-1]
-    return f"{str(last.get('commit') or 'unknown')[:10]}{' with changes' if last.get('modified') else ''}"
 
 
 def _setting(run_dir: Path) -> tuple[str, int | None]:

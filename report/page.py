@@ -12,7 +12,6 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from html import escape as escape_html
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import numpy as np
 
 from base.commands import CommandParser, ends_with_message
 from base.files import check_out, write_text
-from base.reading import parse_object, read_lines, reading
 from base.text import escape, shorten
 from config import Config
 from data.sudoku import BOX_SHAPE, find_repeats
@@ -32,7 +30,7 @@ from runtime.config_file import parse_config, read_sections
 from runtime.figures import COLORS, set_grid
 from runtime.final import Final, load_final, rule_in_words
 from runtime.history import read_history
-from runtime.metrics import read_metrics, samples_files
+from runtime.metrics import read_metrics, read_samples, samples_files
 
 PAGE_FILE = "report.html"
 TRACES_FILE = "traces.json"
@@ -267,11 +265,7 @@ def _samples(run_dir: Path, final: Final | None, *, on_boards: bool) -> Iterator
     if not steps:
         return
     step = max(steps)
-    samples = []
-    with reading(f"{steps[step]}", "delete it; only the samples are lost"):
-        for _, line in read_lines(steps[step]):
-            with suppress(ValueError, RecursionError):  # cut short by a full disk, or damaged
-                samples.append(parse_object(line))
+    samples = read_samples(run_dir, step)
     if not samples:
         return
 

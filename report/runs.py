@@ -152,9 +152,7 @@ def table(runs: list[RunSummary], folder: Path) -> str:
         if run.accuracy is not None:
             best = f"{100 * run.accuracy:.1f}% at {run.accuracy_step:,}"
         name = os.path.relpath(run.run, folder) if Path(run.run) != folder else run.run
-        data = run.data or ""
-        data = data if len(data) <= MAX_DATA else f"{data[: MAX_DATA - 3]}..."
-        rows.append((name, run.state, run.objective or "", data, steps, best))
+        rows.append((name, run.state, run.objective or "", shorten(run.data or "", MAX_DATA), steps, best))
     shown = [[escape(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]

@@ -203,8 +203,9 @@ def save_checkpoint(
     """Write a checkpoint; every rank calls this.
 
     Args:
-        weights: `{"model": tensors, "ema": tensors}`, `ema` only where there is one; the same on all ranks.
-        train_state: state that is equal on all ranks, saved once.
+        weights: `{"model": tensors, "ema": tensors}`, `ema` only where there is one. Those of the main process are
+            saved, the tensors of others may be empty.
+        train_state: that of the main process is saved.
         rank_state: state of this rank.
         score: selects the best checkpoint, higher is better.
 
@@ -447,8 +448,7 @@ def _save_state(path: Path, state: dict[str, Any]) -> tuple[str, dict[str, Any]]
 
 def _seal(path: Path) -> tuple[str, dict[str, Any]]:
     """Sync a file to disk; returns its name and manifest entry."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    sync(path)
     return path.name, {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 

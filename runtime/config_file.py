@@ -253,6 +253,11 @@ def _literal(model: type[BaseModel], field: str) -> tuple[str, ...]:
     return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
+def _tags(model: type[BaseModel]) -> tuple[str, ...]:
+    """What `name` or `dataset` may be in settings of this class; none if it has neither."""
+    return (*_literal(model, "name"), *_literal(model, "dataset"))
+
+
 def _models_of(section: str) -> list[type[BaseModel]]:
     """The classes of a section; none if there is no such section."""
     return [model for name, models in _sections() if name == section for model in models]
@@ -270,12 +275,9 @@ def _known_keys(location: list[str]) -> Iterator[str]:
     if not location:
         yield from Config.model_fields
         return
-    for name, models in _sections():
-        if name == location[0]:
-            for model in models:
-                tags = (*_literal(model, "name"), *_literal(model, "dataset"))
-                if len(location) == 1 or location[1] in tags:
-                    yield from model.model_fields
+    for model in _models_of(location[0]):
+        if len(location) == 1 or location[1] in _tags(model):
+            yield from model.model_fields
 
 
 def settings_table() -> str:
@@ -283,8 +285,8 @@ def settings_table() -> str:
     rows = []
     for section, models in _sections():
         for model in models:
-            tag = (*_literal(model, "name"), *_literal(model, "dataset"))
-            label = f"{section} ({tag[0]})" if tag else section
+            tags = _tags(model)
+            label = f"{section} ({tags[0]})" if tags else section
             for key, field in model.model_fields.items():
                 if field.description is None:  # the tag itself
                     continue

@@ -68,7 +68,10 @@ class Recorder:
         tensorboard = _start_tensorboard(run_dir) if config.training.tensorboard else None
         self._services: dict[str, Any] = {"wandb": wandb, "TensorBoard": tensorboard}  # None: off
         for row in kept if wandb is not None or tensorboard is not None else ():
-            self._send(row, _read_samples(run_dir, row["step"]))
+            samples: list[dict[str, Any]] = []
+            with suppress(BadInput):
+                samples = read_samples(run_dir, row["step"])
+            self._send(row, samples)
 
     def write(self, values: dict[str, Any], samples: Sequence[dict[str, Any]] = ()) -> None:
         """Append one row, without values that are not finite, and write sampled answers to `samples_<step>.jsonl`.
@@ -182,13 +185,9 @@ def samples_files(run_dir: Path) -> dict[int, Path]:
     return {int(number): path for path, number in numbers.items() if number.isdecimal()}
 
 
-def _read_samples(run_dir: Path, step: int) -> list[dict[str, Any]]:
-    """The answers sampled at a step; none if they cannot be read."""
-    path = _samples_file(run_dir, step)
-    if path.exists():
-        with suppress(BadInput), reading(f"{path}", "delete it"):
-            return [parse_object(line) for _, line in read_lines(path)]
-    return []
+def read_samples(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    """The answers sampled at a step. Raises as `read_rows`."""
+    return list(read_rows(_samples_file(run_dir, step), "delete it; only the samples are lost"))
 
 
 def _wandb_media(row: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -213,18 +212,25 @@ def _histogram(counts: list[float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a run's metrics.jsonl; none without one. Lines that hold no row are left out."""
-    path = run_dir / METRICS_FILE
+    """Rows of a run's metrics.jsonl; none without one. Raises as `read_rows`."""
+    return (row for row in read_rows(run_dir / METRICS_FILE, "move it away") if type(row.get("step")) is int)
+
+
+def read_rows(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
+    """The objects in a .jsonl file that a run writes; none without the file. Other lines are left out.
+
+    Raises:
+        BadInput: the file cannot be read; says what to do.
+    """
     if not path.exists():
         return
-    with reading(f"{path}", "move it away"):
+    with reading(f"{path}", remedy):
         for _, line in read_lines(path):
             try:
                 row = parse_object(line)
             except (ValueError, RecursionError):  # cut short by a kill or a full disk, or damaged
                 continue
-            if type(row.get("step")) is int:
-                yield row
+            yield row
 
 
 def reduce_metrics(metrics: dict[str, Tensor], world: World) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def learning_rate(step: int, settings: TrainingSettings, n_steps: int) -> float:
         return settings.learning_rate * (step / warmup_steps)
     start = decay_start(settings, n_steps)
     progress = max(0, step - start) / max(1, n_steps - start)
-    return settings.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def decay_start(settings: TrainingSettings, n_steps: int) -> int:

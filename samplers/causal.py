@@ -56,7 +56,7 @@ def sample_causal(
         raise ValueError(f"row {row} has no prompt: a causal model needs at least one given token at the start")
     filling = Filling(xt, mask_id, rule, seed=seed, row_ids=row_ids, record=record)
     tokens, order, nfe, keys = filling.tokens, filling.order, filling.nfe, filling.keys
-    active = (tokens == mask_id).any(1).nonzero().squeeze(1)  # [b]
+    active = filling.unfinished(0, xt.shape[1])  # [b]
     cache = model.model.empty_cache(len(active), xt.shape[1])
     while len(active):
         before_pass()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from config import SamplingRule
 from model.attention import KeyValueCache
-from model.token_predictions import TokenPredictions, mix_keys
+from model.token_predictions import TokenPredictions, mix_keys, predict_tokens
 from model.transformer import Transformer
 from samplers.rules import RuleInput, choose, draws_numbers
 
@@ -123,20 +123,19 @@ class Filling:
         if rule.kl_bound is not None and self._states is None:
             self._states = torch.zeros(*self.tokens.shape, model.lm_head.weight.shape[1], device=tokens.device)
         states, positions = self._states, (rows[where[0]], start + where[1])
-        predicted = model.predict(
-            self.tokens[rows, begin:end],
-            F.pad(wanted, (start - begin, 0)),
+        hidden = model.hidden_states(self.tokens[rows, begin:end], cache)[F.pad(wanted, (start - begin, 0))]  # [N, D]
+        predicted = predict_tokens(
+            hidden,
+            model.lm_head.weight,
             self.mask_id,
             temperature=rule.temperature,
             noise_key=keys[where] if keys is not None else None,
             n_candidates=self.n_candidates,
             current=tokens[where] if rule.revise == "plan" else None,
             previous=states[positions] if states is not None else None,  # [N, D]
-            cache=cache,
         )
         if states is not None:
-            assert predicted.hidden is not None
-            states[positions] = predicted.hidden.to(states.dtype)
+            states[positions] = hidden.to(states.dtype)
         predicted = scatter_predictions(predicted, where, masked.shape)  # [b, W]
         written, remasked, memory = choose(
             rule, RuleInput(masked, maskable, predicted, keys, memory=self._memory[rows, span], number=number)
@@ -197,7 +196,7 @@ def scatter_predictions(
     """Predictions at N positions as tensors [b, W], and candidates [b, W, k]: -1 and -inf where nothing is predicted.
 
     Args:
-        predicted: at N positions; its states are left out.
+        predicted: at N positions.
         where: the rows and columns of these positions, int64 [N] each, as `nonzero` gives them.
         shape: (b, W).
     """
@@ -206,5 +205,5 @@ def scatter_predictions(
         empty = -torch.inf if values.is_floating_point() else -1
         return values.new_full((*shape, *values.shape[1:]), empty).index_put_(where, values)
 
-    columns: list[Any] = [None if each is None else scatter(each) for each in predicted._replace(hidden=None)]
+    columns: list[Any] = [None if each is None else scatter(each) for each in predicted]
     return TokenPredictions(*columns)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.addition import Addition, AdditionSettings
 from data.dataset import ArrayData
 from data.stream import SequenceStream, changed_sources, fingerprint, merge_streams
 
@@ -229,3 +230,12 @@ def test_four_two_one_and_four_ranks_draw_each_epoch_in_the_same_order():
         state = merge_streams([stream.state_dict() for stream in ranks])
         assert state["left_behind"] == []
     assert drawn == draw(streams(50, 1)[0], 160)
+
+
+def test_rows_that_end_in_another_token_than_the_data_set_says_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation and `sampling.py` would end answers at different places."""
+    data = AdditionSettings(dataset="addition", n_test=10).open(20)
+    data.load(train=False)
+    monkeypatch.setattr(Addition, "eos_id", 3)
+    with pytest.raises(ValueError, match=r"Addition.eos_id is 3, but the rows of the validation have eos_id None"):
+        data.load(train=False)

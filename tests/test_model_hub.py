@@ -25,6 +25,7 @@ from data.text import load_tokenizer
 from data.word_problems import generate_problems
 from model import hub
 from model.hub import fit_vocabulary, load_initial_weights, load_model, read_qwen2
+from model.token_predictions import predict_tokens
 from model.transformer import POSITIONS, Transformer, build_model
 from runtime.checkpoint import find_checkpoint, open_checkpoint
 from runtime.config_file import flatten, parse_config, read_config
@@ -103,11 +104,10 @@ def test_a_diffusion_model_scores_the_next_token_with_them(tmp_path, tokens, dat
     assert config.shifted
     assert not config.causal
     model = loaded(config)
-    positions = torch.zeros_like(tokens, dtype=torch.bool)
-    positions[:, 1] = True
     expected = reference(tokens[:, :1]).logits[:, 0]
     expected[:, 19] = -torch.inf
-    found = loaded(make_config(data_dir, tmp_path / "qwen2")).predict(tokens, positions, 19)
+    causal = loaded(make_config(data_dir, tmp_path / "qwen2"))
+    found = predict_tokens(causal.hidden_states(tokens)[:, 1], causal.lm_head.weight, 19)
     assert torch.equal(found.token, expected.argmax(1)), "what is computed at position 0 is about token 1"
     weight = torch.zeros(tokens.shape)
     weight[:, 4] = 1 / 3

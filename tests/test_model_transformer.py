@@ -13,6 +13,7 @@ from helpers import model_settings, needs_compiler, random_generator, random_mod
 from torch import Tensor
 
 from config import ModelSettings
+from model.token_predictions import predict_tokens
 from model.transformer import Layer, Transformer, count_parameters
 
 MASK_ID = 22
@@ -308,10 +309,10 @@ def test_forward_is_about_the_token_at_each_position(shape: dict[str, Any], caus
 
 
 @torch.no_grad()
-def test_predict_is_about_the_chosen_positions_in_order() -> None:
+def test_hidden_states_predict_the_tokens_at_their_positions() -> None:
     model, xt = random_model(), random_tokens(3, 9)
     positions = torch.rand(3, 9, generator=random_generator(1)) < 0.4
-    predicted = model.predict(xt, positions, MASK_ID)
+    predicted = predict_tokens(model.hidden_states(xt)[positions], model.lm_head.weight, MASK_ID)
     logits = model.logits(xt)[positions]
     assert len(logits) == len(predicted.token) > 5
     for place, expected in enumerate(oracle.prediction(row, MASK_ID) for row in logits):
@@ -333,7 +334,7 @@ def test_a_shifted_model_tells_a_token_at_the_position_before_it(causal: bool) -
     expected = oracle.score_batch(about, x0, weight)
     scores = shifted(xt, x0, weight)
     torch.testing.assert_close(scores.nll.double(), expected.nll, rtol=1e-4, atol=1e-5)
-    predicted = shifted.predict(xt, weight > 0, MASK_ID)
+    predicted = predict_tokens(shifted.hidden_states(xt)[weight > 0], shifted.lm_head.weight, MASK_ID)
     best = [oracle.prediction(row, MASK_ID)[0] for row in about.flatten(0, 1)]
     assert predicted.token.tolist() == best
     assert torch.equal(shifted.predicted_logits(xt), about)
@@ -349,7 +350,7 @@ def test_the_logits_of_a_block_are_those_of_a_row_that_ends_with_it() -> None:
     for end in range(size, 13, size):
         alone = model.logits(xt[:, :end]) if end == size else model.predicted_logits(xt[:, :end])
         torch.testing.assert_close(logits[:, end - size : end], alone[:, end - size :], rtol=1e-4, atol=1e-5)
-    predicted = model.predict(xt, torch.ones_like(xt, dtype=torch.bool), MASK_ID)
+    predicted = predict_tokens(model.hidden_states(xt).flatten(0, 1), model.lm_head.weight, MASK_ID)
     assert torch.equal(logits[..., :MASK_ID].argmax(2).flatten(), predicted.token)
     assert not torch.allclose(model.logits(xt), logits, atol=1e-3), "it attends to later blocks"
 
@@ -370,7 +371,7 @@ def test_the_compiled_pass_serves_training_alone(monkeypatch: pytest.MonkeyPatch
     model.model.compile_training()
     xt, weight = random_tokens(2, 5), torch.ones(2, 5)
     evaluated = model(xt, xt, weight).loss
-    model.predict(xt, weight > 0, MASK_ID)
+    model.hidden_states(xt)
     assert model.model._compute not in calls
     trained = model.train()(xt, xt, weight).loss
     assert calls.count(model.model._compute) == 1

@@ -229,9 +229,7 @@ def test_runs_of_different_code_are_told_apart_by_their_folders(tmp_path, drawn,
 
 def test_the_warning_about_one_seed_names_different_code(tmp_path):
     runs = patched_runs(tmp_path)
-    with pytest.warns(
-        RuntimeWarning, match=r"different code \(commits pumaxxxxxx and puma_patch with changes\)"
-    ) as found:
+    with pytest.warns(RuntimeWarning, match=r"different code \(commits pumaxxx and puma_pa-dirty\)") as found:
         read_curves(runs)
     assert len(found) == 2
     assert all("--by folder" in str(each.message) for each in found)

@@ -79,13 +79,13 @@ def test_cached_decoding_gives_the_same_tokens(rules):
 
 def test_cached_passes_are_over_what_is_new(monkeypatch):
     widths: list[int] = []
-    predict = Transformer.predict
+    hidden_states = Transformer.hidden_states
 
-    def recorded(self, xt, *arguments, **keywords):
+    def recorded(self, xt, cache=None):
         widths.append(xt.shape[1])
-        return predict(self, xt, *arguments, **keywords)
+        return hidden_states(self, xt, cache)
 
-    monkeypatch.setattr(Transformer, "predict", recorded)
+    monkeypatch.setattr(Transformer, "hidden_states", recorded)
     network, xt = build(BLOCK), torch.full((2, LENGTH), MASK)
     sample_blocks(network, xt, MASK, SamplingRule(tokens_per_step=3), block_size=BLOCK)
     assert widths == [BLOCK, BLOCK] + [2 * BLOCK, BLOCK] * (LENGTH // BLOCK - 1)

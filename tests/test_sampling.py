@@ -29,6 +29,7 @@ from data.dataset import AnswerVerdict
 from data.sudoku import Sudoku, parse_puzzle
 from data.text import decode_whole
 from eval import evaluate as evaluation
+from model.attention import KeyValueCache
 from model.hub import pack_run
 from model.transformer import Transformer, build_model
 from runtime.config_file import parse_config
@@ -250,9 +251,9 @@ def test_finished_rows_leave_the_batch() -> None:
     n_seen = []
 
     class Counting(Transformer):
-        def predict(self, xt: Tensor, *arguments: Any, **options: Any) -> Any:
+        def hidden_states(self, xt: Tensor, cache: KeyValueCache | None = None) -> Tensor:
             n_seen.append(len(xt))
-            return super().predict(xt, *arguments, **options)
+            return super().hidden_states(xt, cache)
 
     xt = masked_rows(7, 12)
     found = sample_full(Counting(model_settings()).eval(), xt, MASK_ID)

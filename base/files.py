@@ -139,14 +139,27 @@ def alone(path: Path, remedy: str = "") -> Iterator[None]:
 def make_once(path: Path, is_made: Callable[[], bool], make: Callable[[], None], setting: str) -> None:
     """Make a file or folder on first use; of several processes one makes it, and the others wait.
 
+    On a file system without locks several may make it, and one that fails because another was faster goes on with what
+    that one has made.
+
     Args:
+        is_made: whether it is there, which must mean that it is complete.
+        make: makes it by `replacing` or `making_folder`, under its name only when it is complete.
         setting: what names the parent folder, for the message if that cannot be written.
+
+    Raises:
+        WriteError: it cannot be written.
     """
     if is_made():  # without a lock, since nothing may be writable
         return
     with alone(path, f"set {setting} to another folder"):
-        if not is_made():  # now, by another process
+        if is_made():  # now, by another process
+            return
+        try:
             make()
+        except WriteError:
+            if not is_made():
+                raise
 
 
 def check_out(path: Path, option: str, source: Path | None = None) -> None:

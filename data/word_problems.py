@@ -14,14 +14,13 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from base.commands import say
-from base.files import WriteError, make_once, making_folder
+from base.files import make_once, making_folder
 from base.memory import check_memory
 from data.text import TOKENIZER_DIR, encode_completions, encode_prompts, encode_rows, train_byte_pairs
 from data.token_files import META_FILE, write_token_files
@@ -397,32 +396,22 @@ def cached_word_problems(
         WriteError: the folder cannot be written.
     """
     folder = Path(data_dir) / f"{LEVELS[difficulty].folder}_{n_train}_{n_test}_seed{seed}_len{max_len}"
-    write = partial(
-        _write_problems, folder, n_train=n_train, n_test=n_test, seed=seed, max_len=max_len, difficulty=difficulty
-    )
-    make_once(folder, (folder / META_FILE).exists, write, "data.data_dir")
-    return folder
 
-
-def _write_problems(
-    folder: Path, *, n_train: int, n_test: int, seed: int, max_len: int, difficulty: Difficulty
-) -> None:
-    """See `cached_word_problems`."""
-    say(f"writing {n_train + n_test:,} word problems to {folder}")
-    problems = generate_problems(n_train + n_test, seed, difficulty)
-    tokenizer = train_tokenizer(difficulty)
-    questions, codes = [problem.question for problem in problems], [problem.code for problem in problems]
-    longest = _longest(tokenizer, questions, codes)
-    if longest > max_len:
-        raise ValueError(
-            f"data.max_len {max_len} is too short for the word problems: set it to {longest + -longest % 8}"
+    def make() -> None:
+        say(f"writing {n_train + n_test:,} word problems to {folder}")
+        problems = generate_problems(n_train + n_test, seed, difficulty)
+        tokenizer = train_tokenizer(difficulty)
+        questions, codes = [problem.question for problem in problems], [problem.code for problem in problems]
+        longest = _longest(tokenizer, questions, codes)
+        if longest > max_len:
+            raise ValueError(
+                f"data.max_len {max_len} is too short for the word problems: set it to {longest + -longest % 8}"
+            )
+        labels, prompt_bits, _ = encode_rows(
+            tokenizer.backend_tokenizer, tokenizer.eos_token_id, questions[:n_train], codes[:n_train], max_len
         )
-    labels, prompt_bits, _ = encode_rows(
-        tokenizer.backend_tokenizer, tokenizer.eos_token_id, questions[:n_train], codes[:n_train], max_len
-    )
-    assert len(labels) == n_train  # all fit
-    facts = {"dataset": "word problems", "tokenizer": TOKENIZER_DIR, "eos_id": tokenizer.eos_token_id}
-    try:
+        assert len(labels) == n_train  # all fit
+        facts = {"dataset": "word problems", "tokenizer": TOKENIZER_DIR, "eos_id": tokenizer.eos_token_id}
         with making_folder(folder) as scratch:
             tokenizer.save_pretrained(scratch / TOKENIZER_DIR)
             with open(scratch / TEST_FILE, "w", encoding="utf-8") as file:
@@ -430,9 +419,9 @@ def _write_problems(
                     row = {"question": problem.question, "answer": f"{problem.code}\n#### {problem.answer}"}
                     file.write(json.dumps(row) + "\n")
             write_token_files(scratch, labels, prompt_bits, facts)
-    except WriteError:
-        if not (folder / META_FILE).exists():  # else another process was faster, on a file system without locks
-            raise
+
+    make_once(folder, (folder / META_FILE).exists, make, "data.data_dir")
+    return folder
 
 
 def count_operations(folder: Path) -> np.ndarray:

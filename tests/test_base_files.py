@@ -211,3 +211,18 @@ def test_a_folder_of_data_that_cannot_be_written_is_told_with_its_setting(tmp_pa
         WriteError, match=r"\.boards\.lock cannot be written \(.*\): set data\.data_dir to another folder$"
     ):
         make_once(path, lambda: False, path.mkdir, "data.data_dir")
+
+
+def test_what_a_faster_process_has_made_is_taken_where_no_lock_holds(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+
+    def make() -> None:
+        with making_folder(path) as scratch:
+            (scratch / "ours").touch()
+            path.mkdir(exist_ok=True)
+            (path / "theirs").touch()
+
+    make_once(path, (path / "theirs").exists, make, "data.data_dir")
+    with pytest.raises(WriteError, match="Directory not empty"):
+        make_once(path, (path / "ours").exists, make, "data.data_dir")
+    assert [each.name for each in path.iterdir()] == ["theirs"]

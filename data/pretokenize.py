@@ -1,7 +1,7 @@
-"""Tokenize prompts and completions into flat files, which training memory-maps; the command of `data/tiny_gsm.py`.
+"""Tokenize prompts and completions into flat files, which training memory-maps.
 
-It writes the files of `data/token_files.py`. After an interruption the same command continues, and the result is the
-same, byte for byte.
+It writes the files of `data/token_files.py`. After an interruption the same call continues, and the result is the same,
+byte for byte.
 
 Shapes: N rows, L tokens per row.
 """
@@ -31,12 +31,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from base.commands import CommandParser, ends_with_message, say, whole_number
+from base.commands import say
 from base.cores import count_cores
 from base.files import alone, reported, walk, write_text
 from base.reading import MAX_INTEGER, check_file, may_be_on_hub, parse_object, read_json, read_lines, reading
 from base.text import shorten
-from data.gsm8k import HUB_NAME, read_problems
 from data.hashes import cached_hash
 from data.text import TOKENIZER_DIR, encode_rows, load_tokenizer
 from data.token_files import LABELS_FILE, META_FILE, PROMPT_FILE, data_shape, read_meta, write_meta
@@ -246,7 +245,7 @@ def read_rows(
             files = find_files(path)
             read = _batches_of_lines if Path(files[0]).suffix == ".jsonl" else _batches_of_tables
             batches = read(files, columns, n_skipped, limit)
-        elif _is_on_hub(source):
+        elif is_on_hub(source):
             batches = _batches_of_dataset(source, n_skipped, limit, split)
         else:
             raise ValueError("it does not exist, and the name of a data set is OWNER/NAME")
@@ -264,7 +263,7 @@ def read_rows(
             raise ValueError("it has no rows")
 
 
-def _is_on_hub(source: str) -> bool:
+def is_on_hub(source: str) -> bool:
     """Whether a source is taken for the name of a data set on the Hub."""
     path = Path(source)
     return not path.exists() and path.suffix not in KINDS and may_be_on_hub(source)
@@ -471,25 +470,3 @@ def _sync(files: tuple[FileIO, ...]) -> None:
     for file in files:
         with reported(Path(file.name)):
             os.fsync(file.fileno())
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Command line; bad input ends with one message and exit status 2.
-
-    With rows from Hugging Face it also fetches the questions of GSM8K, on which models are tested.
-    """
-    parser = CommandParser(description="Tokenize TinyGSM into flat files for training, and fetch GSM8K's test.")
-    parser.add_argument("--source", default="TinyGSM/TinyGSM", help="file, folder or Hugging Face data set")
-    parser.add_argument("--tokenizer", default="Qwen/Qwen2-0.5B", help="Hugging Face name or folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--max-len", type=whole_number(1, 1 << 20), default=512, help="tokens per row, a multiple of 8")
-    parser.add_argument("--limit", type=whole_number(1), help="rows of the source to read")
-    parser.add_argument("--workers", type=whole_number(1, 1024), help="processes; all cores by default")
-    options = parser.parse_args(arguments)
-    with ends_with_message(f"interrupted; the same command continues in {options.out}"):
-        done = pretokenize(
-            options.source, options.tokenizer, options.out, options.max_len, options.limit, options.workers
-        )
-        if _is_on_hub(options.source):  # now, since the nodes of a cluster often have no network
-            read_problems(HUB_NAME, cache_dir=options.out)
-        print(f"{options.out}: {done.n_written:,} rows, {done.n_left_out:,} left out (question too long)")

@@ -24,9 +24,11 @@ from typing_extensions import override
 if __name__ == "__main__":  # `python data/tiny_gsm.py` puts data/ on the path instead of the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from base.commands import CommandParser, ends_with_message, whole_number
 from base.cores import count_own_cores
 from data.dataset import AnswerVerdict, JudgedAnswers
 from data.gsm8k import HUB_NAME, Prompts, build_prompts, final_answer, read_problems
+from data.pretokenize import is_on_hub, pretokenize
 from data.questions import Question
 from data.settings import FREE_ON_RESUME
 from data.text import decode_completions, load_tokenizer
@@ -258,10 +260,25 @@ class TinyGsm(PairDataSet):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line; see `data/pretokenize.py`."""
-    from data.pretokenize import main as pretokenize
+    """Command line; bad input ends with one message and exit status 2.
 
-    pretokenize(arguments)
+    With rows from Hugging Face it also fetches the questions of GSM8K, on which models are tested.
+    """
+    parser = CommandParser(description="Tokenize TinyGSM into flat files for training, and fetch GSM8K's test.")
+    parser.add_argument("--source", default="TinyGSM/TinyGSM", help="file, folder or Hugging Face data set")
+    parser.add_argument("--tokenizer", default="Qwen/Qwen2-0.5B", help="Hugging Face name or folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--max-len", type=whole_number(1, 1 << 20), default=512, help="tokens per row, a multiple of 8")
+    parser.add_argument("--limit", type=whole_number(1), help="rows of the source to read")
+    parser.add_argument("--workers", type=whole_number(1, 1024), help="processes; all cores by default")
+    options = parser.parse_args(arguments)
+    with ends_with_message(f"interrupted; the same command continues in {options.out}"):
+        done = pretokenize(
+            options.source, options.tokenizer, options.out, options.max_len, options.limit, options.workers
+        )
+        if is_on_hub(options.source):  # now, since the nodes of a cluster often have no network
+            read_problems(HUB_NAME, cache_dir=options.out)
+        print(f"{options.out}: {done.n_written:,} rows, {done.n_left_out:,} left out (question too long)")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, SHARED, run_python, started
 
 from data import pretokenize as module
+from data import tiny_gsm
 from data.gsm8k import Problem, read_problems
 from data.pretokenize import pretokenize, read_rows
 from data.stream import SequenceStream
@@ -515,7 +516,7 @@ def test_bad_sources_end_with_one_message(content, message, tmp_path, tokenizer_
     if content is not None:
         path.write_text(content)
     with pytest.raises(SystemExit) as stop:
-        module.main(f"--source {path} --tokenizer {tokenizer_dir} --out {tmp_path / 'out'} --workers 1".split())
+        tiny_gsm.main(f"--source {path} --tokenizer {tokenizer_dir} --out {tmp_path / 'out'} --workers 1".split())
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert re.search(message, error)
@@ -583,7 +584,7 @@ def test_a_data_set_of_the_hub_is_streamed_and_gsm8k_is_fetched_with_it(tmp_path
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     numbers = ("--max-len", str(MAX_LEN), "--limit", "1050", "--workers", "1")
     for _ in range(2):
-        module.main(["--tokenizer", str(tokenizer_dir), "--out", str(tmp_path / "hub"), *numbers])
+        tiny_gsm.main(["--tokenizer", str(tokenizer_dir), "--out", str(tmp_path / "hub"), *numbers])
     assert capsys.readouterr().out.count("945 rows, 105 left out") == 2
     assert fetched == ["openai/gsm8k"]
     assert read_problems("openai/gsm8k", cache_dir=tmp_path / "hub") == [Problem("Q", "1")]
@@ -593,10 +594,10 @@ def test_a_data_set_of_the_hub_is_streamed_and_gsm8k_is_fetched_with_it(tmp_path
 
 
 def test_a_finished_call_does_not_need_its_files_nor_the_hub(tmp_path, tokenizer_dir, monkeypatch, capsys):
-    monkeypatch.setattr(module, "read_problems", None)  # a call would fail
+    monkeypatch.setattr(tiny_gsm, "read_problems", None)  # a call would fail
     write_rows(tmp_path / "rows.jsonl", 30)
     for _ in range(2):
-        module.main(f"--source {tmp_path}/rows.jsonl --tokenizer {tokenizer_dir} --out {tmp_path}/out".split())
+        tiny_gsm.main(f"--source {tmp_path}/rows.jsonl --tokenizer {tokenizer_dir} --out {tmp_path}/out".split())
         (tmp_path / "rows.jsonl").unlink(missing_ok=True)
     assert capsys.readouterr().out.count("30 rows") == 2
 

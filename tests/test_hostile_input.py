@@ -31,8 +31,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data.generate_sudoku
-import data.pretokenize
 import data.sudoku
+import data.tiny_gsm
 import eval.evaluate
 import eval.gsm8k_eval
 import model.hub
@@ -134,10 +134,9 @@ def refused(main: Callable[[list[str]], None], *arguments: object) -> str:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_pictures_and_no_network() -> Iterator[None]:
-    """Pictures take longer than everything else, and GSM8K's questions need a network."""
+def no_pictures() -> Iterator[None]:
+    """They take longer than everything else."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.pretokenize, "read_problems", lambda *_, **__: None)
         patch.setattr(train, "draw_curves", lambda *_: None)
         patch.setattr(train, "write_page", lambda run_dir: run_dir / "report.html")
         patch.setattr(results.run, "draw", lambda *_: None)
@@ -243,7 +242,7 @@ def draw_records(folder: Path) -> tuple[Any, ...]:
 def tokenize(folder: Path) -> tuple[Any, ...]:
     """Command that finds its output complete."""
     job = ("--source", "word problems", "--tokenizer", NO_TOKENIZER, "--max-len", "128")
-    return data.pretokenize.main, *job, "--out", folder / "words"
+    return data.tiny_gsm.main, *job, "--out", folder / "words"
 
 
 COMMANDS: dict[str, Callable[[Path], tuple[Any, ...]]] = {
@@ -613,8 +612,8 @@ SAMPLE = (sampling.main, "--checkpoint", "RUN", "--puzzle")
         (eval.gsm8k_eval.main, "prompts", "a", "--tokenizer", "b", "--mask-id", "-1", "--out", "c"),
         (data.generate_sudoku.main, "--count", "1000000000000000", "--out", "a.csv"),
         (data.generate_sudoku.main, "--count", "5", "--workers", "9" * 30, "--out", "a.csv"),
-        (data.pretokenize.main, "--out", "a", "--max-len", "9" * 30),
-        (data.pretokenize.main, "--out", "a\0b", "--source", "a.jsonl", "--tokenizer", NO_TOKENIZER),
+        (data.tiny_gsm.main, "--out", "a", "--max-len", "9" * 30),
+        (data.tiny_gsm.main, "--out", "a\0b", "--source", "a.jsonl", "--tokenizer", NO_TOKENIZER),
         (report.curves.main, "a\0b"),
         (report.curves.main, "x" * 5000),
         (results.run.main, "sudoku_mini", "--jobs", "9" * 5000),

@@ -18,7 +18,7 @@ import numpy as np
 
 from base.files import write_text
 from base.reading import may_be_on_hub, parse_object, read_lines, reading
-from data.text import check_tokens, encode_prompts, load_tokenizer, prompt_fits, prompt_row
+from data.text import check_tokens, encode_prompts, prompt_fits, prompt_row
 from grader.grade import gold_number
 
 HUB_NAME = "openai/gsm8k"
@@ -44,23 +44,45 @@ class Prompts:
     n_left_out: int  # number of problems whose question leaves no room for a program
 
 
-def read_problems(source: str, cache_dir: str | Path | None = None) -> list[Problem]:
-    """Read problems from a .jsonl file with `question` and `answer`, or the test split of a Hugging Face data set.
+def problem_file(source: str, cache_dir: str | Path) -> Path:
+    """The file of a source of problems: itself, or the test split of a Hugging Face data set, downloaded once.
 
     Args:
+        source: .jsonl file or name of a data set.
         cache_dir: folder in which a downloaded split is saved and searched first, for machines without a network.
 
     Raises:
-        ValueError: the file is missing or a row is malformed; the message names the first such row.
+        ValueError: there is no such file or data set.
+        WriteError: a downloaded split cannot be saved.
     """
     path = Path(source)
-    if not path.is_file():
-        if path.suffix == ".jsonl" or not may_be_on_hub(source):
-            problem = "is a folder" if path.is_dir() else "does not exist"
-            raise ValueError(
-                f"problem file {source} {problem}: set data.test_source to a .jsonl file or a data set of the Hub"
-            )
-        path = _download(source, cache_dir)
+    if path.is_file():
+        return path
+    if path.suffix == ".jsonl" or not may_be_on_hub(source):
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(
+            f"problem file {source} {problem}: set data.test_source to a .jsonl file or a data set of the Hub"
+        )
+    saved = Path(cache_dir) / f"{source.replace('/', '--')}.jsonl"
+    if not saved.exists():
+        from datasets import load_dataset  # slow to import, and only used here
+
+        with reading(
+            f"data set {source!r}", "set data.test_source to a local .jsonl file, or fetch it where there is a network"
+        ):
+            rows = load_dataset(source, "main" if source == HUB_NAME else None, split="test", trust_remote_code=False)
+            lines = [json.dumps({key: row.get(key) for key in COLUMNS}) for row in rows]
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        write_text(saved, "\n".join(lines) + "\n")
+    return saved
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """Read problems from a .jsonl file with `question` and `answer`.
+
+    Raises:
+        ValueError: the file is missing or empty, or a row is malformed; the message names the first such row.
+    """
     problems = []
     with reading(f"{path}", REMEDY):
         for number, line in read_lines(path):
@@ -114,32 +136,3 @@ def build_prompts(
         check_tokens(prompts[i], mask_id, vocab_size, f"the question {problems[i].question!r}")
     xt = np.stack([prompt_row(prompts[i], mask_id, max_len) for i in fitting])  # [N, L]
     return Prompts([problems[i] for i in fitting], xt, n_left_out)
-
-
-def prompt_records(test_file: str, tokenizer_name: str, mask_id: int, max_len: int) -> tuple[list[dict[str, Any]], int]:
-    """Prompts of a file of problems as `{"input_ids", "answer"}`, in order, and the number of problems left out.
-
-    Raises:
-        ValueError: see `read_problems` and `build_prompts`.
-    """
-    problems, tokenizer = read_problems(test_file), load_tokenizer(tokenizer_name)
-    prompts = build_prompts(problems, tokenizer, mask_id, max_len, option="--max-len")
-    rows = zip(prompts.xt.tolist(), prompts.problems, strict=True)
-    return [{"input_ids": ids, "answer": problem.answer} for ids, problem in rows], prompts.n_left_out
-
-
-def _download(name: str, cache_dir: str | Path | None) -> Path:
-    """The test split of a Hugging Face data set as a file in `cache_dir`; downloaded once."""
-    folder = Path(cache_dir or "data/gsm8k")
-    path = folder / f"{name.replace('/', '--')}.jsonl"
-    if not path.exists():
-        from datasets import load_dataset  # slow to import, and only used here
-
-        with reading(
-            f"data set {name!r}", "set data.test_source to a local .jsonl file, or fetch it where there is a network"
-        ):
-            rows = load_dataset(name, "main" if name == HUB_NAME else None, split="test", trust_remote_code=False)
-            lines = [json.dumps({key: row.get(key) for key in COLUMNS}) for row in rows]
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, "\n".join(lines) + "\n")
-    return path

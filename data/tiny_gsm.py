@@ -27,7 +27,7 @@ if __name__ == "__main__":  # `python data/tiny_gsm.py` puts data/ on the path i
 from base.commands import CommandParser, ends_with_message, whole_number
 from base.cores import count_own_cores
 from data.dataset import AnswerVerdict, JudgedAnswers
-from data.gsm8k import HUB_NAME, Prompts, build_prompts, final_answer, read_problems
+from data.gsm8k import HUB_NAME, Prompts, build_prompts, final_answer, problem_file, read_problems
 from data.pretokenize import is_on_hub, pretokenize
 from data.questions import Question
 from data.settings import FREE_ON_RESUME
@@ -167,9 +167,10 @@ class TinyGsm(PairDataSet):
     def test_prompts(self) -> Prompts:
         """The test problems as prompts."""
         if self.settings.source == "word_problems":
-            problems = read_problems(str(self.folder / TEST_FILE))
+            source = str(self.folder / TEST_FILE)
         else:
-            problems = read_problems(self.settings.test_source or HUB_NAME, cache_dir=self.folder)
+            source = self.settings.test_source or HUB_NAME
+        problems = read_problems(problem_file(source, self.folder))
         return build_prompts(problems, self.tokenizer, self.mask_id, self.settings.max_len, self.vocab_size)
 
     @override
@@ -277,7 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
             options.source, options.tokenizer, options.out, options.max_len, options.limit, options.workers
         )
         if is_on_hub(options.source):  # now, since the nodes of a cluster often have no network
-            read_problems(HUB_NAME, cache_dir=options.out)
+            read_problems(problem_file(HUB_NAME, options.out))
         print(f"{options.out}: {done.n_written:,} rows, {done.n_left_out:,} left out (question too long)")
 
 

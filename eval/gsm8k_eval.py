@@ -21,6 +21,8 @@ from tqdm import tqdm
 from base.commands import CommandParser, ends_with_message, whole_number
 from base.files import check_out, write_text
 from base.reading import parse_object, read_lines, reading
+from data.gsm8k import build_prompts, read_problems
+from data.text import load_tokenizer
 from grader.grade import REASONS, gold_number, grade
 
 REMEDY = 'each line must be {"completion": "...", "gold": 18}'
@@ -72,14 +74,14 @@ def grade_file(cases: Path, out: Path, n_workers: int | None) -> str:
 
 def write_prompts(test: Path, tokenizer: str, mask_id: int, max_len: int, out: Path) -> str:
     """Write the prompts of a file of problems; returns a summary. Raises ValueError for bad input."""
-    from data.gsm8k import prompt_records  # imports tokenizers, which is slow and not needed for grading
-
     check_out(out, "--out", test)
     if not test.is_file():
         raise ValueError(f"{test} is no file: give a .jsonl file with question and answer, as in GSM8K")
-    records, n_left_out = prompt_records(str(test), tokenizer, mask_id, max_len)
-    write_text(out, json.dumps(records))
-    return f"wrote {len(records)} prompts of {max_len} tokens to {out}, left out {n_left_out}"
+    problems = read_problems(test)
+    prompts = build_prompts(problems, load_tokenizer(tokenizer), mask_id, max_len, option="--max-len")
+    rows = zip(prompts.xt.tolist(), prompts.problems, strict=True)
+    write_text(out, json.dumps([{"input_ids": ids, "answer": problem.answer} for ids, problem in rows]))
+    return f"wrote {len(prompts.problems)} prompts of {max_len} tokens to {out}, left out {prompts.n_left_out}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from conftest import SHARED
 
 from data import gsm8k
-from data.gsm8k import Problem, build_prompts, final_answer, prompt_records, read_problems
+from data.gsm8k import Problem, build_prompts, final_answer, problem_file, read_problems
+from data.text import load_tokenizer
 from data.word_problems import train_tokenizer
 
 QWEN = SHARED / "qwen2_tokenizer"
@@ -20,11 +20,6 @@ MASK_ID = 511
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer()
-
-
-def write_problems(path: Path, rows: list) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +46,8 @@ def test_problems_of_a_file(tmp_path):
     rows = [{"question": "A\u2028line separator?", "answer": "#### 1,000"}, {"question": "B?", "answer": "x\n#### 2"}]
     path = tmp_path / "test.jsonl"
     path.write_text(json.dumps(rows[0], ensure_ascii=False) + "\n\n" + json.dumps(rows[1]) + "\n", encoding="utf-8")
-    assert read_problems(str(path)) == [Problem("A\u2028line separator?", "1000"), Problem("B?", "2")]
+    assert problem_file(str(path), tmp_path / "cache") == path
+    assert read_problems(path) == [Problem("A\u2028line separator?", "1000"), Problem("B?", "2")]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +64,7 @@ def test_a_bad_line_is_named(line, message, tmp_path):
     path = tmp_path / "test.jsonl"
     path.write_text('{"question": "a", "answer": "#### 1"}\n' + line + "\n")
     with pytest.raises(ValueError, match=message):
-        read_problems(str(path))
+        read_problems(path)
 
 
 @pytest.mark.parametrize("source", ["nowhere.jsonl", "/nowhere/at/all", "a/b/c", "folder/misspelled"])
@@ -78,12 +74,12 @@ def test_a_missing_file_is_named(source, tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match=f"problem file {source} does not exist: set data.test_source to a .jsonl file"
     ):
-        read_problems(source)
+        problem_file(source, tmp_path)
 
 
 def test_a_folder_of_problems_is_not_called_missing(tmp_path):
     with pytest.raises(ValueError, match=f"problem file {tmp_path} is a folder: set data.test_source"):
-        read_problems(str(tmp_path))
+        problem_file(str(tmp_path), tmp_path)
 
 
 def test_a_downloaded_split_is_kept(tmp_path, monkeypatch):
@@ -98,7 +94,7 @@ def test_a_downloaded_split_is_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for _ in range(2):
-        assert read_problems(gsm8k.HUB_NAME, cache_dir=tmp_path / "cache") == [Problem("A?", "1")]
+        assert read_problems(problem_file(gsm8k.HUB_NAME, tmp_path / "cache")) == [Problem("A?", "1")]
     assert calls == [("openai/gsm8k", "main", "test")]
 
 
@@ -112,7 +108,7 @@ def test_an_unreachable_hub_ends_with_one_message(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match=r"'openai/gsm8k' cannot be read \(no network\): set data.test_source to a local"
     ):
-        read_problems(gsm8k.HUB_NAME, cache_dir=tmp_path)
+        problem_file(gsm8k.HUB_NAME, tmp_path)
 
 
 def test_a_prompt_is_the_question_a_newline_and_masks(tokenizer):
@@ -150,29 +146,17 @@ def test_a_mask_token_in_a_question_is_refused(tokenizer):
         build_prompts([Problem("Anna has 5 books.", "5")], tokenizer, tokenizer.encode("5")[0], 32)
 
 
-def test_records_of_a_file(tmp_path, tokenizer):
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    file = write_problems(tmp_path / "test.jsonl", [{"question": "How many?", "answer": "#### 1,234"}])
-    records, n_left_out = prompt_records(file, str(tmp_path / "tokenizer"), MASK_ID, 24)
-    ids = tokenizer.encode("How many?") + tokenizer.encode("\n")
-    assert records == [{"input_ids": ids + [MASK_ID] * (24 - len(ids)), "answer": "1234"}]
-    assert n_left_out == 0
-    json.dumps(records)
-
-
 @needs_shared
 def test_all_of_gsm8k():
-    for split, n_problems in (("test", 1319), ("train", 7473)):
-        problems = read_problems(str(SHARED / "gsm8k" / f"{split}.jsonl"))
+    for split, n_problems in (("train", 7473), ("test", 1319)):
+        problems = read_problems(SHARED / "gsm8k" / f"{split}.jsonl")
         assert len(problems) == n_problems
         assert all(float(problem.answer) == int(float(problem.answer)) for problem in problems)
-    records, n_left_out = prompt_records(str(SHARED / "gsm8k" / "test.jsonl"), str(QWEN), 151644, 512)
-    assert n_left_out == 0
-    assert len(records) == 1319
-    assert records[0]["answer"] == "18"
-    for record in records:
-        ids = record["input_ids"]
-        assert len(ids) == 512
+    prompts = build_prompts(problems, load_tokenizer(str(QWEN)), 151644, 512)
+    assert prompts.n_left_out == 0
+    assert prompts.problems == problems
+    assert prompts.xt.shape == (1319, 512)
+    for ids in prompts.xt.tolist():
         first_mask = ids.index(151644)
         assert ids[first_mask - 1] == 198
         assert set(ids[first_mask:]) == {151644}

@@ -18,7 +18,7 @@ from conftest import ROOT, SHARED, run_python, started
 
 from data import pretokenize as module
 from data import tiny_gsm
-from data.gsm8k import Problem, read_problems
+from data.gsm8k import Problem, problem_file, read_problems
 from data.pretokenize import pretokenize, read_rows
 from data.stream import SequenceStream
 from data.text import decode_completions, load_tokenizer
@@ -587,14 +587,14 @@ def test_a_data_set_of_the_hub_is_streamed_and_gsm8k_is_fetched_with_it(tmp_path
         tiny_gsm.main(["--tokenizer", str(tokenizer_dir), "--out", str(tmp_path / "hub"), *numbers])
     assert capsys.readouterr().out.count("945 rows, 105 left out") == 2
     assert fetched == ["openai/gsm8k"]
-    assert read_problems("openai/gsm8k", cache_dir=tmp_path / "hub") == [Problem("Q", "1")]
+    assert read_problems(problem_file("openai/gsm8k", tmp_path / "hub")) == [Problem("Q", "1")]
     assert read_meta(tmp_path / "hub")["num_examples"] == 945
     for name in ("labels.bin", "prompt_mask.bin"):
         assert (tmp_path / "hub" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
 
 
 def test_a_finished_call_does_not_need_its_files_nor_the_hub(tmp_path, tokenizer_dir, monkeypatch, capsys):
-    monkeypatch.setattr(tiny_gsm, "read_problems", None)  # a call would fail
+    monkeypatch.setattr(tiny_gsm, "problem_file", None)  # a call would fail
     write_rows(tmp_path / "rows.jsonl", 30)
     for _ in range(2):
         tiny_gsm.main(f"--source {tmp_path}/rows.jsonl --tokenizer {tokenizer_dir} --out {tmp_path}/out".split())

@@ -76,7 +76,7 @@ def test_rows_and_test_problems_are_disjoint(folder):
     problems = generate_problems(3040, seed=0)
     assert questions == {problem.question for problem in problems[:3000]}
     assert decode_completions(tokenizer, tokens, prompt_mask) == [problem.code for problem in problems[:3000]]
-    test = read_problems(str(folder / "test.jsonl"))
+    test = read_problems(folder / "test.jsonl")
     assert [problem.question for problem in test] == [problem.question for problem in problems[3000:]]
     assert not questions & {problem.question for problem in test}
     verdicts = grade([problem.code for problem in problems[3000:]], [problem.answer for problem in test], n_workers=1)

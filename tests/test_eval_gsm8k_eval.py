@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data.word_problems import train_tokenizer
 from eval.gsm8k_eval import main
 from tests.conftest import SHARED, run_python
 
@@ -100,6 +101,22 @@ def test_prompts_of_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.Capt
         main(["prompts", "openai/gsm8k", "--tokenizer", "t", "--mask-id", "1", "--out", str(tmp_path / "a.json")])
     assert stop.value.code == 2
     assert "error: openai/gsm8k is no file: give a .jsonl file" in capsys.readouterr().err
+
+
+def test_prompts_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = train_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows: list[object] = [
+        {"question": "How many?", "answer": "#### 1,234"},
+        {"question": "How many? " * 24, "answer": "#### 1"},
+    ]
+    test, out = write_lines(tmp_path / "test.jsonl", rows), tmp_path / "prompts.json"
+    options = ["--tokenizer", str(tmp_path / "tokenizer"), "--mask-id", "511", "--out", str(out)]
+    main(["prompts", str(test), *options, "--max-len", "24"])
+    ids = tokenizer.encode("How many?") + tokenizer.encode("\n")
+    assert json.loads(out.read_text()) == [{"input_ids": ids + [511] * (24 - len(ids)), "answer": "1234"}]
+    assert capsys.readouterr().out == f"wrote 1 prompts of 24 tokens to {out}, left out 1\n"
+    refuse(capsys, ["prompts", str(test), *options, "--max-len", "2"], "the 2 questions fits --max-len 2: raise it")
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is not here")

@@ -25,7 +25,6 @@ if __name__ == "__main__":  # `python data/tiny_gsm.py` puts data/ on the path i
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from base.commands import CommandParser, ends_with_message, whole_number
-from base.cores import count_own_cores
 from data.dataset import AnswerVerdict, JudgedAnswers
 from data.gsm8k import HUB_NAME, Prompts, build_prompts, final_answer, problem_file, read_problems
 from data.pretokenize import is_on_hub, pretokenize
@@ -36,7 +35,6 @@ from data.text_pairs import PairDataSet, PairSettings
 from data.token_files import META_FILE, read_meta, tokenizer_of
 from data.word_problems import LEVELS, TEST_FILE, Difficulty, cached_word_problems, count_operations
 from grader.grade import FAILURES, gold_number, grade
-from grader.sandbox import WORKERS_PER_CORE
 
 
 class TinyGsmSettings(PairSettings):
@@ -198,9 +196,7 @@ class TinyGsm(PairDataSet):
         """See `DataSet`; runs the programs."""
         problems = [self.test_prompts.problems[i] for i in indices]
         programs = decode_completions(self.tokenizer, tokens, self.test_prompts.xt[indices] != self.mask_id)
-        verdicts = grade(
-            programs, [problem.answer for problem in problems], n_workers=WORKERS_PER_CORE * count_own_cores()
-        )
+        verdicts = grade(programs, [problem.answer for problem in problems])
         figures = {"accuracy": np.array([verdict.right for verdict in verdicts], dtype=np.float32)}
         for name, reasons in FAILURES.items():
             figures[name] = np.array([verdict.reason in reasons for verdict in verdicts], dtype=np.float32)

@@ -61,7 +61,7 @@ from pathlib import Path
 from signal import SIGKILL, SIGXCPU
 from typing import Any, Literal
 
-from base.cores import count_cores
+from base.cores import count_own_cores
 from base.text import escape
 from grader.sandbox_worker import CHILD_STATUSES, HEADER, MAX_INT_BITS, MAX_RESULT, MAX_TEXT, MAX_WAITING
 
@@ -113,7 +113,8 @@ def run_programs(
     module `math` is available without an import, and `__name__` is "__main__".
 
     Args:
-        n_workers: programs run in parallel, at most 16; by default two per core that this process may use.
+        n_workers: programs run in parallel, at most 16; by default two per core of this process, see
+            `base.cores.count_own_cores`.
         cpu_s, wall_s, memory_mib: limits of one program. On Linux, time in which a program was ready to run and waited
             for a core does not count as wall time, up to 20 times `wall_s` in all.
         on_done: called when a program has ended, once for each.
@@ -133,7 +134,7 @@ def run_programs(
             waiting.append(i)
         else:
             report()
-    n_workers = min(n_workers or WORKERS_PER_CORE * count_cores(), MAX_WORKERS, len(waiting))
+    n_workers = min(n_workers or WORKERS_PER_CORE * count_own_cores(), MAX_WORKERS, len(waiting))
     limits = (cpu_s, wall_s, memory_mib << 20)
     workers: list[_Worker] = []
     try:

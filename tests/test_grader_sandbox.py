@@ -851,7 +851,11 @@ def test_no_programs_take_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_programs([]) == []
 
 
-def test_the_number_of_workers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("n_workers", "highest", "n_started"), [(100, 3, 3), (None, 16, 2)])
+def test_the_number_of_workers_is_bounded(
+    n_workers: int | None, highest: int, n_started: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a maximum, and by default by the share of a process that does not have the machine to itself."""
     started: list[Any] = []
 
     class Counted(grader.sandbox._Worker):
@@ -859,10 +863,11 @@ def test_the_number_of_workers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
             started.append(limits)
             super().__init__(limits)
 
-    monkeypatch.setattr(grader.sandbox, "MAX_WORKERS", 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))  # one core for each process
+    monkeypatch.setattr(grader.sandbox, "MAX_WORKERS", highest)
     monkeypatch.setattr(grader.sandbox, "_Worker", Counted)
-    assert run_programs(["def f():\n    return 18"] * 4, n_workers=100, wall_s=20) == [Outcome("ok", 18)] * 4
-    assert len(started) == 2
+    assert run_programs(["def f():\n    return 18"] * 4, n_workers=n_workers, wall_s=20) == [Outcome("ok", 18)] * 4
+    assert len(started) == n_started
 
 
 @needs_filter

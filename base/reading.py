@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             if len(line) > MAX_TEXT_BYTES:
                 raise ValueError(f"line {number} has more than {MAX_TEXT_BYTES:,} bytes")
             yield number, line
+
+
+def check_columns(columns: Iterable[str], present: list[str]) -> None:
+    """Raise ValueError, which lists those that are `present`, unless all `columns` are among them."""
+    if missing := set(columns) - set(present):
+        raise ValueError(f"it has no column {sorted(missing)}; its columns are {present}")
 
 
 def check_archive(path: Path, max_growth: int) -> int:

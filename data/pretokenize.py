@@ -34,7 +34,16 @@ from tqdm import tqdm
 from base.commands import say
 from base.cores import count_cores
 from base.files import alone, reported, walk, write_text
-from base.reading import MAX_INTEGER, check_file, may_be_on_hub, parse_object, read_json, read_lines, reading
+from base.reading import (
+    MAX_INTEGER,
+    check_columns,
+    check_file,
+    may_be_on_hub,
+    parse_object,
+    read_json,
+    read_lines,
+    reading,
+)
 from base.text import shorten
 from data.hashes import cached_hash
 from data.text import TOKENIZER_DIR, encode_rows, load_tokenizer
@@ -251,7 +260,7 @@ def read_rows(
             raise ValueError("it does not exist, and the name of a data set is OWNER/NAME")
         n_read = n_skipped
         for batch in batches:
-            _check_columns(columns, list(batch))
+            check_columns(columns, sorted(batch))
             for name in columns:
                 wrong = next((i for i, value in enumerate(batch[name]) if not _is_text(value)), None)
                 if wrong is not None:
@@ -323,17 +332,11 @@ def _rows_of_tables(files: list[str], columns: tuple[str, str]) -> Iterator[tupl
                     table = pa.ipc.open_file(file)
                     batches = map(table.get_batch, range(table.num_record_batches))
                 schema = table.schema
-            _check_columns(columns, schema.names)
+            check_columns(columns, sorted(schema.names))
             for batch in batches:
                 for start in range(0, batch.num_rows, CHUNK_ROWS):  # those of .arrow files may be large
                     part = batch.slice(start, CHUNK_ROWS)
                     yield from zip(*(part.column(column).to_pylist() for column in columns), strict=True)
-
-
-def _check_columns(columns: tuple[str, str], present: list[str]) -> None:
-    """Raise ValueError unless all `columns` are present."""
-    if missing := set(columns) - set(present):
-        raise ValueError(f"it has no column {sorted(missing)}; its columns are {sorted(present)}")
 
 
 def _batches_of_dataset(name: str, n_skipped: int, limit: int | None, split: str) -> Iterator[dict[str, list[Any]]]:

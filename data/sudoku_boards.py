@@ -25,7 +25,7 @@ from tqdm import tqdm
 from base.commands import say
 from base.files import WriteError, replacing, reported
 from base.memory import check_memory
-from base.reading import check_archive, check_file, may_be_on_hub, reading
+from base.reading import check_archive, check_columns, check_file, may_be_on_hub, reading
 from data.hashes import hash_arrays
 
 SudokuLayout = Literal["two_halves", "in_place"]
@@ -379,9 +379,7 @@ def load_hub(
         options: dict[str, Any] = as_text if isinstance(load_dataset_builder(name), Csv) else {}
         table = load_dataset(name, split=split, trust_remote_code=False, **options)
         wanted = [puzzle_column, solution_column, *([rating_column] if rating_column else [])]
-        missing = set(wanted) - set(table.column_names)
-        if missing:
-            raise ValueError(f"it has no column {sorted(missing)}; its columns are {table.column_names}")
+        check_columns(wanted, table.column_names)
         columns = [_cells(table[column][:], size, f"{source}, column {column!r}") for column in wanted[:2]]
         ratings = _ratings(table[rating_column][:], f"{source}, column {rating_column!r}") if rating_column else None
     return make_data(np.concatenate(columns, axis=1), size, source, layout, ratings)
@@ -433,9 +431,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
     with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
         lines = csv.reader(file)
         header = next(lines, [])
-        missing = set(columns) - set(header)
-        if missing:
-            raise ValueError(f"it has no column {sorted(missing)}; its columns are {header}")
+        check_columns(columns, header)
         if repeated := [name for name in columns if header.count(name) > 1]:
             raise ValueError(f"it has several columns {repeated}; its columns are {header}")
         indices = {name: header.index(name) for name in columns}

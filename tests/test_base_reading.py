@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from base.reading import MAX_MESSAGE, BadInput, check_archive, check_file, read_json, read_lines, reading
+from base.reading import (
+    MAX_MESSAGE,
+    BadInput,
+    check_archive,
+    check_columns,
+    check_file,
+    read_json,
+    read_lines,
+    reading,
+)
 
 
 class PanicException(BaseException):
@@ -108,6 +117,12 @@ def test_json_that_is_no_object_is_refused(content, tmp_path):
     (tmp_path / "a.json").write_text(content, errors="surrogatepass")
     with pytest.raises(BadInput), reading("a.json", "copy it again"):
         read_json(tmp_path / "a.json")
+
+
+def test_columns_that_are_missing_are_named():
+    check_columns(("b", "a"), ["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"^it has no column \['a', 'd'\]; its columns are \['c', 'b'\]$"):
+        check_columns(("d", "b", "a"), ["c", "b"])
 
 
 def test_archives_hold_what_they_claim(tmp_path):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import math
+import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from base.commands import say
 from base.files import WriteError, replacing, reported
 from base.memory import check_memory
 from base.reading import check_archive, check_columns, check_file, may_be_on_hub, reading
@@ -306,7 +306,7 @@ def load_published(data_dir: str | Path, split: str, layout: SudokuLayout = "two
         try:
             save_array(converted, data.boards)
         except WriteError as error:  # of a folder that cannot be written, or a full disk
-            say(f"warning: {error}: the boards are converted again at every start")
+            warnings.warn(f"{error}: the boards are converted again at every start", RuntimeWarning, stacklevel=2)
         return data
     return load_sudoku_file(converted, 9, layout)
 

@@ -564,10 +564,12 @@ class Config(Settings):
             if objective.causal and model.shifted is False:
                 problems.append(f"model.shifted False: {name} predicts the next token; leave it out")
             if _block_causal_size(objective) is not None and _is_shifted(model, objective):
+                unshifted = "model.shifted: false"
+                if model.init_from is not None:  # shifted scores go on from those of an autoregressive model
+                    unshifted += ", which needs the weights of an MDM in model.init_from"
                 problems.append(
-                    "objective.block_attention 'block_causal' does not support shifted scores, which init_from an "
-                    "autoregressive model needs: set block_attention: prefix, or model.shifted: false if init_from is "
-                    "an MDM"
+                    "objective.block_attention 'block_causal' does not support shifted scores: set block_attention: "
+                    f"prefix, or {unshifted}"
                 )
         if data is not None and objective.causal and data.remedy_for_no_start is not None:
             problems.append(

@@ -416,11 +416,10 @@ EXPERIMENTS = {
     ),
     "word_problems_block": Experiment(
         "Easy word problems in two blocks: PUMA and uniform masks with each of the two attention layouts",
-        (*in_blocks("tinygsm_mini", "prefix", (1, 16)), *in_blocks("tinygsm_mini", "block_causal", (1, 16))),
+        (*in_blocks("tinygsm_mini", "prefix", (1,)), *in_blocks("tinygsm_mini", "block_causal", (1,))),
         baseline="uniform, prefix",
         overrides=("training.max_steps=2000", "training.eval_every=125"),
         targets=(0.5, 0.9),
-        shown=("puma, prefix", "uniform, prefix"),
     ),
     "word_problems_medium_block": Experiment(
         "Medium word problems in three blocks, each with its clean prefix: PUMA and uniform masks",

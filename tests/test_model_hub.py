@@ -471,13 +471,18 @@ def test_a_table_of_positions_is_taken_over_or_refused_with_both_lengths(data_di
 
 
 def test_whether_scores_are_shifted_must_agree_with_the_source(autoregressive_run, data_dir, tmp_path):
-    def from_source(source: Path, **model: Any) -> Config:
-        settings = tiny_settings(dict(UNIFORM), data_dir)
+    def from_source(source: Path, objective: dict[str, Any] = UNIFORM, **model: Any) -> Config:
+        settings = tiny_settings(dict(objective), data_dir)
         settings["model"] |= {"init_from": str(source), **model}
         return parse_config(settings, "test")
 
     with pytest.raises(ValueError, match=r"model\.shifted is False, but .* predicts the next token"):
         loaded(from_source(autoregressive_run, shifted=False))
+    blocks = {"name": "block_uniform", "block_size": 8, "block_attention": "block_causal"}
+    with pytest.raises(ValueError, match=r"block_causal' does not .* prefix, or model.shifted: false, which needs the"):
+        from_source(autoregressive_run, blocks)
+    with pytest.raises(ValueError, match=r"leave model\.shifted out, and set objective\.block_attention: prefix"):
+        loaded(from_source(autoregressive_run, blocks, shifted=False))
     path = tmp_path / "mdm.json"
     path.write_text(json.dumps(tiny_settings(dict(UNIFORM), data_dir)))
     train.main(["--config", str(path), "--run-dir", str(tmp_path / "mdm"), "training.max_steps=1"])

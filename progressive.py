@@ -8,8 +8,8 @@ model's predictions.
 A row advances as one segment; for block diffusion each of its blocks is a segment (`progressive_block.py`). There is no
 host sync: finished rows are given by a mask, and all shapes are fixed.
 
-Shapes: M batches of B rows in the pool, n rows, L positions, S segments per row. Functions take any rows [B, L]; the
-pool calls them with segments [n * S, L / S].
+Shapes: M batches of B rows in the pool, n rows, L positions, L / S segments of S positions per row. Functions take any
+rows [B, L]; the pool calls them with segments [N, S].
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Rows:
     x0: Tensor  # int64 [n, L], the clean sequences
     maskable: Tensor  # bool [n, L], False on prompts
     masked: Tensor  # bool [n, L]
-    stage: Tensor  # int64 [n, S]; K if the segment has finished
+    stage: Tensor  # int64 [n, L / S]; K if the segment has finished
     age: Tensor  # int64 [n], number of updates that have trained the row
 
     def tensors(self) -> dict[str, Tensor]:
@@ -179,7 +179,13 @@ class PumaPool:
         n_rows: int,
         generator: torch.Generator,
     ) -> None:
-        """Fill the batches from `queue`, each with `n_rows` rows."""
+        """Fill the batches from `queue`, each with `n_rows` rows.
+
+        Args:
+            settings: K at step 0 (later `set_n_stages`), the threshold, the order if it is `redrawn`, and M.
+            layout: its blocks are the segments.
+            n_rows: B.
+        """
         self.settings, self.queue, self.layout, self.n_rows, self.generator = settings, queue, layout, n_rows, generator
         self.n_stages, self.n_batches = settings.n_stages_at(0), settings.pool_batches
         device = generator.device
@@ -268,7 +274,7 @@ class PumaPool:
         return self.turn * self.n_rows + torch.arange(self.n_rows, device=self.turn.device)
 
     def _reveal(self, rows: Rows, confidence: Tensor | None, max_log_prob: Tensor) -> tuple[Tensor, Tensor]:
-        """Masks (bool [n, L]) and stages (int64 [n, S]) of rows one stage later; finished segments have no masks."""
+        """Masks (bool [n, L]) and stages (int64 [n, L / S]) of rows one stage later; finished segments: no masks."""
         segments = self.layout.segments
         masked, stage, finished = reveal_next_stage(
             segments(rows.masked),
@@ -285,11 +291,11 @@ class PumaPool:
         return masked.view_as(rows.masked), stage.view_as(rows.stage)
 
     def _enter(self, x0: Tensor, maskable: Tensor, stage: Tensor) -> Rows:
-        """Rows of sequences (`maskable`, bool [n, L]) that enter at `stage` (int64 [n, S]).
+        """Rows of sequences (`maskable`, bool [n, L]) that enter at `stage` (int64 [n, L / S]).
 
         Random positions are revealed up to the stage's target. Segments without maskable positions have finished.
         """
-        segments = self.layout.segments(maskable)  # [n * S, L / S]
+        segments = self.layout.segments(maskable)  # [N, S]
         n_maskable = segments.sum(1)
         target = draw_target(stage.flatten(), self.n_stages, n_maskable, self.generator)
         masked = segments & ~reveal_random(segments, target, self.generator)

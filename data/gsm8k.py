@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from base.files import write_text
+from base.files import reported, write_text
 from base.reading import may_be_on_hub, parse_object, read_lines, reading
 from data.text import check_tokens, encode_prompts, prompt_fits, prompt_row
 from grader.grade import gold_number
@@ -72,7 +72,8 @@ def problem_file(source: str, cache_dir: str | Path) -> Path:
         ):
             rows = load_dataset(source, "main" if source == HUB_NAME else None, split="test", trust_remote_code=False)
             lines = [json.dumps({key: row.get(key) for key in COLUMNS}) for row in rows]
-        saved.parent.mkdir(parents=True, exist_ok=True)
+        with reported(saved):
+            saved.parent.mkdir(parents=True, exist_ok=True)
         write_text(saved, "\n".join(lines) + "\n")
     return saved
 

@@ -32,7 +32,7 @@ from data.questions import Question
 from data.settings import FREE_ON_RESUME
 from data.text import decode_completions, load_tokenizer
 from data.text_pairs import PairDataSet, PairSettings
-from data.token_files import META_FILE, read_meta, tokenizer_of
+from data.token_files import META_FILE, TokenFileData, read_meta, tokenizer_of
 from data.word_problems import LEVELS, TEST_FILE, Difficulty, cached_word_problems, count_operations
 from grader.grade import FAILURES, gold_number, grade
 
@@ -154,12 +154,22 @@ class TinyGsm(PairDataSet):
         tokenizer = load_tokenizer(self.tokenizer_name)
         has_rows = self.settings.tokenizer is None or (self.folder / META_FILE).exists()  # not beside exported weights
         eos_id = read_meta(self.folder).get("eos_id") if has_rows else None
-        if eos_id not in (None, tokenizer.eos_token_id):
-            raise ValueError(
-                f"the rows in {self.folder} end in token {eos_id}, but EOS of tokenizer {self.tokenizer_name!r} "
-                f"is {tokenizer.eos_token_id}: set data.tokenizer to the tokenizer that wrote them"
-            )
+        self._check_eos(tokenizer.eos_token_id, eos_id)
         return tokenizer
+
+    @override
+    def open_rows(self, folder: Path) -> TokenFileData:
+        rows = super().open_rows(folder)
+        self._check_eos(self.eos_id, rows.eos_id)  # once more, since meta.json may not give it
+        return rows
+
+    def _check_eos(self, of_tokenizer: int, of_rows: int | None) -> None:
+        """Raise ValueError if the rows have another EOS than the tokenizer."""
+        if of_rows not in (None, of_tokenizer):
+            raise ValueError(
+                f"the rows in {self.folder} end in token {of_rows}, but EOS of tokenizer {self.tokenizer_name!r} "
+                f"is {of_tokenizer}: set data.tokenizer to the tokenizer that wrote them"
+            )
 
     @cached_property
     def test_prompts(self) -> Prompts:

@@ -236,7 +236,7 @@ def load_initial_weights(model: Transformer, config: Config) -> None:
     if pretrained.shifted != config.shifted:
         remedy = "leave model.shifted out" if pretrained.shifted else "set model.shifted: false"
         if pretrained.shifted and config.block_causal_size is not None:
-            remedy += ", and set objective.block_attention: prefix, since block_causal does not support it"
+            remedy += ", and set objective.block_attention: prefix, since block_causal does not support shifted scores"
         target = "the next token" if pretrained.shifted else "its own token"
         raise ValueError(
             f"model.shifted is {config.shifted}, but in {pretrained.source} a position predicts {target}: {remedy}"

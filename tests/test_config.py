@@ -424,6 +424,12 @@ def test_a_causal_model_needs_rows_with_a_prompt(tiny: Path) -> None:
     assert any("objective 'autoregressive' needs rows that begin" in line for line in problems(tiny, *overrides))
 
 
+def test_block_causal_attention_takes_no_shifted_scores(tiny: Path) -> None:
+    blocks = "objective={name: block_puma, n_stages: 2, block_size: 8, block_attention: block_causal}"
+    lines = problems(tiny, blocks, "model.shifted=true")
+    assert any(line.endswith("set block_attention: prefix, or model.shifted: false") for line in lines), lines
+
+
 def test_a_causal_model_takes_no_rule(tiny: Path) -> None:
     overrides = ["objective={name: autoregressive}", "validation.entropy_bound=0.1"]
     assert any(

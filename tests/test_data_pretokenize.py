@@ -383,6 +383,21 @@ def test_what_meta_lacks_follows_from_the_sizes(missing, files):
     assert data.length == MAX_LEN
 
 
+@pytest.mark.parametrize("eos_id", [3, None])
+def test_rows_of_a_tokenizer_with_another_eos_are_refused(eos_id, files, tokenizer_dir):
+    """What meta.json lacks follows from the rows, the last token of each of which is EOS."""
+    settings = {"data_dir": str(files), "tokenizer": str(tokenizer_dir), "max_len": MAX_LEN, "n_held_out": 5}
+    data = tiny_gsm.TinyGsmSettings(dataset="tiny_gsm", **settings).open(512)
+    assert data.validation.eos_id == data.eos_id == 0
+    if eos_id is None:
+        labels = np.memmap(files / "labels.bin", dtype=np.uint32, mode="r+")
+        labels[labels == 0] = 3
+        labels.flush()
+    rewrite_meta(files, eos_id=eos_id)
+    with pytest.raises(ValueError, match=r"end in token 3, but EOS of .* is 0: set data.tokenizer to the tokenizer"):
+        _ = tiny_gsm.TinyGsmSettings(dataset="tiny_gsm", **settings).open(512).validation
+
+
 def test_sizes_that_do_not_fit_are_refused_with_both_numbers(files):
     rewrite_meta(files, num_examples=46)
     with pytest.raises(ValueError, match=rf"labels.bin has {45 * MAX_LEN * 4} bytes.* take {46 * MAX_LEN * 4}"):

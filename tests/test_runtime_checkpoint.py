@@ -566,6 +566,7 @@ def test_a_state_that_needs_more_memory_than_is_free_is_not_blamed(sound, monkey
     monkeypatch.setattr(memory, "free_memory", lambda: 10)
     with pytest.raises(OSError, match=r"step_00000004: train\.pt cannot be read now \(its content: needs .* free\)$"):
         open_checkpoint(sound).state("train")
+    assert open_checkpoint(sound).state("train", mapped=True), "it is read as it is copied"
 
 
 # Hostile content

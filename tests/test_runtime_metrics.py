@@ -18,7 +18,15 @@ from conftest import PUMA, tiny_settings
 from config import Config
 from runtime.config_file import parse_config, setting_name
 from runtime.distributed import World
-from runtime.metrics import METRICS_FILE, Recorder, peak_memory_gib, read_metrics, reduce_metrics, samples_files
+from runtime.metrics import (
+    METRICS_FILE,
+    Recorder,
+    peak_memory_gib,
+    read_metrics,
+    read_samples,
+    reduce_metrics,
+    samples_files,
+)
 
 CPU = torch.device("cpu")
 HEADLINE = "validation/accuracy/top_prob_1"
@@ -450,3 +458,17 @@ def test_peak_memory_is_what_the_machine_says():
         pytest.skip("no /proc on this system")
     (kib,) = (int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     assert peak_memory_gib(CPU) == pytest.approx(kib / 2**20, rel=0.01)
+
+
+def test_lines_of_samples_that_a_full_disk_cut_are_left_out(tmp_path):
+    record(tmp_path).write(row(1), [{"answer": "1"}, {"answer": "2"}])
+    path = tmp_path / "samples_00000001.jsonl"
+    path.write_bytes(path.read_bytes()[:-3])
+    assert read_samples(tmp_path, 1) == [{"answer": "1"}]
+    assert read_samples(tmp_path, 2) == []
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(
+        ValueError, match=r"samples_00000001\.jsonl cannot be read .*delete it; only the samples are lost"
+    ):
+        read_samples(tmp_path, 1)

@@ -117,7 +117,7 @@ def from_autoregressive(stem: str) -> tuple[Variant, ...]:
     )
 
 
-def in_blocks(stem: str, attention: str, pools: tuple[int, ...]) -> tuple[Variant, ...]:
+def in_blocks(stem: str, attention: str, pools: tuple[int, ...] = (1,)) -> tuple[Variant, ...]:
     """PUMA with each number of batches in its pool, and uniform masks, in blocks of 32 tokens."""
     blocks = ("objective.block_size=32", f"objective.block_attention={attention}")
     puma = ("objective.name=block_puma", *blocks)
@@ -416,7 +416,7 @@ EXPERIMENTS = {
     ),
     "word_problems_block": Experiment(
         "Easy word problems in two blocks: PUMA and uniform masks with each of the two attention layouts",
-        (*in_blocks("tinygsm_mini", "prefix", (1,)), *in_blocks("tinygsm_mini", "block_causal", (1,))),
+        (*in_blocks("tinygsm_mini", "prefix"), *in_blocks("tinygsm_mini", "block_causal")),
         baseline="uniform, prefix",
         overrides=("training.max_steps=2000", "training.eval_every=125"),
         targets=(0.5, 0.9),

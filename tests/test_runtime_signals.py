@@ -18,8 +18,8 @@ from helpers import losses
 from test_train import CASES, assert_same_checkpoint
 
 import samplers.causal
+import samplers.step
 import train
-from model.transformer import Transformer
 from runtime import signals
 from runtime.checkpoint import latest_checkpoint
 from runtime.metrics import read_metrics
@@ -162,16 +162,12 @@ def test_a_signal_ends_an_evaluation_between_two_passes(number, config_file, tmp
 
 
 @pytest.mark.parametrize(
-    ("objective", "owner", "name"),
-    [
-        ("puma", Transformer, "predict"),
-        ("block_uniform_causal", Transformer, "predict"),
-        ("autoregressive", samplers.causal, "predict_tokens"),
-    ],
+    ("objective", "sampler"),
+    [("puma", samplers.step), ("block_uniform_causal", samplers.step), ("autoregressive", samplers.causal)],
 )
-def test_an_evaluation_asks_before_every_pass(objective, owner, name, config_file, tmp_path, monkeypatch, capsys):
+def test_an_evaluation_asks_before_every_pass(objective, sampler, config_file, tmp_path, monkeypatch, capsys):
     """In this process, where passes can be counted: none follows the signal."""
-    predict, n_passes = getattr(owner, name), 0
+    predict, n_passes = sampler.predict_tokens, 0
 
     def signalled_predict(*arguments, **options):
         nonlocal n_passes
@@ -183,7 +179,7 @@ def test_an_evaluation_asks_before_every_pass(objective, owner, name, config_fil
     config = config_file(CASES[objective], training__save_every=100)
     arguments = ["--config", str(config), "--run-dir", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, signalled_predict)
+        patch.setattr(sampler, "predict_tokens", signalled_predict)
         train.main(arguments)
     assert n_passes == 3
     assert "stopped by SIGTERM at step 3" in capsys.readouterr().out

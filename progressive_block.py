@@ -120,7 +120,7 @@ class MaskedObjective(Objective):
         generator: torch.Generator,
     ) -> None:
         super().__init__(queue, n_rows=n_rows, micro_rows=micro_rows, generator=generator)
-        self.settings, self.layout, self.mask_id = settings, layout, queue.stream.data.mask_id
+        self.settings, self.layout = settings, layout
         # Of the last batch. Changed in place, since a CUDA graph uses the same memory at every step.
         self.masked_fraction = torch.zeros((), device=generator.device)
 
@@ -132,7 +132,7 @@ class MaskedObjective(Objective):
     def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         x0, maskable, masked = self.draw_masks(step)
         self.masked_fraction.copy_((masked.sum(1) / maskable.sum(1)).mean())
-        return x0.masked_fill(masked, self.mask_id), x0, self.weights(maskable, masked)
+        return x0.masked_fill(masked, self.queue.stream.data.mask_id), x0, self.weights(maskable, masked)
 
     def weights(self, maskable: Tensor, masked: Tensor) -> Tensor:
         """The loss weight of each position, float32 [B, L], from what `draw_masks` returns: `BlockLayout.weights`."""

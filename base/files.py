@@ -139,8 +139,8 @@ def alone(path: Path, remedy: str = "") -> Iterator[None]:
 def make_once(path: Path, is_made: Callable[[], bool], make: Callable[[], None], setting: str) -> None:
     """Make a file or folder on first use; of several processes one makes it, and the others wait.
 
-    On a file system without locks several may make it, and one that fails because another was faster goes on with what
-    that one has made.
+    On a file system without locks, several processes may make it at once. If `make` fails because another process has
+    finished first, that process's result is used.
 
     Args:
         is_made: whether it is there, which must mean that it is complete.

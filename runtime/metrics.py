@@ -186,8 +186,8 @@ def samples_files(run_dir: Path) -> dict[int, Path]:
 
 
 def read_samples(run_dir: Path, step: int) -> list[dict[str, Any]]:
-    """The answers sampled at a step. Raises as `read_rows`."""
-    return list(read_rows(_samples_file(run_dir, step), "delete it; only the samples are lost"))
+    """The answers sampled at a step; none without their file. Raises BadInput if it cannot be read."""
+    return list(_read_objects(_samples_file(run_dir, step), "delete it; only the samples are lost"))
 
 
 def _wandb_media(row: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -212,25 +212,21 @@ def _histogram(counts: list[float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a run's metrics.jsonl; none without one. Raises as `read_rows`."""
-    return (row for row in read_rows(run_dir / METRICS_FILE, "move it away") if type(row.get("step")) is int)
+    """Rows of a run's metrics.jsonl; none without one. Raises BadInput if it cannot be read."""
+    return (row for row in _read_objects(run_dir / METRICS_FILE, "move it away") if type(row.get("step")) is int)
 
 
-def read_rows(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
-    """The objects in a .jsonl file that a run writes; none without the file. Other lines are left out.
-
-    Raises:
-        BadInput: the file cannot be read; says what to do.
-    """
+def _read_objects(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
+    """The objects in a .jsonl file that a run writes, by `reading`; other lines are left out."""
     if not path.exists():
         return
     with reading(f"{path}", remedy):
         for _, line in read_lines(path):
             try:
-                row = parse_object(line)
+                found = parse_object(line)
             except (ValueError, RecursionError):  # cut short by a kill or a full disk, or damaged
                 continue
-            yield row
+            yield found
 
 
 def reduce_metrics(metrics: dict[str, Tensor], world: World) -> dict[str, Any]:

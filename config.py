@@ -59,9 +59,6 @@ class ModelSettings(Settings):
         "sequence; null: rotary positions only",
     )
     rms_norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
-    causal: bool | None = Field(
-        None, description="no position attends to a later one; null: as the objective requires, all else is an error"
-    )
     init_from: str | None = Field(
         None,
         description="run directory, RUN@best, RUN@STEP, checkpoint, Qwen2 folder or Hugging Face name to start from; "
@@ -558,9 +555,6 @@ class Config(Settings):
         name, problems = f"objective {objective.name!r}", []
         model, data = info.data.get("model"), info.data.get("data")
         if model is not None:
-            if model.causal not in (None, objective.causal):
-                needed = "a causal" if objective.causal else "a bidirectional"
-                problems.append(f"model.causal {model.causal}: {name} needs {needed} model; leave it out")
             if objective.causal and model.shifted is False:
                 problems.append(f"model.shifted False: {name} predicts the next token; leave it out")
             if _block_causal_size(objective) is not None and _is_shifted(model, objective):

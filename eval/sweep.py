@@ -298,7 +298,7 @@ def _conditions_of(checkpoint: LoadedModel, data: DataSet, n: int, world: World)
 def _model_digest(model: Transformer, config: Config) -> str:
     """Digest of the weights and of the settings that predictions depend on."""
     weights = sorted(model.weights().items())
-    settings = config.model.model_dump(exclude={"init_from", "causal", "shifted"})  # the last two as they are resolved
+    settings = config.model.model_dump(exclude={"init_from", "shifted"})  # the latter as it is resolved
     blocks = config.objective.model_dump(include={"block_size", "block_attention"})
     facts = [settings, blocks, config.causal, config.shifted, [name for name, _ in weights]]
     return _digest(facts, *(tensor.detach().float().cpu().numpy() for _, tensor in weights))

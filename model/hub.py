@@ -48,7 +48,7 @@ class {TOKENIZER_CLASS}(PreTrainedTokenizerFast):
     """Reads tokenizer.json as it is."""
 '''
 # Model settings that may differ from those of the weights in `model.init_from`, or are compared in their own way.
-NOT_SHAPE = {"vocab_size", "tie_word_embeddings", "learned_positions", "causal", "shifted", "init_from"}
+NOT_SHAPE = {"vocab_size", "tie_word_embeddings", "learned_positions", "shifted", "init_from"}
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def fit_weights(pretrained: Pretrained, settings: ModelSettings) -> dict[str, Te
             f"  {key}: {_yaml(getattr(ours, key))} in the settings, {_yaml(getattr(theirs, key))} in the weights"
             for key in differing
         )
-        kept: dict[str, Any] = {"init_from": ours.init_from, "shifted": ours.shifted, "causal": ours.causal}
+        kept: dict[str, Any] = {"init_from": ours.init_from, "shifted": ours.shifted}
         kept["vocab_size"] = max(ours.vocab_size, theirs.vocab_size)
         if theirs.learned_positions is None:
             kept["learned_positions"] = ours.learned_positions
@@ -391,9 +391,7 @@ def write_qwen2(
     config: dict[str, Any] = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
-        **settings.model_dump(
-            exclude={"causal", "init_from", "shifted", "num_key_value_heads", "rotary", "learned_positions"}
-        ),
+        **settings.model_dump(exclude={"init_from", "shifted", "num_key_value_heads", "rotary", "learned_positions"}),
         "num_key_value_heads": settings.n_key_value_heads,
         "hidden_act": "silu",
         "use_sliding_window": False,

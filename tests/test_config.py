@@ -174,8 +174,8 @@ def is_validator(function: ast.FunctionDef) -> bool:
     return any("validator" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
-# Settings that the program need not read: tags choose the class, and what the objective decides may be confirmed.
-UNREAD = {"data": {"dataset"}, "objective": {"name"}, "model": {"causal"}}
+# Settings that the program need not read: tags choose the class.
+UNREAD = {"data": {"dataset"}, "objective": {"name"}}
 
 
 def test_every_setting_is_read_by_the_program():

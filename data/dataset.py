@@ -205,13 +205,6 @@ class DataSettings(Settings, ABC):
             raise ValueError(f"{folder} is missing, the tokenizer that was trained for the run: copy it with the run")
         return self
 
-    def in_folder(self, folder: Path) -> DataSettings:
-        """Settings that read what encoding a question needs, such as a tokenizer, from the folder of an exported model.
-
-        By default these settings: nothing is needed.
-        """
-        return self
-
 
 class DataSet(ABC):
     """A data set: rows to train on, questions to answer, and a judge of answers.

@@ -102,6 +102,12 @@ def unknown_id(tokenizer: Any) -> int | None:
     return None if found == tokenizer.eos_token_id else found
 
 
+def differing_tokens(tokenizer: Any, other: Any) -> list[int]:
+    """Tokens that stand for another text in the other tokenizer, in order, of those that both have."""
+    ours, theirs = ({token: text for text, token in each.get_vocab().items()} for each in (tokenizer, other))
+    return [token for token in sorted(ours.keys() & theirs.keys()) if ours[token] != theirs[token]]
+
+
 def train_byte_pairs(texts: Iterable[str], pieces: str, vocab_size: int) -> Any:
     """Train a byte-pair tokenizer, a Hugging Face tokenizer that can encode any text; the result is deterministic.
 

@@ -237,11 +237,6 @@ class TextSettings(PairSettings):
         return self.model_copy(update={"tokenizer": str(folder)})
 
     @override
-    def in_folder(self, folder: Path) -> TextSettings:
-        """The tokenizer of the folder; no rows."""
-        return self.with_tokenizer(folder)
-
-    @override
     def open(self, vocab_size: int) -> TextData:
         return TextData(self, vocab_size)
 

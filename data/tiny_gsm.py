@@ -30,9 +30,9 @@ from data.gsm8k import HUB_NAME, Prompts, build_prompts, final_answer, problem_f
 from data.pretokenize import is_on_hub, pretokenize
 from data.questions import Question
 from data.settings import FREE_ON_RESUME
-from data.text import decode_completions, load_tokenizer
+from data.text import decode_completions, differing_tokens, load_tokenizer
 from data.text_pairs import PairDataSet, PairSettings
-from data.token_files import META_FILE, TokenFileData, read_meta, tokenizer_of
+from data.token_files import TokenFileData, tokenizer_of
 from data.word_problems import LEVELS, TEST_FILE, Difficulty, cached_word_problems, count_operations
 from grader.grade import FAILURES, gold_number, grade
 
@@ -49,9 +49,7 @@ class TinyGsmSettings(PairSettings):
     source: Literal["files", "word_problems"] = Field(
         "files", description="files: written by data/tiny_gsm.py; word_problems: a small generated set"
     )
-    tokenizer: str | None = Field(
-        None, description="files: Hugging Face name or folder; null: the one that wrote the files"
-    )
+    tokenizer: str | None = Field(None, description="Hugging Face name or folder; null: the one that wrote the rows")
     test_source: str | None = Field(
         None,
         description="files: a .jsonl file in the format of GSM8K, or a Hugging Face data set; null: openai/gsm8k",
@@ -72,7 +70,7 @@ class TinyGsmSettings(PairSettings):
     def _source_is_complete(self) -> TinyGsmSettings:
         problems = []
         required = ("n_train", "n_test", "seed")
-        keys_by_source = {"files": ("tokenizer", "test_source"), "word_problems": (*required, "difficulty")}
+        keys_by_source = {"files": ("test_source",), "word_problems": (*required, "difficulty")}
         for source, keys in keys_by_source.items():
             given = [key for key in keys if getattr(self, key) is not None]
             if source != self.source and given:
@@ -99,20 +97,7 @@ class TinyGsmSettings(PairSettings):
 
     @override
     def with_tokenizer(self, folder: Path) -> TinyGsmSettings:
-        """Word problems keep their own."""
-        return self.model_copy(update={"tokenizer": str(folder)}) if self.source == "files" else self
-
-    @override
-    def in_folder(self, folder: Path) -> TinyGsmSettings:
-        """The tokenizer of the folder; no rows."""
-        return TinyGsmSettings(
-            dataset=self.dataset,
-            data_dir=str(folder),
-            max_len=self.max_len,
-            mask_id=self.mask_id,
-            n_held_out=self.n_held_out,
-            tokenizer=str(folder),
-        )
+        return self.model_copy(update={"tokenizer": str(folder)})
 
 
 class TinyGsm(PairDataSet):
@@ -150,26 +135,28 @@ class TinyGsm(PairDataSet):
     @cached_property
     @override
     def tokenizer(self) -> Any:
-        """The tokenizer that wrote the rows; ValueError if it cannot be loaded or its EOS differs from the rows'."""
-        tokenizer = load_tokenizer(self.tokenizer_name)
-        has_rows = self.settings.tokenizer is None or (self.folder / META_FILE).exists()  # not beside exported weights
-        eos_id = read_meta(self.folder).get("eos_id") if has_rows else None
-        self._check_eos(tokenizer.eos_token_id, eos_id)
-        return tokenizer
+        return load_tokenizer(self.tokenizer_name)
 
     @override
     def open_rows(self, folder: Path) -> TokenFileData:
+        """See `PairDataSet`; the rows must be of the tokenizer, as far as that can be told without a network."""
         rows = super().open_rows(folder)
-        self._check_eos(self.eos_id, rows.eos_id)  # once more, since meta.json may not give it
-        return rows
-
-    def _check_eos(self, of_tokenizer: int, of_rows: int | None) -> None:
-        """Raise ValueError if the rows have another EOS than the tokenizer."""
-        if of_rows not in (None, of_tokenizer):
+        if rows.eos_id != self.eos_id:
             raise ValueError(
-                f"the rows in {self.folder} end in token {of_rows}, but EOS of tokenizer {self.tokenizer_name!r} "
-                f"is {of_tokenizer}: set data.tokenizer to the tokenizer that wrote them"
+                f"the rows in {folder} end in token {rows.eos_id}, but EOS of tokenizer {self.tokenizer_name!r} "
+                f"is {self.eos_id}: set data.tokenizer to the tokenizer that wrote them"
             )
+        given = self.settings.tokenizer
+        if (
+            self.settings.source == "word_problems"
+            and given is not None
+            and differing_tokens(self.tokenizer, load_tokenizer(tokenizer_of(folder)))
+        ):
+            raise ValueError(
+                f"the word problems in {folder} have another tokenizer than data.tokenizer {given!r}: leave that out, "
+                "or use the version of this code that the model was trained with"
+            )
+        return rows
 
     @cached_property
     def test_prompts(self) -> Prompts:

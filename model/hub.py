@@ -27,7 +27,7 @@ from base.files import reported, write_text
 from base.reading import read_json, reading
 from config import Config, ModelSettings
 from data.dataset import DataSet, DataSettings
-from data.text import TOKENIZER_DIR, TOKENIZER_FILE, load_tokenizer
+from data.text import TOKENIZER_DIR, TOKENIZER_FILE, differing_tokens, load_tokenizer
 from model.transformer import EMBEDDING, HEAD, POSITIONS, Transformer, build_model, count_parameters
 from runtime.checkpoint import MANIFEST, chosen_folder, find_checkpoint, run_dir_of, split_choice
 from runtime.command import shell_command
@@ -76,8 +76,7 @@ def load_model(path: str, overrides: Sequence[str] = ()) -> LoadedModel:
 
     `runs/NAME@best` and `runs/NAME@5000` are other checkpoints of a run, see `runtime.checkpoint.find_checkpoint`.
     With averaged weights if there are any, unless the override `training.ema_decay=null` asks for those of the last
-    update, which a folder written by this file lacks. The data settings of such a folder read only that folder, unless
-    overrides name other data.
+    update, which a folder written by this file lacks. Such a folder has the tokenizer of the model, and no data.
 
     Args:
         overrides: `section.key=value` settings that replace the run's.
@@ -94,7 +93,7 @@ def _find(path: str, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, T
     folder = Path(path)
     if _is_written_here(folder):
         config = read_config(folder / SETTINGS_FILE)
-        config = config.model_copy(update={"data": config.data.in_folder(folder)})
+        config = config.model_copy(update={"data": config.data.with_tokenizer(folder)})
         is_average = config.training.ema_decay is not None
         config = override_config(config.model_dump(mode="json"), overrides, str(folder / SETTINGS_FILE))
         if is_average and config.training.ema_decay is None:
@@ -211,17 +210,13 @@ def check_initial_tokenizer(source: str, data: DataSet) -> None:
     folder = tokenizer_folder(source)
     if folder is None or not (folder / TOKENIZER_FILE).is_file() or data.tokenizer is None:
         return
-    ours, theirs = (
-        {token: text for text, token in tokenizer.get_vocab().items()}
-        for tokenizer in (data.tokenizer, load_tokenizer(str(folder)))
-    )
-    changed = [token for token in sorted(ours.keys() & theirs.keys()) if ours[token] != theirs[token]]
-    if changed:
-        first = changed[0]
+    theirs = load_tokenizer(str(folder))
+    if changed := differing_tokens(data.tokenizer, theirs):
+        ours, other = (each.convert_ids_to_tokens(changed[0]) for each in (data.tokenizer, theirs))
         raise ValueError(
             f"the tokenizer of the data is not that of model.init_from {source}: {len(changed)} tokens differ, such as "
-            f"{first}, {ours[first]!r} in the data and {theirs[first]!r} there. Set data.tokenizer: {folder}, or start "
-            "from other weights"
+            f"{changed[0]}, {ours!r} in the data and {other!r} there. Set data.tokenizer: {folder}, or start from "
+            "other weights"
         )
 
 

@@ -32,7 +32,9 @@ from data.word_problems import (
     generate_problems,
     train_tokenizer,
 )
+from eval import evaluate
 from grader.grade import grade
+from model import hub
 from runtime.metrics import read_metrics
 
 MINI = ROOT / "yaml_files" / "tinygsm_mini_puma.yaml"
@@ -245,6 +247,31 @@ def run_dir(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path / "run"
 
 
+def test_a_packed_model_is_sampled_without_its_problems_and_evaluated_on_them(run_dir, tmp_path, monkeypatch):
+    packed = tmp_path / "packed"
+    hub.pack_run(str(run_dir), packed)
+    with monkeypatch.context() as patch:
+        patch.setattr(word_problems, "generate_problems", lambda *_: pytest.fail("generated again"))
+        for source in (run_dir, packed):
+            config = hub.load_model(str(source), [f"data.data_dir={tmp_path / 'elsewhere'}"]).config
+            assert (config.open_data().encode("How many apples?") == config.mask_id).any()
+    for source in (run_dir, packed):
+        evaluate.main([str(source), "--json", str(tmp_path / f"{source.name}.json")])
+    of_run, of_packed = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("run", "packed"))
+    assert [each["n"] for each in of_packed["samplers"]] == [each["n"] for each in of_run["samplers"]] == [6, 6]
+    assert of_packed["loss"] == pytest.approx(of_run["loss"], rel=0.01), "weights are packed in bfloat16"
+
+
+def test_word_problems_of_another_tokenizer_are_refused(folder, tmp_path):
+    train_tokenizer("hard").save_pretrained(tmp_path)
+    settings = {"dataset": "tiny_gsm", "source": "word_problems", "n_train": 3000, "n_test": 40, "seed": 0}
+    settings |= {"data_dir": str(folder.parent), "max_len": 72, "n_held_out": 50}
+    for own in (None, str(folder / "tokenizer")):
+        assert len(TinyGsmSettings(tokenizer=own, **settings).open(512).validation) == 50
+    with pytest.raises(ValueError, match=r"another tokenizer than data\.tokenizer .*: leave that out"):
+        _ = TinyGsmSettings(tokenizer=str(tmp_path), **settings).open(512).validation
+
+
 def test_training_records_accuracy_and_samples(run_dir, capsys):
     train.main(["--config", str(run_dir.parent / "tiny.yaml"), "--run-dir", str(run_dir)])
     assert re.fullmatch(r"solved \d+\.\d% of 6 test problems", capsys.readouterr().out.splitlines()[-2])
@@ -291,7 +318,6 @@ def test_evaluation_on_two_processes_finds_the_same(run_dir, tmp_path):
     ("data", "message"),
     [
         ({"n_train": None}, "source 'word_problems' needs n_train"),
-        ({"tokenizer": "Qwen/Qwen2-0.5B"}, "tokenizer: only used by source 'files'"),
         ({"n_held_out": 3000}, "n_held_out 3000 must be less than n_train 3000"),
         ({"max_len": 70}, "multiple of 8"),
         ({"mask_id": 512}, "model.vocab_size 512 is too small"),

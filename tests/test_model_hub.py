@@ -632,16 +632,19 @@ def test_experiments_from_an_autoregressive_model_change_nothing_else(name):
 
 
 def test_overrides_give_a_packed_model_rows_to_be_evaluated_on(tmp_path):
-    """A folder of its own has a tokenizer and no rows."""
+    """It has a tokenizer and no rows: those of its run where they still are, else those that an override names."""
     path = tmp_path / "tiny.json"
     settings = tiny_gsm_settings(tmp_path / "rows")
     settings["training"]["max_steps"] = 1
     path.write_text(json.dumps(settings))
     train.main(["--config", str(path), "--run-dir", str(tmp_path / "run")])
     hub.pack_run(str(tmp_path / "run"), tmp_path / "packed")
-    with pytest.raises(ValueError, match=r"set data\.data_dir to a folder that has it"):
+    assert load_model(str(tmp_path / "packed")).config.open_data().load(train=False).n_questions == 4
+    rows, elsewhere = Path(settings["data"]["data_dir"]), tmp_path / "elsewhere"
+    rows.rename(elsewhere)
+    with pytest.raises(ValueError, match=rf"{rows}/meta\.json is missing.* set data\.data_dir to a folder that has it"):
         load_model(str(tmp_path / "packed")).config.open_data().load(train=False)
-    changes = [f"data.{key}={settings['data'][key]}" for key in ("data_dir", "test_source")]
+    changes = [f"data.data_dir={elsewhere}", f"data.test_source={elsewhere / 'test.jsonl'}"]
     data = load_model(str(tmp_path / "packed"), changes).config.open_data().load(train=False)
     assert data.n_questions == 4
 

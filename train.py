@@ -41,7 +41,7 @@ from base.files import WriteError, reported, write_text
 from base.text import escape, shorten
 from config import Config
 from data.dataset import ArrayData, DataSet, DataSettings
-from eval.accuracy import check_n_examples, check_prompts
+from eval.accuracy import check_n_examples, check_questions
 from eval.evaluate import Evaluation, as_json, evaluate
 from model.hub import check_init_from, check_initial_tokenizer, fetch_initial_weights, initial_data
 from model.transformer import Transformer
@@ -120,8 +120,13 @@ def build_or_restore(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
     for key in ("n_examples", "n_final_examples"):
         if not config.validation.is_default(key):  # the default is for large tests
             check_n_examples(getattr(config.validation, key), data, f"validation.{key}")
-    check_prompts(config, data)
+    check_questions(config, data)
     for rows in (data.train, data.validation):
+        if rows.length != config.data.length:
+            raise ValueError(
+                f"data set {config.data.dataset!r}: rows have {rows.length} tokens, but `length` of its settings is "
+                f"{config.data.length}: they must be equal"
+            )
         if isinstance(rows, ArrayData):  # files of tokens are checked when they are opened
             rows.check_vocabulary(config.model.vocab_size)
     run = build_run(config, world, run_dir, data.train, resuming=checkpoint is not None)

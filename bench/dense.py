@@ -21,6 +21,8 @@ from model.transformer import Transformer
 from runtime.distributed import autocast
 from runtime.optim import ema_decay
 
+# Settings of an objective that this file implements; all others must have their defaults.
+WITH_PLAIN_FORM = {"name", "n_stages", "k_schedule", "collapse_threshold"}
 Batch = tuple[Tensor, Tensor, Tensor]  # xt, x0 (int64 [B, L]) and weight (float32 [B, L])
 
 
@@ -143,13 +145,11 @@ def dense_step(config: Config, trainer: DenseTrainer, stream: SequenceStream) ->
     settings = config.objective
     if isinstance(settings, BlockSettings):
         raise ValueError(f"objective {settings.name!r} has no plain form: see `python -m bench block`")
+    for key, field in type(settings).model_fields.items():
+        if key not in WITH_PLAIN_FORM and getattr(settings, key) != field.default:
+            raise ValueError(f"objective.{key} {getattr(settings, key)!r} has no plain form: leave it out")
     if not isinstance(settings, ProgressiveSettings):
         return lambda: trainer.step(fresh_batch(stream, config))
-    if settings.uniform_fraction or settings.pool_batches > 1 or settings.reveal_order != "top_prob":
-        raise ValueError(
-            "objective.uniform_fraction above 0, pool_batches above 1 and a reveal_order other than 'top_prob' have no "
-            "plain form"
-        )
     pool = DensePool(stream, config, settings, trainer.device)
     return lambda: pool.advance(trainer.step(pool.batch()))
 

@@ -69,8 +69,9 @@ class ArrayData:
         """Raise ValueError unless the arrays are as above, and each row has tokens to predict and no mask token."""
         for name, array, dtype in (("tokens", self.tokens, np.int64), ("prompt_mask", self.prompt_mask, np.bool_)):
             if array.ndim != 2 or not array.shape[1] or array.shape != self.tokens.shape or array.dtype != dtype:
+                shape = "[N, L]" if array is self.tokens else f"{list(self.tokens.shape)}, as of tokens"
                 raise ValueError(
-                    f"{self.source}: {name} is {array.dtype} {list(array.shape)}, needed is {dtype.__name__} [N, L]"
+                    f"{self.source}: {name} is {array.dtype} {list(array.shape)}, needed is {dtype.__name__} {shape}"
                 )
         self._refuse(self.tokens < 0, "has a token below 0")
         self._refuse(self.tokens == self.mask_id, f"has the mask token {self.mask_id}")

@@ -65,19 +65,51 @@ def check_n_examples(n_examples: int, data: DataSet, setting: str) -> None:
         )
 
 
-def check_prompts(config: Config, data: DataSet) -> None:
-    """Raise ValueError if an autoregressive model gets a question without a token: it predicts none from nothing."""
-    if not config.causal:
-        return
-    validation = config.validation
+def check_questions(config: Config, data: DataSet) -> None:
+    """Raise ValueError if the questions that any evaluation asks are not as `DataSet` says, or do not fit the model.
+
+    An autoregressive model predicts no token from nothing, so it gets no question without a token.
+    """
+    validation, name = config.validation, f"data set {config.data.dataset!r}"
     n_asked = min(max(validation.n_examples, validation.n_last_examples), data.n_questions)
-    empty = np.flatnonzero(data.prompts(np.arange(n_asked))[:, 0] == config.mask_id)
-    if len(empty):
+    if not n_asked:
+        return
+    asked = np.arange(n_asked)
+    prompts = data.prompts(asked)
+    if prompts.shape != (n_asked, config.data.length) or prompts.dtype != np.int64:
         raise ValueError(
-            f"{len(empty)} of the first {n_asked} {data.question_noun} of the test have no token, the first is number "
-            f"{empty[0] + 1}: objective {config.objective.name!r} predicts a token from those before it; give all "
-            "prompts a word, or set another objective"
+            f"{name}: prompts gave {prompts.dtype} {list(prompts.shape)} for {n_asked} questions, needed is int64 "
+            f"[{n_asked}, {config.data.length}]"
         )
+    masked = prompts == config.mask_id
+    if not masked.any(1).all():
+        raise ValueError(
+            f"{name}: the prompt of question {masked.any(1).argmin()} (from 0) has no mask token {config.mask_id}: it "
+            "must have mask tokens in place of the answer"
+        )
+    difficulty_of(data, asked, config.data.dataset)
+    if config.causal and masked[:, 0].any():
+        raise ValueError(
+            f"{masked[:, 0].sum()} of the first {n_asked} {data.question_noun} of the test have no token, the first is "
+            f"number {masked[:, 0].argmax() + 1}: objective {config.objective.name!r} predicts a token from those "
+            "before it; give all prompts a word, or set another objective"
+        )
+
+
+def difficulty_of(data: DataSet, rows: np.ndarray, dataset: str) -> dict[str, np.ndarray]:
+    """`DataSet.difficulty` of these questions; ValueError unless each measure is an array of numbers, one per question.
+
+    Args:
+        dataset: the data set's name in the settings, for the message.
+    """
+    found = {name: np.asarray(values) for name, values in data.difficulty(rows).items()}
+    for name, values in found.items():
+        if values.shape != rows.shape or values.dtype.kind not in "biuf":
+            raise ValueError(
+                f"data set {dataset!r}: difficulty must give {name!r} as an array of numbers of shape {rows.shape}, "
+                f"and gave {values.dtype} {values.shape}"
+            )
+    return {name: values.astype(np.float64) for name, values in found.items()}
 
 
 def count_examples(config: Config, overrides: Sequence[str], data: DataSet) -> int:
@@ -171,9 +203,8 @@ def check_figures(judged: JudgedAnswers, data: DataSet, rows: np.ndarray, datase
     """
     for name in (*data.figures, *data.numbers):
         values = judged.figures.get(name)
-        shape = None if values is None else np.shape(values)
-        if values is None or shape != rows.shape:
-            got = "left it out" if values is None else f"gave an array of shape {shape}"
+        if not isinstance(values, np.ndarray) or values.shape != rows.shape:
+            got = "left it out" if values is None else f"gave {type(values).__name__} {np.shape(values)}"
             raise ValueError(
                 f"data set {dataset!r}: judge must report {name!r} as an array of shape {rows.shape}, and {got}"
             )

@@ -33,6 +33,7 @@ from eval.accuracy import (
     NORMAL_95,
     TestQuestions,
     count_examples,
+    difficulty_of,
     interruptible,
     measure_rule,
     rank_batches,
@@ -197,7 +198,7 @@ def evaluate(
             if n_examples:
                 questions = np.arange(n_examples)
                 reference = data.reference(questions)
-                test = TestQuestions(data, reference, data.difficulty(questions), n_examples)
+                test = TestQuestions(data, reference, difficulty_of(data, questions, config.data.dataset), n_examples)
                 results = [measure_rule(model, config, test, world, rule=rule, bar=bar, vote=vote) for rule in rules]
     finally:
         model.train(was_training)

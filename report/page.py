@@ -346,6 +346,12 @@ def _settings(raw: dict[str, Any]) -> str:
     return table(("setting", "value", "default"), rows, n_left=3)
 
 
+def _outcome(session: dict[str, Any], *, is_newest: bool) -> str:
+    """Why a session ended. One that another has followed, and that has not said why, was killed."""
+    state = str(session.get("state", ""))
+    return str(session.get("reason") or ("killed" if state == "running" and not is_newest else state))
+
+
 def _history(sessions: list[dict[str, Any]]) -> Iterator[str]:
     """Commit, machine and time of each session."""
     if not sessions:
@@ -364,7 +370,7 @@ def _history(sessions: list[dict[str, Any]]) -> Iterator[str]:
         (
             (
                 str(session.get("started", ""))[:19].replace("T", " "),
-                session.get("reason") or session.get("state", ""),
+                _outcome(session, is_newest=session is last),
                 f"{session.get('from_step', 0):,} to {session.get('to_step', 0):,}",
                 *(duration(session.get("seconds", {}).get(name, 0)) for name in phases),
             )

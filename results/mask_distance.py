@@ -376,7 +376,7 @@ def known_points(earlier: dict[str, Any] | None, run: dict[str, Any], commit: st
 def describe(config: Config) -> str:
     """The settings of a run that decide which masks it trains on."""
     settings = config.objective
-    facts = [str(settings.name)]
+    facts, told = [str(settings.name)], {"name"}
     if isinstance(settings, ProgressiveSettings):
         schedule = settings.k_schedule or [(settings.n_stages, 0)]
         stages = ", ".join(f"{n_stages} from update {step}" if step else f"{n_stages}" for n_stages, step in schedule)
@@ -386,8 +386,8 @@ def describe(config: Config) -> str:
             f"reveal order {settings.reveal_order}",
             f"a pool of {settings.pool_batches} batches",
         ]
-    own = (key for key in type(settings).model_fields if key not in ("name", *ProgressiveSettings.model_fields))
-    facts += [f"{key} {getattr(settings, key)}" for key in own]
+        told |= {"n_stages", "k_schedule", "collapse_threshold", "reveal_order", "pool_batches"}
+    facts += [f"{key} {getattr(settings, key)}" for key in type(settings).model_fields if key not in told]
     return ", ".join([*facts, f"{config.training.batch_size} rows per update, seed {config.training.seed}"])
 
 

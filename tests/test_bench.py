@@ -182,7 +182,11 @@ def test_block(tmp_path):
     ("arguments", "message"),
     [
         (["step", "--config", "no.yaml"], "no.yaml"),
-        (["step", "objective.uniform_fraction=0.5"], "no plain form"),
+        (["step", "objective.uniform_fraction=0.5"], "objective.uniform_fraction 0.5 has no plain form"),
+        (
+            ["step", "objective.name=uniform", "objective.low_discrepancy=true"],
+            "low_discrepancy True has no plain form",
+        ),
         (["step", "objective.pool_batches=2"], "no plain form"),
         (["step", "objective.reveal_order=neg_entropy"], "no plain form"),
         (["step", "--config", str(TINYGSM.with_name("tinygsm_block_puma.yaml")), *SMALL], "python -m bench block"),

@@ -26,7 +26,7 @@ from eval import evaluate as evaluation
 from eval.accuracy import (
     TestQuestions,
     check_figures,
-    check_prompts,
+    check_questions,
     count_examples,
     group_results,
     measure_rule,
@@ -162,7 +162,7 @@ def test_every_forward_pass_is_in_the_precision_of_training(precision, model, da
         ({"cell_accuracy": -0.1}, "'cell_accuracy' the value -0.1"),
         ({"edit_distance": np.inf}, "'edit_distance' the value inf"),
         ({"edit_distance": None}, "'edit_distance' as an array of shape (3,), and left it out"),
-        ({"edit_distance": [1.0]}, "gave an array of shape (1,)"),
+        ({"edit_distance": np.ones(1)}, "gave ndarray (1,)"),
     ],
 )
 def test_figures_that_are_none_are_refused_by_name_and_value(reported, wrong, model, data_dir, monkeypatch):
@@ -236,6 +236,9 @@ def test_the_question_of_a_wrong_figure_is_named():
         wrong = figures | {name: np.array([0, 1, value])}
         with pytest.raises(ValueError, match=f"gave '{name}' the value {value:g} for question 11;"):
             check_figures(JudgedAnswers(wrong), data, rows, "mine")
+    unlike: Any = figures | {"share": [0.0, 0.5, 1.0]}
+    with pytest.raises(ValueError, match=r"'share' as an array of shape \(3,\), and gave list \(3,\)"):
+        check_figures(JudgedAnswers(unlike), data, rows, "mine")
 
 
 # Intervals
@@ -543,7 +546,7 @@ def test_an_autoregressive_model_gets_no_empty_prompts(tmp_path, monkeypatch):
             return found
 
         monkeypatch.setattr(data, "prompts", without_first)
-        check_prompts(config, data)
+        check_questions(config, data)
 
     ask(UNIFORM)
     with pytest.raises(
@@ -567,8 +570,35 @@ def test_prompts_are_checked_as_far_as_any_evaluation_asks(during, last, tmp_pat
         return prompts(indices)
 
     monkeypatch.setattr(data, "prompts", note)
-    check_prompts(config, data)
+    check_questions(config, data)
     assert asked == list(range(min(max(during, last), 20)))
+
+
+@pytest.mark.parametrize(
+    ("method", "returned", "message"),
+    [
+        ("prompts", lambda prompts: np.abs(prompts - 1), r"the prompt of question 0 .* has no mask token \d+"),
+        ("prompts", lambda prompts: prompts[:, :-1], r"prompts gave int64 \[10, 31\] .* needed is int64 \[10, 32\]"),
+        ("prompts", lambda prompts: prompts.astype(np.int32), "prompts gave int32"),
+        ("difficulty", lambda _: {"clues": np.ones(3)}, r"'clues' as an array of numbers of shape \(10,\), .* \(3,\)"),
+        ("difficulty", lambda _: {"kind": ["easy"] * 10}, "'kind' as an array of numbers"),
+    ],
+)
+def test_questions_that_are_none_are_refused_before_training(method, returned, message, tmp_path, monkeypatch):
+    config = parse_config(tiny_settings(PUMA, tmp_path), "test")
+    plain = getattr(Sudoku, method)
+    monkeypatch.setattr(Sudoku, method, lambda data, rows: returned(plain(data, rows)))
+    with pytest.raises(ValueError, match=rf"data set 'sudoku': .*{message}"):
+        train.build_or_restore(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_rows_of_another_length_than_the_settings_say_are_refused(tmp_path, monkeypatch):
+    config = parse_config(tiny_settings(PUMA, tmp_path), "test")
+    monkeypatch.setattr(Sudoku, "prompts", lambda data, rows: np.full((len(rows), 40), config.mask_id))
+    monkeypatch.setattr(type(config.data), "length", 40)
+    with pytest.raises(ValueError, match="rows have 32 tokens, but `length` of its settings is 40"):
+        train.build_or_restore(config, tmp_path / "run")
 
 
 def test_the_number_of_questions_is_that_of_an_override_or_of_the_last_evaluation(tmp_path):

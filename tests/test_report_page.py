@@ -119,6 +119,16 @@ def test_warnings_about_the_data_are_shown(run_dir):
     assert "Warning: 3 of the 10 test puzzles are in the training set" in build_page(run_dir)
 
 
+def test_a_session_that_another_followed_was_killed(run_dir):
+    history = json.loads((run_dir / "history.json").read_text())
+    (complete,) = history["sessions"]
+    for states, expected in ((["running", "complete"], ["killed", "complete"]), (["running"], ["running"])):
+        history["sessions"] = [complete | {"state": state, "started": f"day {n}"} for n, state in enumerate(states)]
+        (run_dir / "history.json").write_text(json.dumps(history))
+        words = parsed(build_page(run_dir))
+        assert all(f"day {n} {outcome} " in words for n, outcome in enumerate(expected))
+
+
 def test_shares_are_percentages_and_other_numbers_are_not(run_dir):
     final = json.loads((run_dir / "final.json").read_text())
     final["evaluation"]["samplers"][0] |= {"details": {"letter_accuracy": 0.5}, "numbers": {"edit_distance": 3.2}}

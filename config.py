@@ -565,10 +565,17 @@ class Config(Settings):
                     "objective.block_attention 'block_causal' does not support shifted scores: set block_attention: "
                     f"prefix, or {unshifted}"
                 )
-        if data is not None and objective.causal and data.remedy_for_no_start is not None:
+        if (
+            data is not None
+            and model is not None
+            and _is_shifted(model, objective)
+            and data.remedy_for_no_start is not None
+        ):
+            needing = name if objective.causal else "model.shifted (by init_from if it is null)"
+            other = "set another objective" if objective.causal else "set model.shifted: false"
             problems.append(
-                f"{name} needs rows that begin with a given token, and this data's do not: {data.remedy_for_no_start}, "
-                "or set another objective"
+                f"{needing} needs rows that begin with a given token, and this data's do not: "
+                f"{data.remedy_for_no_start}, or {other}"
             )
         if data is not None and isinstance(objective, BlockSettings) and data.length % objective.block_size:
             # A shorter last block would need its own shape, and weigh more per token than the other blocks.

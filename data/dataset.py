@@ -160,7 +160,7 @@ class DataSettings(Settings, ABC):
 
     @property
     def remedy_for_no_start(self) -> str | None:
-        """How to get rows that begin with a given token, which autoregressive models need; None: all rows do."""
+        """How to get rows that begin with a given token, which shifted predictions need; None: all rows do."""
         return None
 
     def mask_id_in(self, vocab_size: int) -> int:

@@ -68,7 +68,7 @@ def check_n_examples(n_examples: int, data: DataSet, setting: str) -> None:
 def check_questions(config: Config, data: DataSet) -> None:
     """Raise ValueError if the questions that any evaluation asks are not as `DataSet` says, or do not fit the model.
 
-    An autoregressive model predicts no token from nothing, so it gets no question without a token.
+    A model that predicts the next token gets no question without a token: it predicts none from nothing.
     """
     validation, name = config.validation, f"data set {config.data.dataset!r}"
     n_asked = min(max(validation.n_examples, validation.n_last_examples), data.n_questions)
@@ -88,11 +88,14 @@ def check_questions(config: Config, data: DataSet) -> None:
             "must have mask tokens in place of the answer"
         )
     difficulty_of(data, asked, config.data.dataset)
-    if config.causal and masked[:, 0].any():
+    if config.shifted and masked[:, 0].any():
+        predicts, other = f"objective {config.objective.name!r}", "set another objective"
+        if not config.causal:
+            predicts, other = "a model with shifted predictions", "set model.shifted: false"
         raise ValueError(
             f"{masked[:, 0].sum()} of the first {n_asked} {data.question_noun} of the test have no token, the first is "
-            f"number {masked[:, 0].argmax() + 1}: objective {config.objective.name!r} predicts a token from those "
-            "before it; give all prompts a word, or set another objective"
+            f"number {masked[:, 0].argmax() + 1}: {predicts} predicts a token from those before it; give all prompts a "
+            f"word, or {other}"
         )
 
 

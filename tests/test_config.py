@@ -419,9 +419,18 @@ def test_rules_that_do_not_go_together_are_refused(options: dict[str, Any], expe
     assert any(expected in line for line in lines), lines
 
 
-def test_a_causal_model_needs_rows_with_a_prompt(tiny: Path) -> None:
-    overrides = ["objective={name: autoregressive}", "data.layout=in_place"]
-    assert any("objective 'autoregressive' needs rows that begin" in line for line in problems(tiny, *overrides))
+def test_shifted_predictions_need_rows_that_begin_with_a_token(tiny: Path) -> None:
+    """No position predicts the first."""
+    for changes, needing, other in (
+        (["objective={name: autoregressive}"], "objective 'autoregressive'", "set another objective"),
+        (["model.shifted=true"], "model.shifted (by init_from if it is null)", "set model.shifted: false"),
+        (["model.init_from=runs/other"], "model.shifted (by init_from if it is null)", "set model.shifted: false"),
+    ):
+        (line,) = (line for line in problems(tiny, "data.layout=in_place", *changes) if "needs rows" in line)
+        assert f"{needing} needs rows that begin with a given token" in line
+        assert line.endswith(f"set data.layout: two_halves, or {other}")
+    unshifted = ["data.layout=in_place", "model.learned_positions=16", "model.init_from=runs/other"]
+    assert not read_config(tiny, [*unshifted, "model.shifted=false"]).shifted
 
 
 def test_block_causal_attention_takes_no_shifted_scores(tiny: Path) -> None:

@@ -535,8 +535,10 @@ def test_bad_input_ends_with_one_message(words, expected, run_dir, capsys):
 
 
 def test_an_autoregressive_model_gets_no_empty_prompts(tmp_path, monkeypatch):
-    def ask(objective: dict[str, Any]) -> None:
-        config = parse_config(tiny_settings(objective, tmp_path), "test")
+    def ask(objective: dict[str, Any], shifted: bool | None = None) -> None:
+        settings = tiny_settings(objective, tmp_path)
+        settings["model"]["shifted"] = shifted
+        config = parse_config(settings, "test")
         data = config.open_data()
         prompts = data.prompts
 
@@ -549,10 +551,11 @@ def test_an_autoregressive_model_gets_no_empty_prompts(tmp_path, monkeypatch):
         check_questions(config, data)
 
     ask(UNIFORM)
-    with pytest.raises(
-        ValueError, match=r"8 of the first 10 puzzles of the test have no token, the first is number 3:"
-    ):
+    missing = "8 of the first 10 puzzles of the test have no token, the first is number 3: "
+    with pytest.raises(ValueError, match=missing + "objective 'autoregressive' predicts"):
         ask({"name": "autoregressive"})
+    with pytest.raises(ValueError, match=missing + "a model with shifted predictions .* set model.shifted: false"):
+        ask(UNIFORM, shifted=True)
 
 
 @pytest.mark.parametrize(("during", "last"), [(2, 9), (9, 2), (2, 99)])

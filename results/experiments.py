@@ -373,7 +373,7 @@ EXPERIMENTS = {
                     ("pool of 16", (POOL_OF_16,), FIVE_SEEDS),
                     ("pool of 16, no threshold", (POOL_OF_16, NO_THRESHOLD), None),
                     ("random order", (RANDOM_ORDER, ONE_BATCH), None),
-                    ("random order, no threshold", (RANDOM_ORDER, NO_THRESHOLD, ONE_BATCH), None),
+                    ("random order, no threshold", (RANDOM_ORDER, NO_THRESHOLD, ONE_BATCH), FIVE_SEEDS),
                     ("random order, pool of 16", (RANDOM_ORDER, POOL_OF_16), None),
                     # Masks that do not depend on the model.
                     ("random order, pool of 16, no threshold", (RANDOM_ORDER, POOL_OF_16, NO_THRESHOLD), FIVE_SEEDS),

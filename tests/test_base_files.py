@@ -47,6 +47,15 @@ def test_what_cannot_be_written_is_refused(make: Callable[[Path], Path], expecte
     assert expected.replace("PATH", str(path)).replace("FOLDER", str(tmp_path)) in str(caught.value)
 
 
+def test_the_input_is_known_by_any_of_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").write_text("read")
+    (tmp_path / "link").symlink_to(tmp_path / "source")
+    monkeypatch.chdir(tmp_path)
+    for name in (Path("source"), tmp_path / "link"):
+        with pytest.raises(ValueError, match="would overwrite the input"):
+            check_out(name, "--out", tmp_path / "source")
+
+
 def test_what_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
     check_out(tmp_path / "new", "--out")
     assert list(tmp_path.iterdir()) == []
@@ -211,6 +220,11 @@ def test_a_folder_of_data_that_cannot_be_written_is_told_with_its_setting(tmp_pa
         WriteError, match=r"\.boards\.lock cannot be written \(.*\): set data\.data_dir to another folder$"
     ):
         make_once(path, lambda: False, path.mkdir, "data.data_dir")
+
+
+def test_what_another_process_has_made_before_the_lock_is_not_made_again(tmp_path: Path) -> None:
+    made = iter((False, True))
+    make_once(tmp_path / "rows", lambda: next(made), lambda: pytest.fail("made twice"), "data.data_dir")
 
 
 def test_what_a_faster_process_has_made_is_taken_where_no_lock_holds(tmp_path: Path) -> None:

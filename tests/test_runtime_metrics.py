@@ -65,7 +65,7 @@ def test_samples_of_steps_that_are_trained_again_are_deleted(tmp_path):
     for step in (2, 4):
         recorder.write(row(step), [{"answer": str(step)}])
     (tmp_path / "samples_mine.jsonl").touch()
-    record(tmp_path, from_step=3)
+    record(tmp_path, from_step=2)
     assert {path.name for path in tmp_path.glob("samples_*")} == {"samples_00000002.jsonl", "samples_mine.jsonl"}
     assert samples_files(tmp_path) == {2: tmp_path / "samples_00000002.jsonl"}
 

@@ -23,7 +23,7 @@ from data import text_pairs
 from data.pretokenize import find_files
 from data.questions import Question
 from data.text import decode_completions, load_tokenizer, train_byte_pairs
-from data.text_pairs import PIECES, TextData, TextSettings
+from data.text_pairs import PIECES, Completion, TextData, TextSettings
 from model.hub import load_model, pack_run
 from runtime.checkpoint import find_checkpoint
 from runtime.history import read_history
@@ -144,6 +144,15 @@ def test_changed_pairs_are_tokenized_again(tmp_path):
     assert open_text(tmp_path).folder != first
 
 
+def test_a_tokenizer_is_trained_on_the_columns_that_are_read(tmp_path):
+    rows = [row | {"note": "xyz xyz"} for row in write_pairs(tmp_path / "pairs.jsonl", 60)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    of_completions, of_notes = (
+        open_text(tmp_path, completion_column=column).tokenizer.get_vocab() for column in ("completion", "note")
+    )
+    assert "xyz" in of_notes.keys() - of_completions.keys()
+
+
 def test_a_bare_tokenizer_file_needs_the_name_of_its_eos(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -215,6 +224,22 @@ def test_a_word_that_the_tokenizer_does_not_know_equals_no_other(tmp_path):
     prompts = data.prompts(np.arange(3))
     golds = ["Mr Ito", "Mr <unk>", "Mr known"]
     assert [verdict.right for verdict in data.verdicts(prompts, tokens, golds)] == [False, False, True]
+
+
+def test_unknown_text_equals_nothing_on_either_side():
+    known, unknown = (Completion("a <unk>", is_known) for is_known in (True, False))
+    assert known.equals(known)
+    assert not any(one.equals(other) for one, other in ((known, unknown), (unknown, known), (unknown, unknown)))
+
+
+def test_unknown_words_of_each_part_are_counted_apart(tmp_path, monkeypatch):
+    """Though all counts are cached beside the same rows."""
+    monkeypatch.setattr("data.hashes.SETTLED_NS", -(10**18))
+    pairs = [("who is it", f"Mr {name}") for name in ("Lee", "Lopez", "known", "known", "Olsen", "known")]
+    words = write_words(tmp_path, pairs, "Mr known who is it \n")
+    for n_held_out, in_training, in_test in ((3, "2 of the 3", "1 of the 3"), (5, "1 of the 1", "2 of the 5")):
+        training, test, *_ = open_text(tmp_path, **words, n_held_out=n_held_out).warnings()
+        assert (training[:10], test[:10]) == (in_training, in_test)
 
 
 @pytest.mark.parametrize(("words", "n_warnings"), [("a b \n", 0), ("a b", 1)])

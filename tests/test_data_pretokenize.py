@@ -101,6 +101,8 @@ def test_many_rows_are_shared_out_after_the_first(tmp_path, tokenizer_dir, monke
 
     monkeypatch.setattr(module, "ProcessPoolExecutor", start)
     monkeypatch.setattr(module, "count_cores", lambda: 2)
+    monkeypatch.setattr(module, "CHUNK_ROWS", 100)
+    monkeypatch.setattr(module, "MAX_PENDING_CHUNKS", 2)  # fewer than there are
     pretokenize(*arguments, tmp_path / "alone", MAX_LEN)
     assert started_workers == []
     monkeypatch.setattr(module, "N_FIRST_CHUNKS", 2)
@@ -214,11 +216,13 @@ def test_a_source_that_has_changed_is_refused(tmp_path, tokenizer_dir):
     assert pretokenize(*arguments, n_workers=1).n_read == 30
 
 
-def test_meta_is_the_published_one(tmp_path, tokenizer_dir):
+def test_meta_is_the_published_one(tmp_path, tokenizer_dir, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_ROWS", 6)
     write_rows(tmp_path / "rows.jsonl", 30)
     pretokenize(str(tmp_path / "rows.jsonl"), str(tokenizer_dir), tmp_path / "out", MAX_LEN, limit=20, n_workers=1)
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert meta["num_examples"] == 18
+    assert meta["max_token_id"] == np.fromfile(tmp_path / "out" / "labels.bin", dtype="<u4").max()
     assert meta["max_len"] == MAX_LEN
     assert meta["eos_id"] == 0
     assert meta["sep"] == "\n"
@@ -453,11 +457,23 @@ def test_data_that_does_not_fit_the_settings_is_refused(arguments, message, file
         open_token_files(files, *arguments)
 
 
-def test_a_row_with_nothing_to_predict_is_refused_by_number(files):
+@pytest.mark.parametrize("row", [0, 31])
+def test_a_row_with_nothing_to_predict_is_refused_by_number(row, files, monkeypatch):
+    monkeypatch.setattr("data.token_files.N_CHECKED", 10)
     bits = np.memmap(files / "prompt_mask.bin", dtype=np.uint8, mode="r+", shape=(45, MAX_LEN // 8))
-    bits[31] = 255
+    bits[row] = 255
     bits.flush()
-    with pytest.raises(ValueError, match="row 31"):
+    with pytest.raises(ValueError, match=f"row {row} "):
+        open_token_files(files, MAX_LEN, 511, 512)
+
+
+@pytest.mark.parametrize("row", [0, 44])
+def test_the_mask_token_is_found_in_any_row(row, files, monkeypatch):
+    monkeypatch.setattr("data.token_files.N_CHECKED", 10)
+    labels = np.memmap(files / "labels.bin", dtype=np.uint32, mode="r+", shape=(45, MAX_LEN))
+    labels[row, 0] = 511
+    labels.flush()
+    with pytest.raises(ValueError, match="contains the mask token 511"):
         open_token_files(files, MAX_LEN, 511, 512)
 
 
@@ -488,6 +504,8 @@ def test_other_settings_are_refused_and_a_finished_call_does_nothing(files, tmp_
     assert (files / "meta.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="max_len 64, now 128"):
         pretokenize(str(tmp_path / "rows.jsonl"), str(tokenizer_dir), files, 128)
+    with pytest.raises(ValueError, match="limit None, now 20"):
+        pretokenize(str(tmp_path / "rows.jsonl"), str(tokenizer_dir), files, MAX_LEN, limit=20)
 
 
 def test_files_that_do_not_record_whether_texts_were_stripped_are_not_continued(tmp_path, tokenizer_dir, files):
@@ -606,6 +624,8 @@ def test_a_data_set_of_the_hub_is_streamed_and_gsm8k_is_fetched_with_it(tmp_path
     assert read_meta(tmp_path / "hub")["num_examples"] == 945
     for name in ("labels.bin", "prompt_mask.bin"):
         assert (tmp_path / "hub" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+    rest = read_rows("TinyGSM/TinyGSM", ("question", "code"), n_skipped=1000, limit=1050)
+    assert [question for questions, _ in rest for question in questions] == [row["question"] for row in rows[1000:1050]]
 
 
 def test_a_finished_call_does_not_need_its_files_nor_the_hub(tmp_path, tokenizer_dir, monkeypatch, capsys):

@@ -123,6 +123,12 @@ def test_a_run_directory_a_checkpoint_folder_and_a_copy_are_found(tmp_path):
     check(find_checkpoint(str(tmp_path / "elsewhere")), 3)
 
 
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        save(tmp_path, step)
+    check(latest_checkpoint(tmp_path), 100_000_000)
+
+
 def test_no_checkpoint(tmp_path):
     assert latest_checkpoint(tmp_path) is None
     for path in (tmp_path, tmp_path / "nothing"):
@@ -484,12 +490,13 @@ def test_a_reader_leaves_damaged_ones_and_a_run_sets_them_aside(tmp_path):
 
 
 def test_a_score_that_comes_later_selects_the_best_too(tmp_path):
+    kept = {1: [1], 2: [1, 2], 3: [3], 4: [3, 4]}
     for step, score in ((1, 0.9), (2, 0.5), (3, 0.95), (4, 0.1)):
         save(tmp_path, step, keep=1)
         score_checkpoint(tmp_path, WORLD, config(1), step, score)
         check(latest_checkpoint(tmp_path), step)
         assert open_checkpoint(folder(tmp_path, step)).score == score
-    assert steps(tmp_path) == [3, 4]
+        assert steps(tmp_path) == kept[step], "the best before is deleted at once"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", None])

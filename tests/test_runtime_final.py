@@ -53,6 +53,7 @@ def test_a_run_without_a_result_has_none(tmp_path: Path) -> None:
         (lambda final: final.update(accuracy="0.5"), "accuracy: "),
         (lambda final: final.update(n=True), "n: "),
         (lambda final: final.update(accuracy=None), "rules without an accuracy"),
+        (lambda final: final["evaluation"].update(samplers=[]), "accuracy without sampling rules"),
         (lambda final: final.pop("evaluation"), "evaluation: "),
         (lambda final: final["evaluation"]["samplers"][0].update(accuracy=1.5), r"evaluation\.samplers\.0\.accuracy: "),
         (lambda final: final["evaluation"]["samplers"][0].pop("nfe"), r"evaluation\.samplers\.0\.nfe: "),

@@ -216,6 +216,8 @@ def test_the_error_of_a_ratio_is_that_of_drawn_rows() -> None:
     stated = np.mean([ratio_error(nats[i], n_tokens[i]) for i in range(2000)])
     assert stated == pytest.approx(ratios.std(), rel=0.06)
     assert math.isnan(ratio_error(nats[0, :1], n_tokens[0, :1]))
+    # With equal numbers of tokens it is that of a mean.
+    assert ratio_error(np.array([1.0, 3.0]), np.array([2, 2])) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("differs", ["nothing", "a token", "a prompt"])

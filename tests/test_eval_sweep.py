@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,14 @@ from helpers import random_model
 
 import train
 from config import Config, SamplingRule
+from data.questions import Question
 from eval import evaluate as evaluation
 from eval.accuracy import RuleMeasurement, TestQuestions, measure_rule
 from eval.sweep import (
     RULES,
     Point,
+    _model_digest,
+    _questions_digest,
     by_conditions,
     draw_sweep,
     labels_of,
@@ -33,6 +37,8 @@ from eval.sweep import (
     write_sweep,
 )
 from model.hub import pack_run
+from model.transformer import build_model
+from runtime.config_file import parse_config
 from samplers.block import sample_blocks
 from samplers.full import sample_full
 
@@ -164,10 +170,13 @@ def test_a_sweep_writes_what_it_measured(
     capsys.readouterr()
     words = ["--rules", "threshold", "plan", "--out", str(tmp_path / "tau0.9"), "validation.n_final_examples=3"]
     measured: list[tuple[int, int]] = []
+    spent: list[float] = []
 
     def count(model: Any, config: Config, test: TestQuestions, *arguments: Any, **options: Any) -> RuleMeasurement:
         measured.append((config.training.seed, test.n_examples))
-        return measure_rule(model, config, test, *arguments, **options)
+        found = measure_rule(model, config, test, *arguments, **options)
+        spent.append(found.seconds)
+        return found
 
     monkeypatch.setattr("eval.sweep.measure_rule", count)
     evaluation.main([runs[0], runs[1], "--sweep", *words, "validation.batch_size=2"])
@@ -183,7 +192,7 @@ def test_a_sweep_writes_what_it_measured(
         rule = SamplingRule(**row["settings"])
         assert getattr(rule, row["dial"]) == row["value"]
         assert row["nfe"] <= (row["value"] if row["rule"] == "plan" else 16)
-        assert row["seconds"] > 0
+    assert [3 * row["seconds"] for row in rows] == pytest.approx([spent[1], *spent[3:]]), "of one question"
     with (tmp_path / "tau0.9.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
     assert table.strip() == (tmp_path / "tau0.9.md").read_text().strip()
@@ -294,6 +303,19 @@ def test_what_was_measured_under_other_conditions_is_kept_apart(
     assert len(set(labels)) == len(labels)
     headers = [line for line in sweep_table(points) if line.startswith(f"{packed}: the first ")]
     assert len(set(headers)) == len(headers) == len(points)
+
+
+def test_a_digest_covers_the_shift_and_the_right_answers(data_dir: Path) -> None:
+    """The same weights may predict the next token, and the same prompts may have other right answers."""
+    config = parse_config(tiny_settings(PUMA, data_dir), "test")
+    shifted = config.model_copy(update={"model": config.model.model_copy(update={"shifted": True})})
+    model = build_model(config)
+    assert _model_digest(model, config) == _model_digest(model, config) != _model_digest(model, shifted)
+
+    def asked(gold: str) -> Any:
+        return SimpleNamespace(question=lambda _: Question("1+1", gold), prompts=lambda _: np.zeros((1, 4)))
+
+    assert _questions_digest(asked("2"), 1) == _questions_digest(asked("2"), 1) != _questions_digest(asked("3"), 1)
 
 
 @pytest.mark.parametrize("name", ["sudoku", "sudoku_mini", "sudoku_mini_block", "word_problems_hard"])

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -263,6 +264,41 @@ def test_the_records_are_means_over_the_steps_since_the_last_one(config_file, tm
         assert row["train/tokens_per_s"] == pytest.approx(n_steps * 8 * 32 / (row["seconds"] - started))
         assert row["sequences_distinct"] == drawn[row["step"] - 1]
     assert drawn[5] == 24, "16 in the pool at the start; half of them have retired after 3 of their 6 stages"
+
+
+def test_seconds_are_those_of_training_alone(config_file, tmp_path, monkeypatch):
+    """A step takes a second here, each evaluation and each checkpoint an hour."""
+    now = [0.0]
+
+    def slow(call: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
+            now[0] += seconds
+            return call(*arguments)
+
+        return called
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(train, "measure", slow(train.measure, 3600))
+    monkeypatch.setattr(train, "save", slow(train.save, 3600))
+    monkeypatch.setattr(train.Updater, "step", slow(train.Updater.step, 1))
+    train.main(["--config", str(config_file()), "--run-dir", str(tmp_path / "run")])
+    assert [row["seconds"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_evaluation_that_is_repeated_is_recorded_once(config_file, tmp_path, monkeypatch):
+    """It was recorded, and the checkpoint did not get its score."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    command = ["--config", str(config_file()), "--run-dir", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "score_run", interrupted)
+        with pytest.raises(SystemExit):
+            train.main(command)
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
+    train.main(command)
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_last_evaluation_has_its_own_number_of_examples(config_file, tmp_path):

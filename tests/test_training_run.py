@@ -63,13 +63,16 @@ def test_the_trajectory_length_is_that_of_the_last_interval(n_batches: int, data
             updater, ages.objective = Updater(run), run.objective
         if step % 10 == 0:
             totals = progress_metrics(run)
-            found.append(interval_metrics(run, totals)["train/trajectory_length"])
+            interval = interval_metrics(run, totals)
+            found.append(interval["train/trajectory_length"])
             expected.append(ages.mean())
+            assert interval["train/step_ms"] == pytest.approx(1000)
             start_interval(run, totals)
     assert found == pytest.approx(expected)
     assert max(found[:2]) <= 2, "the K of these steps"
     assert min(found[5:]) > 4, "no longer the mean over all steps"
     assert totals["train/sequences_finished_steps"] >= totals["train/sequences_finished"] > 0
+    assert totals["sequences_distinct"] == run.n_train, "each is drawn several times"
 
 
 class Ages:
@@ -148,6 +151,18 @@ def test_the_seed_determines_weights_order_of_the_data_and_masks(
     first, second = batches
     assert not torch.equal(first.x0, second.x0)
     assert not torch.equal(first.weight, second.weight)
+
+
+@pytest.mark.parametrize("score", [None, 0.5])
+def test_only_an_evaluation_that_is_due_is_repeated(score: float | None, data_dir: Path, tmp_path: Path) -> None:
+    """A step is saved before it is evaluated, with the metrics that are recorded with the evaluation."""
+    run = build({"name": "uniform"}, data_dir, tmp_path)
+    run.pending_metrics = {"step": 0}
+    save_run(run, score)
+    resumed, checkpoint = build({"name": "uniform"}, data_dir, tmp_path), latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    restore_run(resumed, checkpoint)
+    assert resumed.pending_metrics == ({"step": 0} if score is None else None)
 
 
 @pytest.fixture

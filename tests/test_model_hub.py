@@ -115,6 +115,17 @@ def test_a_diffusion_model_scores_the_next_token_with_them(tmp_path, tokens, dat
     torch.testing.assert_close(model(tokens, tokens, weight).loss, nll)
 
 
+@pytest.mark.parametrize(
+    ("facts", "shifted"),
+    [({}, True), ({"is_causal": False}, False), ({"is_causal": False, "next_token_shift": True}, True)],
+)
+def test_a_folder_says_what_its_positions_predict(facts, shifted, tmp_path):
+    write_reference(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    assert read_qwen2(tmp_path, "a test").shifted == shifted
+
+
 def test_rotary_base_is_read_in_old_and_new_spelling(tmp_path, tokens, data_dir):
     reference = write_reference(
         tmp_path / "qwen2", rope_parameters={"rope_type": "default", "rope_theta": 1e6}, rms_norm_eps=1e-5
@@ -351,6 +362,9 @@ def test_a_run_starts_from_a_packed_model(autoregressive_run, config_file, tmp_p
     )
     for name, tensor in find_checkpoint(autoregressive_run).weights("ema").items():
         assert torch.equal(run.model.weights()[name], tensor.bfloat16().float()), name
+    grown = loaded(read_config(config_file(PUMA, model__init_from=str(tmp_path / "packed"), model__vocab_size=8)))
+    embedding = grown.model.embed_tokens.weight
+    assert torch.equal(embedding[7], embedding[:6].mean(0)), "not rounded"
     assert load_model(str(tmp_path / "packed")).step is None
     assert load_model(str(autoregressive_run)).step == 6
 
@@ -534,7 +548,10 @@ def test_an_exported_diffusion_model_looks_both_ways(shifted, tmp_path, tokens):
     settings = ModelSettings.model_validate(SHAPE | {"tie_word_embeddings": True, "rope_theta": 500.0})
     model = Transformer(settings, shifted=shifted).eval()
     source = hub.Pretrained("a test", settings, shifted, model.weights())
-    hub.write_qwen2(tmp_path, source, causal=False, mask_id=19, eos_id=0, pad_id=0)
+    hub.write_qwen2(tmp_path, source, causal=False, mask_id=19, eos_id=0, pad_id=1)
+    for name in ("config.json", "generation_config.json"):
+        written = json.loads((tmp_path / name).read_text())
+        assert (written["eos_token_id"], written["pad_token_id"]) == (0, 1), name
     reference = Qwen2ForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(model.logits(tokens), reference(tokens).logits)
     assert read_qwen2(tmp_path, "the same").shifted == shifted

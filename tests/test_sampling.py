@@ -471,6 +471,17 @@ def test_many_questions_from_options_files_and_standard_input(
     assert printed.index(PUZZLE) < printed.index("13 network") < printed.index(other) < printed.index("2 network")
 
 
+def test_the_command_draws_by_its_seed_whatever_the_batches(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(*options: str) -> str:
+        sampling.main(["--checkpoint", str(run_dir), "--puzzle", PUZZLE, "--temperature", "1", *options])
+        return capsys.readouterr().out
+
+    capsys.readouterr()
+    assert printed("--seed", "0") == printed() != printed("--seed", "1") == printed("--seed", "1")
+    two = printed("--puzzle", PUZZLE)
+    assert printed("--puzzle", PUZZLE, "--batch-size", "1") == two
+
+
 def test_answers_that_nobody_can_judge_are_not_counted_as_wrong(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

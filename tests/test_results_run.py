@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -193,6 +193,31 @@ def test_an_experiment_with_a_failed_run_is_not_complete(tmp_path, monkeypatch, 
     monkeypatch.setattr(run.Task, "is_complete", True)
     assert not run.run_all([task], 1, None)
     assert f"failed: {task.run_dir}" in capsys.readouterr().err
+
+
+def test_nothing_is_started_after_the_budget(tmp_path, monkeypatch):
+    tasks = run.tasks_of(Experiment("Which?", VARIANTS[:1], baseline="a", seeds=(0, 1)), tmp_path, [])
+    begun, clock = [], count()
+
+    def start(task: run.Task) -> subprocess.Popen[bytes]:
+        begun.append(task)
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(20)"])
+
+    monkeypatch.setattr(run, "start", start)
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda _: None))
+    assert not run.run_all(tasks, 1, 2.5)
+    assert begun == tasks[:1]
+
+
+def test_a_record_of_a_complete_run_stays_while_the_run_is_repeated(tmp_path):
+    (task,) = run.tasks_of(Experiment("Which?", VARIANTS[:1], baseline="a", seeds=(0,)), tmp_path, [])
+    row = {"step": 1, "seconds": 1.0, "sequences_distinct": 8, "validation/accuracy/top_prob_1": 0.25}
+    task.run_dir.mkdir(parents=True)
+    (task.run_dir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    old = records()["runs"][0]
+    assert run.collect([task], {task.key: old}) == [old]
+    (found,) = run.collect([task], {task.key: old | {"final": None}})
+    assert [point["step"] for point in found["points"]] == [1]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

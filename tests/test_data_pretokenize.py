@@ -217,8 +217,10 @@ def test_a_source_that_has_changed_is_refused(tmp_path, tokenizer_dir):
 
 
 def test_meta_is_the_published_one(tmp_path, tokenizer_dir, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_ROWS", 6)
-    write_rows(tmp_path / "rows.jsonl", 30)
+    monkeypatch.setattr(module, "CHUNK_ROWS", 1)
+    rows = write_rows(tmp_path / "rows.jsonl", 30)
+    rows[19] = {"question": "1", "code": "2"}  # the last one lacks the highest token
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pretokenize(str(tmp_path / "rows.jsonl"), str(tokenizer_dir), tmp_path / "out", MAX_LEN, limit=20, n_workers=1)
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert meta["num_examples"] == 18

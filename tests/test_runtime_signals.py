@@ -83,6 +83,21 @@ def test_a_step_that_was_saved_already_is_not_saved_again(config_file, tmp_path,
     assert "at step 3" in capsys.readouterr().out
 
 
+def test_a_step_that_a_signal_saves_keeps_its_score(config_file, tmp_path, monkeypatch):
+    """It is evaluated, and no save is due."""
+    record = train.record_evaluation
+
+    def signalled_record(*arguments):
+        record(*arguments)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(train, "record_evaluation", signalled_record)
+    train.main(["--config", str(config_file(training__eval_every=2)), "--run-dir", str(tmp_path / "run")])
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    assert checkpoint.step == 2
+    assert checkpoint.score is not None
+
+
 def wait_for_handler(process: subprocess.Popen) -> None:
     """Wait until a program has installed its handlers."""
     status, deadline = Path(f"/proc/{process.pid}/status"), time.monotonic() + 300

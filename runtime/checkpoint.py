@@ -562,7 +562,7 @@ def _delete(path: Path) -> None:
 
 def _best_first(scores: dict[Path, float]) -> list[Path]:
     """Checkpoints in the order of their scores, of equal ones the newest first."""
-    return sorted(scores, key=lambda path: (scores[path], path.name), reverse=True)
+    return sorted(scores, key=lambda path: (scores[path], step_of(path)), reverse=True)
 
 
 def _read_scores(paths: Sequence[Path]) -> tuple[dict[Path, float], list[Path]]:

@@ -125,8 +125,9 @@ def test_a_run_directory_a_checkpoint_folder_and_a_copy_are_found(tmp_path):
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     for step in (99_999_999, 100_000_000):
-        save(tmp_path, step)
+        save(tmp_path, step, 0.5, keep=2)
     check(latest_checkpoint(tmp_path), 100_000_000)
+    check(find_checkpoint(f"{tmp_path}@best"), 100_000_000)
 
 
 def test_no_checkpoint(tmp_path):

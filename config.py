@@ -70,6 +70,14 @@ class ModelSettings(Settings):
         "autoregressive or init_from; false: init_from is an MDM",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier(cls, raw: object) -> object:
+        """Drop `causal: null`, which the settings of earlier runs have; the objective decides it."""
+        if isinstance(raw, dict) and raw.get("causal", "") is None:
+            return {key: value for key, value in raw.items() if key != "causal"}
+        return raw
+
     @property
     def n_key_value_heads(self) -> int:
         """Number of key and value heads, with the default resolved."""
@@ -571,7 +579,8 @@ class Config(Settings):
             and _is_shifted(model, objective)
             and data.remedy_for_no_start is not None
         ):
-            needing = name if objective.causal else "model.shifted (by init_from if it is null)"
+            shift = "model.shifted true" if model.shifted else "model.shifted null with model.init_from"
+            needing = name if objective.causal else shift
             other = "set another objective" if objective.causal else "set model.shifted: false"
             problems.append(
                 f"{needing} needs rows that begin with a given token, and this data's do not: "

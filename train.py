@@ -120,7 +120,6 @@ def build_or_restore(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
     for key in ("n_examples", "n_final_examples"):
         if not config.validation.is_default(key):  # the default is for large tests
             check_n_examples(getattr(config.validation, key), data, f"validation.{key}")
-    check_questions(config, data)
     for rows in (data.train, data.validation):
         if rows.length != config.data.length:
             raise ValueError(
@@ -129,6 +128,7 @@ def build_or_restore(config: Config, run_dir: Path) -> tuple[Run, DataSet]:
             )
         if isinstance(rows, ArrayData):  # files of tokens are checked when they are opened
             rows.check_vocabulary(config.model.vocab_size)
+    check_questions(config, data)
     run = build_run(config, world, run_dir, data.train, resuming=checkpoint is not None)
     run.session = session
     if checkpoint is None:

@@ -153,8 +153,8 @@ class TinyGsm(PairDataSet):
             and differing_tokens(self.tokenizer, load_tokenizer(tokenizer_of(folder)))
         ):
             raise ValueError(
-                f"the word problems in {folder} have another tokenizer than data.tokenizer {given!r}: leave that out, "
-                "or use the version of this code that the model was trained with"
+                f"the word problems in {folder} have another tokenizer than {given!r}: leave data.tokenizer out of a "
+                "new run; for a trained model take the version of this code that trained it, or copy its problems there"
             )
         return rows
 

@@ -84,8 +84,8 @@ def check_questions(config: Config, data: DataSet) -> None:
     masked = prompts == config.mask_id
     if not masked.any(1).all():
         raise ValueError(
-            f"{name}: the prompt of question {masked.any(1).argmin()} (from 0) has no mask token {config.mask_id}: it "
-            "must have mask tokens in place of the answer"
+            f"{name}: the prompt of question number {masked.any(1).argmin() + 1} has no mask token {config.mask_id}: "
+            "it must have mask tokens in place of the answer"
         )
     difficulty_of(data, asked, config.data.dataset)
     if config.shifted and masked[:, 0].any():

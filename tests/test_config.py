@@ -423,14 +423,20 @@ def test_shifted_predictions_need_rows_that_begin_with_a_token(tiny: Path) -> No
     """No position predicts the first."""
     for changes, needing, other in (
         (["objective={name: autoregressive}"], "objective 'autoregressive'", "set another objective"),
-        (["model.shifted=true"], "model.shifted (by init_from if it is null)", "set model.shifted: false"),
-        (["model.init_from=runs/other"], "model.shifted (by init_from if it is null)", "set model.shifted: false"),
+        (["model.shifted=true"], "model.shifted true", "set model.shifted: false"),
+        (["model.init_from=runs/other"], "model.shifted null with model.init_from", "set model.shifted: false"),
     ):
         (line,) = (line for line in problems(tiny, "data.layout=in_place", *changes) if "needs rows" in line)
         assert f"{needing} needs rows that begin with a given token" in line
         assert line.endswith(f"set data.layout: two_halves, or {other}")
     unshifted = ["data.layout=in_place", "model.learned_positions=16", "model.init_from=runs/other"]
     assert not read_config(tiny, [*unshifted, "model.shifted=false"]).shifted
+
+
+def test_settings_of_earlier_runs_are_read(tiny: Path) -> None:
+    """They have `causal: null`, which is no setting any more."""
+    assert read_config(tiny, ["model.causal=null"]) == read_config(tiny)
+    assert any("causal" in line for line in problems(tiny, "model.causal=true"))
 
 
 def test_block_causal_attention_takes_no_shifted_scores(tiny: Path) -> None:

@@ -268,7 +268,7 @@ def test_word_problems_of_another_tokenizer_are_refused(folder, tmp_path):
     settings |= {"data_dir": str(folder.parent), "max_len": 72, "n_held_out": 50}
     for own in (None, str(folder / "tokenizer")):
         assert len(TinyGsmSettings(tokenizer=own, **settings).open(512).validation) == 50
-    with pytest.raises(ValueError, match=r"another tokenizer than data\.tokenizer .*: leave that out"):
+    with pytest.raises(ValueError, match=r"another tokenizer than .*: leave data\.tokenizer out of a new run"):
         _ = TinyGsmSettings(tokenizer=str(tmp_path), **settings).open(512).validation
 
 

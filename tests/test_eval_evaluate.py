@@ -580,7 +580,7 @@ def test_prompts_are_checked_as_far_as_any_evaluation_asks(during, last, tmp_pat
 @pytest.mark.parametrize(
     ("method", "returned", "message"),
     [
-        ("prompts", lambda prompts: np.abs(prompts - 1), r"the prompt of question 0 .* has no mask token \d+"),
+        ("prompts", lambda prompts: np.abs(prompts - 1), r"the prompt of question number 1 has no mask token \d+"),
         ("prompts", lambda prompts: prompts[:, :-1], r"prompts gave int64 \[10, 31\] .* needed is int64 \[10, 32\]"),
         ("prompts", lambda prompts: prompts.astype(np.int32), "prompts gave int32"),
         ("difficulty", lambda _: {"clues": np.ones(3)}, r"'clues' as an array of numbers of shape \(10,\), .* \(3,\)"),
@@ -598,7 +598,6 @@ def test_questions_that_are_none_are_refused_before_training(method, returned, m
 
 def test_rows_of_another_length_than_the_settings_say_are_refused(tmp_path, monkeypatch):
     config = parse_config(tiny_settings(PUMA, tmp_path), "test")
-    monkeypatch.setattr(Sudoku, "prompts", lambda data, rows: np.full((len(rows), 40), config.mask_id))
     monkeypatch.setattr(type(config.data), "length", 40)
     with pytest.raises(ValueError, match="rows have 32 tokens, but `length` of its settings is 40"):
         train.build_or_restore(config, tmp_path / "run")

@@ -18,7 +18,7 @@ MEDIUM = ROOT / "results" / "word_problems_medium" / "records.json"
 
 
 def plain_rows(page: str) -> list[list[str]]:
-    """Rows of the tables of a page, without links and remarks in parentheses behind them."""
+    """Rows of the tables of a page, links as their text."""
     lines = [line for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     return [[re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cell.strip()) for cell in line.split("|")[1:-1]] for line in lines]
 

@@ -77,8 +77,6 @@ def read_inputs(
     Raises:
         ValueError: wrong settings, as in `random_rows`, or sizes that do not fit into memory.
     """
-    if unread := [each for each in options.overrides if each.startswith("training.batch_size=")]:
-        raise ValueError(f"{unread[0]}: the rows of a benchmark are those of --batch; give that instead")
     path = options.config or YAML_FILES / f"{experiment}.yaml"
     switches = ["training.compile=true"] * options.compile
     switches += [f"training.cuda_graph={'true' if options.graph else 'false'}"]

@@ -101,12 +101,6 @@ def test_microbatches_of_the_overrides_are_measured(config_file, tmp_path, monke
     assert read_inputs(options, "sudoku_puma", 1, 1)[0].training.micro_batch_size is None
 
 
-def test_rows_that_would_not_be_measured_are_refused():
-    options = parse(["step", "--batch", "6", "training.batch_size=8"])
-    with pytest.raises(ValueError, match=r"training\.batch_size=8: .* those of --batch"):
-        read_inputs(options, "sudoku_puma", 1, 1)
-
-
 def test_memory_of_each_step_alone(config_file, tmp_path):
     """In other processes, which build a step each: the vocabulary's weights, gradients and moments are counted."""
     options = ["--batch", 2, "--vocab", 200_000]

@@ -145,8 +145,8 @@ def dense_step(config: Config, trainer: DenseTrainer, stream: SequenceStream) ->
     settings = config.objective
     if isinstance(settings, BlockSettings):
         raise ValueError(f"objective {settings.name!r} has no plain form: see `python -m bench block`")
-    for key, field in type(settings).model_fields.items():
-        if key not in WITH_PLAIN_FORM and getattr(settings, key) != field.default:
+    for key in type(settings).model_fields:
+        if key not in WITH_PLAIN_FORM and not settings.is_default(key):
             raise ValueError(f"objective.{key} {getattr(settings, key)!r} has no plain form: leave it out")
     if not isinstance(settings, ProgressiveSettings):
         return lambda: trainer.step(fresh_batch(stream, config))

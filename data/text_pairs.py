@@ -91,6 +91,11 @@ class PairSettings(DataSettings):
         """The mask token of a model with this vocabulary."""
         return vocab_size - 1 if self.mask_id is None else self.mask_id
 
+    @override
+    def with_tokenizer(self, folder: Path) -> PairSettings:
+        """The same pairs; each data set of pairs has a setting `tokenizer`."""
+        return self.model_copy(update={"tokenizer": str(folder)})
+
 
 class PairDataSet(DataSet):
     """Base of data sets of tokenized pairs: rows, tokenizer, prompts."""
@@ -231,10 +236,6 @@ class TextSettings(PairSettings):
     @override
     def trains_tokenizer(self) -> bool:
         return self.tokenizer is None
-
-    @override
-    def with_tokenizer(self, folder: Path) -> TextSettings:
-        return self.model_copy(update={"tokenizer": str(folder)})
 
     @override
     def open(self, vocab_size: int) -> TextData:

@@ -95,10 +95,6 @@ class TinyGsmSettings(PairSettings):
     def open(self, vocab_size: int) -> TinyGsm:
         return TinyGsm(self, vocab_size)
 
-    @override
-    def with_tokenizer(self, folder: Path) -> TinyGsmSettings:
-        return self.model_copy(update={"tokenizer": str(folder)})
-
 
 class TinyGsm(PairDataSet):
     """Questions with programs to train on, and questions to answer by a program, which is run."""

@@ -386,8 +386,8 @@ def describe(config: Config) -> str:
             f"reveal order {settings.reveal_order}",
             f"a pool of {settings.pool_batches} batches",
         ]
-        told |= {"n_stages", "k_schedule", "collapse_threshold", "reveal_order", "pool_batches"}
-        told |= {"uniform_fraction"}  # 0: others are refused
+        # uniform_fraction is 0: others are refused.
+        told |= {"n_stages", "k_schedule", "collapse_threshold", "reveal_order", "pool_batches", "uniform_fraction"}
     facts += [f"{key} {getattr(settings, key)}" for key in type(settings).model_fields if key not in told]
     return ", ".join([*facts, f"{config.training.batch_size} rows per update, seed {config.training.seed}"])
 

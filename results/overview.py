@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class Comparison:
     experiment: str
     labels: Sequence[str | None]  # in the order of `METHODS`; None: it was not run
 
+    @cached_property
     def solved(self) -> list[dict[int, float]]:
         """Solved questions after the last update, in percent, by seed, for each label; empty without one."""
         found: list[dict[int, float]] = []
@@ -130,7 +132,7 @@ def task_table() -> list[str]:
     """The mean of each method on each task, with the lowest and highest seed; in bold what is ahead by `AHEAD`."""
     rows = []
     for task in TASKS:
-        solved = [list(each.values()) for each in task.solved()]
+        solved = [list(each.values()) for each in task.solved]
         best, *others = sorted((statistics.mean(each) for each in solved if each), reverse=True)
         cells = []
         for each in solved:
@@ -145,7 +147,7 @@ def pool_table() -> list[str]:
     """What a pool of 16 batches changes, over the seeds that were run with both."""
     rows = []
     for pair in POOLS:
-        one, many = pair.solved()
+        one, many = pair.solved
         seeds = sorted(one.keys() & many.keys())
         means = [f"{statistics.mean(each[seed] for seed in seeds):.1f}" for each in (one, many)]
         rows.append([pair.task, *means, ", ".join(f"{many[seed] - one[seed]:+.1f}" for seed in seeds)])
@@ -164,7 +166,7 @@ def draw(out: Path) -> None:
     ]
     means: dict[str, Any] = {"markersize": 9, "markeredgecolor": "k", "linestyle": ""}
     for row, task in enumerate(TASKS):
-        for number, (style, by_seed) in enumerate(zip(styles, task.solved(), strict=True)):
+        for number, (style, by_seed) in enumerate(zip(styles, task.solved, strict=True)):
             solved, height = list(by_seed.values()), row + (number - 1) * OFFSET
             plot.plot(solved, [height] * len(solved), **style, linewidth=1, alpha=0.45, markersize=5)
             plot.plot([statistics.mean(solved)] if solved else [], [height] if solved else [], **style, **means)

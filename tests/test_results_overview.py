@@ -45,7 +45,7 @@ def test_solved_is_that_of_complete_runs_by_seed():
     label = "uniform, shifted"
     expected = {run["seed"]: 100 * run["final"]["accuracy"] for run in runs if run["variant"] == label}
     assert len(expected) == 5
-    assert Comparison("", "word_problems_medium", (None, label)).solved() == [{}, expected]
+    assert Comparison("", "word_problems_medium", (None, label)).solved == [{}, expected]
     line = next(line for line in task_table() if line.startswith("| medium word problems "))
     assert f" {statistics.mean(expected.values()):.1f} ({min(expected.values()):.1f} to " in line
 
@@ -58,5 +58,5 @@ def test_the_picture_has_every_seed(tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr(overview, "save_figure", keep)
     overview.draw(tmp_path / "overview.png")
-    expected = [list(each.values()) for task in TASKS for each in task.solved()]
+    expected = [list(each.values()) for task in TASKS for each in task.solved]
     assert drawn == expected
